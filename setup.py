@@ -1,0 +1,60 @@
+"""Builds the native kernels of `csrc/` where a torch and a C++ compiler are at hand.
+
+DALLE_KERNELS_NATIVE=auto (default) builds them if it can and says why when it cannot; =1 makes their absence an
+error; =0 leaves them out: the package is then pure Python.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).resolve().parent
+
+
+def _obstacle() -> str | None:
+    """Why the C++ kernels cannot be built here, or None."""
+    if os.environ.get("DALLE_KERNELS_NATIVE", "auto") == "0":
+        return "DALLE_KERNELS_NATIVE=0"
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return f"the CPU kernels are written for x86-64, this is {platform.machine()}"
+    if shutil.which(os.environ.get("CXX", "c++")) is None:
+        return f"no C++ compiler ({os.environ.get('CXX', 'c++')}) on the path"
+    try:
+        import pybind11  # noqa: F401
+        import torch  # noqa: F401
+    except ImportError as error:
+        return f"{error.name} cannot be imported here; install it and build with --no-build-isolation"
+    return None
+
+
+def _native() -> dict:
+    from torch.utils.cpp_extension import BuildExtension, CppExtension
+
+    sources = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.cpp"))
+    extension = CppExtension(
+        "dalle_kernels._native",
+        sources,
+        include_dirs=[str(ROOT / "csrc")],
+        extra_compile_args=["-O3", "-std=c++20", "-fvisibility=hidden", "-Wno-psabi", "-Wno-ignored-attributes"],
+    )
+    return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildExtension}}
+
+
+def main() -> None:
+    obstacle = _obstacle()
+    if obstacle is None:
+        setup(**_native())
+        return
+    if os.environ.get("DALLE_KERNELS_NATIVE") == "1":
+        sys.exit(f"dalle-kernels: DALLE_KERNELS_NATIVE=1, but {obstacle}")
+    print(f"dalle-kernels: building without the native CPU kernels ({obstacle})", file=sys.stderr)
+    setup()
+
+
+main()
