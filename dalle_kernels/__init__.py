@@ -1,1 +1,1 @@
-"""Placeholder until the first operation lands."""
+"""Fast PyTorch operations for DALL-E-style models."""
