@@ -105,7 +105,9 @@ class Pattern:
         arguments: dict[str, Any] = {"pattern": type(self).__name__}
         for field in fields(self):  # type: ignore[arg-type]
             value = getattr(self, field.name)
-            arguments[field.name] = [value.text_length, *value.grid] if isinstance(value, TokenLayout) else value
+            arguments[field.name] = (
+                [value.text_length, *value.grid] if isinstance(value, TokenLayout) else value
+            )
         object.__setattr__(self, "spec", json.dumps(arguments))
 
 
@@ -114,7 +116,9 @@ def check_length(pattern: Pattern, length: int | None) -> int:
     if length is None:
         return pattern.length
     if not 1 <= length <= pattern.length:
-        raise ValueError(f"length: got {length} tokens, wanted 1 to {pattern.length}, the length of {pattern}")
+        raise ValueError(
+            f"length: got {length} tokens, wanted 1 to {pattern.length}, the length of {pattern}"
+        )
     return length
 
 
@@ -228,9 +232,13 @@ class Convolution(_GridPattern):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.boundary not in ("raster", "clamp", "torus", "corner"):
-            raise ValueError(f"boundary: got {self.boundary!r}, wanted 'raster', 'clamp', 'torus' or 'corner'")
+            raise ValueError(
+                f"boundary: got {self.boundary!r}, wanted 'raster', 'clamp', 'torus' or 'corner'"
+            )
         if self.kernel_size < 1 or (self.boundary != "corner" and self.kernel_size % 2 == 0):
-            raise ValueError(f"kernel_size: got {self.kernel_size}, wanted an odd int >= 1 (any for 'corner')")
+            raise ValueError(
+                f"kernel_size: got {self.kernel_size}, wanted an odd int >= 1 (any for 'corner')"
+            )
         if self.dilation < 1 or (self.boundary != "corner" and self.dilation != 1):
             raise ValueError(f"dilation: got {self.dilation}, wanted 1 (any int >= 1 for boundary='corner')")
 

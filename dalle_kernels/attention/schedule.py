@@ -93,7 +93,9 @@ class Schedule:
             if not np.array_equal(np.sort(order), np.arange(length)):
                 raise ValueError(f"order: wanted a permutation of the {length} tokens")
             if not np.array_equal(order[:fixed], np.arange(fixed)):
-                raise ValueError(f"order: the first {fixed} tokens, leading keys of some query, must stay in place")
+                raise ValueError(
+                    f"order: the first {fixed} tokens, leading keys of some query, must stay in place"
+                )
             grid = _Grid.over(order, leading, pairs, tile)
         return _compile(pattern, grid, leading, pairs)
 
