@@ -1,9 +1,17 @@
-// The Python face of the native library: what was built. The operations themselves register with torch from
-// csrc/<room>/cpu.cpp as soon as this module is loaded.
+// The Python face of the native library: what was built, and which instruction set it uses. The operations themselves
+// register with torch from csrc/<room>/cpu.cpp as soon as this module is loaded.
 
 #include <torch/extension.h>
+
+#include "isa.h"
 
 PYBIND11_MODULE(_native, module) {
   module.doc() = "Native CPU kernels of dalle_kernels.";
   module.attr("torch_version") = TORCH_VERSION;
+  module.def("isa", [] { return std::string(dalle::isa_name(dalle::current_isa())); },
+             "The instruction set in use: avx2, avx512, avx512_bf16, or none.");
+  module.def("set_isa", &dalle::set_isa, pybind11::arg("name"),
+             "Use a lower instruction set than the processor's best; ValueError for one it lacks.");
+  module.def("supported_isas", &dalle::supported_isas, "The instruction sets this processor can run, lowest first.");
+  dalle::current_isa();  // a bad DALLE_KERNELS_CPU_ISA is an error at import, not in the middle of a computation
 }

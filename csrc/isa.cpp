@@ -1,0 +1,72 @@
+#include "isa.h"
+
+#include <atomic>
+#include <cstdlib>
+
+namespace dalle {
+namespace {
+
+constexpr Isa kAll[] = {Isa::avx2, Isa::avx512, Isa::avx512_bf16};
+
+// __builtin_cpu_supports asks the operating system too: it wants the wide registers saved on a context switch.
+Isa detect() {
+  __builtin_cpu_init();
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return Isa::none;
+  if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
+      !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl"))
+    return Isa::avx2;
+  return __builtin_cpu_supports("avx512bf16") ? Isa::avx512_bf16 : Isa::avx512;
+}
+
+std::string joined(const std::vector<std::string>& names) {
+  std::string text;
+  for (const std::string& name : names) text += (text.empty() ? "" : ", ") + name;
+  return text.empty() ? "none" : text;
+}
+
+Isa parse(const std::string& name, const char* source) {
+  for (Isa isa : kAll)
+    if (name == isa_name(isa) && isa <= detected_isa()) return isa;
+  throw std::invalid_argument(std::string(source) + " asks for the instruction set '" + name +
+                              "'; this processor has: " + joined(supported_isas()));
+}
+
+Isa initial() {
+  const char* wanted = std::getenv("DALLE_KERNELS_CPU_ISA");
+  return wanted == nullptr || *wanted == '\0' ? detected_isa() : parse(wanted, "DALLE_KERNELS_CPU_ISA");
+}
+
+std::atomic<Isa>& selected() {
+  static std::atomic<Isa> isa{initial()};
+  return isa;
+}
+
+}  // namespace
+
+const char* isa_name(Isa isa) {
+  switch (isa) {
+    case Isa::avx2: return "avx2";
+    case Isa::avx512: return "avx512";
+    case Isa::avx512_bf16: return "avx512_bf16";
+    case Isa::none: break;
+  }
+  return "none";
+}
+
+Isa detected_isa() {
+  static const Isa isa = detect();
+  return isa;
+}
+
+Isa current_isa() { return selected().load(std::memory_order_relaxed); }
+
+std::vector<std::string> supported_isas() {
+  std::vector<std::string> names;
+  for (Isa isa : kAll)
+    if (isa <= detected_isa()) names.emplace_back(isa_name(isa));
+  return names;
+}
+
+void set_isa(const std::string& name) { selected().store(parse(name, "set_isa"), std::memory_order_relaxed); }
+
+}  // namespace dalle
