@@ -1,1 +1,48 @@
 """Fast PyTorch operations for DALL-E-style models."""
+
+from dalle_kernels.attention import (
+    AxialRow,
+    Causal,
+    Column,
+    Convolution,
+    Fixed,
+    MaskPattern,
+    Pattern,
+    Row,
+    Schedule,
+    Strided,
+    TokenLayout,
+    dalle_pattern_schedule,
+)
+from dalle_kernels.attention.op import sparse_attention
+from dalle_kernels.backends import explain
+from dalle_kernels.codebook.op import gumbel_lookup, vq_lookup
+from dalle_kernels.decode.cache import KVCache
+from dalle_kernels.decode.op import decode_attention
+from dalle_kernels.likelihood.op import logit_laplace_nll
+from dalle_kernels.sampling.op import sample_tokens
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AxialRow",
+    "Causal",
+    "Column",
+    "Convolution",
+    "Fixed",
+    "KVCache",
+    "MaskPattern",
+    "Pattern",
+    "Row",
+    "Schedule",
+    "Strided",
+    "TokenLayout",
+    "dalle_pattern_schedule",
+    "decode_attention",
+    "explain",
+    "gumbel_lookup",
+    "logit_laplace_nll",
+    "sample_tokens",
+    "sparse_attention",
+    "vq_lookup",
+]

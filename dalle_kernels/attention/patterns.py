@@ -105,9 +105,7 @@ class Pattern:
         arguments: dict[str, Any] = {"pattern": type(self).__name__}
         for field in fields(self):  # type: ignore[arg-type]
             value = getattr(self, field.name)
-            arguments[field.name] = (
-                [value.text_length, *value.grid] if isinstance(value, TokenLayout) else value
-            )
+            arguments[field.name] = [value.text_length, *value.grid] if isinstance(value, TokenLayout) else value
         object.__setattr__(self, "spec", json.dumps(arguments))
 
 
@@ -116,9 +114,7 @@ def check_length(pattern: Pattern, length: int | None) -> int:
     if length is None:
         return pattern.length
     if not 1 <= length <= pattern.length:
-        raise ValueError(
-            f"length: got {length} tokens, wanted 1 to {pattern.length}, the length of {pattern}"
-        )
+        raise ValueError(f"length: got {length} tokens, wanted 1 to {pattern.length}, the length of {pattern}")
     return length
 
 
@@ -232,13 +228,9 @@ class Convolution(_GridPattern):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.boundary not in ("raster", "clamp", "torus", "corner"):
-            raise ValueError(
-                f"boundary: got {self.boundary!r}, wanted 'raster', 'clamp', 'torus' or 'corner'"
-            )
+            raise ValueError(f"boundary: got {self.boundary!r}, wanted 'raster', 'clamp', 'torus' or 'corner'")
         if self.kernel_size < 1 or (self.boundary != "corner" and self.kernel_size % 2 == 0):
-            raise ValueError(
-                f"kernel_size: got {self.kernel_size}, wanted an odd int >= 1 (any for 'corner')"
-            )
+            raise ValueError(f"kernel_size: got {self.kernel_size}, wanted an odd int >= 1 (any for 'corner')")
         if self.dilation < 1 or (self.boundary != "corner" and self.dilation != 1):
             raise ValueError(f"dilation: got {self.dilation}, wanted 1 (any int >= 1 for boundary='corner')")
 
@@ -400,9 +392,7 @@ class MaskPattern(Pattern):
 
 
 @lru_cache(maxsize=64)
-def dalle_pattern_schedule(
-    layers: int, layout: TokenLayout, kernel_size: int = 11
-) -> tuple[_GridPattern, ...]:
+def dalle_pattern_schedule(layers: int, layout: TokenLayout, kernel_size: int = 11) -> tuple[_GridPattern, ...]:
     """The paper's patterns, one a layer: row, with column at every fourth from the second, the last a convolution.
 
     Source: Ramesh et al. 2021, appendix B.1: layer i, counted from 1, is column where (i - 2) % 4 == 0.

@@ -17,7 +17,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from dalle_kernels.attention.layout import TokenLayout
 from dalle_kernels.attention.patterns import IntArray, Pattern, check_length
 
 WORD_BITS = 32
@@ -84,26 +83,20 @@ class Schedule:
         leading, pairs = pattern.leading(length), list(pattern.pairs(length))
         fixed = int(leading.max())
         if order is None:
-            candidates = [
-                _Grid.over(candidate, leading, pairs, tile) for candidate in _orders(pattern, length, tile)
-            ]
+            candidates = [_Grid.over(candidate, leading, pairs, tile) for candidate in _orders(pattern, length, tile)]
             grid = min(candidates, key=lambda candidate: int(candidate.touched.sum()))
         else:
             order = np.asarray(order, np.int32)
             if not np.array_equal(np.sort(order), np.arange(length)):
                 raise ValueError(f"order: wanted a permutation of the {length} tokens")
             if not np.array_equal(order[:fixed], np.arange(fixed)):
-                raise ValueError(
-                    f"order: the first {fixed} tokens, leading keys of some query, must stay in place"
-                )
+                raise ValueError(f"order: the first {fixed} tokens, leading keys of some query, must stay in place")
             grid = _Grid.over(order, leading, pairs, tile)
         return _compile(pattern, grid, leading, pairs)
 
     def to(self, device: torch.device | str) -> Schedule:
         """The same schedule with its tensors on `device`."""
-        moved = {
-            name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)
-        }
+        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
         return replace(self, **moved)
 
 
@@ -153,7 +146,7 @@ class _Grid(NamedTuple):
     ) -> _Grid:
         rank = np.empty_like(order)
         rank[order] = np.arange(order.size, dtype=np.int32)
-        rows, columns = (-(-order.size // side) for side in tile)
+        columns = -(-order.size // tile[1])
         starts = np.arange(0, order.size, tile[0])
         reach = -(-np.maximum.reduceat(leading[order], starts) // tile[1])
         touched = np.arange(columns) < reach[:, None]
@@ -164,9 +157,7 @@ class _Grid(NamedTuple):
         return _Grid(order, rank, tile, touched)
 
 
-def _compile(
-    pattern: Pattern, grid: _Grid, leading: IntArray, pairs: list[tuple[IntArray, IntArray]]
-) -> Schedule:
+def _compile(pattern: Pattern, grid: _Grid, leading: IntArray, pairs: list[tuple[IntArray, IntArray]]) -> Schedule:
     (rows, columns), length = grid.tile, grid.order.size
     query_tile, key_tile = (index.astype(np.int32) for index in np.nonzero(grid.touched))
     starts = np.arange(0, length, rows)

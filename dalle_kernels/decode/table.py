@@ -67,9 +67,7 @@ class DecodeTable:
 
     def to(self, device: torch.device | str) -> DecodeTable:
         """The same table with its tensors on `device`."""
-        moved = {
-            name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)
-        }
+        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
         return replace(self, **moved)
 
 

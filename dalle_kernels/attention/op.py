@@ -1,0 +1,207 @@
+"""The door to sparse attention: checks, schema, shapes, derivative and choice of backend. The maths is elsewhere."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, overload
+
+import torch
+
+from dalle_kernels.attention.patterns import Pattern
+from dalle_kernels.backends import Call, Operation, register
+from dalle_kernels.checks import autocast, check_alike, check_scale, check_tensor, rows_contiguous
+from dalle_kernels.library import define, differentiate
+
+
+def _describe(q: torch.Tensor, *_: Any, **__: Any) -> Call:
+    dtype = autocast(q)[0].dtype
+    return Call(q.device, dtype, q.shape[-1])
+
+
+OPERATION = Operation(
+    "sparse_attention",
+    (
+        ("cuda", "dalle_kernels.attention.cuda"),
+        ("triton", "dalle_kernels.attention.triton_backend"),
+        ("cpu", "dalle_kernels.attention.cpu"),
+        ("reference", "dalle_kernels.attention.reference"),
+    ),
+    _describe,
+)
+
+
+@overload
+def sparse_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pattern: Pattern,
+    scale: float | None = ...,
+    key_padding_mask: torch.Tensor | None = ...,
+    return_lse: Literal[False] = ...,
+    backend: str = ...,
+) -> torch.Tensor: ...
+@overload
+def sparse_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pattern: Pattern,
+    scale: float | None = ...,
+    key_padding_mask: torch.Tensor | None = ...,
+    *,
+    return_lse: Literal[True],
+    backend: str = ...,
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+def sparse_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pattern: Pattern,
+    scale: float | None = None,
+    key_padding_mask: torch.Tensor | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """softmax(scale q k^T) v over the pairs that `pattern` makes visible; differentiable.
+
+    Source: Ramesh et al. 2021, appendix B.1 (the patterns); Dao et al. 2022 (computing it without the S x S matrix).
+
+    Args:
+        q, k, v: [B, H, S, D], float16, bfloat16, float32 or float64, any strides. S may be less than the
+            pattern's length: a prefix. Under autocast they are cast as scaled_dot_product_attention's are.
+        pattern: who sees whom.
+        scale: what the scores are multiplied by; D ** -0.5 where None.
+        key_padding_mask: bool [B, S], True at keys to ignore (as torch.nn.MultiheadAttention has it).
+        return_lse: also return the natural log-sum-exp of the scaled scores; it is differentiable too.
+        backend: "auto", "reference", "cpu", "triton" or "cuda"; see `explain`.
+
+    Returns:
+        [B, H, S, D] in q's dtype; with `return_lse` also float32 [B, H, S] (float64 for float64 inputs). A query
+        that sees no key gives zeros, a log-sum-exp of -inf and no gradient.
+
+    Raises:
+        TypeError, ValueError: for wrong ranks, shapes, dtypes, devices, or a named backend that cannot serve.
+
+    Example:
+        >>> layout = TokenLayout(text_length=16, grid=(8, 8))
+        >>> q = k = v = torch.randn(2, 4, layout.length, 32)
+        >>> sparse_attention(q, k, v, Row(layout)).shape
+        torch.Size([2, 4, 80, 32])
+    """
+    check_tensor("q", q, rank=4)
+    check_tensor("k", k, rank=4)
+    check_tensor("v", v, rank=4)
+    q, k, v = autocast(q, k, v)
+    for name, tensor in (("k", k), ("v", v)):
+        check_alike(name, tensor, "q", q)
+        if tensor.shape != q.shape:
+            raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, wanted {tuple(q.shape)} as q has")
+    if not isinstance(pattern, Pattern):
+        raise TypeError(f"pattern: got {type(pattern).__name__}, wanted a Pattern")
+    if not 1 <= q.shape[2] <= pattern.length:
+        raise ValueError(f"q: got {q.shape[2]} tokens, wanted 1 to {pattern.length}, the length of {pattern}")
+    check_scale(scale)
+    if key_padding_mask is not None:
+        wanted = (q.shape[0], q.shape[2])
+        if key_padding_mask.dtype != torch.bool or key_padding_mask.shape != wanted:
+            came = f"{key_padding_mask.dtype} of shape {tuple(key_padding_mask.shape)}"
+            raise ValueError(f"key_padding_mask: got {came}, wanted torch.bool of shape {wanted}")
+        if key_padding_mask.device != q.device:
+            raise ValueError(f"key_padding_mask: got a tensor on {key_padding_mask.device}, wanted {q.device}")
+    out, lse = torch.ops.dalle_kernels.attention_forward(
+        rows_contiguous(q),
+        rows_contiguous(k),
+        rows_contiguous(v),
+        key_padding_mask,
+        q.shape[-1] ** -0.5 if scale is None else float(scale),
+        pattern.spec,
+        backend,
+    )
+    return (out, lse) if return_lse else out
+
+
+register(sparse_attention, OPERATION)
+
+
+def _module(q: torch.Tensor, backend: str) -> Any:
+    return OPERATION.choose(backend, Call(q.device, q.dtype, q.shape[-1]))
+
+
+def _forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    key_padding_mask: torch.Tensor | None,
+    scale: float,
+    pattern: str,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return _module(q, backend).forward(q, k, v, key_padding_mask, scale, Pattern.parse(pattern))
+
+
+def _forward_fake(q: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=wide)
+
+
+def _backward(
+    grad_out: torch.Tensor,
+    grad_lse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    key_padding_mask: torch.Tensor | None,
+    scale: float,
+    pattern: str,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return _module(q, backend).backward(
+        grad_out, grad_lse, q, k, v, out, lse, key_padding_mask, scale, Pattern.parse(pattern)
+    )
+
+
+def _backward_fake(
+    grad_out: torch.Tensor,
+    grad_lse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *_: Any,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+define(
+    "attention_forward(Tensor q, Tensor k, Tensor v, Tensor? key_padding_mask, float scale, str pattern, str backend)"
+    " -> (Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+)
+define(
+    "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
+    " Tensor? key_padding_mask, float scale, str pattern, str backend) -> (Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    q, k, v, key_padding_mask, *ctx.constants = inputs
+    ctx.save_for_backward(q, k, v, *output, key_padding_mask)
+    ctx.set_materialize_grads(False)
+
+
+def _autograd(ctx: Any, grad_out: torch.Tensor | None, grad_lse: torch.Tensor | None) -> tuple[Any, ...]:
+    q, k, v, out, lse, key_padding_mask = ctx.saved_tensors
+    if grad_out is None and grad_lse is None:
+        return (None,) * 7
+    grad_out = torch.zeros_like(out) if grad_out is None else rows_contiguous(grad_out)
+    grads = torch.ops.dalle_kernels.attention_backward(
+        grad_out, grad_lse, q, k, v, out, lse, key_padding_mask, *ctx.constants
+    )
+    return *grads, None, None, None, None
+
+
+differentiate("attention_forward", _setup_context, _autograd)

@@ -1,0 +1,73 @@
+"""Questions that every operation asks of its arguments: one clear error each, naming what came and what was wanted."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_tensor(name: str, value: object, rank: int | None = None) -> None:
+    """`value` is a floating-point tensor, of `rank` dimensions where one is given."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name}: got {type(value).__name__}, wanted a torch.Tensor")
+    if value.dtype not in FLOATS:
+        raise TypeError(f"{name}: got {value.dtype}, wanted float16, bfloat16, float32 or float64")
+    if rank is not None and value.dim() != rank:
+        raise ValueError(f"{name}: got shape {tuple(value.shape)}, wanted {rank} dimensions")
+
+
+def check_alike(name: str, value: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
+    """Both tensors share dtype and device."""
+    if value.dtype != other.dtype:
+        raise TypeError(f"{name}: got {value.dtype}, wanted {other.dtype} as {other_name} has")
+    if value.device != other.device:
+        raise ValueError(f"{name}: got a tensor on {value.device}, wanted {other.device} where {other_name} is")
+
+
+def check_scale(scale: float | None) -> None:
+    if scale is not None and not (isinstance(scale, (int, float)) and math.isfinite(scale)):
+        raise ValueError(f"scale: got {scale!r}, wanted a finite number or None")
+
+
+def positive_temperature(temperature: float | torch.Tensor, device: torch.device) -> torch.Tensor:
+    """`temperature` as a 0-dim float32 tensor on `device`; a number, or a tensor on the CPU, must be above 0."""
+    if isinstance(temperature, torch.Tensor):
+        if temperature.numel() != 1:
+            raise ValueError(f"temperature: got shape {tuple(temperature.shape)}, wanted one number")
+        return temperature.detach().reshape(()).to(device, torch.float32)
+    if not isinstance(temperature, (int, float)) or not 0 < temperature < math.inf:
+        raise ValueError(f"temperature: got {temperature!r}, wanted a finite number above 0")
+    return torch.full((), temperature, dtype=torch.float32, device=device)
+
+
+def seed_tensor(seed: int | torch.Tensor | None, device: torch.device) -> torch.Tensor:
+    """`seed` as a 0-dim int64 tensor on `device`; None draws one from torch's generator there."""
+    if seed is None:
+        return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device)
+    if isinstance(seed, torch.Tensor):
+        if seed.numel() != 1 or seed.dtype != torch.int64:
+            raise ValueError(f"seed: got {seed.dtype} of shape {tuple(seed.shape)}, wanted one int64")
+        return seed.reshape(()).to(device)
+    if not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed: got {seed!r}, wanted an int of 64 bits")
+    return torch.full((), seed, dtype=torch.int64, device=device)
+
+
+def autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The tensors as autocast would hand them to scaled_dot_product_attention: float32 and lower cast, float64 not."""
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(
+        tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
+        for tensor in tensors
+    )
+
+
+def rows_contiguous(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself where its last dimension is contiguous, else a contiguous copy."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()

@@ -1,0 +1,55 @@
+"""Loads what `csrc` built, and says what it holds: `python -m dalle_kernels.native`."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+
+NATIVE: ModuleType | None = None
+_absence = ""
+
+try:
+    from dalle_kernels import _native as _loaded
+
+    if _loaded.torch_version.split(".")[:2] == torch.__version__.split(".")[:2]:
+        NATIVE = _loaded
+    else:
+        _absence = f"the native library was built for torch {_loaded.torch_version}, this is {torch.__version__}"
+except ImportError as error:
+    _absence = f"the native library is absent ({error}); build it: pip install --no-build-isolation ."
+
+
+def absence() -> str | None:
+    """Why the native CPU kernels cannot be used, or None."""
+    if NATIVE is None:
+        return _absence
+    if not NATIVE.supported_isas():
+        return "the native kernels need AVX2 or AVX-512, which this processor lacks"
+    return None
+
+
+def instruction_set() -> str:
+    """The instruction set that the native CPU kernels use now, such as "avx512_bf16"; "none" without them."""
+    return "none" if NATIVE is None else NATIVE.isa()
+
+
+def refuse_cpu(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why native CPU kernels cannot serve tensors of `dtype` on `device`, or None: every room's first question."""
+    if device.type != "cpu":
+        return f"it runs on CPU tensors, these are on {device.type}"
+    if dtype not in (torch.float32, torch.bfloat16):
+        return f"it takes float32 and bfloat16, not {dtype}"
+    return absence()
+
+
+def report() -> str:
+    """What was built, for what, with what."""
+    if NATIVE is None:
+        return f"CPU kernels: none: {_absence}"
+    supported = ", ".join(NATIVE.supported_isas()) or "none that this processor has"
+    return f"CPU kernels: built for torch {NATIVE.torch_version}; instruction sets: {supported}; in use: {NATIVE.isa()}"
+
+
+if __name__ == "__main__":
+    print(report())

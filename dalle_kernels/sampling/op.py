@@ -1,0 +1,133 @@
+"""The door to sampling: checks, schema, shapes and choice of backend."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from dalle_kernels.backends import Call, Operation, register
+from dalle_kernels.checks import check_alike, check_tensor, rows_contiguous, seed_tensor
+from dalle_kernels.library import define
+
+
+def _describe(logits: torch.Tensor, *_: Any, **__: Any) -> Call:
+    return Call(logits.device, logits.dtype, logits.shape[-1])
+
+
+OPERATION = Operation(
+    "sample_tokens",
+    (
+        ("cuda", "dalle_kernels.sampling.cuda"),
+        ("triton", "dalle_kernels.sampling.triton_kernel"),
+        ("cpu", "dalle_kernels.sampling.cpu"),
+        ("reference", "dalle_kernels.sampling.reference"),
+    ),
+    _describe,
+)
+
+
+def sample_tokens(
+    logits: torch.Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | torch.Tensor | None = None,
+    unconditional_logits: torch.Tensor | None = None,
+    guidance_scale: float = 1.0,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Draws one token a row: guidance, temperature, top-k, top-p, then argmax of logits plus Gumbel noise.
+
+    Source: Ho and Salimans 2022 (classifier-free guidance), equation 6; Holtzman et al. 2020 (top-p).
+
+    Args:
+        logits: [B, V], float16, bfloat16, float32 or float64.
+        temperature: what the logits are divided by; 0 takes the most likely token.
+        top_k: keep the `top_k` largest logits, and any equal to the smallest of them; None keeps all.
+        top_p: keep a token while the tokens strictly likelier than it hold less than `top_p` of the probability (after
+            top-k), 0 < top_p <= 1; None keeps all.
+        seed: a 64-bit int or one-element int64 tensor; None draws one from torch's generator. Row n takes row n of
+            the noise that `dalle_kernels.noise` defines.
+        unconditional_logits: [B, V], for guidance: u + guidance_scale (logits - u).
+        guidance_scale: 1 is the conditional model itself.
+        backend: "auto", "reference", "cpu", "triton" or "cuda"; see `explain`.
+
+    Returns:
+        int64 [B].
+
+    Raises:
+        TypeError, ValueError: for wrong shapes, dtypes, devices or ranges, or, on the CPU, NaN among the logits.
+
+    Example:
+        >>> sample_tokens(torch.tensor([[0.0, 50.0, 0.0]]), seed=1).tolist()
+        [1]
+    """
+    check_tensor("logits", logits, rank=2)
+    if logits.shape[1] < 1:
+        raise ValueError(f"logits: got shape {tuple(logits.shape)}, wanted at least one token a row")
+    if not isinstance(temperature, (int, float)) or not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature: got {temperature!r}, wanted a finite number >= 0")
+    if top_k is not None and (not isinstance(top_k, int) or top_k < 1):
+        raise ValueError(f"top_k: got {top_k!r}, wanted an int >= 1 or None")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p: got {top_p!r}, wanted 0 < top_p <= 1 or None")
+    if not isinstance(guidance_scale, (int, float)) or not math.isfinite(guidance_scale):
+        raise ValueError(f"guidance_scale: got {guidance_scale!r}, wanted a finite number")
+    if unconditional_logits is None:
+        if guidance_scale != 1:
+            raise ValueError(f"unconditional_logits: got None, wanted logits to guide by {guidance_scale}")
+    else:
+        check_tensor("unconditional_logits", unconditional_logits, rank=2)
+        check_alike("unconditional_logits", unconditional_logits, "logits", logits)
+        if unconditional_logits.shape != logits.shape:
+            came = tuple(unconditional_logits.shape)
+            raise ValueError(f"unconditional_logits: got shape {came}, wanted {tuple(logits.shape)}")
+        unconditional_logits = rows_contiguous(unconditional_logits.detach())
+    return torch.ops.dalle_kernels.sample_tokens(
+        rows_contiguous(logits.detach()),
+        unconditional_logits,
+        float(guidance_scale),
+        float(temperature),
+        top_k or 0,
+        1.0 if top_p is None else float(top_p),
+        seed_tensor(seed, logits.device),
+        backend,
+    )
+
+
+register(sample_tokens, OPERATION)
+
+
+def _sample(
+    logits: torch.Tensor,
+    unconditional: torch.Tensor | None,
+    guidance_scale: float,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    seed: torch.Tensor,
+    backend: str,
+) -> torch.Tensor:
+    if logits.device.type == "cpu":
+        for name, tensor in (("logits", logits), ("unconditional_logits", unconditional)):
+            # A sum is NaN wherever an element is, and costs one pass without a table of flags; opposite infinities
+            # make it NaN too, so the elements have the last word.
+            if tensor is not None and tensor.sum().isnan() and tensor.isnan().any():
+                row = int(tensor.isnan().any(-1).nonzero()[0])
+                raise ValueError(f"{name}: row {row} holds NaN, wanted numbers")
+    module = OPERATION.choose(backend, Call(logits.device, logits.dtype, logits.shape[1]))
+    return module.sample(logits, unconditional, guidance_scale, temperature, top_k, top_p, seed)
+
+
+def _sample_fake(logits: torch.Tensor, *_: Any) -> torch.Tensor:
+    return logits.new_empty(logits.shape[0], dtype=torch.int64)
+
+
+define(
+    "sample_tokens(Tensor logits, Tensor? unconditional, float guidance_scale, float temperature, int top_k,"
+    " float top_p, Tensor seed, str backend) -> Tensor",
+    _sample,
+    _sample_fake,
+)

@@ -1,0 +1,43 @@
+"""Drawing tokens, defined: plain PyTorch, in float32 or float64."""
+
+from __future__ import annotations
+
+import torch
+
+from dalle_kernels.backends import Call
+from dalle_kernels.noise import SAMPLING_STREAM, gumbel_noise
+
+
+def refuse(call: Call) -> str | None:
+    return None
+
+
+def sample(
+    logits: torch.Tensor,
+    unconditional: torch.Tensor | None,
+    guidance_scale: float,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    seed: torch.Tensor,
+) -> torch.Tensor:
+    """`top_k` 0 and `top_p` 1 are off. Both keep or drop equal logits together, so the order of a sort never matters."""
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    if unconditional is not None:
+        base = unconditional.to(wide.dtype)
+        wide = base + guidance_scale * (wide - base)
+    if temperature == 0:
+        return wide.argmax(-1)
+    scaled = wide / temperature
+    if 0 < top_k < scaled.shape[-1]:
+        threshold = scaled.topk(top_k).values[:, -1:]
+        scaled = scaled.masked_fill(scaled < threshold, -torch.inf)
+    if top_p < 1:
+        ordered, order = scaled.sort(dim=-1, descending=True)
+        p = ordered.softmax(-1)
+        above = p.cumsum(-1) - p
+        # Equal logits share the mass above the first of them.
+        first = torch.searchsorted(-ordered, -ordered, side="left")
+        dropped = above.gather(-1, first) >= top_p
+        scaled = scaled.masked_fill(dropped.scatter(-1, order, dropped), -torch.inf)
+    return (scaled + gumbel_noise(seed, *scaled.shape, SAMPLING_STREAM)).argmax(-1)
