@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from types import ModuleType
 
 import torch
@@ -10,7 +11,7 @@ NATIVE: ModuleType | None = None
 _absence = ""
 
 try:
-    from dalle_kernels import _native as _loaded
+    _loaded = import_module("dalle_kernels._native")
 
     if _loaded.torch_version.split(".")[:2] == torch.__version__.split(".")[:2]:
         NATIVE = _loaded

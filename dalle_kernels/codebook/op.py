@@ -120,7 +120,7 @@ def vq_lookup(
     if features.shape[-1] != codebook.shape[1]:
         raise ValueError(f"codebook: got width {codebook.shape[1]}, wanted {features.shape[-1]} as features have")
     rows = features.shape[:-1]
-    indices, squared_distance = torch.ops.dalle_kernels.vq_forward(
+    squared_distance, indices = torch.ops.dalle_kernels.vq_forward(
         rows_contiguous(features).reshape(-1, features.shape[-1]), codebook.contiguous(), backend
     )
     indices = indices.reshape(rows)
@@ -235,13 +235,13 @@ def _vq_forward(features: torch.Tensor, codebook: torch.Tensor, backend: str) ->
     module = VQ.choose(backend, Call(features.device, features.dtype, codebook.shape[1]))
     indices, squared_distance = module.vq_forward(features, codebook)
     _refuse_nan("features", features, squared_distance)
-    return indices, squared_distance
+    return squared_distance, indices
 
 
 def _vq_forward_fake(features: torch.Tensor, codebook: torch.Tensor, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
     wide = torch.float64 if features.dtype == torch.float64 else torch.float32
     rows = features.shape[0]
-    return features.new_empty(rows, dtype=torch.int64), features.new_empty(rows, dtype=wide)
+    return features.new_empty(rows, dtype=wide), features.new_empty(rows, dtype=torch.int64)
 
 
 def _vq_backward(
@@ -262,8 +262,8 @@ def _vq_backward_fake(
 
 
 define(
-    "gumbel_forward(Tensor logits, Tensor codebook, Tensor temperature, bool hard, bool noise, Tensor seed, str backend)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "gumbel_forward(Tensor logits, Tensor codebook, Tensor temperature, bool hard, bool noise, Tensor seed,"
+    " str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _gumbel_forward,
     _gumbel_forward_fake,
 )
@@ -321,12 +321,12 @@ def _gumbel_autograd(
 
 def _vq_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
     features, codebook, ctx.backend = inputs
-    ctx.save_for_backward(features, codebook, output[0])
-    ctx.mark_non_differentiable(output[0])
+    ctx.save_for_backward(features, codebook, output[1])
+    ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
-def _vq_autograd(ctx: Any, _indices: None, grad: torch.Tensor | None) -> tuple[Any, ...]:
+def _vq_autograd(ctx: Any, grad: torch.Tensor | None, _indices: None) -> tuple[Any, ...]:
     if grad is None:
         return None, None, None
     features, codebook, indices = ctx.saved_tensors

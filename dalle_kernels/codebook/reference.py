@@ -19,7 +19,7 @@ def _wide(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _noisy(logits: torch.Tensor, noise: bool, seed: torch.Tensor) -> torch.Tensor:
-    return logits + gumbel_noise(seed, *logits.shape, GUMBEL_STREAM) if noise else logits
+    return logits + gumbel_noise(seed, logits.shape[0], logits.shape[1], GUMBEL_STREAM) if noise else logits
 
 
 def gumbel_forward(

@@ -21,7 +21,7 @@ def sample(
     top_p: float,
     seed: torch.Tensor,
 ) -> torch.Tensor:
-    """`top_k` 0 and `top_p` 1 are off. Both keep or drop equal logits together, so the order of a sort never matters."""
+    """`top_k` 0 and `top_p` 1 are off. Both keep or drop equal logits together: no sort's order ever shows."""
     wide = logits if logits.dtype == torch.float64 else logits.float()
     if unconditional is not None:
         base = unconditional.to(wide.dtype)
@@ -40,4 +40,4 @@ def sample(
         first = torch.searchsorted(-ordered, -ordered, side="left")
         dropped = above.gather(-1, first) >= top_p
         scaled = scaled.masked_fill(dropped.scatter(-1, order, dropped), -torch.inf)
-    return (scaled + gumbel_noise(seed, *scaled.shape, SAMPLING_STREAM)).argmax(-1)
+    return (scaled + gumbel_noise(seed, scaled.shape[0], scaled.shape[1], SAMPLING_STREAM)).argmax(-1)

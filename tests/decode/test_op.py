@@ -1,0 +1,150 @@
+"""Decoding: token by token against sparse attention at once, the cache's length, bad input."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.library import opcheck
+
+from dalle_kernels import (
+    AxialRow,
+    Column,
+    Convolution,
+    KVCache,
+    MaskPattern,
+    Pattern,
+    Row,
+    TokenLayout,
+    decode_attention,
+    sparse_attention,
+)
+from dalle_kernels.decode.table import DecodeTable
+from tests.oracles import every_pattern
+
+LAYOUT = TokenLayout(5, (4, 6))
+PAPER = TokenLayout(256, (32, 32))
+CAUSAL = [pattern for pattern in every_pattern(LAYOUT) if not isinstance(pattern, MaskPattern)]
+
+
+def tokens(pattern: Pattern, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
+    torch.manual_seed(2)
+    return [torch.randn(2, 3, pattern.length, 16, dtype=dtype) for _ in range(3)]
+
+
+def decode(cache: KVCache, qkv: list[torch.Tensor], start: int = 0, backend: str = "auto") -> torch.Tensor:
+    steps = [
+        decode_attention(*(t[:, :, i : i + 1] for t in qkv), cache, i, backend=backend)  # type: ignore[misc]
+        for i in range(start, qkv[0].shape[2])
+    ]
+    return torch.cat(steps, dim=2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("pattern", CAUSAL, ids=str)
+def test_token_by_token_equals_all_at_once(pattern: Pattern, dtype: torch.dtype) -> None:
+    qkv = tokens(pattern, dtype)
+    cache = KVCache(pattern, 2, 3, 16, dtype=dtype)
+    cache.keys.fill_(torch.nan)  # a slot that is read before it is written would show
+    cache.values.fill_(torch.nan)
+    torch.testing.assert_close(decode(cache, qkv), sparse_attention(*qkv, pattern, backend="reference"))
+
+
+@pytest.mark.parametrize("length", [1, 5, 14, 28])
+def test_prefill_leaves_what_decoding_would(length: int) -> None:
+    for pattern in CAUSAL:
+        qkv = tokens(pattern)
+        decoded, filled = (KVCache(pattern, 2, 3, 16, dtype=torch.float64) for _ in range(2))
+        decode(decoded, [t[:, :, :length] for t in qkv])
+        filled.prefill(qkv[1][:, :, :length], qkv[2][:, :, :length])
+        assert torch.equal(decoded.keys, filled.keys), pattern
+        assert torch.equal(decoded.values, filled.values), pattern
+        assert torch.equal(decode(decoded, qkv, length), decode(filled, qkv, length)), pattern
+
+
+@pytest.mark.parametrize(
+    ("pattern", "length"),
+    [
+        (Row(PAPER), 256 + 32 + 1),
+        (Convolution(PAPER, 11), 256 + 5 * 32 + 6),
+        (AxialRow(PAPER), 256 + 32),
+        (Column(PAPER), 256 + 31 * 32 + 1),
+    ],
+    ids=str,
+)
+def test_the_cache_is_as_short_as_the_pattern_allows(pattern: Pattern, length: int) -> None:
+    assert KVCache(pattern, 1, 1, 8).keys.shape == (1, 1, length, 8)
+
+
+@pytest.mark.parametrize("pattern", [*CAUSAL, Row(PAPER), Column(PAPER), Convolution(PAPER, 11, "torus")], ids=str)
+def test_the_table_reads_just_the_visible_keys(pattern: Pattern) -> None:
+    table, mask = DecodeTable.build(pattern), pattern.mask()
+    holder = [-1] * table.cache_length
+    offsets, slots, slot_of, prefix = (t.tolist() for t in (table.offsets, table.slots, table.slot, table.prefix))
+    for position in range(pattern.length):
+        holder[slot_of[position]] = position
+        listed = slots[offsets[position] : offsets[position + 1]]
+        assert len(listed) <= table.max_list
+        read = [holder[slot] for slot in [*range(prefix[position]), *listed]]
+        assert sorted(read) == mask[position].nonzero().flatten().tolist()
+
+
+def test_position_as_a_tensor_and_opcheck() -> None:
+    pattern = Row(LAYOUT)
+    q, k, v = (t[:, :, :1] for t in tokens(pattern))
+    one, other = (KVCache(pattern, 2, 3, 16, dtype=torch.float64) for _ in range(2))
+    assert torch.equal(
+        decode_attention(q, k, v, one, 0), decode_attention(q, k, v, other, torch.tensor(0, dtype=torch.int64))
+    )
+    for name, tensor in (("keys", one.keys), ("values", one.values)):
+        assert torch.equal(tensor, getattr(other, name))
+    position = torch.tensor(3)
+    opcheck(
+        torch.ops.dalle_kernels.decode_forward.default,
+        (q, k, v, one.keys, one.values, position, 0.25, pattern.spec, "auto"),
+    )
+
+
+def test_torch_compile_makes_one_graph() -> None:
+    pattern = Row(LAYOUT)
+    qkv = tokens(pattern, torch.float32)
+    eager, compiled = (KVCache(pattern, 2, 3, 16) for _ in range(2))
+
+    @torch.compile(fullgraph=True)
+    def step(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        return decode_attention(q, k, v, compiled, position)
+
+    got = [step(*(t[:, :, i : i + 1] for t in qkv), torch.tensor(i)) for i in range(8)]
+    torch.testing.assert_close(torch.cat(got, dim=2), decode(eager, [t[:, :, :8] for t in qkv]))
+
+
+Q = torch.zeros(2, 3, 1, 16)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "position", "error", "message"),
+    [
+        ((Q[..., :8], Q, Q), 0, ValueError, r"q: got shape \(2, 3, 1, 8\), wanted \(2, 3, 1, 16\)"),
+        ((Q, Q.double(), Q), 0, TypeError, "k: got torch.float64, wanted torch.float32 as the cache has"),
+        ((Q, Q, Q), 29, ValueError, "position: got 29, wanted an int from 0 to 28"),
+        ((Q, Q, Q), -1, ValueError, "position: got -1"),
+        ((Q, Q, Q), torch.tensor(29), ValueError, "position: got 29, wanted 0 to 28"),
+        ((Q, Q, Q), torch.tensor(1.0), ValueError, "position: got torch.float32"),
+        ((Q.clone().requires_grad_(), Q, Q), 0, RuntimeError, "decode_attention has no backward"),
+    ],
+)
+def test_bad_input_is_refused(tensors, position, error, message: str) -> None:  # type: ignore[no-untyped-def]
+    cache = KVCache(Row(LAYOUT), 2, 3, 16)
+    with pytest.raises(error, match=message):
+        decode_attention(*tensors, cache, position)
+    assert not cache.keys.any()  # nothing is written before the refusal
+
+
+def test_bad_caches_are_refused() -> None:
+    with pytest.raises(ValueError, match="lets a query see later keys"):
+        KVCache(MaskPattern(torch.ones(4, 4, dtype=torch.bool)), 1, 1, 8)
+    with pytest.raises(ValueError, match="heads: got 0"):
+        KVCache(Row(LAYOUT), 1, 0, 8)
+    with pytest.raises(TypeError, match="cache: got Tensor, wanted a KVCache"):
+        decode_attention(Q, Q, Q, Q, 0)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="k: got 30 tokens, wanted at most 29"):
+        KVCache(Row(LAYOUT), 1, 1, 8).prefill(torch.zeros(1, 1, 30, 8), torch.zeros(1, 1, 30, 8))
