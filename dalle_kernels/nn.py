@@ -1,0 +1,265 @@
+"""Modules over the operations: what a model needs around `sparse_attention`, `gumbel_lookup` and `vq_lookup`.
+
+Each module holds parameters and calls one public operation; there is no maths here that the operation's room
+does not define. They behave like `torch.nn` modules: `state_dict`, `to`, autocast, `torch.compile`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dalle_kernels.attention import Pattern
+from dalle_kernels.attention.op import sparse_attention
+from dalle_kernels.codebook.op import gumbel_lookup, vq_lookup
+from dalle_kernels.decode.cache import KVCache
+from dalle_kernels.decode.op import decode_attention
+
+__all__ = ["GumbelQuantizer", "Quantized", "SparseSelfAttention", "VectorQuantized", "VectorQuantizer"]
+
+
+class SparseSelfAttention(nn.Module):
+    """Multi-head self-attention in which every query sees the keys of a `Pattern`.
+
+    One projection makes queries, keys and values; the operation reads them as strided views, so nothing is
+    transposed in memory. The same weights serve training (`forward`), reading a prompt (`forward` with a
+    cache) and producing one token at a time (`step`).
+
+    Args:
+        pattern: which keys each query sees; sequences may be shorter than `pattern.length`.
+        embed_dim: E, the width of the input and of the output.
+        num_heads: H.
+        head_dim: D of each head; E // H unless told.
+        bias: whether the two projections have biases.
+        backend: as in `sparse_attention` and `decode_attention`.
+
+    Example:
+        >>> pattern = Row(TokenLayout(4, (3, 3)))
+        >>> attention = SparseSelfAttention(pattern, embed_dim=32, num_heads=2)
+        >>> x = torch.randn(1, 13, 32)
+        >>> whole = attention(x)
+        >>> cache = attention.new_cache(batch=1)
+        >>> with torch.no_grad():                                      # decoding has no backward
+        ...     prompt = attention(x[:, :4], cache=cache)              # the first four positions at once
+        ...     fifth = attention.step(x[:, 4:5], cache, position=4)   # then one at a time
+        >>> torch.allclose(fifth, whole[:, 4:5], atol=1e-5)
+        True
+    """
+
+    def __init__(
+        self,
+        pattern: Pattern,
+        embed_dim: int,
+        num_heads: int,
+        *,
+        head_dim: int | None = None,
+        bias: bool = True,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        if num_heads < 1:
+            raise ValueError(f"num_heads: got {num_heads}, wanted at least 1")
+        if head_dim is None:
+            if embed_dim % num_heads:
+                raise ValueError(f"embed_dim: got {embed_dim}, wanted a multiple of num_heads ({num_heads})")
+            head_dim = embed_dim // num_heads
+        self.pattern = pattern
+        self.num_heads = num_heads
+        self.head_dim = head_dim
+        self.backend = backend
+        self.project_qkv = nn.Linear(embed_dim, 3 * num_heads * head_dim, bias=bias)
+        self.project_out = nn.Linear(num_heads * head_dim, embed_dim, bias=bias)
+
+    def _qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B, S, E] -> q, k, v, each a [B, H, S, D] view of one [B, S, 3, H, D] tensor."""
+        qkv = self.project_qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
+        q, k, v = qkv.transpose(1, 3).unbind(2)
+        return q, k, v
+
+    def _join(self, heads: Tensor) -> Tensor:
+        """heads [B, H, S, D] -> [B, S, E]."""
+        return self.project_out(heads.transpose(1, 2).flatten(2))
+
+    def forward(self, x: Tensor, key_padding_mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """Attend over a whole sequence.
+
+        Args:
+            x: [B, S, E], positions 0 .. S - 1.
+            key_padding_mask: bool [B, S], True where a key is padding, as in `torch.nn.MultiheadAttention`.
+            cache: filled with the keys and values of these positions, so that `step` can go on from S.
+
+        Returns:
+            [B, S, E].
+        """
+        q, k, v = self._qkv(x)
+        if cache is not None:
+            cache.prefill(k, v)
+        return self._join(
+            sparse_attention(q, k, v, self.pattern, key_padding_mask=key_padding_mask, backend=self.backend)
+        )
+
+    def step(self, x: Tensor, cache: KVCache, position: int | Tensor) -> Tensor:
+        """Attend from one new token: x [B, 1, E] at `position` (int, or int64 0-dim tensor) -> [B, 1, E]."""
+        q, k, v = self._qkv(x)
+        return self._join(decode_attention(q, k, v, cache, position, backend=self.backend))
+
+    def new_cache(self, batch: int, dtype: torch.dtype | None = None) -> KVCache:
+        """An empty cache for `batch` sequences, with this module's device and the dtype of its keys."""
+        weight = self.project_qkv.weight
+        if dtype is None:
+            kind = weight.device.type
+            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        return KVCache(self.pattern, batch, self.num_heads, self.head_dim, dtype=dtype, device=weight.device)
+
+    def extra_repr(self) -> str:
+        return f"{self.pattern}, num_heads={self.num_heads}, head_dim={self.head_dim}"
+
+
+class Quantized(NamedTuple):
+    """What `GumbelQuantizer` returns for logits [..., K]."""
+
+    latents: Tensor
+    """[..., D] in the codebook's dtype (autocast's under autocast)."""
+    indices: Tensor
+    """int64 [...]."""
+    kl: Tensor
+    """float32 [...]: KL from the codes' distribution to the uniform one, in nats."""
+
+
+class GumbelQuantizer(nn.Module):
+    """The dVAE's bottleneck: a codebook read through Gumbel-softmax (Ramesh et al. 2021; Jang et al. 2016).
+
+    Training mixes codebook rows with noisy weights; evaluation picks the likeliest row, without noise.
+
+    Args:
+        num_codes: K.
+        code_dim: D, the width of a codebook row.
+        hard: pick one row in the forward pass while training too, with the soft mixture's gradient.
+        backend: as in `gumbel_lookup`.
+
+    Example:
+        >>> quantizer = GumbelQuantizer(num_codes=512, code_dim=64)
+        >>> logits = torch.randn(2, 8, 8, 512, requires_grad=True)
+        >>> latents, indices, kl = quantizer(logits, temperature=0.5)
+        >>> latents.shape, indices.shape, kl.shape
+        (torch.Size([2, 8, 8, 64]), torch.Size([2, 8, 8]), torch.Size([2, 8, 8]))
+        >>> torch.equal(quantizer.eval()(logits).indices, logits.argmax(-1))
+        True
+    """
+
+    def __init__(self, num_codes: int, code_dim: int, *, hard: bool = False, backend: str = "auto") -> None:
+        super().__init__()
+        self.hard = hard
+        self.backend = backend
+        self.codebook = nn.Parameter(torch.empty(num_codes, code_dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.codebook, std=self.codebook.shape[1] ** -0.5)
+
+    def forward(self, logits: Tensor, temperature: float | Tensor = 1.0, seed: int | Tensor | None = None) -> Quantized:
+        """Quantize.
+
+        Args:
+            logits: [..., K]; channels come last.
+            temperature: of the relaxation; has no effect in evaluation.
+            seed: of the noise; drawn from PyTorch's default generator unless told.
+        """
+        return Quantized(
+            *gumbel_lookup(
+                logits,
+                self.codebook,
+                temperature,
+                hard=self.hard,
+                noise=self.training,
+                seed=seed,
+                backend=self.backend,
+            )
+        )
+
+    def extra_repr(self) -> str:
+        codes, width = self.codebook.shape
+        return f"num_codes={codes}, code_dim={width}, hard={self.hard}"
+
+
+class VectorQuantized(NamedTuple):
+    """What `VectorQuantizer` returns for features [..., D]."""
+
+    latents: Tensor
+    """[..., D]: the nearest codebook rows; their gradient goes straight to the features."""
+    indices: Tensor
+    """int64 [...]."""
+    codebook_loss: Tensor
+    """0-dim: mean squared distance, moving the chosen rows towards the features."""
+    commitment_loss: Tensor
+    """0-dim: the same number, moving the features towards the chosen rows; weigh it by about 0.25."""
+
+
+class VectorQuantizer(nn.Module):
+    """The VQ-VAE's bottleneck: each feature becomes its nearest codebook row (van den Oord et al. 2017).
+
+    Codes that no feature chooses get no gradient and die. The buffer `idle` counts, for each code, the
+    training batches since it was last chosen; `dead_codes` lists those past a limit and `revive` moves them
+    onto features.
+
+    Args:
+        num_codes: K.
+        code_dim: D.
+        backend: as in `vq_lookup`.
+
+    Example:
+        >>> quantizer = VectorQuantizer(num_codes=512, code_dim=64)
+        >>> features = torch.randn(2, 8, 8, 64, requires_grad=True)
+        >>> latents, indices, codebook_loss, commitment_loss = quantizer(features)
+        >>> (latents.square().mean() + codebook_loss + 0.25 * commitment_loss).backward()
+        >>> quantizer.revive(features, idle_batches=1) == 512 - indices.unique().numel()
+        True
+    """
+
+    idle: Tensor
+
+    def __init__(self, num_codes: int, code_dim: int, *, backend: str = "auto") -> None:
+        super().__init__()
+        self.backend = backend
+        self.codebook = nn.Parameter(torch.empty(num_codes, code_dim))
+        self.register_buffer("idle", torch.zeros(num_codes, dtype=torch.int64))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.codebook, std=self.codebook.shape[1] ** -0.5)
+        self.idle.zero_()
+
+    def forward(self, features: Tensor) -> VectorQuantized:
+        """Quantize features [..., D]; channels come last."""
+        # The lookup sees detached features: its distance then moves the codebook alone, and the commitment,
+        # which the caller weighs on its own, moves the features alone.
+        nearest, indices, distance = vq_lookup(features.detach(), self.codebook, backend=self.backend)
+        nearest = nearest.detach()
+        codebook_loss = distance.mean() / features.shape[-1]
+        commitment_loss = (features.float() - nearest.float()).square().mean()
+        latents = features + (nearest - features).detach()
+        if self.training:
+            self.idle.add_(1).index_fill_(0, indices.flatten(), 0)
+        return VectorQuantized(latents, indices, codebook_loss, commitment_loss)
+
+    def dead_codes(self, idle_batches: int) -> Tensor:
+        """The codes that the last `idle_batches` training batches never chose: int64 [n], ascending."""
+        if idle_batches < 1:
+            raise ValueError(f"idle_batches: got {idle_batches}, wanted at least 1")
+        return (self.idle >= idle_batches).nonzero().squeeze(1)
+
+    @torch.no_grad()
+    def revive(self, features: Tensor, idle_batches: int) -> int:
+        """Put each dead code onto a random one of features [..., D]; returns how many there were."""
+        dead = self.dead_codes(idle_batches)
+        pool = features.detach().reshape(-1, features.shape[-1])
+        chosen = torch.randint(len(pool), (len(dead),), device=pool.device)
+        self.codebook[dead] = pool[chosen].to(self.codebook.dtype)
+        self.idle[dead] = 0
+        return len(dead)
+
+    def extra_repr(self) -> str:
+        codes, width = self.codebook.shape
+        return f"num_codes={codes}, code_dim={width}"

@@ -1,0 +1,274 @@
+"""Stage 2: the transformer over text and image tokens (Ramesh et al. 2021, section 2.2 and appendix B).
+
+The sequence. Input position i holds what is known *at* that position, and its output predicts what stands at
+i + 1. With T = `text_length` and a grid of H x W cells:
+
+    position   0               1 .. T - 1                       T .. T + H W - 1
+    input      start of text   caption tokens 1 .. T - 1        image tokens, raster order
+    predicts   caption token 1 caption tokens 2 .., then the    the next cell's token (the last
+                               first image token (at T - 1)     cell predicts nothing: not fed)
+
+So a caption has at most T - 1 tokens, which `TransformerConfig.caption_length` says; the start takes the
+first of the T text positions, and every image token sits at its own cell. That keeps the patterns' words
+true: a query that is about to predict cell (r, c + 1) stands on cell (r, c); its row attention reaches from
+there back to the cell above, its column attention reads the cells above it, and each key it meets at a cell
+holds that cell's token. It also keeps T + H W positions at a round number (256 + 1024 in the paper's case).
+Training feeds all positions but the last, a prefix of the layout.
+
+Text positions without a caption token hold a learned vector of their own, one per position, which every later
+position may attend to; nothing is masked. They are never predicted. A caption without any token is the
+unconditional one, used by classifier-free guidance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dalle_kernels import KVCache, Pattern, TokenLayout, dalle_pattern_schedule
+from dalle_kernels.nn import SparseSelfAttention
+
+TEXT_WEIGHT = 1 / 8
+"""The text's share of the loss; the image's is the rest. Each is first divided by its own count of tokens."""
+
+NO_TOKEN = -1
+"""Stands in `text_tokens` where a caption has ended."""
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """Sizes of a `DalleTransformer`; the defaults are the demo's."""
+
+    vocab_text: int = 2048
+    """Caption tokens are 0 .. vocab_text - 1."""
+    text_length: int = 16
+    """Text positions, the start of text among them: captions have at most text_length - 1 tokens."""
+    grid: tuple[int, int] = (8, 8)
+    """Rows and columns of image tokens."""
+    vocab_image: int = 512
+    """Image tokens are 0 .. vocab_image - 1."""
+    layers: int = 4
+    heads: int = 4
+    head_dim: int = 64
+    """Width of one head; the model's width is heads x head_dim."""
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_text", "vocab_image", "layers", "heads", "head_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}, wanted at least 1")
+        if self.text_length < 2:
+            raise ValueError(
+                f"text_length: got {self.text_length}, wanted at least 2 (the start of text and one token)"
+            )
+        if len(self.grid) != 2 or min(self.grid) < 1:
+            raise ValueError(f"grid: got {self.grid}, wanted two positive numbers (rows, columns)")
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> TransformerConfig:
+        """A named configuration, with fields replaced by `changes`.
+
+        Example:
+            >>> TransformerConfig.preset("paper").width
+            3968
+        """
+        if name not in PRESETS:
+            raise ValueError(f"preset: got {name!r}, wanted one of {', '.join(PRESETS)}")
+        return replace(PRESETS[name], **changes)
+
+    @property
+    def width(self) -> int:
+        """d_model."""
+        return self.heads * self.head_dim
+
+    @property
+    def caption_length(self) -> int:
+        """How many tokens a caption may have."""
+        return self.text_length - 1
+
+    @property
+    def image_length(self) -> int:
+        """Image tokens per picture."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def layout(self) -> TokenLayout:
+        return TokenLayout(self.text_length, self.grid)
+
+
+PRESETS: dict[str, TransformerConfig] = {
+    "demo": TransformerConfig(),
+    "small": TransformerConfig(
+        vocab_text=8192, text_length=32, grid=(16, 16), vocab_image=1024, layers=12, heads=8, head_dim=64
+    ),
+    # 64 layers of 62 heads of 64: 12 billion parameters (section 2.2).
+    "paper": TransformerConfig(
+        vocab_text=16384, text_length=256, grid=(32, 32), vocab_image=8192, layers=64, heads=62, head_dim=64
+    ),
+}
+
+
+class TransformerLoss(NamedTuple):
+    """Cross-entropies in nats per token, float32 and 0-dim."""
+
+    total: Tensor
+    """text / 8 + image * 7 / 8."""
+    text: Tensor
+    """Mean over the caption tokens of the batch; 0 where there is none."""
+    image: Tensor
+    """Mean over the image tokens of the batch."""
+
+
+class Block(nn.Module):
+    """Pre-norm block: x + attention(norm(x)), then x + mlp(norm(x)); x [B, S, width]."""
+
+    def __init__(self, pattern: Pattern, width: int, heads: int) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(width)
+        self.attention = SparseSelfAttention(pattern, width, heads)
+        self.mlp_norm = nn.LayerNorm(width)
+        self.expand = nn.Linear(width, 4 * width)
+        self.contract = nn.Linear(4 * width, width)
+
+    def _mlp(self, x: Tensor) -> Tensor:
+        return self.contract(F.gelu(self.expand(self.mlp_norm(x)), approximate="tanh"))
+
+    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), cache=cache)
+        return x + self._mlp(x)
+
+    def step(self, x: Tensor, cache: KVCache, position: Tensor) -> Tensor:
+        """One new token, x [B, 1, width] at `position`."""
+        x = x + self.attention.step(self.attention_norm(x), cache, position)
+        return x + self._mlp(x)
+
+
+class DalleTransformer(nn.Module):
+    """Models captions and pictures as one stream of tokens, whose order the module's text explains.
+
+    Example:
+        >>> model = DalleTransformer(TransformerConfig(vocab_text=100, vocab_image=64, grid=(4, 4)))
+        >>> text = torch.tensor([[5, 17, 3] + [NO_TOKEN] * 12])          # [1, caption_length]
+        >>> image = torch.randint(64, (1, 16))                           # [1, H * W]
+        >>> total, text_loss, image_loss = model.loss(text, image)
+        >>> total.backward()
+    """
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        width, (rows, columns) = config.width, config.grid
+        # Row vocab_text + p stands at text position p where no caption token does; position 0 never has one,
+        # so its row is the start of text.
+        self.text_embedding = nn.Embedding(config.vocab_text + config.text_length, width)
+        self.text_position = nn.Parameter(torch.empty(config.text_length, width))
+        self.image_embedding = nn.Embedding(config.vocab_image, width)
+        self.row_position = nn.Parameter(torch.empty(rows, 1, width))
+        self.column_position = nn.Parameter(torch.empty(1, columns, width))
+        self.blocks = nn.ModuleList(
+            Block(pattern, width, config.heads) for pattern in dalle_pattern_schedule(config.layers, config.layout)
+        )
+        self.final_norm = nn.LayerNorm(width)
+        self.text_head = nn.Linear(width, config.vocab_text)
+        self.image_head = nn.Linear(width, config.vocab_image)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Normal with deviation 0.02; what writes to the residual stream shrinks with depth, as in GPT-2."""
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
+        for position in (self.text_position, self.row_position, self.column_position):
+            nn.init.normal_(position, std=0.02)
+        for block in self.blocks:
+            for writer in (block.attention.project_out, block.contract):
+                nn.init.normal_(writer.weight, std=0.02 * (2 * self.config.layers) ** -0.5)
+
+    def embed_text(self, text_tokens: Tensor) -> Tensor:
+        """Captions [B, n <= caption_length], `NO_TOKEN` where they have ended -> [B, T, width]."""
+        length, start = self.config.text_length, self.config.vocab_text
+        tokens = F.pad(text_tokens, (1, length - 1 - text_tokens.shape[1]), value=NO_TOKEN)
+        fillers = torch.arange(start, start + length, device=tokens.device)
+        return self.text_embedding(torch.where(tokens < 0, fillers, tokens)) + self.text_position
+
+    def embed_image(self, image_tokens: Tensor, first_cell: int = 0) -> Tensor:
+        """Image tokens [B, m] of the cells from `first_cell` on -> [B, m, width]."""
+        positions = (self.row_position + self.column_position).flatten(0, 1)
+        last_cell = first_cell + image_tokens.shape[1]
+        return self.image_embedding(image_tokens) + positions[first_cell:last_cell]
+
+    def hidden(self, text_tokens: Tensor, image_tokens: Tensor, caches: Sequence[KVCache] | None = None) -> Tensor:
+        """Run the stream of a caption and the first m cells of a picture.
+
+        Args:
+            text_tokens: int64 [B, n <= caption_length], `NO_TOKEN` at the end.
+            image_tokens: int64 [B, m <= H * W], in raster order; m = 0 is only the text.
+            caches: one per layer, from `new_caches`; filled, so that `step` can go on.
+
+        Returns:
+            [B, T + m, width], normalised: the input of the two heads.
+        """
+        batch = text_tokens.shape[0]
+        check_tokens("text_tokens", text_tokens, batch, self.config.caption_length)
+        check_tokens("image_tokens", image_tokens, batch, self.config.image_length)
+        x = torch.cat([self.embed_text(text_tokens), self.embed_image(image_tokens)], dim=1)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, None if caches is None else caches[layer])
+        return self.final_norm(x)
+
+    def new_caches(self, batch: int) -> list[KVCache]:
+        """Empty key-value caches, one per layer."""
+        return [block.attention.new_cache(batch) for block in self.blocks]
+
+    def step(self, image_tokens: Tensor, cell: int, caches: Sequence[KVCache]) -> Tensor:
+        """Go on by one image token, int64 [B, 1], drawn for `cell` -> [B, 1, width]: predicts the next."""
+        position = torch.full((), self.config.text_length + cell, device=image_tokens.device)
+        x = self.embed_image(image_tokens, cell)
+        for block, cache in zip(self.blocks, caches, strict=True):
+            x = block.step(x, cache, position)
+        return self.final_norm(x)
+
+    def forward(self, text_tokens: Tensor, image_tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits of every token that the stream predicts.
+
+        Args:
+            text_tokens: int64 [B, n <= caption_length], `NO_TOKEN` at the end.
+            image_tokens: int64 [B, H * W].
+
+        Returns:
+            Of the caption's tokens [B, n, vocab_text] and of the picture's [B, H * W, vocab_image].
+        """
+        batch, cells, predictors = len(text_tokens), self.config.image_length, self.config.caption_length
+        if image_tokens.shape != (batch, cells):
+            raise ValueError(f"image_tokens: got shape {tuple(image_tokens.shape)}, wanted ({batch}, {cells})")
+        # The last token is only ever predicted.
+        hidden = self.hidden(text_tokens, image_tokens[:, :-1])
+        text = self.text_head(hidden[:, : text_tokens.shape[1]])
+        return text, self.image_head(hidden[:, predictors:])
+
+    def loss(self, text_tokens: Tensor, image_tokens: Tensor) -> TransformerLoss:
+        """The training loss of a batch; the arguments are those of `forward`.
+
+        Text positions without a token are not predicted, so an empty caption (one dropped for classifier-free
+        guidance) adds nothing to the text's loss.
+        """
+        text_logits, image_logits = self(text_tokens, image_tokens)
+        image = F.cross_entropy(image_logits.flatten(0, 1).float(), image_tokens.flatten())
+        text = F.cross_entropy(
+            text_logits.flatten(0, 1).float(), text_tokens.flatten(), ignore_index=NO_TOKEN, reduction="sum"
+        ) / (text_tokens >= 0).sum().clamp(min=1)
+        return TransformerLoss(TEXT_WEIGHT * text + (1 - TEXT_WEIGHT) * image, text, image)
+
+
+def check_tokens(name: str, tokens: Tensor, batch: int, longest: int) -> None:
+    """Raises unless `tokens` is int64 [batch, at most `longest`]."""
+    if tokens.dtype != torch.int64:
+        raise TypeError(f"{name}: got {tokens.dtype}, wanted torch.int64")
+    if tokens.dim() != 2 or tokens.shape[0] != batch or tokens.shape[1] > longest:
+        raise ValueError(f"{name}: got shape {tuple(tokens.shape)}, wanted [{batch}, at most {longest}]")

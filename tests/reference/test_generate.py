@@ -1,0 +1,166 @@
+"""Generation: with and without the cache, guided, from a prefix, and by seed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from dalle_reference.generate import _step_seeds, generate
+from dalle_reference.transformer import NO_TOKEN, DalleTransformer, TransformerConfig
+
+from dalle_kernels import Column, Convolution, Row
+
+CONFIG = TransformerConfig(vocab_text=30, text_length=6, grid=(6, 5), vocab_image=40, layers=4, heads=2, head_dim=16)
+
+
+@pytest.fixture(scope="module")
+def model() -> DalleTransformer:
+    """Weights so large that every token depends visibly on what stands before it."""
+    torch.manual_seed(0)
+    model = DalleTransformer(CONFIG)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.3)
+    assert {type(block.attention.pattern) for block in model.blocks} == {Row, Column, Convolution}
+    return model
+
+
+@pytest.fixture(scope="module")
+def text() -> torch.Tensor:
+    return torch.tensor([[3, 4, -1, -1, -1], [7, 8, 9, 10, 11], [-1] * 5])
+
+
+def prefix(cells: int) -> torch.Tensor:
+    return torch.randint(CONFIG.vocab_image, (3, cells), generator=torch.Generator().manual_seed(cells))
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "greedy": {"temperature": 0.0},
+    "filtered": {"temperature": 0.8, "top_k": 20, "top_p": 0.9},
+    "guided": {"guidance_scale": 2.5},
+    "prefix": {"image_prefix": prefix(10)},
+    "one cell given": {"image_prefix": prefix(1)},
+    "one cell left": {"image_prefix": prefix(29)},
+    "guided prefix": {"guidance_scale": 1.5, "image_prefix": prefix(13), "top_k": 30},
+}
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_cached_and_uncached_generation_draw_the_same_tokens(
+    model: DalleTransformer, text: torch.Tensor, way: dict[str, Any]
+) -> None:
+    for seed in (0, -7):
+        cached = generate(model, text, seed=seed, **way)
+        uncached = generate(model, text, seed=seed, use_cache=False, **way)
+        assert cached.shape == (3, 30)
+        assert cached.dtype == torch.int64
+        assert 0 <= int(cached.min()) <= int(cached.max()) < CONFIG.vocab_image
+        assert torch.equal(cached, uncached)
+        given = way.get("image_prefix", prefix(0))
+        assert torch.equal(cached[:, : given.shape[1]], given)
+
+
+def test_the_seed_decides_and_rows_differ(model: DalleTransformer) -> None:
+    text = torch.tensor([[5, 6, 7]]).expand(3, -1)
+    one = generate(model, text, seed=1)
+    assert torch.equal(one, generate(model, text, seed=1))
+    assert not torch.equal(one, generate(model, text, seed=2))
+    assert len(one.unique(dim=0)) == 3
+    greedy = generate(model, text, seed=1, temperature=0.0)
+    assert len(greedy.unique(dim=0)) == 1
+
+
+def test_completing_its_own_top_rows_gives_the_same_picture(model: DalleTransformer, text: torch.Tensor) -> None:
+    whole = generate(model, text, seed=5)
+    for rows in (1, 3, 6):
+        completed = generate(model, text, seed=5, image_prefix=whole[:, : rows * CONFIG.grid[1]])
+        assert torch.equal(completed, whole)
+
+
+def test_guidance_moves_logits_away_from_the_empty_caption(model: DalleTransformer, text: torch.Tensor) -> None:
+    empty = torch.full_like(text, NO_TOKEN)
+    with torch.no_grad():
+        nothing = torch.empty(3, 0, dtype=torch.int64)
+        conditional = model.image_head(model.hidden(text, nothing)[:, -1])
+        unconditional = model.image_head(model.hidden(empty, nothing)[:, -1])
+    wanted = (unconditional + 4.0 * (conditional - unconditional)).argmax(-1)
+    assert not torch.equal(wanted, conditional.argmax(-1))
+    drawn = generate(model, text, seed=0, temperature=0.0, guidance_scale=4.0)
+    assert torch.equal(drawn[:, 0], wanted)
+    plain = generate(model, empty, seed=0)
+    assert torch.equal(generate(model, empty, seed=0, guidance_scale=3.0), plain)
+
+
+def test_generation_under_autocast_keeps_a_cache_of_that_dtype(model: DalleTransformer, text: torch.Tensor) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        assert {cache.keys.dtype for cache in model.new_caches(3)} == {torch.bfloat16}
+        tokens = generate(model, text, seed=0)
+    assert tokens.shape == (3, 30)
+
+
+def test_progress_and_gradients(model: DalleTransformer, text: torch.Tensor) -> None:
+    calls: list[tuple[int, int]] = []
+    tokens = generate(model, text, seed=0, image_prefix=prefix(27), progress=lambda *done: calls.append(done))
+    assert calls == [(28, 30), (29, 30), (30, 30)]
+    model.loss(text, tokens).total.backward()
+    model.zero_grad()
+
+
+def test_step_seeds_are_splitmix64() -> None:
+    published = [  # of state 1234567, as uint64
+        6457827717110365317,
+        3203168211198807973,
+        9817491932198370423,
+        4593380528125082431,
+        16408922859458223821,
+    ]
+    seeds = _step_seeds(1234567, 5, torch.device("cpu"))
+    assert [seed % 2**64 for seed in seeds.tolist()] == published
+    for seed in (-(2**63), -1, 0, 2**63 - 1):
+        assert len(set(_step_seeds(seed, 1024, torch.device("cpu")).tolist())) == 1024
+
+
+def test_it_learns_captions_and_draws_them() -> None:
+    """Four captions, four pictures: after a few steps greedy generation draws each caption's picture."""
+    torch.manual_seed(0)
+    config = TransformerConfig(vocab_text=8, text_length=4, grid=(3, 4), vocab_image=16, layers=3, heads=2, head_dim=16)
+    model = DalleTransformer(config)
+    text = torch.tensor([[1, 2, -1], [2, 1, -1], [1, 2, 3], [4, -1, -1]])
+    image = torch.randint(16, (4, 12))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for _ in range(120):
+        optimizer.zero_grad()
+        model.loss(text, image).total.backward()
+        optimizer.step()
+    assert torch.equal(generate(model, text, seed=0, temperature=0.0), image)
+    completed = generate(model, text, seed=0, temperature=0.0, image_prefix=image[:, :4])
+    assert torch.equal(completed, image)
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "error", "message"),
+    [
+        (torch.tensor([[30]]), {}, ValueError, "text_tokens: got values in 30 .. 30, wanted them in -1 .. 29"),
+        (torch.tensor([[-2, 3]]), {}, ValueError, "text_tokens: got values in -2 .. 3"),
+        (torch.tensor([[1.0]]), {}, TypeError, "text_tokens: got torch.float32"),
+        (torch.zeros(1, 6).long(), {}, ValueError, r"text_tokens: got shape \(1, 6\)"),
+        (torch.zeros(3).long(), {}, ValueError, r"text_tokens: got shape \(3,\)"),
+        (torch.tensor([[1]]), {"image_prefix": torch.tensor([[40]])}, ValueError, "image_prefix: got values"),
+        (torch.tensor([[1]]), {"image_prefix": torch.tensor([[-1]])}, ValueError, "image_prefix: got values"),
+        (torch.tensor([[1]]), {"image_prefix": torch.zeros(1, 31).long()}, ValueError, "image_prefix: got shape"),
+        (torch.tensor([[1]]), {"image_prefix": torch.zeros(2, 3).long()}, ValueError, "image_prefix: got shape"),
+        (torch.tensor([[1]]), {"temperature": -1.0}, ValueError, "temperature"),
+        (torch.tensor([[1]]), {"top_p": 0.0}, ValueError, "top_p"),
+    ],
+)
+def test_bad_requests_are_refused(
+    model: DalleTransformer,
+    text: torch.Tensor,
+    options: dict[str, Any],
+    error: type[Exception],
+    message: str,
+) -> None:
+    with pytest.raises(error, match=message):
+        generate(model, text, seed=0, **options)
