@@ -167,7 +167,12 @@ class _GridPattern(Pattern):
 
 @dataclass(frozen=True)
 class Causal(_GridPattern):
-    """Every token sees itself and all before it: the dense baseline."""
+    """Every token sees itself and all before it: the dense baseline.
+
+    Example:
+        >>> Causal(TokenLayout(1, (1, 2))).mask().int().tolist()
+        [[1, 0, 0], [1, 1, 0], [1, 1, 1]]
+    """
 
     def leading(self, length: int) -> IntArray:
         return np.arange(1, length + 1, dtype=np.int32)
@@ -178,7 +183,12 @@ class Causal(_GridPattern):
 
 @dataclass(frozen=True)
 class Row(_GridPattern):
-    """The last `columns` image tokens and itself, across the row boundary (Ramesh et al. 2021, figure 11a)."""
+    """The last `columns` image tokens and itself, across the row boundary (Ramesh et al. 2021, figure 11a).
+
+    Example:
+        >>> Row(TokenLayout(0, (2, 2))).mask().int().tolist()
+        [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [0, 1, 1, 1]]
+    """
 
     def distances(self) -> IntArray:
         return np.arange(self.layout.columns + 1, dtype=np.int32)
@@ -186,7 +196,12 @@ class Row(_GridPattern):
 
 @dataclass(frozen=True)
 class Column(_GridPattern):
-    """The same column, this row and above (Ramesh et al. 2021, figure 11b and c)."""
+    """The same column, this row and above (Ramesh et al. 2021, figure 11b and c).
+
+    Example:
+        >>> Column(TokenLayout(0, (2, 2))).mask().int().tolist()
+        [[1, 0, 0, 0], [0, 1, 0, 0], [1, 0, 1, 0], [0, 1, 0, 1]]
+    """
 
     def distances(self) -> IntArray:
         return self.layout.columns * np.arange(self.layout.rows, dtype=np.int32)
@@ -194,7 +209,12 @@ class Column(_GridPattern):
 
 @dataclass(frozen=True)
 class AxialRow(_GridPattern):
-    """The same row up to itself (DALLE-pytorch's `axial_row`)."""
+    """The same row up to itself (DALLE-pytorch's `axial_row`).
+
+    Example:
+        >>> AxialRow(TokenLayout(0, (2, 2))).mask().int().tolist()
+        [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
+    """
 
     def distances(self) -> IntArray:
         return np.arange(self.layout.columns, dtype=np.int32)
@@ -219,6 +239,10 @@ class Convolution(_GridPattern):
 
     Raises:
         ValueError: for a kernel size below 1, an even one where it is centred, or a dilation without "corner".
+
+    Example:
+        >>> Convolution(TokenLayout(), kernel_size=11, boundary="clamp").visible_pairs
+        347394
     """
 
     kernel_size: int = 11

@@ -39,6 +39,11 @@ class Schedule:
             key k of the tile. masks[0] is all ones. Keys past S have no bits; query rows past S repeat the last row.
         masks_transposed: [n, Bk, Bq / 32], the same by key.
         visible_pairs, executed_pairs: pairs that the pattern wants, and that whole tiles compute.
+
+    Example:
+        >>> schedule = Schedule.build(Row(TokenLayout(256, (32, 32))), tile=(64, 64))
+        >>> schedule.visible_pairs, schedule.executed_pairs
+        (328304, 430080)
     """
 
     pattern: Pattern

@@ -1,0 +1,43 @@
+# make install   .venv with torch, the build and every extra (again: does nothing)
+# make demo      trains a small DALL-E on captioned pictures and draws what it is asked for
+# make test      every test
+# make lint      ruff and type checks
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+# torch is installed first and the build runs without isolation, so that the kernels are built against that torch.
+# TORCH=torch==2.13.0 pins it.
+TORCH  ?= torch>=2.11
+STAMP  := $(VENV)/installed
+SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
+
+.PHONY: install demo test lint clean
+
+install: $(STAMP)
+
+$(STAMP): $(SOURCES)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: Python 3.11 or later is needed; set PYTHON=..."; exit 1; }
+	@echo "==> making $(VENV)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "==> installing torch and what the build needs"
+	@$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel ninja pybind11 numpy
+	@$(BIN)/python -m pip install --quiet "$(TORCH)"
+	@echo "==> building the kernels and installing dalle_kernels with its extras (a few minutes)"
+	@$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[reference,bench,test]'
+	@$(BIN)/python -m dalle_kernels.native
+	@touch $@
+
+demo: install
+	$(BIN)/dalle-reference demo
+
+test: install
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf build dist *.egg-info dalle_kernels/*.so

@@ -1,0 +1,81 @@
+"""The choice of backend, and a package without its native library."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dalle_kernels import Row, TokenLayout, explain, gumbel_lookup, native, sparse_attention
+from dalle_kernels.backends import Call, Operation
+
+ROOT = Path(__file__).resolve().parents[1]
+Q = torch.randn(1, 2, 29, 16)
+
+
+def test_the_native_library_is_built_and_serves_cpu_tensors() -> None:
+    """Without this, every test of the CPU kernels would pass by testing the reference against itself."""
+    assert native.absence() is None
+    answer = explain(sparse_attention, Q, Q, Q, Row(TokenLayout(5, (4, 6))))
+    assert answer.backend == "cpu"
+    assert answer.detail == native.instruction_set()
+    assert "could serve" in answer.refusals["reference"]
+    assert explain(gumbel_lookup, torch.zeros(2, 8), torch.zeros(8, 4), 1.0).backend == "cpu"
+
+
+def test_a_named_backend_never_falls_back() -> None:
+    operation = Operation("thing", (("reference", "dalle_kernels.attention.reference"),), lambda: None)  # type: ignore[arg-type,return-value]
+    call = Call(torch.device("cpu"), torch.float32, 16)
+    with pytest.raises(
+        ValueError, match="backend: 'cpu' cannot serve this thing call: there is no cpu kernel for thing"
+    ):
+        operation.choose("cpu", call)
+    with pytest.raises(ValueError, match="backend: got 'gpu', wanted 'auto' or one of cuda, triton, cpu, reference"):
+        operation.choose("gpu", call)
+    assert operation.choose("auto", call).__name__ == "dalle_kernels.attention.reference"
+
+
+PURE = """
+import sys
+sys.modules["dalle_kernels._native"] = None  # as if it had never been built
+import torch
+from dalle_kernels import *
+layout = TokenLayout(5, (4, 6))
+q = torch.randn(1, 2, layout.length, 16, requires_grad=True)
+sparse_attention(q, q, q, Row(layout)).sum().backward()
+cache = KVCache(Row(layout), 1, 2, 16)
+with torch.no_grad():
+    decode_attention(q[:, :, :1], q[:, :, :1], q[:, :, :1], cache, 0)
+gumbel_lookup(torch.randn(3, 8), torch.randn(8, 4), 1.0)
+sample_tokens(torch.randn(3, 8))
+print(explain(sparse_attention, q, q, q, Row(layout)))
+"""
+
+
+def test_a_pure_python_install_works_and_says_so() -> None:
+    result = subprocess.run([sys.executable, "-c", PURE], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("sparse_attention: reference\n")
+    assert "cpu: the native library is absent" in result.stdout
+
+
+def test_the_build_says_why_it_leaves_the_kernels_out() -> None:
+    environment = {**os.environ, "CXX": "no-such-compiler", "DALLE_KERNELS_NATIVE": "auto"}
+    command = [sys.executable, "setup.py", "--version"]
+    lenient = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    assert "building without the native CPU kernels (no C++ compiler (no-such-compiler) on the path)" in lenient.stderr
+    environment["DALLE_KERNELS_NATIVE"] = "1"
+    strict = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert strict.returncode != 0
+    assert "DALLE_KERNELS_NATIVE=1, but no C++ compiler" in strict.stderr
+
+
+def test_the_report_names_what_was_built() -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "dalle_kernels.native"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert f"built for torch {torch.__version__.split('+')[0]}" in result.stdout
