@@ -236,10 +236,10 @@ class VectorQuantizer(nn.Module):
         # The lookup sees detached features: its distance then moves the codebook alone, and the commitment,
         # which the caller weighs on its own, moves the features alone.
         nearest, indices, distance = vq_lookup(features.detach(), self.codebook, backend=self.backend)
-        nearest = nearest.detach()
         codebook_loss = distance.mean() / features.shape[-1]
-        commitment_loss = (features.float() - nearest.float()).square().mean()
-        latents = features + (nearest - features).detach()
+        commitment_loss = (features.to(distance.dtype) - nearest.to(distance.dtype)).square().mean()
+        # The row to the last bit, with the features' gradient.
+        latents = nearest + (features - features.detach())
         if self.training:
             self.idle.add_(1).index_fill_(0, indices.flatten(), 0)
         return VectorQuantized(latents, indices, codebook_loss, commitment_loss)
