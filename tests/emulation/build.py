@@ -23,7 +23,8 @@ ROOT = Path(__file__).resolve().parents[2]
 HERE = ROOT / "tests" / "emulation"
 OUTPUT = ROOT / "build" / "emulation"
 
-FLAGS = ["-O2", "-std=c++20", "-fPIC", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+FLAGS = ["-O2", "-std=c++20", "-fPIC", "-Wall", "-Werror", "-Wno-unknown-pragmas"]
+FLAGS += ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
 INCLUDES = [HERE / "include", ROOT / "csrc", pybind11.get_include(), sysconfig.get_paths()["include"]]
 SYSTEM_INCLUDES = cpp_extension.include_paths()
 
@@ -68,7 +69,7 @@ def _link(objects: list[Path], name: str, extra: list[str]) -> Path:
     if not target.exists():
         for stale in OUTPUT.glob(f"{name}.*.so"):
             stale.unlink()
-        _run(["c++", "-shared", *map(str, objects), *extra, "-o", f"{target}.{os.getpid()}"])
+        _run([os.environ.get("CXX", "c++"), "-shared", *map(str, objects), *extra, "-o", f"{target}.{os.getpid()}"])
         os.replace(f"{target}.{os.getpid()}", target)
     return target
 
