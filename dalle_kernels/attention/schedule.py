@@ -236,7 +236,7 @@ def _bits(
 def _deduplicate(words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Distinct masks with the full one first, and each tile's index among them."""
     full = np.full((1, *words.shape[1:]), np.uint32(0xFFFFFFFF))
-    rows = np.ascontiguousarray(words).reshape(len(words), -1)
+    rows = np.ascontiguousarray(words).reshape(len(words), words.shape[1] * words.shape[2])
     opaque = rows.view(np.dtype((np.void, rows.shape[1] * rows.itemsize))).reshape(-1)
     _, first, inverse = np.unique(opaque, return_index=True, return_inverse=True)
     distinct = words[first]

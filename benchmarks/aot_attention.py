@@ -1,0 +1,35 @@
+"""The attention kernels' cases for `benchmarks.aot`: one per row of the launch table, and the other kinds of call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from benchmarks.aot import Case
+from dalle_kernels import launch
+from dalle_kernels.attention import triton_forward
+from dalle_kernels.attention.layout import TokenLayout
+from dalle_kernels.attention.patterns import Pattern, Row
+
+LAYOUT = TokenLayout(text_length=256, grid=(32, 32))
+DTYPES = {16: torch.bfloat16, 32: torch.float32}
+
+
+def cases(arch: int) -> Iterator[Case]:
+    rows = [row for row in launch.rows() if row["kernel"] == "attention_forward"]
+    for bits, width in sorted({(row["bits"], row["width"]) for row in rows}):
+        yield f"attention/{bits}-bit/{width}", _attention(bits, width)
+    yield "attention/16-bit/64/padded-prefix", _attention(16, 64, length=LAYOUT.length - 1, padded=True)
+    yield "attention/16-bit/80", _attention(16, 80)
+
+
+def _attention(bits: int, width: int, length: int = LAYOUT.length, padded: bool = False):
+    pattern: Pattern = Row(LAYOUT)
+
+    def call() -> None:
+        q, k, v = (torch.empty(2, 16, length, width, dtype=DTYPES[bits]) for _ in range(3))
+        padding = torch.zeros(2, length, dtype=torch.bool) if padded else None
+        triton_forward.forward(q, k, v, padding, width**-0.5, pattern)
+
+    return call

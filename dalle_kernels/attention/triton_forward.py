@@ -1,0 +1,246 @@
+"""Forward of sparse attention in Triton: online softmax (Milakov and Gimelshein 2018; Dao et al. 2022) over a schedule.
+
+One program owns a tile of queries of one head and walks the tile's list of key tiles: first those of which every pair
+is visible, in a loop without a trace of masking, then the others, under one bit mask each. With s = q . k and
+c = scale * log2 e, it keeps per row
+
+    m = max c s,    l = sum 2^(c s - m),    acc = sum 2^(c s - m) v
+
+and ends with out = acc / l and the natural log-sum-exp (m + log2 l) ln 2. The pattern's name is nowhere: tokens are
+found through `order`, so a column of the image is as close as a row.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from dalle_kernels import launch
+from dalle_kernels.attention.patterns import Pattern
+from dalle_kernels.attention.schedule import Schedule, schedule_for
+from dalle_kernels.triton_common import dot, precision
+
+WIDEST = 128  # head dimension; wider accumulators would spill
+LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def tokens_of(order, tile, SIZE: tl.constexpr, LENGTH, WHOLE: tl.constexpr):
+    """Tokens [SIZE] at a tile's positions, and which of them exist; those past the end read as token 0."""
+    positions = tile * SIZE + tl.arange(0, SIZE)
+    if WHOLE:
+        return tl.load(order + positions), positions < LENGTH
+    return tl.load(order + positions, mask=positions < LENGTH, other=0), positions < LENGTH
+
+
+@triton.jit
+def load_rows(base, rows, exists, stride, D: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE: tl.constexpr):
+    """Rows [len(rows), BLOCK_D] of a [S, D] matrix; rows that do not exist, and columns past D, read as 0."""
+    columns = tl.arange(0, BLOCK_D)
+    pointers = base + rows[:, None] * stride + columns[None, :]
+    if WHOLE and D == BLOCK_D:
+        return tl.load(pointers)
+    if WHOLE:
+        return tl.load(pointers, mask=columns[None, :] < D, other=0.0)
+    if D == BLOCK_D:
+        return tl.load(pointers, mask=exists[:, None], other=0.0)
+    return tl.load(pointers, mask=exists[:, None] & (columns[None, :] < D), other=0.0)
+
+
+@triton.jit
+def store_rows(base, rows, exists, stride, value, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The opposite of `load_rows`: rows that do not exist, and columns past D, are not written."""
+    columns = tl.arange(0, BLOCK_D)
+    keep = exists[:, None] & (columns[None, :] < D)
+    tl.store(base + rows[:, None] * stride + columns[None, :], value.to(base.dtype.element_ty), mask=keep)
+
+
+@triton.jit
+def visible(masks, mask_id, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """A tile's bit mask, unpacked to bool [ROWS, COLUMNS].
+
+    A row's words are loaded as vectors over the rows and picked by column, which costs two instructions an element and
+    no shared memory; loading the words as a [ROWS, COLUMNS] matrix would move it between register layouts.
+    """
+    WORDS: tl.constexpr = COLUMNS // 32
+    words = masks + (mask_id * ROWS + tl.arange(0, ROWS)) * WORDS
+    column = tl.arange(0, COLUMNS)[None, :]
+    word = tl.load(words)[:, None]
+    for index in tl.static_range(1, WORDS):
+        word = tl.where(column < 32 * index, word, tl.load(words + index)[:, None])
+    return ((word >> (column & 31)) & 1) != 0
+
+
+@triton.jit
+def head_and_tile(heads_in_all, tiles, GROUP: tl.constexpr):
+    """Which head (of the whole batch) and which tile this program owns.
+
+    Programs start in the order of their number, so a group of GROUP heads is worked on at a time: few enough that what
+    one program read is still in L2 when its siblings want it, and within the group the last, longest tiles go first.
+    """
+    program = tl.program_id(0)
+    group = program // (GROUP * tiles)
+    first = group * GROUP
+    members = tl.minimum(heads_in_all - first, GROUP)
+    within = program - first * tiles
+    return first + within % members, tiles - 1 - within // members
+
+
+@triton.jit
+def _accumulate(
+    q, maximum, total, accumulator, K, V, padding, order, key_tiles, mask_ids, masks, start, stop, LENGTH,
+    stride_k, stride_v, stride_p, exponent_scale,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    MASKED: tl.constexpr, PADDED: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The key tiles start .. stop - 1 of the list, added to the running maximum, sum and output."""
+    # Where the next tile's rows lie is found a step ahead, so that its loads wait for no other and can be pipelined.
+    rows, exists = tokens_of(order, tl.load(key_tiles + start, mask=start < stop, other=0), KEYS, LENGTH, WHOLE)
+    for entry in range(start, stop):
+        next_tile = tl.load(key_tiles + entry + 1, mask=entry + 1 < stop, other=0)
+        next_rows, next_exists = tokens_of(order, next_tile, KEYS, LENGTH, WHOLE)
+        k = load_rows(K, rows, exists, stride_k, D, BLOCK_D, WHOLE)
+        score = dot(q, tl.trans(k), tl.zeros([QUERIES, KEYS], tl.float32), PRECISION)
+        if MASKED:
+            score = tl.where(visible(masks, tl.load(mask_ids + entry), QUERIES, KEYS), score, float("-inf"))
+        if PADDED:
+            ignored = tl.load(padding + rows * stride_p, mask=exists, other=1)
+            score = tl.where((ignored == 0)[None, :], score, float("-inf"))
+        new_maximum = tl.maximum(maximum, tl.max(score, 1) * exponent_scale)
+        # Where a row has seen no key yet its maximum is -inf, and any finite number in its place gives 2^-inf = 0.
+        shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum) if MASKED or PADDED else new_maximum
+        weight = tl.exp2(score * exponent_scale - shift[:, None])
+        decay = tl.exp2(maximum - shift)
+        v = load_rows(V, rows, exists, stride_v, D, BLOCK_D, WHOLE)
+        total = total * decay + tl.sum(weight, 1)
+        accumulator = dot(weight.to(v.dtype), v, accumulator * decay[:, None], PRECISION)
+        maximum = new_maximum
+        rows, exists = next_rows, next_exists
+    return maximum, total, accumulator
+
+
+@triton.jit
+def attention_forward(
+    Q, K, V, Out, Lse, padding, order, key_offsets, key_tiles, mask_ids, full_counts, masks,
+    stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
+    stride_ob, stride_oh, stride_os, stride_pb, stride_ps,
+    HEADS, HEADS_IN_ALL, LENGTH, exponent_scale,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, GROUP: tl.constexpr,
+    PADDED: tl.constexpr, WHOLE: tl.constexpr, NEGATED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Q, K, V, Out [B, H, S, D]; Lse fp32 [B, H, S]; padding uint8 [B, S], read if PADDED. Grid: (B H query tiles,)."""
+    head, tile = head_and_tile(HEADS_IN_ALL, tl.cdiv(LENGTH, QUERIES), GROUP)
+    batch = (head // HEADS).to(tl.int64)
+    head_in_batch = (head % HEADS).to(tl.int64)
+    K += batch * stride_kb + head_in_batch * stride_kh
+    V += batch * stride_vb + head_in_batch * stride_vh
+    padding += batch * stride_pb
+
+    rows, exists = tokens_of(order, tile, QUERIES, LENGTH, WHOLE)
+    q = load_rows(Q + batch * stride_qb + head_in_batch * stride_qh, rows, exists, stride_qs, D, BLOCK_D, WHOLE)
+    if NEGATED:
+        q = (-q.to(tl.float32)).to(q.dtype)  # the interpreter has no arithmetic of bfloat16
+    maximum = tl.full([QUERIES], float("-inf"), tl.float32)
+    total = tl.zeros([QUERIES], tl.float32)
+    accumulator = tl.zeros([QUERIES, BLOCK_D], tl.float32)
+
+    start = tl.load(key_offsets + tile)
+    stop = tl.load(key_offsets + tile + 1)
+    masked_from = start + tl.load(full_counts + tile)
+    maximum, total, accumulator = _accumulate(
+        q, maximum, total, accumulator, K, V, padding, order, key_tiles, mask_ids, masks, start, masked_from, LENGTH,
+        stride_ks, stride_vs, stride_ps, exponent_scale,
+        D, BLOCK_D, QUERIES, KEYS, False, PADDED, True, PRECISION,
+    )  # fmt: skip
+    maximum, total, accumulator = _accumulate(
+        q, maximum, total, accumulator, K, V, padding, order, key_tiles, mask_ids, masks, masked_from, stop, LENGTH,
+        stride_ks, stride_vs, stride_ps, exponent_scale,
+        D, BLOCK_D, QUERIES, KEYS, True, PADDED, WHOLE, PRECISION,
+    )  # fmt: skip
+
+    total = tl.where(total == 0.0, 1.0, total)  # a row that sees no key: out 0, lse -inf, which its maximum is
+    out = accumulator / total[:, None]
+    store_rows(Out + batch * stride_ob + head_in_batch * stride_oh, rows, exists, stride_os, out, D, BLOCK_D)
+    lse = (maximum + tl.log2(total)) * LN_2
+    tl.store(Lse + head.to(tl.int64) * LENGTH + rows, lse, mask=exists)
+
+
+class Plan(NamedTuple):
+    """What a launch needs besides its tensors: found once per pattern, length, device, element size and width."""
+
+    schedule: Schedule
+    constants: dict[str, object]  # compile-time arguments and launch options, as the kernel's keywords
+
+
+@functools.lru_cache(maxsize=256)
+def plan_for(kernel: str, pattern: Pattern, length: int, device: torch.device, dtype: torch.dtype, width: int) -> Plan:
+    """The schedule and settings of `kernel` for one kind of call."""
+    settings = dict(launch.settings_for(kernel, launch.architecture(device), 8 * dtype.itemsize, width))
+    tile = settings.pop("query_tile"), settings.pop("key_tile")
+    constants: dict[str, object] = {
+        "D": width,
+        "BLOCK_D": max(16, triton.next_power_of_2(width)),
+        "QUERIES": tile[0],
+        "KEYS": tile[1],
+        "GROUP": settings.pop("heads_at_once"),
+        "WHOLE": length % tile[0] == 0 and length % tile[1] == 0,
+        "PRECISION": precision(dtype),
+        "enable_fp_fusion": True,
+        **settings,
+    }
+    return Plan(schedule_for(pattern, tile, length, device), constants)
+
+
+def exponent_scale(scale: float) -> tuple[float, bool]:
+    """(c, negated): the kernels compute 2^(c s) for s = +-q . k, with c > 0, so that the largest c s is c max s.
+
+    Scale 0 becomes a c so small that 2^(c s) is 1 all the same, while c times -inf stays -inf.
+    """
+    return max(abs(scale) * math.log2(math.e), 1e-30), scale < 0
+
+
+def forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    key_padding_mask: torch.Tensor | None,
+    scale: float,
+    pattern: Pattern,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output [B, H, S, D] with q's dtype and strides, and natural log-sum-exp fp32 [B, H, S].
+
+    Args:
+        q, k, v: [B, H, S, D] of one dtype, the last dimension contiguous.
+        key_padding_mask: bool [B, S], True where a key is to be ignored, or None.
+        scale: what q . k is multiplied with.
+        pattern: who sees whom; S may be shorter than its length.
+    """
+    batch, heads, length, width = q.shape
+    out = torch.empty_like(q)
+    lse = torch.empty((batch, heads, length), dtype=torch.float32, device=q.device)
+    plan = plan_for("attention_forward", pattern, length, q.device, q.dtype, width)
+    schedule = plan.schedule
+    power, negated = exponent_scale(scale)
+    padding, padding_strides = padding_bytes(key_padding_mask, q)
+    tiles = triton.cdiv(length, schedule.tile[0])
+    attention_forward[(batch * heads * tiles,)](
+        q, k, v, out, lse, padding,
+        schedule.order, schedule.key_offsets, schedule.key_tiles, schedule.mask_ids, schedule.full_counts,
+        schedule.masks,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], *padding_strides,
+        heads, batch * heads, length, power,
+        PADDED=key_padding_mask is not None, NEGATED=negated, **plan.constants,
+    )  # fmt: skip
+    return out, lse
+
+
+def padding_bytes(key_padding_mask: torch.Tensor | None, q: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
+    """The mask as bytes with its strides; where there is none, any tensor does: the kernels never read it."""
+    if key_padding_mask is None:
+        return q, (0, 0)
+    return key_padding_mask.view(torch.uint8), (key_padding_mask.stride(0), key_padding_mask.stride(1))

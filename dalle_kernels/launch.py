@@ -1,0 +1,75 @@
+"""Launch settings of the Triton kernels: one small table, looked up and never searched at run time.
+
+`launch.json` holds rows such as
+
+    {"kernel": "attention_forward", "arch": 90, "bits": 16, "width": 64, "settings": {"num_warps": 4, ...}}
+
+and serves a call with the row of its kernel and element size that was written for the newest architecture which is not
+newer than the device, and for the smallest width that holds the call's. `benchmarks/tune.py` measures candidates on a
+GPU and rewrites the rows of that GPU's architecture; nothing here or at import time ever does.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+import torch
+
+TABLE = Path(__file__).with_name("launch.json")
+
+# The architecture whose rows the interpreter follows, which has none of its own.
+INTERPRETED = 90
+
+
+@functools.lru_cache(maxsize=1)
+def rows() -> tuple[Mapping, ...]:
+    """The table as it stands in `launch.json`."""
+    return tuple(json.loads(TABLE.read_text()))
+
+
+@functools.lru_cache(maxsize=64)
+def architecture(device: torch.device) -> int:
+    """Compute capability of `device` as one number (8.0 is 80); `INTERPRETED` for tensors on the CPU."""
+    if device.type != "cuda":
+        return INTERPRETED
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+@functools.lru_cache(maxsize=1024)
+def settings_for(kernel: str, arch: int, bits: int, width: int) -> Mapping[str, int]:
+    """The settings of one kernel: a read-only mapping of what its row lists (tile sizes, num_warps, num_stages ...).
+
+    Args:
+        kernel: name in the table, such as "attention_forward".
+        arch: compute capability, such as 90.
+        bits: size of an element of the inputs, 16 or 32.
+        width: head dimension or codebook width.
+
+    Raises:
+        ValueError: no row serves the call; the message says which do exist.
+
+    Example:
+        >>> settings_for("attention_forward", 90, 16, 64)["num_warps"]
+        4
+    """
+    of_kernel = [row for row in rows() if row["kernel"] == kernel]
+    fitting = [row for row in of_kernel if row["bits"] == bits and row["width"] >= width and row["arch"] <= arch]
+    if not fitting:
+        known = sorted((row["arch"], row["bits"], row["width"]) for row in of_kernel)
+        raise ValueError(
+            f"launch.json has no row for kernel {kernel!r} at architecture {arch}, {bits} bits and width {width}; "
+            f"it has (architecture, bits, largest width): {known}"
+        )
+    best = min(fitting, key=lambda row: (-row["arch"], row["width"]))
+    return MappingProxyType(dict(best["settings"]))
+
+
+def forget() -> None:
+    """Drops what was read and looked up, after the table was rewritten."""
+    rows.cache_clear()
+    settings_for.cache_clear()

@@ -1,0 +1,45 @@
+"""What all Triton kernels share: a matrix product that is right under the interpreter too, and where they can run."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+INTERPRETED = triton.knobs.runtime.interpret
+"""Whether kernels defined from here on run under Triton's interpreter (TRITON_INTERPRET=1 when they are imported)."""
+
+
+@triton.jit
+def dot(a, b, accumulator, PRECISION: tl.constexpr):
+    """accumulator + a @ b in fp32, with `PRECISION` from `precision`."""
+    if PRECISION == "widened":
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), accumulator, input_precision="ieee")
+    return tl.dot(a, b, accumulator, input_precision=PRECISION)
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How `dot` multiplies operands of `dtype`: fp32 as three tf32 products, 16-bit types as they are.
+
+    Triton's interpreter (3.6 to 3.9) multiplies the bit patterns of bfloat16 as integers; there they are widened first.
+    """
+    if dtype == torch.float32:
+        return "tf32x3"
+    return "widened" if INTERPRETED else "ieee"
+
+
+def obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why Triton kernels cannot serve tensors of this device and dtype here, or None."""
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if version < (3, 6):
+        return f"triton {triton.__version__} is installed, 3.6 or later is wanted"
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"dtype {dtype} is not one of float32, bfloat16, float16"
+    if INTERPRETED:
+        return None
+    if device.type != "cuda":
+        return f"tensors are on {device.type}, Triton kernels run on CUDA (or anywhere with TRITON_INTERPRET=1)"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return f"the GPU has compute capability {major}.{minor}, 8.0 or later is wanted"
+    return None

@@ -1,0 +1,150 @@
+"""The Triton kernels of sparse attention against float64: in Triton's interpreter, or on the GPU where there is one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("triton")
+
+from dalle_kernels import Causal, Column, Convolution, MaskPattern, Pattern, Row, TokenLayout, sparse_attention
+from dalle_kernels.attention import triton_backend
+from dalle_kernels.backends import Call
+from tests.oracles import attention, every_pattern
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+LAYOUT = TokenLayout(37, (9, 10))
+
+
+def packed_inputs(batch: int, heads: int, length: int, width: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    """q, k, v as a projection leaves them: [B, S, 3, H, D] seen as three [B, H, S, D]."""
+    packed = torch.randn(batch, length, 3, heads, width, device=DEVICE).to(dtype)
+    return [tensor.requires_grad_() for tensor in packed.permute(2, 0, 3, 1, 4).unbind()]
+
+
+def oracle(
+    dtype: torch.dtype, inputs: list[torch.Tensor], grads: list[torch.Tensor], pattern: Pattern, **kwargs: Any
+) -> list[torch.Tensor]:
+    """out, lse, dq, dk, dv by dense PyTorch in `dtype`."""
+    q, k, v = (tensor.detach().to(dtype).requires_grad_() for tensor in inputs)
+    out, lse = attention(q, k, v, pattern.mask(q.shape[2]).to(DEVICE), **kwargs)
+    finite_lse = lse.masked_fill(lse == -torch.inf, 0)
+    return [out, lse, *torch.autograd.grad([out, finite_lse], [q, k, v], [grad.to(dtype) for grad in grads])]
+
+
+def check(inputs: list[torch.Tensor], pattern: Pattern, **kwargs: Any) -> None:
+    """Forward and backward, at most twice the error of plain PyTorch in the same precision, plus rounding."""
+    q, k, v = inputs
+    grads = [torch.randn_like(q), torch.randn_like(q[..., 0], dtype=torch.float32)]
+    out, lse = sparse_attention(q, k, v, pattern, return_lse=True, backend="triton", **kwargs)
+    assert out.dtype == q.dtype
+    assert out.stride() == torch.empty_like(q).stride()
+    got = [out, lse]
+    truth = oracle(torch.float64, inputs, grads, pattern, **kwargs)
+    plain = oracle(q.dtype, inputs, grads, pattern, **kwargs)
+    for name, result, exact, rounded in zip(("out", "lse", "dq", "dk", "dv"), got, truth, plain, strict=False):
+        infinite = exact.isinf()
+        assert torch.equal(result.isinf(), infinite), name
+        error = (result.double() - exact).masked_fill(infinite, 0).abs().max()
+        allowed = 2 * (rounded.double() - exact).masked_fill(infinite, 0).abs().max()
+        precision = torch.finfo(result.dtype).eps
+        assert error <= allowed + 8 * precision, f"{name}: error {error}, allowed {allowed}"
+
+
+@pytest.fixture(autouse=True)
+def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a kernel leaves unwritten is NaN."""
+    empty, empty_like = torch.empty, torch.empty_like
+
+    def poisoned(make: Any) -> Any:
+        def allocate(*args: Any, **kwargs: Any) -> torch.Tensor:
+            tensor = make(*args, **kwargs)
+            return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
+
+        return allocate
+
+    monkeypatch.setattr(torch, "empty", poisoned(empty))
+    monkeypatch.setattr(torch, "empty_like", poisoned(empty_like))
+
+
+@pytest.mark.parametrize("pattern", every_pattern(LAYOUT), ids=str)
+def test_every_pattern(pattern: Pattern) -> None:
+    torch.manual_seed(0)
+    check(packed_inputs(1, 2, pattern.length, 16, torch.float32), pattern)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [16, 32, 64, 80, 96, 128])
+def test_every_width_and_dtype(width: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(width)
+    check(packed_inputs(1, 1, LAYOUT.length, width, dtype), Column(LAYOUT))
+
+
+@pytest.mark.parametrize("pattern", [Row(LAYOUT), Column(LAYOUT)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_padding(pattern: Pattern, dtype: torch.dtype) -> None:
+    torch.manual_seed(1)
+    padding = torch.rand(3, pattern.length, device=DEVICE) < 0.3
+    padding[0, :37] = True  # text rows of the first sample see nothing at all
+    padding[1] = True
+    check(packed_inputs(3, 2, pattern.length, 32, dtype), pattern, key_padding_mask=padding)
+
+
+@pytest.mark.parametrize("scale", [-0.7, 0.0, 1.0])
+def test_scale(scale: float) -> None:
+    torch.manual_seed(2)
+    check(packed_inputs(1, 1, LAYOUT.length, 16, torch.bfloat16), Row(LAYOUT), scale=scale)
+
+
+@pytest.mark.parametrize("length", [1, 31, 64, 96, 126])
+def test_prefix(length: int) -> None:
+    torch.manual_seed(3)
+    check(packed_inputs(1, 2, length, 16, torch.float32), Convolution(LAYOUT, 3, "torus"))
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [TokenLayout(0, (9, 9)), TokenLayout(1, (5, 14)), TokenLayout(3, (1, 70)), TokenLayout(2, (70, 1)), TokenLayout(64, (8, 8))],
+    ids=str,
+)  # fmt: skip
+def test_layouts(layout: TokenLayout) -> None:
+    torch.manual_seed(4)
+    for pattern in (Row(layout), Column(layout)):
+        check(packed_inputs(2, 1, layout.length, 16, torch.float16), pattern)
+
+
+def test_aliased_and_expanded_inputs() -> None:
+    torch.manual_seed(5)
+    x = torch.randn(2, 1, LAYOUT.length, 16, device=DEVICE)
+    check([x, x, x], Causal(LAYOUT))
+    check([x.expand(2, 3, -1, -1), x.expand(2, 3, -1, -1).contiguous(), x.expand(2, 3, -1, -1)], Causal(LAYOUT))
+
+
+def test_mask_that_hides_everything() -> None:
+    torch.manual_seed(6)
+    check(packed_inputs(1, 1, 40, 16, torch.float32), MaskPattern(torch.zeros(40, 40, dtype=torch.bool)))
+
+
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_drawn_shapes(data: st.DataObject) -> None:
+    layout = TokenLayout(data.draw(st.integers(0, 40)), (data.draw(st.integers(1, 9)), data.draw(st.integers(1, 9))))
+    pattern = data.draw(st.sampled_from(every_pattern(layout)))
+    length = data.draw(st.integers(1, pattern.length))
+    batch, heads = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 3))
+    torch.manual_seed(0)
+    inputs = packed_inputs(batch, heads, length, data.draw(st.integers(1, 40)), data.draw(st.sampled_from(DTYPES)))
+    padding = torch.rand(batch, length, device=DEVICE) < data.draw(st.sampled_from([0.1, 0.9]))
+    check(inputs, pattern, key_padding_mask=data.draw(st.sampled_from([None, padding])))
+
+
+def test_refusals() -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    assert triton_backend.refuse(Call(device, torch.bfloat16, 64)) is None
+    assert "float64" in str(triton_backend.refuse(Call(device, torch.float64, 64)))
+    assert "256" in str(triton_backend.refuse(Call(device, torch.float32, 256)))
