@@ -36,12 +36,19 @@ def _obstacle() -> str | None:
 def _native() -> dict:
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 
-    sources = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.cpp"))
+    sources = sorted(
+        str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.cpp") if "tests" not in path.parts
+    )
     extension = CppExtension(
         "dalle_kernels._native",
         sources,
         include_dirs=[str(ROOT / "csrc")],
-        extra_compile_args=["-O3", "-std=c++20", "-fvisibility=hidden", "-Wno-psabi", "-Wno-ignored-attributes"],
+        # Without -fopenmp at::parallel_for, a template, runs on one thread. The runtime it links is torch's own.
+        extra_compile_args=[
+            *("-O3", "-std=c++20", "-fopenmp", "-fvisibility=hidden"),
+            *("-Wno-psabi", "-Wno-ignored-attributes", "-Wno-maybe-uninitialized", "-Wno-uninitialized"),
+        ],
+        extra_link_args=["-fopenmp"],
     )
     return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildExtension}}
 

@@ -1,0 +1,353 @@
+// The small products that attention is made of, and the rows that they read. See simd.h for how this becomes code.
+//
+// Everything is a sum over units of 32 bits: a float32, or a pair of bfloat16 that one instruction multiplies and adds
+// (PairDot). One side of a product is broadcast a unit at a time, straight from the rows of a tensor wherever they lie;
+// the other fills the vectors. M rows times N vectors of sums stay in registers.
+//
+//   dot_rows        sums[i][lane] = sum_u  rows[i][u] b[u][lane]            scores of M keys for 16 N queries
+//   mix_rows        c[i][lane]   += sum_u  a[u][i] rows[u][lane]            output of M queries out of value rows
+//   accumulate_rows c[i][lane]   += sum_u  a[i][u] b[u][lane]               gradient of M queries out of key rows
+#pragma once
+
+#include "simd.h"
+
+#include "attention/kernels.h"
+
+#define DALLE_METHOD inline __attribute__((always_inline))
+
+namespace dalle::DALLE_ISA {
+
+using namespace dalle::attention;
+
+constexpr int kVectors = kGroup / kLanes;                 // vectors in a group of 16 positions
+constexpr int kWide = kLanes == 16 ? 4 : 2;               // vectors side by side in the registers of a wide product
+constexpr float kNothing = -1e30f;                        // running maximum of a query that has seen no key
+constexpr float kLog2E = 0x1.715476p0f;
+
+template <int N>
+struct Int {
+  static constexpr int value = N;
+};
+
+// A 32-bit unit at any address: rows of bfloat16 need not be aligned to more.
+using unit __attribute__((aligned(2), may_alias)) = float;
+DALLE_INLINE F broadcast(const float* p) { return set(float(*(const unit*)p)); }
+
+struct SingleDot {
+  static constexpr int kPer = 1;  // elements in a unit
+  DALLE_INLINE F mac(F a, F b, F sum) { return fma(a, b, sum); }
+};
+struct PairDot {
+  static constexpr int kPer = 2;
+  DALLE_INLINE F mac(F a, F b, F sum) { return dot(as_words(a), as_words(b), sum); }
+};
+
+// 2^x for any finite x <= 128, 0 far below; undefined (but harmless) beyond.
+DALLE_INLINE F power(F x) {
+#if defined(DALLE_ISA_AVX2)
+  x = max(x, set(-127.f));
+#endif
+  return exp2_bounded(x);
+}
+// The same to a relative error of 2.8e-6, ample for what is rounded to bfloat16 next.
+DALLE_INLINE F power_coarse(F x) {
+#if defined(DALLE_ISA_AVX2)
+  x = max(x, set(-127.f));
+#endif
+  const F whole = round(x), r = x - whole;
+  F p = set(0.00958285201f);
+  p = fma(p, r, set(0.0559064262f));
+  p = fma(p, r, set(0.240240991f));
+  p = fma(p, r, set(0.693124175f));
+  p = fma(p, r, set(1.f));
+  return scale_by_power(p, whole);
+}
+
+// Turns kLanes vectors into their transpose.
+#if defined(DALLE_ISA_AVX2)
+DALLE_INLINE void transpose(F* r) {
+  F t[8];
+  DALLE_UNROLL for (int i = 0; i < 4; i++) {
+    t[2 * i] = _mm256_unpacklo_ps(r[2 * i], r[2 * i + 1]);
+    t[2 * i + 1] = _mm256_unpackhi_ps(r[2 * i], r[2 * i + 1]);
+  }
+  DALLE_UNROLL for (int i = 0; i < 2; i++) {
+    r[4 * i] = _mm256_shuffle_ps(t[4 * i], t[4 * i + 2], 0x44);
+    r[4 * i + 1] = _mm256_shuffle_ps(t[4 * i], t[4 * i + 2], 0xEE);
+    r[4 * i + 2] = _mm256_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0x44);
+    r[4 * i + 3] = _mm256_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0xEE);
+  }
+  DALLE_UNROLL for (int i = 0; i < 4; i++) t[i] = r[i];
+  DALLE_UNROLL for (int i = 0; i < 4; i++) {
+    const F low = t[i], high = r[4 + i];
+    r[i] = _mm256_permute2f128_ps(low, high, 0x20);
+    t[4 + i] = _mm256_permute2f128_ps(low, high, 0x31);
+  }
+  DALLE_UNROLL for (int i = 4; i < 8; i++) r[i] = t[i];
+}
+#else
+DALLE_INLINE void transpose(F* r) {
+  F t[16];
+  DALLE_UNROLL for (int i = 0; i < 8; i++) {
+    t[2 * i] = _mm512_unpacklo_ps(r[2 * i], r[2 * i + 1]);
+    t[2 * i + 1] = _mm512_unpackhi_ps(r[2 * i], r[2 * i + 1]);
+  }
+  DALLE_UNROLL for (int i = 0; i < 4; i++) {
+    r[4 * i] = _mm512_shuffle_ps(t[4 * i], t[4 * i + 2], 0x44);
+    r[4 * i + 1] = _mm512_shuffle_ps(t[4 * i], t[4 * i + 2], 0xEE);
+    r[4 * i + 2] = _mm512_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0x44);
+    r[4 * i + 3] = _mm512_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0xEE);
+  }
+  DALLE_UNROLL for (int i = 0; i < 4; i++) {
+    t[i] = _mm512_shuffle_f32x4(r[i], r[4 + i], 0x88);
+    t[4 + i] = _mm512_shuffle_f32x4(r[i], r[4 + i], 0xDD);
+    t[8 + i] = _mm512_shuffle_f32x4(r[8 + i], r[12 + i], 0x88);
+    t[12 + i] = _mm512_shuffle_f32x4(r[8 + i], r[12 + i], 0xDD);
+  }
+  DALLE_UNROLL for (int i = 0; i < 4; i++) {
+    r[i] = _mm512_shuffle_f32x4(t[i], t[8 + i], 0x88);
+    r[8 + i] = _mm512_shuffle_f32x4(t[i], t[8 + i], 0xDD);
+    r[4 + i] = _mm512_shuffle_f32x4(t[4 + i], t[12 + i], 0x88);
+    r[12 + i] = _mm512_shuffle_f32x4(t[4 + i], t[12 + i], 0xDD);
+  }
+}
+#endif
+
+// --------------------------------------------------------------------------------------------------- the products
+
+// emit(sums) takes F sums[M][N]. Several chains of sums hide the latency where M N is small.
+template <class Dot, int M, int N, int kChains, class Emit>
+DALLE_INLINE void dot_rows(const float* const* rows, const float* b, int ldb, int units, const Emit& emit) {
+  const float* a[M];
+  F chains[kChains][M][N], sums[M][N];
+  DALLE_UNROLL for (int i = 0; i < M; i++) a[i] = rows[i];
+  DALLE_UNROLL for (int c = 0; c < kChains; c++)
+    DALLE_UNROLL for (int i = 0; i < M; i++)
+      DALLE_UNROLL for (int v = 0; v < N; v++) chains[c][i][v] = zero();
+  for (int u = 0; u < units; u += 2) {  // D is a multiple of 8, so there is an even number of units
+    DALLE_UNROLL for (int c = 0; c < 2; c++) {
+      F vectors[N];
+      DALLE_UNROLL for (int v = 0; v < N; v++) vectors[v] = load(b + (u + c) * ldb + v * kLanes);
+      DALLE_UNROLL for (int i = 0; i < M; i++) {
+        const F x = broadcast(a[i] + u + c);
+        DALLE_UNROLL for (int v = 0; v < N; v++)
+          chains[c % kChains][i][v] = Dot::mac(x, vectors[v], chains[c % kChains][i][v]);
+      }
+    }
+  }
+  DALLE_UNROLL for (int i = 0; i < M; i++)
+    DALLE_UNROLL for (int v = 0; v < N; v++) {
+      sums[i][v] = chains[0][i][v];
+      DALLE_UNROLL for (int c = 1; c < kChains; c++) sums[i][v] += chains[c][i][v];
+    }
+  emit(sums);
+}
+
+enum class Start { zero, add, scale };  // what a sum starts from: 0, c, or factor[i] c
+
+template <class Dot, int M, int N, Start kStart>
+DALLE_INLINE void mix_rows(const float* a, int lda, const float* const* rows, int column, int count, float* c,
+                           int ldc, const float* factor) {
+  F sums[M][N];
+  DALLE_UNROLL for (int i = 0; i < M; i++)
+    DALLE_UNROLL for (int v = 0; v < N; v++) {
+      if constexpr (kStart == Start::zero) sums[i][v] = zero();
+      if constexpr (kStart == Start::add) sums[i][v] = load(c + i * ldc + v * kLanes);
+      if constexpr (kStart == Start::scale) sums[i][v] = set(factor[i]) * load(c + i * ldc + v * kLanes);
+    }
+#pragma GCC unroll 2
+  for (int u = 0; u < count; u++) {
+    const float* row = rows[u] + column;
+    F vectors[N];
+    DALLE_UNROLL for (int v = 0; v < N; v++) vectors[v] = load(row + v * kLanes);
+    DALLE_UNROLL for (int i = 0; i < M; i++) {
+      const F x = broadcast(a + u * lda + i);
+      DALLE_UNROLL for (int v = 0; v < N; v++) sums[i][v] = Dot::mac(x, vectors[v], sums[i][v]);
+    }
+  }
+  DALLE_UNROLL for (int i = 0; i < M; i++)
+    DALLE_UNROLL for (int v = 0; v < N; v++) store(c + i * ldc + v * kLanes, sums[i][v]);
+}
+
+template <class Dot, int M, int N, int kLda>
+DALLE_INLINE void accumulate_rows(const float* a, const float* b, int ldb, int count, float* const* c, int column) {
+  F sums[M][N];
+  DALLE_UNROLL for (int i = 0; i < M; i++)
+    DALLE_UNROLL for (int v = 0; v < N; v++) sums[i][v] = load(c[i] + column + v * kLanes);
+#pragma GCC unroll 2
+  for (int u = 0; u < count; u++) {
+    F vectors[N];
+    DALLE_UNROLL for (int v = 0; v < N; v++) vectors[v] = load(b + u * ldb + column + v * kLanes);
+    DALLE_UNROLL for (int i = 0; i < M; i++) {
+      const F x = broadcast(a + i * kLda + u);
+      DALLE_UNROLL for (int v = 0; v < N; v++) sums[i][v] = Dot::mac(x, vectors[v], sums[i][v]);
+    }
+  }
+  DALLE_UNROLL for (int i = 0; i < M; i++)
+    DALLE_UNROLL for (int v = 0; v < N; v++) store(c[i] + column + v * kLanes, sums[i][v]);
+}
+
+// Cuts `count` (even) rows into blocks of kMost, 4 and 2: body(Int<M>, first).
+template <int kMost, class Body>
+DALLE_INLINE void for_rows(int count, const Body& body) {
+  int i = 0;
+  for (; i + kMost <= count; i += kMost) body(Int<kMost>{}, i);
+  if constexpr (kMost > 4)
+    for (; i + 4 <= count; i += 4) body(Int<4>{}, i);
+  for (; i < count; i += 2) body(Int<2>{}, i);
+}
+
+// Cuts a row of `vectors` vectors into even blocks of at most kWide: body(Int<N>, first lane).
+template <class Body>
+DALLE_INLINE void for_columns(int vectors, const Body& body) {
+  int first = 0;
+  for (int blocks = (vectors + kWide - 1) / kWide; blocks > 0; blocks--) {
+    const int n = (vectors - first + blocks - 1) / blocks;
+    const int lane = first * kLanes;
+    if constexpr (kWide >= 4) {
+      if (n == 4) body(Int<4>{}, lane);
+      if (n == 3) body(Int<3>{}, lane);
+    }
+    if (n == 2) body(Int<2>{}, lane);
+    if (n == 1) body(Int<1>{}, lane);
+    first += n;
+  }
+}
+
+// Rows a block: as many as the registers hold besides N vectors and a broadcast.
+template <int N>
+constexpr int kBlockRows = N >= 4 || kLanes == 8 ? 6 : 8;
+
+// c[row][0 .. width) = start + sum_u a[u][row] rows[u], over `rows_out` rows.
+template <class Dot, Start kStart>
+static void mix(const float* a, int lda, const float* const* rows, int count, int rows_out, float* c, int ldc,
+                const float* factor) {
+  for_columns(ldc / kLanes, [&](auto n, int lane) __attribute__((always_inline)) {
+    for_rows<kBlockRows<n.value>>(rows_out, [&](auto m, int i) __attribute__((always_inline)) {
+      mix_rows<Dot, m.value, n.value, kStart>(a + i, lda, rows, lane, count, c + i * int64_t(ldc) + lane, ldc,
+                                              kStart == Start::scale ? factor + i : nullptr);
+    });
+  });
+}
+
+// c[row] += sum_u a[row][u] b[u], over `rows_out` rows.
+template <class Dot, int kLda>
+static void accumulate(const float* a, const float* b, int width, int count, int rows_out, float* const* c) {
+  for_columns(width / kLanes, [&](auto n, int lane) __attribute__((always_inline)) {
+    for_rows<kBlockRows<n.value>>(rows_out, [&](auto m, int i) __attribute__((always_inline)) {
+      accumulate_rows<Dot, m.value, n.value, kLda>(a + i * kLda, b, width, count, c + i, lane);
+    });
+  });
+}
+
+// ------------------------------------------------------------------------------------------------------- the rows
+
+DALLE_INLINE int round_up(int x, int multiple) { return (x + multiple - 1) / multiple * multiple; }
+
+// A float32 or bfloat16 vector of a row, the lanes past `width` zero.
+template <class T>
+DALLE_INLINE F load_row(const T* row, int d, int width) {
+  return d + kLanes <= width ? load(row + d) : load(row + d, width - d);
+}
+template <class T>
+DALLE_INLINE void store_row(T* row, int d, int width, F x) {
+  if (d + kLanes <= width) {
+    store(row + d, x);
+  } else {
+    store(row + d, x, width - d);
+  }
+}
+
+// How one head's rows of a tensor are read, by position. `units(p)` is row p as 32-bit units; `mixed(u)` is the u-th row
+// that mix() takes: row u, or with PairDot the pairs of elements of rows 2 u and 2 u + 1. Rows that cannot be read in
+// place are packed, a tile at a time, when first needed. Rows past the end are zero.
+template <class T, class Dot>
+struct Rows {
+  static constexpr bool kWidened = sizeof(T) == 2 && Dot::kPer == 1;  // bfloat16 without an instruction for it
+
+  const T* base;
+  int64_t stride;
+  const int32_t* order;
+  int length, width, rounded;
+  float* packed;         // [tiles kTile / Dot::kPer, rounded], where packing() says so
+  uint8_t* ready;        // [tiles]
+  const float* zeros;    // a row of zeros
+
+  static bool packing(int width) { return sizeof(T) == 2 || width % kLanes != 0; }
+
+  DALLE_METHOD const float* in_place(int position) const {
+    return position < length ? (const float*)(base + order[position] * stride) : zeros;
+  }
+  DALLE_METHOD const float* units(int position) const {
+    if constexpr (kWidened) return packed + int64_t(position) * rounded;
+    return in_place(position);
+  }
+  DALLE_METHOD const float* mixed(int u) const {
+    if (Dot::kPer == 2 || packed) return packed + int64_t(u) * rounded;
+    return in_place(u);
+  }
+  DALLE_METHOD const T* row(int position) const {
+    return position < length ? base + order[position] * stride : (const T*)zeros;
+  }
+  DALLE_METHOD void prepare(int tile) const {
+    if (packed && !ready[tile]) {
+      pack(tile);
+      ready[tile] = 1;
+    }
+  }
+  // Tile `tile` of the packed rows into `out`.
+  void pack_into(int tile, float* out) const {
+    for (int i = 0; i < kTile; i += Dot::kPer, out += rounded) {
+      const T* first = row(tile * kTile + i);
+      if constexpr (Dot::kPer == 2) {
+        const T* second = row(tile * kTile + i + 1);
+        for (int d = 0; d < rounded; d += kLanes) {
+          const U low = as_words(load_row(first, d, width)) >> 16, high = as_words(load_row(second, d, width));
+          store(out + d, as_float(low | high));
+        }
+      } else {
+        for (int d = 0; d < rounded; d += kLanes) store(out + d, load_row(first, d, width));
+      }
+    }
+  }
+  void pack(int tile) const { pack_into(tile, packed + int64_t(tile) * (kTile / Dot::kPer) * rounded); }
+
+  // out[unit][position], 64 positions: the transpose of a tile's units.
+  void transpose_into(int tile, float* out) const {
+    const int count = width / Dot::kPer;
+    for (int i = 0; i < kTile; i += kLanes)
+      for (int u = 0; u < count; u += kLanes) {
+        F block[kLanes];
+        DALLE_UNROLL for (int j = 0; j < kLanes; j++) {
+          const T* source = row(tile * kTile + i + j);
+          if constexpr (Dot::kPer == 2) {
+            const float* units = (const float*)source;
+            block[j] = u + kLanes <= count ? load(units + u) : load(units + u, count - u);
+          } else {
+            block[j] = load_row(source, u, count);
+          }
+        }
+        transpose(block);
+        const int lines = count - u < kLanes ? count - u : kLanes;
+        for (int j = 0; j < lines; j++) store(out + (u + j) * kTile + i, block[j]);
+      }
+  }
+};
+
+// Hands out a thread's scratch memory in cache lines. A dry run (null memory) counts it.
+struct Carver {
+  float* memory;
+  int64_t used = 0;
+
+  DALLE_METHOD float* floats(int64_t n) {
+    float* start = memory ? memory + used : nullptr;
+    used += (n + 15) / 16 * 16;
+    return start;
+  }
+  template <class T>
+  DALLE_METHOD T* of(int64_t n) {
+    return (T*)floats((n * int64_t(sizeof(T)) + 3) / 4);
+  }
+};
+
+}  // namespace dalle::DALLE_ISA

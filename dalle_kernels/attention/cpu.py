@@ -1,0 +1,75 @@
+"""Sparse attention on the CPU: hands a pattern's plan and the tensors to the kernels of csrc/attention."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+
+from dalle_kernels import native
+from dalle_kernels.attention.patterns import Pattern
+from dalle_kernels.attention.schedule import schedule_for
+from dalle_kernels.backends import Call
+
+_TILE = (64, 64)  # what csrc/attention/plan.h is written for
+_WIDEST = 256
+
+
+def refuse(call: Call) -> str | None:
+    reason = native.refuse_cpu(call.device, call.dtype)
+    if reason is None and (call.width % 8 or not 8 <= call.width <= _WIDEST):
+        reason = f"it takes a head dimension D that is a multiple of 8 up to {_WIDEST}, not {call.width}"
+    return reason
+
+
+def describe() -> str:
+    return native.instruction_set()
+
+
+@lru_cache(maxsize=256)
+def _plan(pattern: Pattern, length: int) -> list[torch.Tensor]:
+    """The masked tiles resolved to the keys that each group of 16 queries sees: csrc/attention/plan.h."""
+    schedule = schedule_for(pattern, _TILE, length)
+    return torch.ops.dalle_kernels_cpu.attention_plan(
+        schedule.order,
+        schedule.key_offsets,
+        schedule.key_tiles,
+        schedule.mask_ids,
+        schedule.full_counts,
+        schedule.query_offsets,
+        schedule.query_tiles,
+        schedule.query_mask_ids,
+        schedule.query_full_counts,
+        schedule.masks,
+        schedule.masks_transposed,
+    )
+
+
+def forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    key_padding_mask: torch.Tensor | None,
+    scale: float,
+    pattern: Pattern,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    plan = _plan(pattern, q.shape[2])
+    return torch.ops.dalle_kernels_cpu.attention_forward(q, k, v, key_padding_mask, scale, plan)
+
+
+def backward(
+    grad_out: torch.Tensor,
+    grad_lse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    key_padding_mask: torch.Tensor | None,
+    scale: float,
+    pattern: Pattern,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    plan = _plan(pattern, q.shape[2])
+    return torch.ops.dalle_kernels_cpu.attention_backward(
+        grad_out, grad_lse, q, k, v, out, lse, key_padding_mask, scale, plan
+    )

@@ -1,0 +1,220 @@
+"""The native CPU kernels against the float64 reference: every pattern, dtype and instruction set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from dalle_kernels import native
+from dalle_kernels.attention import cpu, reference
+from dalle_kernels.attention.layout import TokenLayout
+from dalle_kernels.attention.patterns import (
+    AxialRow,
+    Causal,
+    Column,
+    Convolution,
+    Fixed,
+    MaskPattern,
+    Pattern,
+    Row,
+    Strided,
+)
+from dalle_kernels.backends import Call
+
+ISAS = native.NATIVE.supported_isas() if native.NATIVE else []
+LAYOUT = TokenLayout(text_length=20, grid=(13, 9))
+RANDOM = torch.rand(130, 130, generator=torch.Generator().manual_seed(1))
+PATTERNS = [
+    Row(LAYOUT),
+    Column(LAYOUT),
+    AxialRow(LAYOUT),
+    Causal(LAYOUT),
+    Convolution(LAYOUT, kernel_size=5),
+    Convolution(LAYOUT, kernel_size=3, boundary="clamp"),
+    Convolution(LAYOUT, kernel_size=5, boundary="torus"),
+    Convolution(LAYOUT, kernel_size=3, boundary="corner", dilation=2),
+    Strided(150, 12),
+    Fixed(150, 16, 2),
+    MaskPattern(RANDOM < 0.2),
+    MaskPattern(RANDOM < 0.01),  # leaves rows and columns without a visible pair
+]
+LAYOUTS = [
+    TokenLayout(0, (8, 9)),
+    TokenLayout(1, (5, 1)),
+    TokenLayout(3, (1, 70)),
+    TokenLayout(64, (8, 8)),
+    TokenLayout(130, (2, 3)),
+]
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    assert native.NATIVE is not None
+    before = native.NATIVE.isa()
+    native.NATIVE.set_isa(request.param)
+    yield request.param
+    native.NATIVE.set_isa(before)
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_the_native_library_is_there() -> None:
+    assert native.absence() is None
+
+
+def tensors(
+    pattern: Pattern, batch: int, heads: int, width: int, dtype: torch.dtype, length: int | None = None
+) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(width)
+    shape = (batch, heads, length or pattern.length, width)
+    q, k, v, grad = (torch.randn(shape, generator=generator).to(dtype) for _ in range(4))
+    grad_lse = torch.randn(shape[:3], generator=generator)
+    return q, k, v, grad, grad_lse
+
+
+def poison() -> None:
+    """Leaves NaN in the memory that the next allocations and the kernels' scratch are likely to reuse."""
+    blocks = [torch.full((2**n,), torch.nan) for n in range(6, 21) for _ in range(3)]
+    del blocks
+
+
+def run(module, q, k, v, grad, grad_lse, padding, scale, pattern):
+    """out, lse, dq, dk, dv."""
+    poison()
+    out, lse = module.forward(q, k, v, padding, scale, pattern)
+    poison()
+    return out, lse, *module.backward(grad, grad_lse, q, k, v, out, lse, padding, scale, pattern)
+
+
+def check(pattern, q, k, v, grad, grad_lse, padding=None, scale=None) -> None:
+    """Every result within twice the error of plain PyTorch in the same dtype, plus rounding."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    wide = [t.double() for t in (q, k, v, grad, grad_lse)]
+    exact = run(reference, *wide, padding, scale, pattern)
+    plain = run(reference, q, k, v, grad, grad_lse, padding, scale, pattern)
+    ours = run(cpu, q, k, v, grad, grad_lse, padding, scale, pattern)
+    largest_lse = exact[1].masked_fill(exact[1] == -torch.inf, 0).abs().max().item()
+    for name, mine, theirs, true in zip(("out", "lse", "dq", "dk", "dv"), ours, plain, exact, strict=True):
+        assert mine.dtype == theirs.dtype, name
+        assert mine.shape == theirs.shape, name
+        none = true == -torch.inf
+        assert torch.equal(mine == -torch.inf, none), name
+        error = (mine.double() - true).masked_fill(none, 0).abs().max().item()
+        allowed = (theirs.double() - true).masked_fill(none, 0).abs().max().item()
+        # A few roundings of float32; or that of the weights to bfloat16, which the plain path does not do.
+        # (Those weights come from a shorter polynomial, which the log-sum-exp shows.)
+        # The backward has its weights from the log-sum-exp, as exactly as float32 holds that.
+        rounding = torch.finfo(torch.float32).eps * max(4, largest_lse)
+        if q.dtype == torch.bfloat16:
+            rounding = 1e-5 if name == "lse" else torch.finfo(torch.bfloat16).eps / 2
+        size = true.masked_fill(none, 0).abs().max().item()
+        assert error <= 2 * allowed + rounding * max(size, 1.0), f"{name}: {error} against {allowed}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("pattern", PATTERNS, ids=lambda p: type(p).__name__)
+def test_patterns(isa: str, pattern: Pattern, dtype: torch.dtype) -> None:
+    check(pattern, *tensors(pattern, 2, 2, 64, dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [8, 16, 24, 32, 40, 80, 96, 128, 200, 256])
+def test_widths(isa: str, width: int, dtype: torch.dtype) -> None:
+    check(PATTERNS[0], *tensors(PATTERNS[0], 1, 3, width, dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: f"{layout.text_length}+{layout.grid}")
+def test_layouts(isa: str, layout: TokenLayout, dtype: torch.dtype) -> None:
+    for pattern in (Row(layout), Column(layout), Convolution(layout, 3)):
+        check(pattern, *tensors(pattern, 3, 1, 32, dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("length", [1, 19, 63, 64, 65, 136])
+def test_prefixes(isa: str, length: int, dtype: torch.dtype) -> None:
+    for pattern in (Row(LAYOUT), Column(LAYOUT)):
+        check(pattern, *tensors(pattern, 1, 2, 16, dtype, length))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("heads", [2, 20])
+def test_padding(isa: str, heads: int, dtype: torch.dtype) -> None:
+    """Padding at random, none, over whole tiles, and over everything; text long enough for full tiles."""
+    layout = TokenLayout(130, (9, 9))
+    generator = torch.Generator().manual_seed(2)
+    padding = torch.rand(4, layout.length, generator=generator) < 0.3
+    padding[1] = False
+    padding[2, :140] = True
+    padding[3] = True
+    for pattern in (Row(layout), Column(layout)):
+        check(pattern, *tensors(pattern, 4, heads, 16, dtype), padding)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", [0.3, -0.2, 0.0])
+def test_scale(isa: str, scale: float, dtype: torch.dtype) -> None:
+    layout = TokenLayout(70, (9, 9))
+    check(Row(layout), *tensors(Row(layout), 1, 2, 32, dtype), scale=scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_scores(isa: str, dtype: torch.dtype) -> None:
+    """Scores in the hundreds: a softmax that forgot its maximum would overflow."""
+    q, k, v, grad, grad_lse = tensors(PATTERNS[0], 1, 2, 32, dtype)
+    check(PATTERNS[0], q * 20, k * 20, v, grad, grad_lse)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_strides(isa: str, dtype: torch.dtype) -> None:
+    """Transposed, sliced, shared and expanded inputs give what contiguous ones do."""
+    pattern, width = PATTERNS[1], 40
+    length = pattern.length
+    packed = torch.randn(2, length, 3, 3, width + 3).to(dtype)[..., 1 : width + 1]
+    q, k, v = (packed[:, :, i].transpose(1, 2) for i in range(3))
+    grad = torch.randn(1, 1, length, width).to(dtype).expand(2, 3, -1, -1)
+    check(pattern, q, k, v, grad, torch.randn(2, 3, length))
+    check(pattern, q, q, q, grad, torch.randn(2, 3, length))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("heads", [1, 3, 17])
+def test_bits_do_not_depend_on_threads(isa: str, threads: None, heads: int, dtype: torch.dtype) -> None:
+    layout = TokenLayout(200, (12, 12))
+    for pattern in (Row(layout), Column(layout)):
+        inputs = tensors(pattern, 1, heads, 32, dtype)
+        results = []
+        for count in (1, 2, 7):
+            torch.set_num_threads(count)
+            results.append(run(cpu, *inputs, None, 0.2, pattern))
+        for other in results[1:]:
+            for first, second in zip(results[0], other, strict=True):
+                assert torch.equal(first.view(torch.uint8), second.view(torch.uint8))
+
+
+def test_no_gradient_of_the_log_sum_exp(isa: str) -> None:
+    q, k, v, grad, _ = tensors(PATTERNS[0], 1, 2, 32, torch.float32)
+    out, lse = cpu.forward(q, k, v, None, 0.2, PATTERNS[0])
+    without = cpu.backward(grad, None, q, k, v, out, lse, None, 0.2, PATTERNS[0])
+    zero = cpu.backward(grad, torch.zeros_like(lse), q, k, v, out, lse, None, 0.2, PATTERNS[0])
+    assert all(torch.equal(a, b) for a, b in zip(without, zero, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("call", "word"),
+    [
+        (Call(torch.device("cpu"), torch.float64, 64), "float64"),
+        (Call(torch.device("cpu"), torch.float32, 12), "multiple of 8"),
+        (Call(torch.device("cpu"), torch.float32, 264), "256"),
+        (Call(torch.device("meta"), torch.float32, 64), "meta"),
+    ],
+)
+def test_refusals_say_why(call: Call, word: str) -> None:
+    assert word in (cpu.refuse(call) or "")
