@@ -11,6 +11,8 @@ from dalle_kernels import launch
 from dalle_kernels.attention import triton_forward
 from dalle_kernels.attention.layout import TokenLayout
 from dalle_kernels.attention.patterns import Pattern, Row
+from dalle_kernels.decode import triton_kernel
+from dalle_kernels.decode.cache import KVCache
 
 LAYOUT = TokenLayout(text_length=256, grid=(32, 32))
 DTYPES = {16: torch.bfloat16, 32: torch.float32}
@@ -22,6 +24,20 @@ def cases(arch: int) -> Iterator[Case]:
         yield f"attention/{bits}-bit/{width}", _attention(bits, width)
     yield "attention/16-bit/64/padded-prefix", _attention(16, 64, length=LAYOUT.length - 1, padded=True)
     yield "attention/16-bit/80", _attention(16, 80)
+    rows = [row for row in launch.rows() if row["kernel"] == "decode_forward"]
+    for bits, width in sorted({(row["bits"], row["width"]) for row in rows}):
+        yield f"decode/{bits}-bit/{width}", _decode(bits, width, heads=16)
+    yield "decode/16-bit/64/one-split", _decode(16, 64, heads=256)
+
+
+def _decode(bits: int, width: int, heads: int):
+    def call() -> None:
+        q, k, v = (torch.empty(1, heads, 1, width, dtype=DTYPES[bits]) for _ in range(3))
+        cache = KVCache(Row(LAYOUT), 1, heads, width, dtype=DTYPES[bits])
+        position = torch.zeros((), dtype=torch.int64)
+        triton_kernel.forward(q, k, v, cache.keys, cache.values, position, width**-0.5, cache.pattern)
+
+    return call
 
 
 def _attention(bits: int, width: int, length: int = LAYOUT.length, padded: bool = False):

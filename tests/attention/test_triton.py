@@ -109,7 +109,7 @@ def test_prefix(length: int) -> None:
 
 @pytest.mark.parametrize(
     "layout",
-    [TokenLayout(0, (9, 9)), TokenLayout(1, (5, 14)), TokenLayout(3, (1, 70)), TokenLayout(2, (70, 1)), TokenLayout(64, (8, 8))],
+    [TokenLayout(0, (9, 9)), TokenLayout(1, (5, 14)), TokenLayout(3, (1, 70)), TokenLayout(2, (70, 1)), TokenLayout(64, (8, 8))],  # noqa: E501
     ids=str,
 )  # fmt: skip
 def test_layouts(layout: TokenLayout) -> None:

@@ -1,0 +1,182 @@
+"""One decoding step in Triton: writes the new key and value into the rolling cache, then attends to the visible slots.
+
+The slots that position i sees, prefix[i] leading ones and then its list, are numbered 0 .. n - 1 and shared out among
+`splits` programs a head. Position, and with it n, is read from memory, so that one CUDA graph serves every step. No
+program waits for the write: each takes the new row from k and v themselves wherever it meets the slot they belong in.
+With one split a program ends with the output; with more, each leaves its maximum, sum and weighted values, and
+`decode_combine` adds them in ascending order.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from dalle_kernels import launch
+from dalle_kernels.attention.patterns import Pattern
+from dalle_kernels.backends import Call
+from dalle_kernels.decode.table import DecodeTable, decode_table_for
+from dalle_kernels.triton_common import obstacle
+
+WIDEST = 256  # head dimension
+
+
+def refuse(call: Call) -> str | None:
+    if call.width > WIDEST:
+        return f"head dimension {call.width} is more than {WIDEST}"
+    return obstacle(call.device, call.dtype)
+
+
+@triton.jit
+def decode_forward(
+    Q, K, V, Keys, Values, Out, Partial, position, slot_of, prefix, offsets, slots,
+    stride_qb, stride_qh, stride_kb, stride_kh, stride_vb, stride_vh, stride_ob, stride_oh,
+    stride_keys_b, stride_keys_h, stride_keys_s, stride_values_b, stride_values_h, stride_values_s,
+    HEADS, exponent_scale,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """Q, K, V, Out [B, H, 1, D]; Keys, Values [B, H, L, D]; Partial fp32 [B H, SPLITS, 2 + BLOCK_D]; grid (B H, SPLITS).
+
+    A row of Partial: the values' weighted sum, then the sum of weights and their maximal exponent.
+    """
+    head = tl.program_id(0)
+    split = tl.program_id(1)
+    batch = (head // HEADS).to(tl.int64)
+    head_in_batch = (head % HEADS).to(tl.int64)
+    column = tl.arange(0, BLOCK_D)
+    inside = column < D
+    q = tl.load(Q + batch * stride_qb + head_in_batch * stride_qh + column, mask=inside, other=0.0).to(tl.float32)
+    new_key = tl.load(K + batch * stride_kb + head_in_batch * stride_kh + column, mask=inside, other=0.0)
+    new_value = tl.load(V + batch * stride_vb + head_in_batch * stride_vh + column, mask=inside, other=0.0)
+    Keys += batch * stride_keys_b + head_in_batch * stride_keys_h
+    Values += batch * stride_values_b + head_in_batch * stride_values_h
+
+    here = tl.load(position)
+    own_slot = tl.load(slot_of + here)
+    if split == 0:
+        tl.store(Keys + own_slot * stride_keys_s + column, new_key, mask=inside)
+        tl.store(Values + own_slot * stride_values_s + column, new_value, mask=inside)
+
+    leading = tl.load(prefix + here)
+    listed_from = tl.load(offsets + here)
+    count = leading + (tl.load(offsets + here + 1) - listed_from).to(tl.int32)
+    share = tl.cdiv(tl.cdiv(count, SPLITS), KEYS) * KEYS
+    start = split * share
+    stop = tl.minimum(start + share, count)
+
+    maximum = tl.full([1], float("-inf"), tl.float32)
+    total = tl.zeros([1], tl.float32)
+    accumulator = tl.zeros([BLOCK_D], tl.float32)
+    for first in range(start, stop, KEYS):
+        number = first + tl.arange(0, KEYS)
+        exists = number < stop
+        listed = tl.load(slots + listed_from + number - leading, mask=exists & (number >= leading), other=0)
+        slot = tl.where(number < leading, number, listed)
+        own = (slot == own_slot)[:, None]
+        keep = exists[:, None] & inside[None, :]
+        k = tl.load(Keys + slot[:, None] * stride_keys_s + column[None, :], mask=keep, other=0.0)
+        v = tl.load(Values + slot[:, None] * stride_values_s + column[None, :], mask=keep, other=0.0)
+        k = tl.where(own, new_key[None, :].to(tl.float32), k.to(tl.float32))
+        v = tl.where(own & exists[:, None], new_value[None, :].to(tl.float32), v.to(tl.float32))
+        score = tl.where(exists, tl.sum(k * q[None, :], 1) * exponent_scale, float("-inf"))
+        new_maximum = tl.maximum(maximum, tl.max(score, 0))
+        weight = tl.exp2(score - new_maximum)
+        decay = tl.exp2(maximum - new_maximum)
+        total = total * decay + tl.sum(weight, 0)
+        accumulator = accumulator * decay + tl.sum(weight[:, None] * v, 0)
+        maximum = new_maximum
+
+    if SPLITS == 1:
+        out = (accumulator / total).to(Out.dtype.element_ty)
+        tl.store(Out + batch * stride_ob + head_in_batch * stride_oh + column, out, mask=inside)
+    else:
+        Partial += (head.to(tl.int64) * SPLITS + split) * (BLOCK_D + 2)
+        tl.store(Partial + column, accumulator)
+        tl.store(Partial + BLOCK_D + tl.arange(0, 1), total)
+        tl.store(Partial + BLOCK_D + 1 + tl.arange(0, 1), maximum)
+
+
+@triton.jit
+def decode_combine(
+    Partial, Out, stride_ob, stride_oh, HEADS,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """Adds a head's splits in ascending order; grid (B H,). The first split is never empty, a later one may be."""
+    head = tl.program_id(0)
+    column = tl.arange(0, BLOCK_D)
+    Partial += head.to(tl.int64) * SPLITS * (BLOCK_D + 2)
+    accumulator = tl.load(Partial + column)
+    total = tl.load(Partial + BLOCK_D)
+    maximum = tl.load(Partial + BLOCK_D + 1)
+    for split in tl.static_range(1, SPLITS):
+        row = Partial + split * (BLOCK_D + 2)
+        its_maximum = tl.load(row + BLOCK_D + 1)
+        new_maximum = tl.maximum(maximum, its_maximum)
+        decay = tl.exp2(maximum - new_maximum)
+        its_decay = tl.exp2(its_maximum - new_maximum)
+        accumulator = accumulator * decay + tl.load(row + column) * its_decay
+        total = total * decay + tl.load(row + BLOCK_D) * its_decay
+        maximum = new_maximum
+    Out += (head // HEADS).to(tl.int64) * stride_ob + (head % HEADS).to(tl.int64) * stride_oh
+    tl.store(Out + column, (accumulator / total).to(Out.dtype.element_ty), mask=column < D)
+
+
+class Plan(NamedTuple):
+    """What a step needs besides its tensors: found once per pattern, device, element size, width and number of heads."""
+
+    table: DecodeTable
+    splits: int
+    block: int
+    constants: dict[str, object]
+
+
+@functools.lru_cache(maxsize=256)
+def plan_for(pattern: Pattern, device: torch.device, dtype: torch.dtype, width: int, heads: int) -> Plan:
+    settings = dict(launch.settings_for("decode_forward", launch.architecture(device), 8 * dtype.itemsize, width))
+    table = decode_table_for(pattern, device)
+    longest = int(table.prefix.max()) + table.max_list
+    # Enough programs to fill the GPU, each with at least one tile of keys at the last, longest step.
+    wanted = triton.cdiv(settings.pop("programs"), heads)
+    splits = max(1, min(wanted, triton.cdiv(longest, settings["KEYS"])))
+    block = max(16, triton.next_power_of_2(width))
+    return Plan(table, splits, block, {"D": width, "BLOCK_D": block, "SPLITS": splits, **settings})
+
+
+def forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    position: torch.Tensor,
+    scale: float,
+    pattern: Pattern,
+) -> torch.Tensor:
+    """Output [B, H, 1, D] like q; `keys` and `values` [B, H, L, D] take k and v [B, H, 1, D] at the position's slot.
+
+    `position` is a 0-dim int64 tensor on the same device, read there and not checked.
+    """
+    batch, heads, _, width = q.shape
+    plan = plan_for(pattern, q.device, q.dtype, width, batch * heads)
+    out = torch.empty_like(q)
+    # With one split no partial result is written, and any tensor stands for them.
+    partial = out
+    if plan.splits > 1:
+        partial = torch.empty((batch * heads, plan.splits, plan.block + 2), dtype=torch.float32, device=q.device)
+    table = plan.table
+    decode_forward[(batch * heads, plan.splits)](
+        q, k, v, keys, values, out, partial, position, table.slot, table.prefix, table.offsets, table.slots,
+        *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *out.stride()[:2], *keys.stride()[:3], *values.stride()[:3],
+        heads, scale * math.log2(math.e), enable_fp_fusion=True, **plan.constants,
+    )  # fmt: skip
+    if plan.splits > 1:
+        decode_combine[(batch * heads,)](
+            partial, out, *out.stride()[:2], heads,
+            D=width, BLOCK_D=plan.block, SPLITS=plan.splits, num_warps=1, enable_fp_fusion=True,
+        )  # fmt: skip
+    return out
