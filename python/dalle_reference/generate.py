@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from dalle_reference.transformer import NO_TOKEN, DalleTransformer, check_tokens
 from torch import Tensor
 
 from dalle_kernels import sample_tokens
+from dalle_reference.transformer import NO_TOKEN, DalleTransformer, check_tokens
 
 
 def generate(

@@ -1,0 +1,1 @@
+"""A small, readable DALL-E built from nothing but `dalle_kernels` and PyTorch."""

@@ -1,0 +1,217 @@
+"""What a training run is told, as typed dataclasses: the command line, the presets and the checkpoints all use them."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from dalle_reference import dvae
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where a run writes, how long it is, and how weights are updated."""
+
+    out: Path
+    """The run's folder: checkpoints, metrics.jsonl, TensorBoard's events, pictures."""
+    steps: int = 1000
+    """Updates in all."""
+    batch: int = 32
+    """Pictures in an update."""
+    learning_rate: float = 1e-3
+    """Highest step size, after the warm-up."""
+    final_learning_rate: float = 1e-5
+    """The step size at the end of half a cosine."""
+    warm_up_steps: int = 50
+    """Steps over which the step size grows from 0."""
+    beta1: float = 0.9
+    """AdamW's decay of the gradient's mean."""
+    beta2: float = 0.99
+    """AdamW's decay of the squared gradient's mean."""
+    epsilon: float = 1e-8
+    """AdamW's guard against division by zero."""
+    weight_decay: float = 1e-4
+    """AdamW's; on matrices only, not on biases, gains and single vectors."""
+    clip: float = 1.0
+    """Largest norm of the gradient."""
+    average: float = 0.995
+    """Decay of the running mean of the weights."""
+    seed: int = 0
+    """Of everything random in the run."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """bf16 is autocast; auto takes it where the processor or GPU multiplies bf16."""
+    device: str = "auto"
+    """cpu, cuda, or auto: a GPU where there is one."""
+    log_every: int = 10
+    """Steps between lines of metrics."""
+    save_every: int = 500
+    """Steps between checkpoints; the last step and Ctrl-C save as well."""
+    draw_every: int = 500
+    """Steps between pictures of what the model does."""
+    resume: bool = False
+    """Go on from the newest checkpoint in `out`, exactly as if the run had never stopped."""
+    cache: Path | None = None
+    """Where decoded pictures are kept; $DALLE_REFERENCE_CACHE or the user's cache folder by default."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "log_every", "save_every", "draw_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}, wanted at least 1")
+        if self.precision not in ("auto", "fp32", "bf16"):
+            raise ValueError(f"precision: got {self.precision!r}, wanted auto, fp32 or bf16")
+
+
+# These change nothing in the sequence of losses, so a run may go on with others than it began with.
+_FREE = ("out", "log_every", "save_every", "draw_every", "resume", "cache")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which pictures."""
+
+    source: str = "openmoji"
+    """openmoji, a folder of pictures with .txt captions beside them, or WebDataset shards ("shards/*.tar")."""
+    held_out: float = 0.05
+    """Share of the concepts that is kept out of training."""
+
+
+@dataclass(frozen=True)
+class TrainDVAEConfig:
+    """Stage 1."""
+
+    run: RunConfig
+    model: dvae.DVAEConfig = field(default_factory=lambda: dvae.PRESETS["demo"])
+    data: DataConfig = field(default_factory=DataConfig)
+    temperature: float = 1 / 16
+    """The relaxation's temperature at the end of its half cosine, which starts at 1."""
+    temperature_share: float = 0.6
+    """Share of the steps over which the temperature falls."""
+    kl_weight: float = 6.6
+    """beta, the weight of the KL to uniform, at the end of its half cosine, which starts at 0."""
+    kl_share: float = 0.05
+    """Share of the steps over which beta rises."""
+    distance_weight: float = 1.0
+    """Weight of the squared distance of features to their codes, for quantizer vq."""
+
+
+@dataclass(frozen=True)
+class TrainTransformerConfig:
+    """Stage 2."""
+
+    run: RunConfig
+    dvae: Path
+    """Folder of a finished stage 1."""
+    data: DataConfig = field(default_factory=DataConfig)
+    one_per_concept: bool = False
+    """Keep only the first picture of each concept (for OpenMoji: leave out the variants by skin tone)."""
+    pictures: int | None = None
+    """Train on this many captioned pictures, taken evenly; all where not given."""
+    vocab_text: int = 2048
+    """Most tokens of the captions' byte-pair encoding."""
+    text_length: int = 16
+    """Text positions; a caption may have one token less."""
+    layers: int = 4
+    """Blocks; their attention patterns are the paper's schedule."""
+    heads: int = 4
+    """Attention heads."""
+    head_dim: int = 64
+    """Width of a head; the model's is heads * head_dim."""
+    bpe_dropout: float = 0.1
+    """Probability with which a merge of the byte-pair encoding is left out, in training."""
+    caption_dropout: float = 0.1
+    """Probability with which a caption is replaced by none, for classifier-free guidance."""
+    guidance_scale: float = 2.0
+    """Guidance of the samples drawn as training goes on."""
+
+
+def to_json(config: Any) -> dict[str, Any]:
+    """A configuration as checkpoints keep it: without what may change when a run goes on."""
+
+    def plain(value: Any) -> Any:
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.name not in _FREE}
+        if isinstance(value, Path):
+            return str(value)
+        return list(value) if isinstance(value, tuple) else value
+
+    return plain(config)
+
+
+def _run(out: str, **changes: Any) -> RunConfig:
+    return RunConfig(out=Path(out), **changes)
+
+
+DVAE_PRESETS: dict[str, tuple[str, TrainDVAEConfig]] = {
+    "small": (
+        "64 x 64 pictures to 16 x 16 tokens of 1024; hours on a CPU, minutes on a GPU",
+        TrainDVAEConfig(_run("runs/dvae", steps=20_000, batch=64, learning_rate=5e-4), dvae.PRESETS["small"]),
+    ),
+    "demo": (
+        "48 x 48 pictures to 12 x 12 tokens of 512; minutes on a CPU",
+        TrainDVAEConfig(_run("runs/dvae", steps=1500, batch=32, learning_rate=2e-3), dvae.PRESETS["demo"]),
+    ),
+    "paper": (
+        "256 x 256 pictures to 32 x 32 tokens of 8192, as Ramesh et al. 2021 trained it",
+        TrainDVAEConfig(
+            _run(
+                "runs/dvae",
+                steps=3_000_000,
+                batch=512,
+                learning_rate=1e-4,
+                final_learning_rate=1.25e-6,
+                warm_up_steps=0,
+                beta2=0.999,
+                average=0.999,
+            ),
+            dvae.PRESETS["paper"],
+            temperature_share=0.05,
+            kl_share=5000 / 3_000_000,
+        ),
+    ),
+}
+
+TRANSFORMER_PRESETS: dict[str, tuple[str, TrainTransformerConfig]] = {
+    "small": (
+        "12 layers of 8 x 64 over whatever grid the dVAE has",
+        TrainTransformerConfig(
+            _run("runs/transformer", steps=50_000, batch=64, learning_rate=5e-4, beta2=0.96, weight_decay=4.5e-2),
+            dvae=Path("runs/dvae"),
+            vocab_text=8192,
+            text_length=32,
+            layers=12,
+            heads=8,
+        ),
+    ),
+    "demo": (
+        "4 layers of 4 x 64; minutes on a CPU",
+        TrainTransformerConfig(
+            _run("runs/transformer", steps=1500, batch=32, learning_rate=2e-3, beta2=0.96, weight_decay=4.5e-2),
+            dvae=Path("runs/dvae"),
+            one_per_concept=True,
+        ),
+    ),
+    "paper": (
+        "64 layers of 62 x 64, 12 billion parameters, as Ramesh et al. 2021 trained it",
+        TrainTransformerConfig(
+            _run(
+                "runs/transformer",
+                steps=430_000,
+                batch=1024,
+                learning_rate=4.5e-4,
+                final_learning_rate=4.5e-6,
+                warm_up_steps=5000,
+                beta2=0.96,
+                weight_decay=4.5e-2,
+                clip=4.0,
+                average=0.999,
+            ),
+            dvae=Path("runs/dvae"),
+            vocab_text=16384,
+            text_length=256,
+            layers=64,
+            heads=62,
+        ),
+    ),
+}

@@ -1,0 +1,7 @@
+"""Captioned pictures: OpenMoji, a folder, or WebDataset shards; decoded once and cached."""
+
+from dalle_reference.data.openmoji import CREDIT as OPENMOJI_CREDIT
+from dalle_reference.data.pictures import PictureSet, decode_picture
+from dalle_reference.data.sources import load_pictures
+
+__all__ = ["OPENMOJI_CREDIT", "PictureSet", "decode_picture", "load_pictures"]

@@ -1,0 +1,277 @@
+"""Stage 1: a discrete VAE that turns a picture into a grid of tokens and back.
+
+Encoder and decoder are those of Ramesh et al. 2021 (appendix A.2) and of the weights that OpenAI published: residual
+blocks with a bottleneck, max-pool down, nearest-neighbour up. Between them stands one codebook lookup:
+
+    features --1x1--> logits [N, K] --gumbel_lookup--> latents [N, D] --decoder--> mu, log b of a logit-Laplace
+
+The codebook is the weight of the decoder's first 1 x 1 convolution: a one-hot vector through a 1 x 1 convolution is a
+row of its weight, plus its bias. With `quantizer="vq"` the lookup is `vq_lookup` and the features are of width D.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dalle_kernels import gumbel_lookup, logit_laplace_nll, vq_lookup
+
+LOGIT_LAPLACE_EPS = 0.1
+
+
+@dataclass(frozen=True)
+class DVAEConfig:
+    """The shape of a discrete VAE."""
+
+    resolution: int = 64
+    """Side of the pictures, in pixels; a multiple of 2 ** (groups - 1)."""
+    width: int = 256
+    """Channels of the first group; group g has width * 2 ** g."""
+    groups: int = 4
+    """Groups of residual blocks; between two of them the side is halved."""
+    blocks: int = 2
+    """Residual blocks in a group."""
+    vocab: int = 8192
+    """Codes in the codebook."""
+    code_width: int = 128
+    """Width of a code."""
+    quantizer: Literal["dvae", "vq"] = "dvae"
+    """dvae: Gumbel-softmax relaxation; vq: nearest code with the straight-through gradient."""
+
+    def __post_init__(self) -> None:
+        for name in ("resolution", "width", "groups", "blocks", "vocab", "code_width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}, wanted at least 1")
+        if self.resolution % self.shrink:
+            raise ValueError(
+                f"resolution: got {self.resolution}, wanted a multiple of {self.shrink} for {self.groups} groups"
+            )
+        if self.width % 4:
+            raise ValueError(f"width: got {self.width}, wanted a multiple of 4 (the bottleneck is a quarter of it)")
+        if self.quantizer not in ("dvae", "vq"):
+            raise ValueError(f"quantizer: got {self.quantizer!r}, wanted 'dvae' or 'vq'")
+
+    @property
+    def shrink(self) -> int:
+        """How many pixels' side one token covers."""
+        return 2 ** (self.groups - 1)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of tokens."""
+        side = self.resolution // self.shrink
+        return side, side
+
+
+PRESETS = {
+    "tiny": DVAEConfig(resolution=16, width=8, groups=2, blocks=1, vocab=32, code_width=8),
+    "demo": DVAEConfig(resolution=48, width=32, groups=3, blocks=1, vocab=512, code_width=64),
+    "small": DVAEConfig(resolution=64, width=64, groups=3, blocks=2, vocab=1024, code_width=128),
+    "paper": DVAEConfig(resolution=256, width=256, groups=4, blocks=2, vocab=8192, code_width=128),
+}
+
+
+class DVAEOutput(NamedTuple):
+    """What one training pass yields.
+
+    Attributes:
+        nll: 0-dim, reconstruction in nats per pixel and channel.
+        kl: 0-dim, KL to the uniform distribution over codes in nats per pixel and channel; 0 for vq.
+        distance: 0-dim, mean squared distance of the features to their codes; 0 for dvae.
+        indices: int64 [B, h, w], the sampled codes.
+        pictures: [B, 3, S, S] in 0..1, the reconstruction's location; carries no gradient.
+    """
+
+    nll: torch.Tensor
+    kl: torch.Tensor
+    distance: torch.Tensor
+    indices: torch.Tensor
+    pictures: torch.Tensor
+
+
+def _conv(inputs: int, outputs: int, kernel: int) -> nn.Conv2d:
+    conv = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2)
+    nn.init.normal_(conv.weight, std=1.0 / math.sqrt(inputs * kernel**2))
+    nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
+    return conv
+
+
+class Block(nn.Module):
+    """x + gain * conv(relu(conv(relu(...)))): four convolutions through a bottleneck of a quarter of the width.
+
+    Args:
+        inputs, outputs: channels.
+        kernels: the four convolutions' sizes: 3, 3, 3, 1 in the encoder, 1, 3, 3, 3 in the decoder.
+        gain: 1 / layers ** 2, which keeps the sum of all blocks small at the start.
+    """
+
+    def __init__(self, inputs: int, outputs: int, kernels: tuple[int, ...], gain: float) -> None:
+        super().__init__()
+        hidden = outputs // 4
+        widths = [inputs, *[hidden] * (len(kernels) - 1), outputs]
+        self.gain = gain
+        self.skip = _conv(inputs, outputs, 1) if inputs != outputs else nn.Identity()
+        self.convolutions = nn.ModuleList(
+            _conv(before, after, kernel) for before, after, kernel in zip(widths[:-1], widths[1:], kernels, strict=True)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        inner = x
+        for convolution in self.convolutions:
+            inner = convolution(F.relu(inner))
+        return torch.add(self.skip(x), inner, alpha=self.gain)
+
+
+class Encoder(nn.Module):
+    """Pictures [B, 3, S, S] -> features [B, width * 2 ** (groups - 1), h, w]; the last activation is a ReLU."""
+
+    def __init__(self, config: DVAEConfig) -> None:
+        super().__init__()
+        gain = 1.0 / (config.groups * config.blocks) ** 2
+        self.stem = _conv(3, config.width, 7)
+        self.groups = nn.ModuleList()
+        inputs = config.width
+        for group in range(config.groups):
+            outputs = config.width * 2**group
+            blocks = [Block(inputs if b == 0 else outputs, outputs, (3, 3, 3, 1), gain) for b in range(config.blocks)]
+            self.groups.append(nn.Sequential(*blocks))
+            inputs = outputs
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        for index, group in enumerate(self.groups):
+            x = group(F.max_pool2d(x, 2) if index else x)
+        return F.relu(x)
+
+
+class Decoder(nn.Module):
+    """Latents [B, code_width, h, w] -> [B, 6, S, S]: mu and log b of the three channels."""
+
+    def __init__(self, config: DVAEConfig) -> None:
+        super().__init__()
+        gain = 1.0 / (config.groups * config.blocks) ** 2
+        self.groups = nn.ModuleList()
+        inputs = config.code_width
+        for group in reversed(range(config.groups)):
+            outputs = config.width * 2**group
+            blocks = [Block(inputs if b == 0 else outputs, outputs, (1, 3, 3, 3), gain) for b in range(config.blocks)]
+            self.groups.append(nn.Sequential(*blocks))
+            inputs = outputs
+        self.head = _conv(inputs, 6, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for index, group in enumerate(self.groups):
+            x = group(F.interpolate(x, scale_factor=2.0, mode="nearest") if index else x)
+        return self.head(F.relu(x))
+
+
+class DiscreteVAE(nn.Module):
+    """Pictures to tokens and back.
+
+    Source: Ramesh et al. 2021, section 2.1 and appendix A; the vq variant: van den Oord et al. 2017.
+
+    Args:
+        config: the shape.
+
+    Example:
+        >>> model = DiscreteVAE(PRESETS["tiny"])
+        >>> tokens = model.encode(torch.rand(2, 3, 16, 16))
+        >>> tokens.shape, model.decode(tokens).shape
+        (torch.Size([2, 8, 8]), torch.Size([2, 3, 16, 16]))
+    """
+
+    def __init__(self, config: DVAEConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        features = config.width * 2 ** (config.groups - 1)
+        scores = config.vocab if config.quantizer == "dvae" else config.code_width
+        self.to_scores = nn.Linear(features, scores)
+        nn.init.normal_(self.to_scores.weight, std=1.0 / math.sqrt(features))
+        nn.init.zeros_(self.to_scores.bias)
+        # OpenAI's scale for this convolution is 1 / sqrt(vocab): mixtures then start far below the block's own
+        # scale. With an eighth of the code width's they reach the decoder at a scale at which it learns at once.
+        self.codebook = nn.Parameter(torch.randn(config.vocab, config.code_width) / math.sqrt(config.code_width))
+        self.code_bias = nn.Parameter(torch.zeros(config.code_width))
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def scores(self, images: torch.Tensor) -> torch.Tensor:
+        """Pictures [B, 3, S, S] in 0..1 -> logits [B * h * w, K] (features [B * h * w, D] for vq), contiguous.
+
+        Features in channels-last order are already the rows of the table, so the 1 x 1 convolution is one product and
+        its result needs no rearranging.
+        """
+        features = self.encoder(_squeeze(images).contiguous(memory_format=torch.channels_last))
+        rows = features.permute(0, 2, 3, 1).reshape(-1, features.shape[1])
+        return F.linear(rows, self.to_scores.weight, self.to_scores.bias)
+
+    @torch.no_grad()
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        """The most likely tokens of pictures in 0..1: [B, 3, S, S] -> int64 [B, h, w]."""
+        scores = self.scores(images)
+        if self.config.quantizer == "vq":
+            indices = vq_lookup(scores, self.codebook.to(scores.dtype))[1]
+        else:
+            indices = gumbel_lookup(scores, self.codebook.to(scores.dtype), temperature=1.0, noise=False)[1]
+        return indices.reshape(len(images), *self.config.grid)
+
+    @torch.no_grad()
+    def decode(self, indices: torch.Tensor) -> torch.Tensor:
+        """Pictures in 0..1 of tokens: int64 [B, h, w] -> [B, 3, S, S]."""
+        latents = F.embedding(indices, self.codebook).reshape(-1, self.config.code_width)
+        return _unsqueeze(torch.sigmoid(self._decode(latents, len(indices))[:, :3].float()))
+
+    def _decode(self, latents: torch.Tensor, batch: int) -> torch.Tensor:
+        height, width = self.config.grid
+        grid = (latents + self.code_bias).reshape(batch, height, width, -1).permute(0, 3, 1, 2)
+        return self.decoder(grid)
+
+    def forward(self, images: torch.Tensor, temperature: float, seed: int) -> DVAEOutput:
+        """One training pass.
+
+        Args:
+            images: [B, 3, S, S] in 0..1.
+            temperature: of the relaxation, above 0; the vq variant does not look at it.
+            seed: of the Gumbel noise.
+
+        Raises:
+            ValueError: for pictures of another size than the configuration's.
+        """
+        side = self.config.resolution
+        if images.shape[1:] != (3, side, side):
+            raise ValueError(f"images: got shape {tuple(images.shape)}, wanted [B, 3, {side}, {side}]")
+        scores = self.scores(images)
+        codebook = self.codebook.to(scores.dtype)
+        channels = images.numel()
+        zero = scores.new_zeros((), dtype=torch.float32)
+        if self.config.quantizer == "vq":
+            latents, indices, squared = vq_lookup(scores, codebook)
+            kl, distance = zero, squared.mean() / self.config.code_width
+        else:
+            latents, indices, row_kl = gumbel_lookup(scores, codebook, temperature, seed=seed)
+            kl, distance = row_kl.sum() / channels, zero
+        maps = self._decode(latents, len(images)).float()
+        mu, log_b = maps.chunk(2, dim=1)
+        pixels = _squeeze(images).float()
+        return DVAEOutput(
+            nll=logit_laplace_nll(pixels, mu, log_b).mean(),
+            kl=kl,
+            distance=distance,
+            indices=indices.reshape(len(images), *self.config.grid),
+            pictures=_unsqueeze(torch.sigmoid(mu.detach())),
+        )
+
+
+def _squeeze(x: torch.Tensor) -> torch.Tensor:
+    """0..1 -> eps..1 - eps, where the logit is finite."""
+    return (1.0 - 2.0 * LOGIT_LAPLACE_EPS) * x + LOGIT_LAPLACE_EPS
+
+
+def _unsqueeze(x: torch.Tensor) -> torch.Tensor:
+    return ((x - LOGIT_LAPLACE_EPS) / (1.0 - 2.0 * LOGIT_LAPLACE_EPS)).clamp(0.0, 1.0)

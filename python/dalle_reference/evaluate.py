@@ -1,0 +1,67 @@
+"""Figures that say what a model has learnt."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+
+class Retrieval(NamedTuple):
+    """How often the picture whose tokens are nearest to a caption's sample is the caption's own.
+
+    Attributes:
+        right: the share of captions for which it is.
+        chance: the share that picking at random would reach, 1 / candidates.
+        captions, candidates: how many of each.
+    """
+
+    right: float
+    chance: float
+    captions: int
+    candidates: int
+
+    @property
+    def times_chance(self) -> float:
+        return self.right / self.chance
+
+    def __str__(self) -> str:
+        return (
+            f"{self.right * self.captions:.1f} of {self.captions} right among {self.candidates} pictures"
+            f" ({self.right:.1%}; chance {self.chance:.2%}): {self.times_chance:.0f} times chance"
+        )
+
+
+def retrieval(samples: torch.Tensor, targets: torch.Tensor, gallery: torch.Tensor) -> Retrieval:
+    """Looks up each sample's nearest picture, by the number of cells that hold the same token.
+
+    Where m pictures are equally near and the right one is among them, it counts 1 / m.
+
+    Args:
+        samples: int64 [B, L], tokens drawn for B captions.
+        targets: int64 [B], the row of `gallery` that each caption belongs to.
+        gallery: int64 [N, L], tokens of all candidate pictures.
+
+    Example:
+        >>> gallery = torch.arange(12).reshape(3, 4)
+        >>> str(retrieval(gallery[:2], torch.tensor([0, 1]), gallery))
+        '2.0 of 2 right among 3 pictures (100.0%; chance 33.33%): 3 times chance'
+    """
+    agreement = torch.stack([(gallery == sample).sum(dim=1) for sample in samples])
+    best = agreement == agreement.amax(dim=1, keepdim=True)
+    own = best.gather(1, targets[:, None])[:, 0]
+    right = float((own.double() / best.sum(dim=1)).mean())
+    return Retrieval(right, 1.0 / len(gallery), len(samples), len(gallery))
+
+
+def psnr(pictures: torch.Tensor, others: torch.Tensor) -> float:
+    """Mean over pictures of the peak signal-to-noise ratio in dB; both [N, 3, S, S] in 0..1."""
+    error = (pictures - others).square().flatten(1).mean(dim=1).clamp(min=1e-12)
+    return float((-10.0 * error.log10()).mean())
+
+
+def codebook_use(indices: torch.Tensor, vocab: int) -> dict[str, float]:
+    """The share of `vocab` codes that `indices` use, and the perplexity of their distribution."""
+    share = torch.bincount(indices.flatten(), minlength=vocab).double() / indices.numel()
+    entropy = -torch.special.xlogy(share, share).sum()
+    return {"codebook_usage": float((share > 0).double().mean()), "codebook_perplexity": float(entropy.exp())}

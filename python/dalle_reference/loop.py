@@ -1,0 +1,241 @@
+"""The loop that both stages share: update, average, log, draw, save, and go on exactly where a run stopped.
+
+Everything random in a step is a function of the seed and the step's number, so the state of a run is its weights, the
+optimizer's moments, the running mean and the step: what a checkpoint holds.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from dalle_reference import checkpoint, schedules
+from dalle_reference.config import RunConfig
+from dalle_reference.ema import MovingAverage
+from dalle_reference.errors import UserError
+from dalle_reference.files import replacing
+from dalle_reference.render import read_metrics
+
+LossFunction = Callable[[int, bool], tuple[torch.Tensor, dict[str, float]]]
+
+
+class Interrupted(Exception):  # noqa: N818 (nothing has gone wrong)
+    """A run was asked to stop; its state is saved."""
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device that a configuration's name means."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError("device: got cuda, but torch finds no GPU here")
+    return torch.device(name)
+
+
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """bf16 autocast where `precision` says so; "auto" where the hardware multiplies bf16."""
+    fast = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
+    enabled = precision == "bf16" or (precision == "auto" and fast)
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+
+
+def batch_indices(step: int, batch: int, count: int, seed: int) -> np.ndarray:
+    """The pictures of step `step`: epochs of shuffled order, one after the other, cut in batches."""
+    places = np.arange(step * batch, (step + 1) * batch)
+    return np.array([_shuffled(count, seed, int(place // count))[place % count] for place in places])
+
+
+@lru_cache(maxsize=4)
+def _shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(count)
+
+
+def step_generator(seed: int, step: int) -> np.random.Generator:
+    """The chance that step `step` may use."""
+    return np.random.default_rng([seed, step, 1])
+
+
+class Run:
+    """One training run: a model, its optimizer, its running mean, and the folder they are kept in.
+
+    Args:
+        config: length, step sizes, places.
+        kind: "dvae" or "transformer".
+        model: to train; on its device already.
+        document: the configuration as checkpoints keep it.
+
+    Raises:
+        UserError: if the folder holds a run and `resume` was not asked for, if there is none to resume, or it is
+            damaged or of another configuration.
+    """
+
+    def __init__(self, config: RunConfig, kind: str, model: torch.nn.Module, document: Mapping[str, Any]) -> None:
+        self.config, self.kind, self.model, self.document = config, kind, model, document
+        groups: list[dict[str, Any]] = [
+            {"params": [value for value in model.parameters() if value.dim() > 1]},
+            {"params": [value for value in model.parameters() if value.dim() <= 1], "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(
+            groups,
+            lr=config.learning_rate,
+            betas=(config.beta1, config.beta2),
+            eps=config.epsilon,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+        self.average = MovingAverage(model, config.average)
+        self.step = 0
+        self.metrics = config.out / "metrics.jsonl"
+        existing = checkpoint.latest(config.out)
+        if config.resume:
+            self._resume()
+        elif existing is not None or self.metrics.exists():
+            raise UserError(f"{config.out}: holds a run already; go on with --resume, or choose another --out")
+
+    def averaged(self, model: torch.nn.Module) -> torch.nn.Module:
+        """`model`, a second instance, with the running mean as its weights, for drawing and measuring."""
+        self.average.copy_to(model)
+        return model.eval()
+
+    def train(self, compute_loss: LossFunction, draw: Callable[[int, Any], None]) -> None:
+        """Makes the steps that remain.
+
+        Args:
+            compute_loss: (step, detailed) -> the loss, and numbers to log where `detailed`.
+            draw: (step, TensorBoard writer): writes pictures of what the model does.
+
+        Raises:
+            Interrupted: after SIGINT or SIGTERM, with the state saved.
+            UserError: if the loss is no longer a number; the last checkpoint stands.
+        """
+        from torch.utils.tensorboard.writer import SummaryWriter
+
+        config = self.config
+        config.out.mkdir(parents=True, exist_ok=True)
+        device = next(self.model.parameters()).device
+        self.model.train()
+        with (
+            _stop_flag() as stop,
+            self.metrics.open("a", encoding="utf-8") as log,
+            SummaryWriter(str(config.out), purge_step=self.step) as board,
+            tqdm(
+                total=config.steps * config.batch,
+                initial=self.step * config.batch,
+                desc=self.kind,
+                unit="pictures",
+                smoothing=0.05,
+                mininterval=0.5 if sys.stderr.isatty() else 15.0,
+                dynamic_ncols=sys.stderr.isatty(),
+            ) as bar,
+        ):
+            since, began = self.step, time.perf_counter()
+            while self.step < config.steps:
+                last = self.step + 1 == config.steps
+                detailed = self.step % config.log_every == 0 or last
+                rate = self._learning_rate()
+                for group in self.optimizer.param_groups:
+                    group["lr"] = rate
+                with autocast(config.precision, device):
+                    loss, numbers = compute_loss(self.step, detailed)
+                value = float(loss)
+                if not np.isfinite(value):
+                    raise UserError(f"{config.out}: the loss is {value} at step {self.step}; try a smaller step size")
+                loss.backward()
+                norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
+                self.optimizer.step()
+                self.optimizer.zero_grad(set_to_none=True)
+                self.average.update(self.model, self.step)
+                self.step += 1
+                bar.set_postfix(loss=f"{value:.4f}", refresh=False)
+                bar.update(config.batch)
+                if detailed:
+                    speed = (self.step - since) * config.batch / (time.perf_counter() - began)
+                    since, began = self.step, time.perf_counter()
+                    numbers |= {"gradient_norm": float(norm), "learning_rate": rate, "pictures_per_second": speed}
+                    self._log(log, board, {"step": self.step, "loss": value, **numbers})
+                if self.step % config.draw_every == 0 or last:
+                    draw(self.step, board)
+                if self.step % config.save_every == 0 or last or stop:
+                    log.flush()
+                    self.save()
+                if stop and not last:
+                    raise Interrupted(f"{config.out}: stopped at step {self.step} of {config.steps}, saved")
+
+    def save(self) -> Path:
+        """Writes a checkpoint of this moment."""
+        tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        tensors |= {f"ema.{name}": value for name, value in self.average.shadow.items()}
+        for name, parameter in self.model.named_parameters():
+            for entry, value in self.optimizer.state[parameter].items():
+                tensors[f"optimizer.{entry}.{name}"] = value
+        return checkpoint.save(self.config.out, self.kind, self.step, self.document, tensors)
+
+    def _learning_rate(self) -> float:
+        config = self.config
+        rate = schedules.half_cosine(self.step, config.steps, config.learning_rate, config.final_learning_rate)
+        return rate * schedules.warm_up(self.step, config.warm_up_steps)
+
+    @staticmethod
+    def _log(log: Any, board: Any, record: dict[str, float]) -> None:
+        log.write(json.dumps(record) + "\n")
+        log.flush()
+        for name, value in record.items():
+            if name != "step":
+                board.add_scalar(name, value, record["step"])
+
+    def _resume(self) -> None:
+        saved = checkpoint.load(self.config.out, self.kind)
+        checkpoint.require_same(saved, self.document)
+        checkpoint.restore(self.model, saved.group("model"), saved.path)
+        moments = saved.group("optimizer")
+        for name, shadow in self.average.shadow.items():
+            shadow.copy_(saved.tensors[f"ema.{name}"])
+        for name, parameter in self.model.named_parameters():
+            self.optimizer.state[parameter] = {
+                "step": moments[f"step.{name}"].to(parameter.device),
+                # In the parameter's own memory order, which the fused update takes for granted.
+                "exp_avg": torch.empty_like(parameter).copy_(moments[f"exp_avg.{name}"]),
+                "exp_avg_sq": torch.empty_like(parameter).copy_(moments[f"exp_avg_sq.{name}"]),
+            }
+        self.step = saved.step
+        # Lines after the checkpoint are about to be made again.
+        kept = [record for record in read_metrics(self.metrics) if record["step"] <= self.step]
+        with replacing(self.metrics) as draft:
+            draft.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+
+
+class _Stop:
+    asked = False
+
+    def __bool__(self) -> bool:
+        return self.asked
+
+
+@contextmanager
+def _stop_flag() -> Iterator[_Stop]:
+    """True once SIGINT or SIGTERM has come; a second one stops at once."""
+    stop = _Stop()
+
+    def on_signal(number: int, frame: Any) -> None:
+        if stop.asked:
+            raise KeyboardInterrupt
+        stop.asked = True
+        tqdm.write("stopping after this step; again to stop at once", file=sys.stderr)
+
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
