@@ -1,0 +1,177 @@
+"""The command line: dalle-reference train-dvae | train-transformer | generate | reconstruct | demo."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import torch
+import tyro
+
+from dalle_reference import demo, render, train
+from dalle_reference.config import DVAE_PRESETS, TRANSFORMER_PRESETS
+from dalle_reference.data import decode_picture
+from dalle_reference.errors import UserError
+from dalle_reference.evaluate import psnr
+from dalle_reference.generate import generate
+from dalle_reference.loop import Interrupted, resolve_device
+
+
+def _presets(entries: dict[str, tuple[str, Any]]) -> Any:
+    return tyro.extras.subcommand_type_from_defaults(
+        {name: config for name, (_, config) in entries.items()},
+        {name: description for name, (description, _) in entries.items()},
+    )
+
+
+_DVAEChoice: Any = _presets(DVAE_PRESETS)
+_TransformerChoice: Any = _presets(TRANSFORMER_PRESETS)
+
+
+def _train_dvae(config: _DVAEChoice) -> None:
+    """Stage 1: learn to turn pictures into tokens and back."""
+    print(f"dVAE in {train.train_dvae(config)}")
+
+
+def _train_transformer(config: _TransformerChoice) -> None:
+    """Stage 2: learn the stream of captions and picture tokens."""
+    print(f"transformer in {train.train_transformer(config)}")
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """Draw pictures for captions, or complete one whose top is given."""
+
+    captions: tyro.conf.Positional[tuple[str, ...]]
+    """What to draw; in any language the model was trained on."""
+    model: Path = Path("runs/transformer")
+    """Folder of a stage 2."""
+    out: Path = Path("samples.png")
+    """The sheet to write."""
+    number: int = 4
+    """Pictures for each caption."""
+    seed: int = 0
+    """The same seed gives the same pictures."""
+    temperature: float = 1.0
+    """Below 1 likelier tokens, 0 the likeliest."""
+    top_k: int | None = None
+    """Draw among this many of the likeliest tokens."""
+    top_p: float | None = None
+    """Draw among the likeliest tokens that have this probability together."""
+    guidance_scale: float = 2.0
+    """Classifier-free guidance; 1 is none."""
+    complete: Path | None = None
+    """A picture whose top rows are kept."""
+    rows: int | None = None
+    """Rows of tokens to keep of it; half of them where not given."""
+    device: str = "auto"
+    """cpu, cuda, or auto."""
+
+
+def _generate(config: Annotated[GenerateConfig, tyro.conf.arg(name="")]) -> None:
+    """Draw pictures for captions, or complete one whose top is given."""
+    if not config.captions:
+        raise UserError("captions: got none, wanted at least one")
+    device = resolve_device(config.device)
+    model, tokenizer, dvae = train.load_transformer(config.model, device)
+    captions = [caption for caption in config.captions for _ in range(config.number)]
+    text = tokenizer.encode(captions, model.config.caption_length).to(device)
+    prefix = None
+    if config.complete is not None:
+        rows, columns = model.config.grid
+        keep = rows // 2 if config.rows is None else config.rows
+        if not 0 <= keep <= rows:
+            raise UserError(f"rows: got {keep}, wanted 0 to {rows}, the rows of tokens in a picture")
+        picture = _read_picture(config.complete, dvae.config.resolution).to(device)
+        prefix = dvae.encode(picture[None].float() / 255.0).flatten(1)[:, : keep * columns].expand(len(captions), -1)
+    tokens = generate(
+        model,
+        text,
+        seed=config.seed,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        guidance_scale=config.guidance_scale,
+        image_prefix=prefix,
+    )
+    columns = config.number if config.number > 1 else min(8, len(captions))
+    render.sheet(config.out, dvae.decode(tokens.unflatten(1, model.config.grid)), captions, columns=columns)
+    print(f"wrote {config.out}")
+
+
+@dataclass(frozen=True)
+class ReconstructConfig:
+    """Show what a dVAE keeps of pictures."""
+
+    pictures: tyro.conf.Positional[tuple[Path, ...]]
+    """Picture files."""
+    model: Path = Path("runs/dvae")
+    """Folder of a stage 1."""
+    out: Path = Path("reconstructions.png")
+    """The sheet to write: originals above, reconstructions below."""
+    device: str = "auto"
+    """cpu, cuda, or auto."""
+
+
+def _reconstruct(config: Annotated[ReconstructConfig, tyro.conf.arg(name="")]) -> None:
+    """Show what a dVAE keeps of pictures."""
+    if not config.pictures:
+        raise UserError("pictures: got none, wanted at least one file")
+    device = resolve_device(config.device)
+    dvae = train.load_dvae(config.model, device)
+    originals = torch.stack([_read_picture(path, dvae.config.resolution) for path in config.pictures])
+    originals = originals.to(device).float() / 255.0
+    decoded = dvae.decode(dvae.encode(originals))
+    train.draw_pairs(config.out, originals, decoded, "above: the pictures; below: what their tokens keep", "")
+    print(f"wrote {config.out}; PSNR {psnr(originals, decoded):.2f} dB")
+
+
+def _read_picture(path: Path, resolution: int) -> torch.Tensor:
+    try:
+        return decode_picture(path.read_bytes(), resolution, str(path))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from error
+
+
+def _demo(config: Annotated[demo.DemoConfig, tyro.conf.arg(name="")]) -> None:
+    """Train a small DALL-E on OpenMoji, both stages, and show what it draws."""
+    demo.run(config)
+
+
+_COMMANDS = {
+    "train-dvae": _train_dvae,
+    "train-transformer": _train_transformer,
+    "generate": _generate,
+    "reconstruct": _reconstruct,
+    "demo": _demo,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs a command; ends the process with 0, 2 for an error, or 130 where it was asked to stop."""
+    try:
+        tyro.extras.subcommand_cli_from_dict(
+            _COMMANDS,
+            prog="dalle-reference",
+            description="A small DALL-E: a discrete VAE, a sparse transformer over its tokens, and what they draw.",
+            args=arguments,
+            config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
+        )
+    except (UserError, ValueError) as error:  # ValueError: how configurations and operations refuse an argument
+        _leave(str(error), 2)
+    except Interrupted as stop:
+        _leave(f"{stop}; --resume goes on", 130)
+    except KeyboardInterrupt:
+        _leave("stopped", 130)
+
+
+def _leave(message: str, status: int) -> NoReturn:
+    print(f"dalle-reference: {message}", file=sys.stderr)
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

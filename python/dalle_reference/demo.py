@@ -1,0 +1,316 @@
+"""The whole chain on real pictures: OpenMoji, both stages, samples, and figures that say what was learnt."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import dalle_kernels
+from dalle_kernels import Causal, Row, TokenLayout, explain, sparse_attention
+from dalle_reference import render, train
+from dalle_reference.config import DVAE_PRESETS, TRANSFORMER_PRESETS, TrainDVAEConfig, TrainTransformerConfig
+from dalle_reference.data import OPENMOJI_CREDIT, load_pictures
+from dalle_reference.data.openmoji import LANGUAGES
+from dalle_reference.dvae import DiscreteVAE
+from dalle_reference.errors import UserError
+from dalle_reference.evaluate import psnr, retrieval
+from dalle_reference.files import replacing
+from dalle_reference.generate import generate
+from dalle_reference.loop import autocast, resolve_device
+from dalle_reference.tokenizer import CaptionTokenizer
+from dalle_reference.transformer import DalleTransformer
+
+_ASKED = 64  # captions of the retrieval figure
+_SEED = 0
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """Train a small DALL-E on OpenMoji, both stages, and show what it draws."""
+
+    out: Path = Path("runs/demo")
+    """Folder for pictures and models; must not hold a demo yet."""
+    minutes: float = 7.0
+    """What training may take, both stages together: the steps are chosen so, on the speed of a short trial."""
+    device: str = "auto"
+    """cpu, cuda, or auto: a GPU where there is one, with larger models."""
+    cache: Path | None = None
+    """Where decoded pictures are kept; $DALLE_REFERENCE_CACHE or the user's cache folder by default."""
+
+
+def run(config: DemoConfig) -> dict[str, Any]:
+    """Runs the demo and returns its report, which it also writes as report.json.
+
+    Raises:
+        UserError: if `out` holds a demo already.
+    """
+    if (config.out / "report.json").exists() or (config.out / "dvae").exists():
+        raise UserError(f"{config.out}: holds a demo already; take it away, or choose another --out")
+    device = resolve_device(config.device)
+    torch.manual_seed(_SEED)
+    seconds: dict[str, float] = {}
+    stage_1, stage_2 = _configs(config, device)
+    print(f"dalle_kernels {dalle_kernels.__version__}, torch {torch.__version__}, {device}, {_threads()}", flush=True)
+
+    with _timed("pictures", seconds):
+        pictures = load_pictures("openmoji", stage_1.model.resolution, config.cache)
+    print(f"{len(pictures)} pictures of {stage_1.model.resolution} x {stage_1.model.resolution}. {OPENMOJI_CREDIT}")
+
+    with _timed("dvae", seconds):
+        stage_1 = _fit(stage_1, train.train_dvae, 60 * config.minutes * 0.4)
+        train.train_dvae(stage_1)
+    dvae = train.load_dvae(stage_1.run.out, device)
+
+    with _timed("transformer", seconds):
+        stage_2 = _fit(stage_2, train.train_transformer, 60 * config.minutes * 0.6)
+        train.train_transformer(stage_2)
+    model, tokenizer, dvae = train.load_transformer(stage_2.run.out, device)
+
+    with _timed("samples", seconds):
+        quality = _reconstructions(config, stage_1, dvae)
+        figures = _samples(config, stage_2, model, tokenizer, dvae)
+    with _timed("measurements", seconds):
+        served = _explain(model, dvae)
+        speed = _speed(model, stage_2.run.batch, device)
+    _curves(config, stage_1, stage_2)
+    report = {
+        "seconds": {name: round(value, 1) for name, value in seconds.items()},
+        "steps": {"dvae": stage_1.run.steps, "transformer": stage_2.run.steps},
+        "final": {"dvae": _last(stage_1.run.out), "transformer": _last(stage_2.run.out)},
+        "held_out_psnr": quality,
+        **figures,
+        "backends": served,
+        "speed": speed,
+        "credit": OPENMOJI_CREDIT,
+    }
+    with replacing(config.out / "report.json") as draft:
+        draft.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    _print(report, config.out)
+    return report
+
+
+def _configs(config: DemoConfig, device: torch.device) -> tuple[TrainDVAEConfig, TrainTransformerConfig]:
+    """The demo's presets; the next larger ones on a GPU."""
+    name = "small" if device.type == "cuda" else "demo"
+    often: dict[str, Any] = {"log_every": 5, "save_every": 500, "draw_every": 250, "seed": _SEED}
+    places: dict[str, Any] = {"cache": config.cache, "device": str(device)}
+    stage_1 = DVAE_PRESETS[name][1]
+    stage_2 = TRANSFORMER_PRESETS[name][1]
+    return (
+        replace(stage_1, run=replace(stage_1.run, out=config.out / "dvae", **often, **places)),
+        replace(
+            stage_2,
+            run=replace(stage_2.run, out=config.out / "transformer", **often, **places),
+            dvae=config.out / "dvae",
+            one_per_concept=True,
+        ),
+    )
+
+
+def _fit(config: Any, training: Callable[[Any], Path], seconds: float) -> Any:
+    """The configuration with as many steps as `seconds` allow, at most those of the preset, by a short trial."""
+    trial_steps = 12
+    with tempfile.TemporaryDirectory() as folder:
+        trial = replace(
+            config.run, out=Path(folder) / "trial", steps=trial_steps, log_every=trial_steps - 4, draw_every=10**9
+        )
+        training(replace(config, run=trial))
+        speed = _last(trial.out)["pictures_per_second"]
+    steps = int(min(config.run.steps, max(50, seconds * speed / config.run.batch)))
+    return replace(config, run=replace(config.run, steps=steps))
+
+
+def _reconstructions(config: DemoConfig, stage_1: TrainDVAEConfig, dvae: DiscreteVAE) -> float:
+    """Writes reconstructions.png of held-out pictures; returns the PSNR of all of them."""
+    _, held_out = load_pictures("openmoji", stage_1.model.resolution, config.cache).split(stage_1.data.held_out)
+    device = next(dvae.parameters()).device
+    originals = held_out.images.to(device).float() / 255.0
+    decoded = torch.cat([dvae.decode(dvae.encode(part)) for part in originals.split(64)])
+    shown = torch.linspace(0, len(originals) - 1, 24).long()
+    grid = " x ".join(map(str, dvae.config.grid))
+    train.draw_pairs(
+        config.out / "reconstructions.png",
+        originals[shown],
+        decoded[shown],
+        f"Pictures the dVAE never saw, above what their {grid} tokens keep",
+        OPENMOJI_CREDIT,
+    )
+    return psnr(originals, decoded)
+
+
+def _samples(
+    config: DemoConfig,
+    stage_2: TrainTransformerConfig,
+    model: DalleTransformer,
+    tokenizer: CaptionTokenizer,
+    dvae: DiscreteVAE,
+) -> dict[str, Any]:
+    """Draws pictures of 64 captions, a quarter in each language; writes samples.png; measures the retrieval."""
+    device = next(model.parameters()).device
+    training = train.select_training(stage_2, dvae.config, config.cache)
+    gallery = train.tokenize_pictures(dvae, training.images)
+    named = [i for i, record in enumerate(training.records) if set(LANGUAGES) <= record.captions.keys()]
+    chosen = np.random.default_rng(_SEED).choice(named, size=min(_ASKED, len(named)), replace=False)
+    captions = [training.records[i].captions[LANGUAGES[n % len(LANGUAGES)]] for n, i in enumerate(chosen)]
+    text = tokenizer.encode(captions, model.config.caption_length).to(device)
+    with autocast(stage_2.run.precision, device):
+        tokens = generate(model, text, seed=_SEED, **_SAMPLING)
+    drawn = dvae.decode(tokens.unflatten(1, model.config.grid)).cpu()
+    found = retrieval(tokens.cpu(), torch.from_numpy(chosen), gallery)
+    among = retrieval(tokens.cpu(), torch.arange(len(chosen)), gallery[torch.from_numpy(chosen)])
+
+    shown = [n for language in range(len(LANGUAGES)) for n in range(language, len(captions), len(LANGUAGES))]
+    columns = 8
+    shown = [n for row in range(len(LANGUAGES)) for n in shown[row * len(shown) // len(LANGUAGES) :][:columns]]
+    render.sheet(
+        config.out / "samples.png",
+        [drawn[n] for n in shown],
+        [captions[n] for n in shown],
+        columns=columns,
+        heading="Drawn by the demo for captions of its training pictures, first come, not chosen",
+        footer=OPENMOJI_CREDIT,
+    )
+    return {
+        "retrieval": {"text": str(found), "times_chance": found.times_chance, **found._asdict()},
+        "retrieval_among_asked": {"text": str(among), "times_chance": among.times_chance, **among._asdict()},
+        "training_pictures": len(training),
+    }
+
+
+_SAMPLING: dict[str, Any] = {"temperature": 0.7, "guidance_scale": 2.0}
+
+
+def _explain(model: DalleTransformer, dvae: DiscreteVAE) -> dict[str, str]:
+    """Which backend served each operation, asked with tensors shaped as the demo's were."""
+    device = next(model.parameters()).device
+    layout, size = model.config.layout, model.config
+    with autocast("auto", device):
+        q = torch.zeros(1, size.heads, layout.length, size.head_dim, device=device)
+        one = q[:, :, :1]
+        logits = torch.zeros(4, dvae.config.vocab, device=device)
+        pixels = torch.full((1, 3, 8, 8), 0.5, device=device)
+        cache = dalle_kernels.KVCache(Row(layout), 1, size.heads, size.head_dim, dtype=q.dtype, device=device)
+        answers = [
+            explain(sparse_attention, q, q, q, Row(layout)),
+            explain(dalle_kernels.decode_attention, one, one, one, cache, 0),
+            explain(dalle_kernels.gumbel_lookup, logits, dvae.codebook, 1.0),
+            explain(dalle_kernels.logit_laplace_nll, pixels, pixels, pixels),
+            explain(dalle_kernels.sample_tokens, logits),
+        ]
+    return {answer.operation: f"{answer.backend} {answer.detail}".strip() for answer in answers}
+
+
+def _speed(model: DalleTransformer, batch: int, device: torch.device) -> dict[str, Any]:
+    """Row attention against dense causal attention, forward and backward, here and now.
+
+    At the demo's own shape, and at the paper's 256 + 32 x 32 tokens with 8 heads of 64.
+    """
+    size = model.config
+    shapes = {
+        "demo": (batch, size.heads, size.head_dim, size.layout),
+        "paper": (1, 8, 64, TokenLayout(256, (32, 32))),
+    }
+    return {name: _compare(*shape, device) for name, shape in shapes.items()}
+
+
+def _compare(batch: int, heads: int, head_dim: int, layout: TokenLayout, device: torch.device) -> dict[str, Any]:
+    dtype = torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() or device.type == "cuda" else torch.float32
+    q, k, v = (
+        torch.randn(batch, heads, layout.length, head_dim, device=device, dtype=dtype, requires_grad=True)
+        for _ in range(3)
+    )
+    pattern = Row(layout)
+
+    def sparse() -> torch.Tensor:
+        return sparse_attention(q, k, v, pattern)
+
+    def dense() -> torch.Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    def once(attention: Callable[[], torch.Tensor]) -> float:
+        began = time.perf_counter()
+        attention().sum().backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - began
+
+    for attention in (sparse, dense):
+        once(attention)
+    pairs = [(once(sparse), once(dense)) for _ in range(9)]
+    ours, theirs = (statistics.median(column) * 1e3 for column in zip(*pairs, strict=True))
+    return {
+        "shape": [batch, heads, layout.length, head_dim],
+        "dtype": str(dtype).removeprefix("torch."),
+        "row_ms": ours,
+        "dense_ms": theirs,
+        "ratio": theirs / ours,
+        "pairs_ratio": Causal(layout).visible_pairs / pattern.visible_pairs,
+    }
+
+
+def _curves(config: DemoConfig, stage_1: TrainDVAEConfig, stage_2: TrainTransformerConfig) -> None:
+    render.curves(
+        config.out / "curves.png",
+        {"dVAE": stage_1.run.out / "metrics.jsonl", "transformer": stage_2.run.out / "metrics.jsonl"},
+        {
+            "dVAE": [["nll"], ["kl"], ["codebook_perplexity"]],
+            "transformer": [["image_loss"], ["text_loss"], ["gradient_norm"]],
+        },
+    )
+
+
+def _last(run: Path) -> dict[str, float]:
+    return render.read_metrics(run / "metrics.jsonl")[-1]
+
+
+def _threads() -> str:
+    return f"{torch.get_num_threads()} threads on {os.cpu_count()} processors"
+
+
+@contextmanager
+def _timed(name: str, seconds: dict[str, float]) -> Iterator[None]:
+    print(f"==> {name}", flush=True)
+    began = time.perf_counter()
+    yield
+    seconds[name] = time.perf_counter() - began
+
+
+def _print(report: dict[str, Any], out: Path) -> None:
+    final = report["final"]
+    lines = [
+        "",
+        "time by stage: " + ", ".join(f"{name} {value:.0f} s" for name, value in report["seconds"].items()),
+        f"steps: dVAE {report['steps']['dvae']}, transformer {report['steps']['transformer']}"
+        f" on {report['training_pictures']} captioned pictures",
+        f"final losses: dVAE {final['dvae']['loss']:.4f} (nll {final['dvae']['nll']:.4f},"
+        f" kl {final['dvae']['kl']:.5f}),"
+        f" transformer {final['transformer']['loss']:.3f} (image {final['transformer']['image_loss']:.3f},"
+        f" text {final['transformer']['text_loss']:.3f})",
+        f"reconstruction of held-out pictures: PSNR {report['held_out_psnr']:.2f} dB",
+        f"captions to pictures: {report['retrieval']['text']}",
+        f"  among the pictures asked for alone: {report['retrieval_among_asked']['text']}",
+        "served by: " + ", ".join(f"{name}: {backend}" for name, backend in report["backends"].items()),
+    ]
+    for name, speed in report["speed"].items():
+        lines.append(
+            f"row attention at the {name}'s shape {speed['shape']}, {speed['dtype']}, forward and backward:"
+            f" {speed['row_ms']:.2f} ms, dense causal {speed['dense_ms']:.2f} ms: {speed['ratio']:.2f} times as fast"
+            f" ({speed['pairs_ratio']:.2f} times fewer pairs)"
+        )
+    lines += [
+        f"pictures: {out}/reconstructions.png, {out}/samples.png, {out}/curves.png",
+        f"models: {out}/dvae, {out}/transformer; try: dalle-reference generate --model {out}/transformer 'red heart'",
+        report["credit"],
+    ]
+    print("\n".join(lines), flush=True)
