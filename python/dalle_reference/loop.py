@@ -148,7 +148,7 @@ class Run:
                     group["lr"] = rate
                 with autocast(config.precision, device):
                     loss, numbers = compute_loss(self.step, detailed)
-                value = float(loss)
+                value = float(loss.detach())
                 if not np.isfinite(value):
                     raise UserError(f"{config.out}: the loss is {value} at step {self.step}; try a smaller step size")
                 loss.backward()

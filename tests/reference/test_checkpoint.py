@@ -1,0 +1,113 @@
+"""Checkpoints appear whole, are checked when read, and every fault is one clear error."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from dalle_reference import checkpoint
+from dalle_reference.checkpoint import load, require_same, restore, save
+from dalle_reference.errors import UserError
+
+CONFIG = {"model": {"width": 8, "grid": (4, 4)}, "seed": 1}
+
+
+def tensors(step: int) -> dict[str, torch.Tensor]:
+    return {"model.weight": torch.full((2, 3), float(step)), "ema.weight": torch.ones(2, 3).t()}
+
+
+def test_what_is_read_is_what_was_written(tmp_path: Path) -> None:
+    path = save(tmp_path, "dvae", 7, CONFIG, tensors(7))
+    found = load(tmp_path, "dvae")
+    assert (found.path, found.kind, found.step) == (path, "dvae", 7)
+    assert torch.equal(found.group("model")["weight"], torch.full((2, 3), 7.0))
+    assert found.group("ema")["weight"].shape == (3, 2)
+    require_same(found, CONFIG)
+
+
+def test_the_newest_few_are_kept(tmp_path: Path) -> None:
+    for step in (5, 10, 100):
+        save(tmp_path, "dvae", step, CONFIG, tensors(step))
+    assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == ["step-00000010", "step-00000100"]
+    assert load(tmp_path, "dvae").step == 100
+
+
+def test_the_same_step_again_replaces(tmp_path: Path) -> None:
+    save(tmp_path, "dvae", 5, CONFIG, tensors(1))
+    save(tmp_path, "dvae", 5, CONFIG, tensors(2))
+    assert float(load(tmp_path, "dvae").tensors["model.weight"][0, 0]) == 2
+
+
+def test_a_write_that_fails_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, "dvae", 5, CONFIG, tensors(5))
+
+    def full_disk(*_: object) -> None:
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "sync", full_disk)
+        with pytest.raises(OSError, match="no space"):
+            save(tmp_path, "dvae", 6, CONFIG, tensors(6))
+    assert load(tmp_path, "dvae").step == 5
+    save(tmp_path, "dvae", 7, CONFIG, tensors(7))  # and what was left half written is no hindrance
+    assert load(tmp_path, "dvae").step == 7
+
+
+def test_damage_is_found(tmp_path: Path) -> None:
+    save(tmp_path / "run", "dvae", 4, CONFIG, tensors(4))
+    save(tmp_path / "run", "dvae", 5, CONFIG, tensors(5))
+    pristine = tmp_path / "run"
+
+    def damaged(name: str) -> tuple[Path, Path]:
+        run = tmp_path / name
+        shutil.copytree(pristine, run)
+        return run, run / "checkpoints" / "step-00000005"
+
+    run, newest = damaged("truncated")
+    os.truncate(newest / "tensors.safetensors", 40)
+    with pytest.raises(UserError, match=r"step-00000005: damaged checkpoint .*40 bytes.*go on from step-00000004"):
+        load(run, "dvae")
+
+    run, newest = damaged("flipped")
+    data = bytearray((newest / "tensors.safetensors").read_bytes())
+    data[-3] ^= 1
+    (newest / "tensors.safetensors").write_bytes(data)
+    with pytest.raises(UserError, match="digest differs"):
+        load(run, "dvae")
+
+    run, newest = damaged("no tensors")
+    (newest / "tensors.safetensors").unlink()
+    with pytest.raises(UserError, match="damaged checkpoint"):
+        load(run, "dvae")
+
+    run, newest = damaged("document")
+    text = (newest / "checkpoint.json").read_text()
+    (newest / "checkpoint.json").write_text(text[: len(text) // 2])
+    with pytest.raises(UserError, match="damaged checkpoint"):
+        load(run, "dvae")
+
+    run, newest = damaged("format")
+    (newest / "checkpoint.json").write_text(json.dumps({**json.loads(text), "format": 99}))
+    with pytest.raises(UserError, match="format 99"):
+        load(run, "dvae")
+
+
+def test_absent_and_of_another_kind(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no checkpoint there"):
+        load(tmp_path, "dvae")
+    save(tmp_path, "transformer", 5, CONFIG, tensors(5))
+    with pytest.raises(UserError, match="a checkpoint of a transformer, wanted one of a dvae"):
+        load(tmp_path, "dvae")
+
+
+def test_another_configuration_is_named(tmp_path: Path) -> None:
+    save(tmp_path, "dvae", 5, CONFIG, tensors(5))
+    with pytest.raises(UserError, match=r"model\.width was 8, is 16; seed was 1, is absent"):
+        require_same(load(tmp_path, "dvae"), {"model": {"width": 16, "grid": (4, 4)}})
+
+
+def test_weights_of_another_shape(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"weights are of another configuration: .*weight"):
+        restore(torch.nn.Linear(3, 2, bias=False), {"weight": torch.zeros(5, 5)}, tmp_path)

@@ -1,0 +1,150 @@
+"""Pictures from a folder, from shards and from OpenMoji; damaged input; the cache; the split."""
+
+import io
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import webdataset
+from dalle_reference.data import PictureSet, decode_picture, load_pictures
+from dalle_reference.data.openmoji import LANGUAGES
+from dalle_reference.data.pictures import Record
+from dalle_reference.errors import UserError
+from PIL import Image
+
+
+def png(color: str, size: tuple[int, int] = (8, 8), mode: str = "RGB") -> bytes:
+    buffer = io.BytesIO()
+    Image.new(mode, size, color).save(buffer, "png")
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "pictures"
+    (folder / "deeper").mkdir(parents=True)
+    (folder / "red.png").write_bytes(png("red", (12, 8)))
+    (folder / "red.txt").write_text("a red square\nкрасный квадрат\n", encoding="utf-8")
+    (folder / "deeper" / "blue.PNG").write_bytes(png("blue"))
+    (folder / "notes.md").write_text("not a picture")
+    return folder
+
+
+def test_folder(folder: Path, tmp_path: Path) -> None:
+    pictures = load_pictures(str(folder), 8, tmp_path / "cache")
+    assert pictures.images.dtype == torch.uint8
+    assert pictures.images.shape == (2, 3, 8, 8)
+    by_name = {record.key: (image, record) for image, record in zip(pictures.images, pictures.records, strict=True)}
+    image, record = by_name["red.png"]
+    assert image[:, 3, 3].tolist() == [255, 0, 0]
+    assert list(record.captions.values()) == ["a red square", "красный квадрат"]
+    assert by_name["blue.PNG"][1].captions == {}
+    assert len(pictures.captioned()) == 1
+
+
+def test_folder_is_decoded_once(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = tmp_path / "cache"
+    first = load_pictures(str(folder), 8, cache)
+    monkeypatch.setattr("dalle_reference.data.sources.decode_picture", lambda *_: pytest.fail("decoded again"))
+    second = load_pictures(str(folder), 8, cache)
+    assert torch.equal(first.images, second.images)
+    assert first.records == second.records
+
+
+def test_changed_folder_and_damaged_cache_are_read_anew(folder: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    load_pictures(str(folder), 8, cache)
+    (folder / "green.png").write_bytes(png("lime"))
+    assert len(load_pictures(str(folder), 8, cache)) == 3
+    for file in cache.iterdir():
+        os.truncate(file, file.stat().st_size // 2)
+    assert len(load_pictures(str(folder), 8, cache)) == 3
+
+
+def test_truncated_picture_is_one_error_that_names_it(folder: Path, tmp_path: Path) -> None:
+    whole = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(whole, "jpeg")
+    (folder / "cut.jpg").write_bytes(whole.getvalue()[:-200])
+    with pytest.raises(UserError, match=r"cut\.jpg: cannot be read as a picture"):
+        load_pictures(str(folder), 8, tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("data", [b"", b"not a picture", png("red")[:40]])
+def test_unreadable_picture(data: bytes) -> None:
+    with pytest.raises(UserError, match="here: cannot be read as a picture"):
+        decode_picture(data, 8, "here")
+
+
+def test_transparency_becomes_white() -> None:
+    assert decode_picture(png("#00000000", mode="RGBA"), 4, "x").unique().tolist() == [255]
+
+
+def test_empty_and_missing_folders(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="empty: no pictures found"):
+        load_pictures(str(tmp_path / "empty"), 8, tmp_path / "cache")
+    with pytest.raises(UserError, match="nowhere: no such folder"):
+        load_pictures(str(tmp_path / "nowhere"), 8, tmp_path / "cache")
+    with pytest.raises(UserError, match="no such shards"):
+        load_pictures(str(tmp_path / "*.tar"), 8, tmp_path / "cache")
+
+
+def test_caption_that_is_not_text(folder: Path, tmp_path: Path) -> None:
+    (folder / "red.txt").write_bytes(b"\xff\xfe\xff")
+    with pytest.raises(UserError, match=r"red\.txt: the caption is not UTF-8"):
+        load_pictures(str(folder), 8, tmp_path / "cache")
+
+
+def test_shards(tmp_path: Path) -> None:
+    for shard in range(2):
+        with webdataset.TarWriter(str(tmp_path / f"shard-{shard}.tar")) as writer:
+            for number in range(3):
+                key = f"{shard}{number}"
+                writer.write({"__key__": key, "png": png("red"), "txt": f"picture {key}"})
+    pictures = load_pictures(str(tmp_path / "shard-*.tar"), 8, tmp_path / "cache")
+    assert [record.key for record in pictures.records] == ["00", "01", "02", "10", "11", "12"]
+    assert pictures.records[4].captions == {"0": "picture 11"}
+    assert pictures.images[:, 0].unique().tolist() == [255]
+
+
+def test_damaged_shards(tmp_path: Path) -> None:
+    path = tmp_path / "shard.tar"
+    with webdataset.TarWriter(str(path)) as writer:
+        writer.write({"__key__": "a", "png": png("red")[:40]})
+    with pytest.raises(UserError, match=r"shard\.tar: a\.png: cannot be read as a picture"):
+        load_pictures(str(path), 8, tmp_path / "cache")
+    path.write_bytes(b"no archive at all" * 100)
+    with pytest.raises(UserError, match=r"shard\.tar"):
+        load_pictures(str(path), 8, tmp_path / "cache")
+
+
+def test_split_keeps_a_concept_on_one_side_whatever_is_added() -> None:
+    records = tuple(Record(str(i), f"concept {i // 3}", {}) for i in range(300))
+    pictures = PictureSet(torch.zeros(300, 3, 1, 1, dtype=torch.uint8), records)
+    training, held_out = pictures.split(0.2)
+    assert 30 <= len(held_out) <= 90
+    assert not {r.concept for r in training.records} & {r.concept for r in held_out.records}
+    fewer = pictures.take(list(range(150))).split(0.2)[1]
+    assert {r.key for r in fewer.records} == {r.key for r in held_out.records if int(r.key) < 150}
+
+
+def test_openmoji(tmp_path: Path) -> None:
+    pictures = load_pictures("openmoji", 16, tmp_path)
+    assert len(pictures) > 4400
+    assert "CC BY-SA 4.0" in pictures.credit
+    by_key = {record.key: index for index, record in enumerate(pictures.records)}
+    heart = pictures.records[by_key["2764"]].captions
+    assert (heart["en"], heart["zh"]) == ("red heart", "红心")
+    assert "сердце" in heart["ru"]
+    assert "하트" in heart["ko"]
+    red, green, blue = pictures.images[by_key["2764"], :, 8, 8].tolist()
+    assert red > 200 > 100 > max(green, blue)
+    # The five skin tones of a waving hand are variants of one concept.
+    assert len({pictures.records[by_key[f"1F44B{tone}"]].concept for tone in ("", "-1F3FB", "-1F3FF")}) == 1
+    complete = [record for record in pictures.records if set(LANGUAGES) <= record.captions.keys()]
+    assert len(complete) > 3900
+    assert pictures.images.flatten(1).float().std(dim=1).min() > 0  # nothing was drawn blank

@@ -1,0 +1,171 @@
+"""The discrete VAE: its shape, its likelihood and gradients against plain PyTorch, both quantizers."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from dalle_reference.dvae import PRESETS, DiscreteVAE, DVAEConfig
+
+from dalle_kernels.noise import GUMBEL_STREAM, gumbel_noise
+
+TINY = PRESETS["tiny"]
+
+
+def pictures(config: DVAEConfig = TINY, batch: int = 3) -> torch.Tensor:
+    side = config.resolution
+    return torch.rand(batch, 3, side, side, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def model() -> DiscreteVAE:
+    torch.manual_seed(0)
+    return DiscreteVAE(TINY)
+
+
+def test_paper_preset_has_the_published_shapes() -> None:
+    with torch.device("meta"):
+        model = DiscreteVAE(PRESETS["paper"])
+    assert PRESETS["paper"].grid == (32, 32)
+    assert model.encoder.stem.weight.shape == (256, 3, 7, 7)
+    assert model.to_scores.weight.shape == (8192, 2048)
+    assert model.codebook.shape == (8192, 128)
+    assert model.decoder.head.weight.shape == (6, 256, 1, 1)
+    kernels = [c.kernel_size[0] for c in model.encoder.groups[0][0].convolutions]
+    assert kernels == [3, 3, 3, 1]
+    kernels = [c.kernel_size[0] for c in model.decoder.groups[0][0].convolutions]
+    assert kernels == [1, 3, 3, 3]
+    assert model.encoder.groups[0][0].gain == 1 / 64
+
+    # Parameters of the published encoder and decoder, counted by hand: groups of widths 1, 2, 4, 8 times 256, two
+    # blocks each with a bottleneck of a quarter.
+    def block(inputs: int, outputs: int, encoder: bool) -> int:
+        hidden = outputs // 4
+        count = (inputs * 9 if encoder else inputs) * hidden + hidden
+        count += 2 * (hidden * hidden * 9 + hidden)
+        count += (hidden if encoder else hidden * 9) * outputs + outputs
+        return count + (inputs * outputs + outputs if inputs != outputs else 0)
+
+    widths = [256, 512, 1024, 2048]
+    encoder = (
+        256 * 3 * 49
+        + 256
+        + sum(
+            block(before, width, True) + block(width, width, True)
+            for before, width in zip([256, *widths], widths, strict=False)
+        )
+    )
+    encoder += 2048 * 8192 + 8192
+    decoder = (
+        8192 * 128
+        + 128
+        + 6 * 256
+        + 6
+        + sum(
+            block(before, width, False) + block(width, width, False)
+            for before, width in zip([128, *widths[::-1]], widths[::-1], strict=False)
+        )
+    )
+    assert sum(p.numel() for p in model.parameters()) == encoder + decoder
+
+
+def test_forward_is_the_elbo_that_plain_pytorch_computes(model: DiscreteVAE) -> None:
+    images, temperature, seed = pictures(), 0.7, 11
+    output = model(images, temperature, seed)
+    logits = model.scores(images)
+    gumbel = gumbel_noise(torch.tensor(seed), len(logits), TINY.vocab, GUMBEL_STREAM)
+    soft = torch.softmax((logits + gumbel) / temperature, dim=1) @ model.codebook + model.code_bias
+    side = TINY.grid[0]
+    maps = model.decoder(soft.reshape(3, side, side, -1).permute(0, 3, 1, 2))
+    mu, log_b = maps[:, :3], maps[:, 3:]
+    x = 0.8 * images + 0.1
+    nll = ((torch.logit(x) - mu).abs() / log_b.exp() + (2 * log_b.exp() * x * (1 - x)).log()).mean()
+    log_q = torch.log_softmax(logits, dim=1)
+    kl = (log_q.exp() * (log_q + math.log(TINY.vocab))).sum() / images.numel()
+    torch.testing.assert_close(output.nll, nll, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(output.kl, kl, rtol=1e-4, atol=1e-6)
+    assert torch.equal(output.indices.flatten(), (logits + gumbel).argmax(dim=1))
+    ours = torch.autograd.grad(output.nll + 2.0 * output.kl, model.parameters())
+    plain = torch.autograd.grad(nll + 2.0 * kl, model.parameters())
+    for mine, wanted in zip(ours, plain, strict=True):
+        torch.testing.assert_close(mine, wanted, rtol=1e-3, atol=1e-5)
+
+
+def test_scores_are_rows_without_a_copy(model: DiscreteVAE) -> None:
+    scores = model.scores(pictures())
+    assert scores.is_contiguous()
+    assert scores.shape == (3 * 8 * 8, TINY.vocab)
+    features = model.encoder(pictures().contiguous(memory_format=torch.channels_last))
+    assert features.is_contiguous(memory_format=torch.channels_last)  # so that reading them as rows copies nothing
+
+
+def test_encode_takes_the_likeliest_code_and_decode_its_row(model: DiscreteVAE) -> None:
+    images = pictures()
+    tokens = model.encode(images)
+    assert tokens.shape == (3, 8, 8)
+    assert torch.equal(tokens.flatten(), model.scores(images).argmax(dim=1))
+    one_hot = F.one_hot(tokens, TINY.vocab).float() @ model.codebook + model.code_bias
+    mu = model.decoder(one_hot.permute(0, 3, 1, 2))[:, :3]
+    torch.testing.assert_close(model.decode(tokens), ((torch.sigmoid(mu) - 0.1) / 0.8).clamp(0, 1))
+
+
+def test_vq_variant_learns_on_both_sides() -> None:
+    torch.manual_seed(0)
+    model = DiscreteVAE(replace(TINY, quantizer="vq"))
+    output = model(pictures(), 1.0, 0)
+    assert float(output.kl) == 0
+    features = model.scores(pictures())
+    nearest = torch.cdist(features, model.codebook)
+    assert torch.equal(output.indices.flatten(), nearest.argmin(dim=1))
+    torch.testing.assert_close(
+        output.distance, nearest.amin(dim=1).square().mean() / TINY.code_width, rtol=1e-4, atol=1e-6
+    )
+    (output.nll + output.distance).backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+    assert torch.equal(model.encode(pictures()).flatten(), nearest.argmin(dim=1))
+
+
+@pytest.mark.parametrize("quantizer", ["dvae", "vq"])
+def test_a_few_steps_lower_the_loss(quantizer: str) -> None:
+    torch.manual_seed(0)
+    model = DiscreteVAE(replace(TINY, quantizer=quantizer))
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    images = torch.rand(8, 3, 1, 1, generator=torch.Generator().manual_seed(2)).expand(8, 3, 16, 16)
+    losses = []
+    for step in range(30):
+        output = model(images, 0.5, step)
+        loss = output.nll + 0.1 * output.kl + output.distance
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(output.nll.detach()))
+    assert losses[-1] < losses[0] - 0.3
+
+
+def test_bf16_autocast_stays_near_float32(model: DiscreteVAE) -> None:
+    whole = model(pictures(), 1.0, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = model(pictures(), 1.0, 3)
+    assert half.nll.dtype == torch.float32
+    torch.testing.assert_close(half.nll, whole.nll, rtol=0.03, atol=0.03)
+    torch.testing.assert_close(half.kl, whole.kl, rtol=0.1, atol=0.01)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"resolution": 18}, "resolution: got 18, wanted a multiple of 4"),
+        ({"width": 6}, "width: got 6"),
+        ({"vocab": 0}, "vocab: got 0"),
+        ({"quantizer": "pq"}, "quantizer: got 'pq'"),
+    ],
+)
+def test_bad_configurations(change: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(replace(TINY, groups=3), **change)
+
+
+def test_pictures_of_another_size(model: DiscreteVAE) -> None:
+    with pytest.raises(ValueError, match=r"images: got shape \(1, 3, 8, 8\), wanted \[B, 3, 16, 16\]"):
+        model(torch.rand(1, 3, 8, 8), 1.0, 0)

@@ -1,0 +1,219 @@
+"""Training end to end on a handful of pictures; resuming bit for bit after SIGKILL and Ctrl-C; the command line."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from dalle_reference import cli
+from dalle_reference.checkpoint import latest
+from dalle_reference.loop import batch_indices
+from dalle_reference.schedules import half_cosine, warm_up
+from PIL import Image
+
+TINY_DVAE = [
+    *["--resolution", "16", "--width", "8", "--groups", "2", "--blocks", "1", "--vocab", "32", "--code-width", "8"],
+    *["--batch", "4", "--log-every", "1", "--precision", "fp32", "--draw-every", "1000"],
+]
+TINY_TRANSFORMER = [
+    *["--layers", "2", "--heads", "2", "--head-dim", "16", "--text-length", "8", "--vocab-text", "300"],
+    *["--batch", "4", "--log-every", "1", "--precision", "fp32", "--draw-every", "1000"],
+]
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pictures")
+    colors = ["red", "green", "blue", "yellow", "black", "orange", "purple", "gray", "pink", "brown", "cyan", "navy"]
+    for color in colors:
+        picture = Image.new("RGB", (16, 16), "white")
+        picture.paste(color, (3, 3, 13, 13))
+        picture.save(folder / f"{color}.png")
+        (folder / f"{color}.txt").write_text(f"a {color} square\n{color}\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def common(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return ["--source", str(pictures), "--cache", str(tmp_path_factory.mktemp("cache"))]
+
+
+@pytest.fixture(scope="module")
+def stage_1(common: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("stage-1") / "run"
+    cli.main(["train-dvae", "demo", "--out", str(out), "--steps", "12", *TINY_DVAE, *common])
+    return out
+
+
+def losses(run: Path) -> list[tuple[int, float]]:
+    records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [(record["step"], record["loss"]) for record in records]
+
+
+def weights(run: Path) -> bytes:
+    newest = latest(run)
+    assert newest is not None
+    return (newest / "tensors.safetensors").read_bytes()
+
+
+def start(arguments: list[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "dalle_reference.cli", *arguments],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 180
+    while not (run / "metrics.jsonl").exists() or len((run / "metrics.jsonl").read_text().splitlines()) < step:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("stage", ["dvae", "transformer"])
+def test_a_killed_run_goes_on_bit_for_bit(stage: str, stage_1: Path, common: list[str], tmp_path: Path) -> None:
+    if stage == "dvae":
+        command = ["train-dvae", "demo", *TINY_DVAE]
+    else:
+        command = ["train-transformer", "demo", "--dvae", str(stage_1), *TINY_TRANSFORMER]
+    # Long enough that the kill comes before the end; the comparison stops earlier.
+    command += ["--steps", "3000", "--save-every", "7", *common]
+    killed = tmp_path / "killed"
+    process = start([*command, "--out", str(killed)])
+    wait_for_step(killed, 10, process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    at_kill = losses(killed)
+    assert 10 <= len(at_kill) < 3000
+    newest = latest(killed)
+    assert newest is not None
+    restart = int(newest.name.removeprefix("step-"))
+    # The run goes on in a new process to well past the kill, and an undisturbed one is made beside it.
+    end = at_kill[-1][0] + 5
+    for out, resume in ((killed, ["--resume"]), (tmp_path / "whole", [])):
+        process = start([*command, "--out", str(out), *resume])
+        wait_for_step(out, end if out != killed else max(end, restart + 5), process)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    whole, continued = dict(losses(tmp_path / "whole")), dict(losses(killed))
+    shared = sorted(whole.keys() & continued.keys())
+    assert shared == list(range(1, len(shared) + 1))
+    assert shared[-1] >= end
+    assert [whole[step] for step in shared] == [continued[step] for step in shared]
+
+
+def test_interrupt_saves_and_resume_reaches_the_same_weights(common: list[str], tmp_path: Path) -> None:
+    command = ["train-dvae", "demo", *TINY_DVAE, "--steps", "60", "--save-every", "1000", *common]
+    stopped = tmp_path / "stopped"
+    process = start([*command, "--out", str(stopped)])
+    wait_for_step(stopped, 5, process)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "--resume goes on" in output
+    assert "Traceback" not in output
+    newest = latest(stopped)
+    assert newest is not None
+    assert 5 <= int(newest.name.removeprefix("step-")) < 60
+    cli.main([*command, "--out", str(stopped), "--resume"])
+    cli.main([*command, "--out", str(tmp_path / "whole")])
+    assert losses(stopped) == losses(tmp_path / "whole")
+    assert weights(stopped) == weights(tmp_path / "whole")
+
+
+def test_all_commands_in_order(stage_1: Path, common: list[str], pictures: Path, tmp_path: Path) -> None:
+    run = tmp_path / "transformer"
+    arguments = ["train-transformer", "demo", "--dvae", str(stage_1), "--out", str(run), "--steps", "8"]
+    cli.main([*arguments, *TINY_TRANSFORMER, *common])
+    assert sorted(path.name for path in run.iterdir() if "events" not in path.name) == [
+        "checkpoints",
+        "dvae",
+        "metrics.jsonl",
+        "pictures",
+        "tokenizer.json",
+    ]
+    assert any("events" in path.name for path in run.iterdir())
+    sheet = tmp_path / "samples.png"
+    generate = ["generate", "a red square", "синий", "红", "빨강", "--model", str(run), "--number", "2"]
+    cli.main([*generate, "--out", str(sheet), "--guidance-scale", "1.5", "--top-k", "8"])
+    first = sheet.read_bytes()
+    cli.main([*generate, "--out", str(sheet), "--guidance-scale", "1.5", "--top-k", "8"])
+    assert sheet.read_bytes() == first
+    picture = pictures / "red.png"
+    cli.main([*generate, "--out", str(sheet), "--complete", str(picture), "--rows", "5"])
+    assert sheet.read_bytes() != first
+    cli.main(["reconstruct", str(picture), str(picture), "--model", str(stage_1), "--out", str(tmp_path / "r.png")])
+    assert Image.open(tmp_path / "r.png").size[0] > 100
+
+
+def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    assert stop.value.code == 2
+    message = capsys.readouterr().err.strip().splitlines()
+    return message[-1]
+
+
+def test_refusals(stage_1: Path, common: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    again = ["train-dvae", "demo", "--out", str(stage_1), "--steps", "12", *TINY_DVAE, *common]
+    before = weights(stage_1)
+    assert "holds a run already; go on with --resume" in refused(again, capsys)
+    other = ["--width", "16"]
+    assert "another configuration: model.width was 8, is 16" in refused([*again, "--resume", *other], capsys)
+    assert weights(stage_1) == before
+    absent = ["train-dvae", "demo", "--out", str(tmp_path / "none"), *TINY_DVAE, *common, "--resume"]
+    assert "no checkpoint there" in refused(absent, capsys)
+    wrong_kind = ["generate", "red", "--model", str(stage_1)]
+    assert "a checkpoint of a dvae, wanted one of a transformer" in refused(wrong_kind, capsys)
+    unreadable = tmp_path / "broken.png"
+    unreadable.write_bytes(b"no picture")
+    assert "broken.png: cannot be read as a picture" in refused(
+        ["reconstruct", str(unreadable), "--model", str(stage_1)], capsys
+    )
+    assert "none.png" in refused(["reconstruct", str(tmp_path / "none.png"), "--model", str(stage_1)], capsys)
+    (tmp_path / "empty").mkdir()
+    empty = ["train-dvae", "demo", "--out", str(tmp_path / "x"), *TINY_DVAE, "--source", str(tmp_path / "empty")]
+    assert "no pictures found there" in refused([*empty, "--cache", str(tmp_path)], capsys)
+    assert not (tmp_path / "x").exists()
+
+
+def test_resuming_a_damaged_checkpoint_changes_nothing(
+    common: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    command = ["train-dvae", "demo", "--out", str(run), "--steps", "6", "--save-every", "3", *TINY_DVAE, *common]
+    cli.main(command)
+    newest = latest(run)
+    assert newest is not None
+    os.truncate(newest / "tensors.safetensors", 100)
+    metrics = (run / "metrics.jsonl").read_bytes()
+    message = refused([*command, "--resume"], capsys)
+    assert "step-00000006: damaged checkpoint" in message
+    assert "go on from step-00000003" in message
+    assert (run / "metrics.jsonl").read_bytes() == metrics
+
+
+def test_every_picture_comes_once_an_epoch_and_seeds_shuffle() -> None:
+    order = np.concatenate([batch_indices(step, 4, 10, seed=3) for step in range(5)])
+    assert sorted(order[:10]) == sorted(order[10:]) == list(range(10))
+    assert list(order[:10]) != list(order[10:])
+    other = np.concatenate([batch_indices(step, 4, 10, seed=4) for step in range(5)])
+    assert list(order) != list(other)
+
+
+def test_schedules() -> None:
+    values = [half_cosine(step, 10, 1.0, 1 / 16) for step in range(13)]
+    assert values[0] == 1.0
+    assert values[5] == pytest.approx((1 + 1 / 16) / 2)
+    assert values[10:] == [1 / 16] * 3
+    assert values == sorted(values, reverse=True)
+    assert [warm_up(step, 4) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
