@@ -45,14 +45,14 @@ struct PairDot {
 // 2^x for any finite x <= 128, 0 far below; undefined (but harmless) beyond.
 DALLE_INLINE F power(F x) {
 #if defined(DALLE_ISA_AVX2)
-  x = max(x, set(-127.f));
+  x = max(set(-127.f), x);  // in this order NaN stays NaN
 #endif
   return exp2_bounded(x);
 }
 // The same to a relative error of 2.8e-6, ample for what is rounded to bfloat16 next.
 DALLE_INLINE F power_coarse(F x) {
 #if defined(DALLE_ISA_AVX2)
-  x = max(x, set(-127.f));
+  x = max(set(-127.f), x);  // in this order NaN stays NaN
 #endif
   const F whole = round(x), r = x - whole;
   F p = set(0.00958285201f);

@@ -1,0 +1,38 @@
+// One decoding step as the rest of the library sees it: plain pointers, one function per instruction set.
+#pragma once
+
+#include <cstdint>
+
+namespace dalle::decode {
+
+// What a head's query sees: slots 0 .. prefix - 1, then `listed` slots out of `slots`. Entry j of the whole is slot j or
+// slots[j - prefix].
+struct Visible {
+  int32_t prefix, listed;
+  const int32_t* slots;
+};
+
+// Attention of one query over entries first .. last - 1, unnormalised.
+struct Part {
+  float highest;  // largest score; -inf without entries
+  float total;    // sum exp(score - highest)
+  // and sum exp(score - highest) value in the `sums` that the caller passes, [rounded D]
+};
+
+constexpr int kAlign = 16;      // `sums` is padded to a multiple of this many floats
+constexpr int kMostParts = 16;  // that combine() takes
+
+// q [D], rows of keys and values `row` elements apart.
+using Attend = Part (*)(const void* q, const void* keys, const void* values, int64_t row, int width, float scale,
+                        const Visible& visible, int32_t first, int32_t last, float* sums);
+// out [D] = the parts put together; parts' sums lie `stride` floats apart.
+using Combine = void (*)(const Part* parts, const float* sums, int64_t stride, int count, int width, void* out);
+
+struct Kernels {
+  Attend attend;
+  Combine combine;
+};
+
+extern const Kernels kAvx2Float32, kAvx2Bfloat16, kAvx512Float32, kAvx512Bfloat16;
+
+}  // namespace dalle::decode

@@ -1,0 +1,153 @@
+"""Native decoding on the CPU against the float64 reference, position by position, through a rolling cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from dalle_kernels import native
+from dalle_kernels.attention import reference as attention
+from dalle_kernels.attention.layout import TokenLayout
+from dalle_kernels.attention.patterns import (
+    AxialRow,
+    Causal,
+    Column,
+    Convolution,
+    Fixed,
+    MaskPattern,
+    Pattern,
+    Row,
+    Strided,
+)
+from dalle_kernels.backends import Call
+from dalle_kernels.decode import cpu
+from dalle_kernels.decode.cache import KVCache
+
+ISAS = native.NATIVE.supported_isas() if native.NATIVE else []
+LAYOUT = TokenLayout(text_length=20, grid=(7, 9))
+PATTERNS = [
+    Row(LAYOUT),
+    Column(LAYOUT),
+    AxialRow(LAYOUT),
+    Causal(LAYOUT),
+    Convolution(LAYOUT, kernel_size=5),
+    Convolution(LAYOUT, kernel_size=3, boundary="corner", dilation=2),
+    Row(TokenLayout(0, (1, 40))),
+    Strided(60, 7),
+    Fixed(60, 8, 2),
+    MaskPattern(torch.rand(50, 50, generator=torch.Generator().manual_seed(1)).tril() > 0.7),  # some see no key
+]
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    assert native.NATIVE is not None
+    before = native.NATIVE.isa()
+    native.NATIVE.set_isa(request.param)
+    yield request.param
+    native.NATIVE.set_isa(before)
+
+
+def decode(
+    pattern: Pattern, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, start: int
+) -> torch.Tensor:
+    """Every position from `start` on in turn, in a cache of NaN: a slot that is read before it is written shows."""
+    batch, heads, length, width = q.shape
+    cache = KVCache(pattern, batch, heads, width, dtype=q.dtype)
+    cache.keys.fill_(torch.nan)
+    cache.values.fill_(torch.nan)
+    cache.prefill(k[:, :, :start], v[:, :, :start])
+    outs = []
+    for i in range(start, length):
+        new = (t[:, :, i : i + 1] for t in (q, k, v))
+        outs.append(cpu.forward(*new, cache.keys, cache.values, torch.tensor(i), scale, pattern))
+    return torch.cat(outs, 2)
+
+
+def check(
+    pattern: Pattern,
+    batch: int,
+    heads: int,
+    width: int,
+    dtype: torch.dtype,
+    scale: float = 0.3,
+    start: int = 0,
+) -> None:
+    generator = torch.Generator().manual_seed(width)
+    shape = (batch, heads, pattern.length, width)
+    q, k, v = (torch.randn(shape, generator=generator).to(dtype) for _ in range(3))
+    exact, _ = attention.forward(q.double(), k.double(), v.double(), None, scale, pattern)
+    plain, _ = attention.forward(q, k, v, None, scale, pattern)
+    ours = decode(pattern, q, k, v, scale, start)
+    exact, plain = exact[:, :, start:], plain[:, :, start:]
+    assert ours.dtype == dtype
+    error, allowed = ((x.double() - exact).abs().max().item() for x in (ours, plain))
+    assert error <= 2 * allowed + 4 * torch.finfo(torch.float32).eps * exact.abs().max().item()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("pattern", PATTERNS, ids=lambda p: type(p).__name__)
+def test_patterns(isa: str, pattern: Pattern, dtype: torch.dtype) -> None:
+    check(pattern, 2, 2, 64, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [8, 16, 24, 32, 40, 80, 96, 128, 256])
+def test_widths(isa: str, width: int, dtype: torch.dtype) -> None:
+    check(PATTERNS[4], 1, 3, width, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_many_keys_and_few_heads(isa: str, dtype: torch.dtype) -> None:
+    """Enough keys that one head is cut into parts, and more than a block of them."""
+    check(Causal(TokenLayout(300, (10, 40))), 1, 1, 16, dtype, start=690)
+    check(Causal(TokenLayout(10, (10, 40))), 4, 5, 8, dtype, scale=20.0, start=400)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("heads", [1, 40])
+def test_bits_do_not_depend_on_threads(isa: str, heads: int, dtype: torch.dtype) -> None:
+    pattern, before = Causal(TokenLayout(300, (6, 40))), torch.get_num_threads()
+    generator = torch.Generator().manual_seed(0)
+    cache = KVCache(pattern, 1, heads, 32, dtype=dtype)
+    cache.keys.copy_(torch.randn(cache.keys.shape, generator=generator))
+    cache.values.copy_(torch.randn(cache.keys.shape, generator=generator))
+    q, k, v = (torch.randn(1, heads, 1, 32, generator=generator).to(dtype) for _ in range(3))
+    outs = []
+    try:
+        for count in (1, 2, 7):
+            torch.set_num_threads(count)
+            outs.append(cpu.forward(q, k, v, cache.keys, cache.values, torch.tensor(539), 0.2, pattern))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(outs[0], outs[1])
+    assert torch.equal(outs[0], outs[2])
+
+
+def test_strides(isa: str) -> None:
+    """Projections come as [B, 1, 3, H, D]; a cache may be a part of a larger tensor."""
+    pattern, batch, heads, width = PATTERNS[0], 2, 3, 24
+    whole = torch.zeros(2, batch, 40, heads, width + 8)
+    keys, values = (t.transpose(1, 2)[..., :width] for t in whole)
+    packed = torch.randn(batch, 1, 3, heads, width)
+    q, k, v = (packed[:, :, i].transpose(1, 2) for i in range(3))
+    out = cpu.forward(q, k, v, keys, values, torch.tensor(0), 0.2, pattern)
+    torch.testing.assert_close(out, v, rtol=0, atol=1e-6)
+    assert torch.equal(whole[0, :, 0, :, :width], k[:, :, 0])
+    assert torch.equal(whole[1, :, 0, :, :width], v[:, :, 0])
+    assert not whole[:, :, 1:].any()
+    assert not whole[..., width:].any()
+
+
+@pytest.mark.parametrize(
+    ("call", "word"),
+    [
+        (Call(torch.device("cpu"), torch.float16, 64), "float16"),
+        (Call(torch.device("cpu"), torch.float32, 20), "multiple of 8"),
+        (Call(torch.device("meta"), torch.float32, 64), "meta"),
+    ],
+)
+def test_refusals_say_why(call: Call, word: str) -> None:
+    assert word in (cpu.refuse(call) or "")
