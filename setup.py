@@ -2,6 +2,9 @@
 
 DALLE_KERNELS_NATIVE=auto (default) builds them if it can and says why when it cannot; =1 makes their absence an
 error; =0 leaves them out: the package is then pure Python.
+
+DALLE_KERNELS_CUDA=auto (default) also compiles the CUDA kernels where nvcc is and torch has CUDA; =1 compiles them
+beside any torch (no GPU is needed) or fails; =0 leaves them out. csrc/cuda/build_cuda.py says what else steers that.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from pathlib import Path
 from setuptools import setup
 
 ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "csrc" / "cuda"))  # for build_cuda.py
 
 
 def _obstacle() -> str | None:
@@ -33,11 +37,52 @@ def _obstacle() -> str | None:
     return None
 
 
+def _cuda_obstacle() -> str | None:
+    """Why the CUDA kernels are left out, or None."""
+    import torch
+    from build_cuda import find_nvcc  # csrc/cuda/build_cuda.py
+
+    wanted = os.environ.get("DALLE_KERNELS_CUDA", "auto")
+    if wanted == "0":
+        return "DALLE_KERNELS_CUDA=0"
+    if find_nvcc() is None:
+        return "no nvcc: looked at $NVCC, $CUDA_HOME/bin and the path"
+    if wanted != "1" and torch.version.cuda is None:
+        return "this torch has no CUDA; DALLE_KERNELS_CUDA=1 builds them all the same"
+    return None
+
+
+def _build_ext() -> type:
+    from torch.utils.cpp_extension import BuildExtension
+
+    class BuildWithCuda(BuildExtension):
+        """Builds the CPU extension, then the CUDA library beside it."""
+
+        def run(self) -> None:
+            super().run()
+            from build_cuda import build
+
+            if obstacle := _cuda_obstacle():
+                if os.environ.get("DALLE_KERNELS_CUDA") == "1":
+                    sys.exit(f"dalle-kernels: DALLE_KERNELS_CUDA=1, but {obstacle}")
+                print(f"dalle-kernels: building without the CUDA kernels ({obstacle})", file=sys.stderr)
+                return
+            package = (ROOT if self.inplace else Path(self.build_lib)) / "dalle_kernels"
+            package.mkdir(parents=True, exist_ok=True)
+            build(package / "_cuda.so")
+
+    return BuildWithCuda
+
+
 def _native() -> dict:
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
+    from torch.utils.cpp_extension import CppExtension
 
     sources = sorted(
-        str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.cpp") if "tests" not in path.parts
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "csrc").rglob("*.cpp")
+        if "tests" not in path.parts
+        and path.name != "cuda_op.cpp"  # this and csrc/cuda are the CUDA library's
+        and path.parent.name != "cuda"
     )
     extension = CppExtension(
         "dalle_kernels._native",
@@ -50,7 +95,7 @@ def _native() -> dict:
         ],
         extra_link_args=["-fopenmp"],
     )
-    return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildExtension}}
+    return {"ext_modules": [extension], "cmdclass": {"build_ext": _build_ext()}}
 
 
 def main() -> None:

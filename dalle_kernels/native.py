@@ -7,6 +7,8 @@ from types import ModuleType
 
 import torch
 
+from dalle_kernels import cuda_library
+
 NATIVE: ModuleType | None = None
 _absence = ""
 
@@ -45,7 +47,11 @@ def refuse_cpu(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def report() -> str:
-    """What was built, for what, with what."""
+    """What was built of both libraries, for what, with what."""
+    return f"{_report_cpu()}\n{cuda_library.report()}"
+
+
+def _report_cpu() -> str:
     if NATIVE is None:
         return f"CPU kernels: none: {_absence}"
     supported = ", ".join(NATIVE.supported_isas()) or "none that this processor has"

@@ -1,0 +1,84 @@
+"""The CUDA kernels of `csrc/**/*.cu`: where their library is, and when it can serve.
+
+One shared library, built against PyTorch's stable ABI: the same file serves torch 2.10 and later and any Python. It
+is loaded when a CUDA tensor first asks for it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+LIBRARY = Path(__file__).with_name("_cuda.so")
+_ABSENT = "the CUDA library is absent; build it where nvcc is: DALLE_KERNELS_CUDA=1 pip install --no-build-isolation ."
+
+
+def report() -> str:
+    """What was built, for what, with what."""
+    if not LIBRARY.exists():
+        return "CUDA kernels: none: " + _ABSENT
+    try:
+        built = ctypes.CDLL(str(LIBRARY)).dalle_kernels_cuda_built
+    except OSError as error:
+        return f"CUDA kernels: built, but they do not load: {error}"
+    built.restype = ctypes.c_char_p
+    return f"CUDA kernels: built for {built().decode()}"
+
+
+@lru_cache(maxsize=1)
+def _load() -> str | None:
+    """Loads the library; says why that failed, or None."""
+    if not LIBRARY.exists():
+        return _ABSENT
+    try:
+        torch.ops.load_library(str(LIBRARY))
+    except OSError as error:
+        return f"the CUDA library does not load: {error}"
+    return None
+
+
+def operations() -> Any:
+    """The namespace of the library's operations, `torch.ops.dalle_kernels_cuda`.
+
+    Raises:
+        RuntimeError: where it cannot be loaded.
+    """
+    if reason := _load():
+        raise RuntimeError(reason)
+    return torch.ops.dalle_kernels_cuda
+
+
+@lru_cache(maxsize=16)
+def _refuse_device(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return f"it runs on CUDA tensors, these are on {device.type}"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "it needs a GPU of compute capability 8.0 or later"
+    return _load()
+
+
+def refuse(device: torch.device, dtype: torch.dtype, dtypes: tuple[torch.dtype, ...]) -> str | None:
+    """Why the library cannot serve tensors of `dtype` on `device`, or None: every room's first question."""
+    if reason := _refuse_device(device):
+        return reason
+    if dtype not in dtypes:
+        return f"it takes {', '.join(str(each).removeprefix('torch.') for each in dtypes)}, not {dtype}"
+    return None
+
+
+@lru_cache(maxsize=16)
+def multiprocessors(device: torch.device) -> int:
+    """How many blocks run side by side on `device`, counting one a multiprocessor."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` itself where its rows start at multiples of 16 bytes and are contiguous, else a contiguous copy."""
+    size = tensor.element_size()
+    whole = tensor.data_ptr() % 16 == 0 and tensor.stride(-1) == 1
+    whole = whole and all(stride * size % 16 == 0 for stride in tensor.stride()[:-1])
+    return tensor if whole else tensor.contiguous()

@@ -1,0 +1,58 @@
+"""One decoding step by the CUDA kernel of csrc/decode/decode.cu."""
+
+from __future__ import annotations
+
+import torch
+
+from dalle_kernels import cuda_library
+from dalle_kernels.attention.patterns import Pattern
+from dalle_kernels.backends import Call
+from dalle_kernels.decode.table import decode_table_for
+
+_KEYS_A_BLOCK = 64  # fewer are not worth another block
+
+
+def refuse(call: Call) -> str | None:
+    if reason := cuda_library.refuse(call.device, call.dtype, (torch.bfloat16, torch.float16, torch.float32)):
+        return reason
+    piece = 16 // call.dtype.itemsize
+    if call.width % piece or call.width > 32 * piece:
+        return f"it takes head dimensions that are multiples of {piece} up to {32 * piece}, not {call.width}"
+    return None
+
+
+def forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    position: torch.Tensor,
+    scale: float,
+    pattern: Pattern,
+) -> torch.Tensor:
+    table = decode_table_for(pattern, q.device)
+    batch, heads, _, width = q.shape
+    # Two blocks a multiprocessor hide each other's latency; the count may not depend on the position, which the
+    # host does not look at.
+    wanted = -(-2 * cuda_library.multiprocessors(q.device) // (batch * heads))
+    splits = max(1, min(wanted, table.cache_length // _KEYS_A_BLOCK))
+    partial = torch.empty(batch * heads * splits * (width + 2) if splits > 1 else 0, device=q.device)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    cuda_library.operations().decode_attention(
+        cuda_library.aligned(q),
+        cuda_library.aligned(k),
+        cuda_library.aligned(v),
+        keys,
+        values,
+        table.slot,
+        table.prefix,
+        table.offsets,
+        table.slots,
+        position,
+        partial,
+        out,
+        scale,
+        splits,
+    )
+    return out

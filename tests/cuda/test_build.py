@@ -1,0 +1,101 @@
+"""The CUDA library compiles on any machine with nvcc, and the compiler's report holds what the committed table says."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.cuda_build import ROOT, TABLE, build_cuda, collect
+
+Table = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cuda") / "_cuda.so"
+
+
+@pytest.fixture(scope="module")
+def built(library: Path) -> Table:
+    return collect(library)
+
+
+@pytest.fixture(scope="module")
+def committed() -> Table:
+    return json.loads(TABLE.read_text())
+
+
+def test_no_kernel_spills_or_touches_local_memory(built: Table) -> None:
+    for name, rows in built["kernels"].items():
+        for architecture, row in rows.items():
+            where = f"{name} {architecture}"
+            assert row["stack"] == row["spill_stores"] == row["spill_loads"] == 0, where
+            assert not {"LDL", "STL"} & row["instructions"].keys(), where
+
+
+def test_registers_and_shared_memory_stay_within_the_table(built: Table, committed: Table) -> None:
+    assert built["kernels"].keys() == committed["kernels"].keys(), "run python -m benchmarks.cuda_build"
+    for name, rows in built["kernels"].items():
+        for architecture, row in rows.items():
+            known = committed["kernels"][name][architecture]
+            assert row["registers"] <= known["registers"], f"{name} {architecture}"
+            assert row["shared"] <= known["shared"], f"{name} {architecture}"
+
+
+def test_machine_code_holds_the_instructions_that_the_design_counts_on(built: Table) -> None:
+    for name, rows in built["kernels"].items():
+        for architecture, row in rows.items():
+            if name.startswith("decode_kernel"):
+                assert row["instructions"]["LDG.E.128"] >= 9, f"{name} {architecture}"  # q, 4 keys, 4 values
+
+
+def test_the_library_needs_no_python_and_loads_without_a_gpu(library: Path, built: Table) -> None:
+    symbols = subprocess.run(["nm", "-D", str(library)], capture_output=True, text=True, check=True).stdout
+    names = [line.split()[-1] for line in symbols.splitlines()]
+    assert not [name for name in names if name.startswith(("Py", "_Py"))]
+    # The stable ABI is a C interface: nothing of torch's or c10's C++ may be left to resolve.
+    undefined = [line.split()[-1] for line in symbols.splitlines() if " U " in line]
+    assert not [name for name in undefined if "c10" in name or "3at" in name or "5torch" in name]
+    script = (
+        f"import torch; torch.ops.load_library({str(library)!r});"
+        "print(torch.ops.dalle_kernels_cuda.decode_attention.default._schema.name)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.strip() == "dalle_kernels_cuda::decode_attention", done.stderr
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
+def test_the_kernels_run_on_this_gpu(library: Path, built: Table) -> None:
+    script = (
+        f"import torch; from pathlib import Path; from dalle_kernels import cuda_library, KVCache, Row, TokenLayout,"
+        f" decode_attention; cuda_library.LIBRARY = Path({str(library)!r});"
+        "pattern = Row(TokenLayout(4, (4, 4))); x = torch.randn(1, 2, 1, 64, device='cuda').half();"
+        "cache = KVCache(pattern, 1, 2, 64, dtype=torch.float16, device='cuda');"
+        "out = decode_attention(x, x, x, cache, 0, backend='cuda'); torch.testing.assert_close(out, x)"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize(
+    ("architectures", "flags"),
+    [
+        ("8.0", ["arch=compute_80,code=sm_80"]),
+        ("8.0+PTX;9.0a", ["arch=compute_80,code=[sm_80,compute_80]", "arch=compute_90a,code=sm_90a"]),
+        ("8.6 12.0", ["arch=compute_86,code=sm_86", "arch=compute_120,code=sm_120"]),
+    ],
+)
+def test_architecture_list(architectures: str, flags: list[str]) -> None:
+    assert build_cuda.architecture_flags(architectures)[1::2] == flags
+
+
+@pytest.mark.parametrize("architectures", ["7.5", "sm_80", "8.0;ninety"])
+def test_a_wrong_architecture_list_is_refused(architectures: str) -> None:
+    with pytest.raises(ValueError, match="TORCH_CUDA_ARCH_LIST: got"):
+        build_cuda.architecture_flags(architectures)
