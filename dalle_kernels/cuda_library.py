@@ -82,3 +82,12 @@ def aligned(tensor: torch.Tensor) -> torch.Tensor:
     whole = tensor.data_ptr() % 16 == 0 and tensor.stride(-1) == 1
     whole = whole and all(stride * size % 16 == 0 for stride in tensor.stride()[:-1])
     return tensor if whole else tensor.contiguous()
+
+
+@lru_cache(maxsize=16)
+def shared_memory(device: torch.device, blocks: int) -> int:
+    """Bytes of shared memory that each of `blocks` blocks on one multiprocessor of `device` can have."""
+    properties = torch.cuda.get_device_properties(device)
+    reserved = 1024  # of every block, by the system
+    whole = properties.shared_memory_per_multiprocessor
+    return min(whole // blocks - reserved, properties.shared_memory_per_block_optin)

@@ -23,6 +23,7 @@ def emulated(emulated_operations: Any, monkeypatch: pytest.MonkeyPatch) -> Itera
     """Serves `backend="cuda"` by the emulation, on memory that torch has filled with NaN."""
     monkeypatch.setattr(cuda_library, "operations", lambda: emulated_operations)
     monkeypatch.setattr(cuda_library, "multiprocessors", lambda device: 4)
+    monkeypatch.setattr(cuda_library, "shared_memory", lambda device, blocks: 100_000 // blocks)
     monkeypatch.setattr(cuda_library, "_refuse_device", lambda device: None)
     backends.forget_choices()
     before = torch.are_deterministic_algorithms_enabled()

@@ -53,6 +53,14 @@ def test_machine_code_holds_the_instructions_that_the_design_counts_on(built: Ta
         for architecture, row in rows.items():
             if name.startswith("decode_kernel"):
                 assert row["instructions"]["LDG.E.128"] >= 9, f"{name} {architecture}"  # q, 4 keys, 4 values
+            if name.startswith(("forward_kernel", "query_kernel", "key_kernel")):
+                # One product for 16 x 8 x 16: two of rows x columns x width forward, three for dq, four for dk and dv.
+                width = int(name.rstrip(">").split(", ")[1])
+                columns = 64 if name.startswith("forward") or width <= 64 else 32
+                products = {"f": 2, "q": 3, "k": 4}[name[0]]
+                assert row["instructions"]["HMMA"] == products * (columns // 8) * (width // 16), f"{name}"
+                assert row["instructions"]["LDSM"] == row["instructions"]["HMMA"] // 2, f"{name}"
+                assert row["instructions"]["LDGSTS"] >= 4, f"{name}"  # keys and values, ahead and at the start
 
 
 def test_the_library_needs_no_python_and_loads_without_a_gpu(library: Path, built: Table) -> None:

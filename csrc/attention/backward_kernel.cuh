@@ -1,0 +1,281 @@
+// Attention backward for sm_80 and later. With s = scale q k^T, p = exp(s - lse) and dp = dout v^T:
+//   ds = p (dp - delta),  delta = rowsum(dout out) - dlse,
+//   dq = scale ds k,  dk = scale ds^T q,  dv = p^T dout.
+// Three kernels: delta of every query; dq, whose rows are queries, walking over keys and values; dk and dv, whose rows
+// are keys, walking over queries and dout by the transposed lists. Nothing is added up across blocks, so the result is
+// the same every time.
+
+#pragma once
+
+#include "attention/tiles.cuh"
+#include "cuda/launch.cuh"
+
+namespace {
+
+constexpr int kRowLanes = 16;  // lanes that read one row in the first kernel
+
+// Writes lse in base 2 and delta in the order of positions, which the walks copy as they copy rows.
+template <class T>
+__global__ void __launch_bounds__(kThreads) statistics_kernel(const __grid_constant__ AttentionBackward p) {
+  const int length = p.by_query.length;
+  const int position = blockIdx.y * (kThreads / kRowLanes) + threadIdx.x / kRowLanes;
+  const int part = threadIdx.x % kRowLanes;
+  const bool valid = position < length;
+  const int token = valid ? load(p.by_query.order + position) : 0;
+  const Head<T> grad = head_of<T>(p.grad_out, blockIdx.x / p.heads, blockIdx.x % p.heads);
+  const Head<T> out = head_of<T>(p.out, blockIdx.x / p.heads, blockIdx.x % p.heads);
+  float delta = 0.0f;
+  for (int piece = part; piece < p.width / 8; piece += kRowLanes) {
+    float a[8], b[8];
+    widen<T>(load(reinterpret_cast<const uint4*>(grad.row(token)) + piece), a);
+    widen<T>(load(reinterpret_cast<const uint4*>(out.row(token)) + piece), b);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      delta += a[i] * b[i];
+    }
+  }
+#pragma unroll
+  for (int distance = 1; distance < kRowLanes; distance *= 2) {
+    delta += __shfl_xor_sync(0xffffffffu, delta, distance);
+  }
+  if (part == 0 && position < p.padded) {
+    const int64_t query = static_cast<int64_t>(blockIdx.x) * length + token;
+    float lse = kInfinity;
+    if (valid) {
+      lse = load(p.lse + query);
+      lse = lse == -kInfinity ? kInfinity : lse * kLog2E;
+      delta -= p.grad_lse == nullptr ? 0.0f : load(p.grad_lse + query);
+    }
+    float* to = p.statistics + static_cast<int64_t>(blockIdx.x) * 2 * p.padded + position;
+    store(to, lse);
+    store(to + p.padded, valid ? delta : 0.0f);
+  }
+}
+
+// dq of a part of one head's queries.
+template <class T, int kWidth>
+__global__ void __launch_bounds__(kThreads, 1) query_kernel(const __grid_constant__ AttentionBackward p) {
+  constexpr int kColumns = kBackwardColumns<kWidth>;
+  constexpr int kTileBytes = kColumns * kPitch<kWidth>;
+  const int lane = threadIdx.x % 32;
+  const int warp = threadIdx.x / 32;
+  const int g = lane / 4;
+  const int c = lane % 4;
+  const int batch = blockIdx.x / p.heads;
+  const int head = blockIdx.x % p.heads;
+  const Walk& walk = p.by_query;
+  const int first_tile = load(walk.part_tiles + blockIdx.y);
+  const int last_tile = load(walk.part_tiles + blockIdx.y + 1);
+  const int first_step = load(walk.tile_steps + first_tile);
+  const int last_step = load(walk.tile_steps + last_tile);
+  char* slots = shared_memory();  // [slots][keys, values][kColumns][kPitch]
+  const auto copy = [&](int tile, int slot) {
+    char* to = slots + slot * 2 * kTileBytes;
+    copy_tile<T, kWidth, kColumns>(to, head_of<T>(p.k, batch, head), walk.order, tile * kColumns, walk.length);
+    copy_tile<T, kWidth, kColumns>(to + kTileBytes, head_of<T>(p.v, batch, head), walk.order, tile * kColumns,
+                                   walk.length);
+  };
+
+  for (int step = first_step; step < first_step + kAhead; ++step) {
+    load_ahead(walk, step, last_step, copy);
+  }
+  const float to_base_2 = p.scale * kLog2E;
+  for (int tile = first_tile; tile < last_tile; ++tile) {
+    int token[2];
+    tokens_of(token, walk, tile, warp, g);
+    uint32_t query[kWidth / 16][4];
+    uint32_t grad[kWidth / 16][4];
+    load_rows<T, kWidth>(query, head_of<T>(p.q, batch, head), token, c);
+    load_rows<T, kWidth>(grad, head_of<T>(p.grad_out, batch, head), token, c);
+    float lse[2];
+    float delta[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int position = tile * kRowTile + warp * 16 + half * 8 + g;
+      const float* from = p.statistics + static_cast<int64_t>(blockIdx.x) * 2 * p.padded + position;
+      lse[half] = position < p.padded ? load(from) : kInfinity;
+      delta[half] = position < p.padded ? load(from + p.padded) : 0.0f;
+    }
+    float dq[kWidth / 8][4] = {};
+
+    const int end = load(walk.tile_steps + tile + 1);
+    for (int index = load(walk.tile_steps + tile); index < end; ++index) {
+      const Step step = read_step(walk, index);
+      copy_async_wait<kAhead - 1>();
+      __syncthreads();
+      load_ahead(walk, index + kAhead, last_step, copy);
+
+      Visible<kColumns> visible;
+      const bool masked = step.mask != 0 || p.padding != nullptr;
+      if (masked) {
+        visible.read(walk.masks, step.mask, warp * 16 + g);
+        if (p.padding != nullptr) {
+          const bool* padding = p.padding + static_cast<int64_t>(batch) * walk.length;
+          visible.remove_padding(padding, walk.order, step.tile * kColumns, walk.length, lane);
+        }
+        if (!visible.any_in_warp()) {
+          continue;
+        }
+      }
+      const char* keys = slots + step.slot * 2 * kTileBytes;
+      float score[kColumns / 8][4] = {};
+      float dp[kColumns / 8][4] = {};
+      multiply_transposed<T, kWidth, kColumns>(score, query, keys, lane);
+      multiply_transposed<T, kWidth, kColumns>(dp, grad, keys + kTileBytes, lane);
+#pragma unroll
+      for (int n = 0; n < kColumns / 8; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const bool seen = !masked || visible.sees(n, c, i);
+          const float weight = seen ? exp2_fast(score[n][i] * to_base_2 - lse[i / 2]) : 0.0f;
+          score[n][i] = weight * (dp[n][i] - delta[i / 2]);
+        }
+      }
+      multiply<T, kWidth, kColumns>(dq, score, keys, lane);
+    }
+    const float factor[2] = {p.scale, p.scale};
+    T* to = static_cast<T*>(p.dq.data) + batch * p.dq.strides[0] + head * p.dq.strides[1];
+    store_rows<T, kWidth>(to, p.dq.strides[2], dq, factor, token, c);
+  }
+  copy_async_wait<0>();
+}
+
+// dk and dv of a part of one head's keys.
+template <class T, int kWidth>
+__global__ void __launch_bounds__(kThreads, 1) key_kernel(const __grid_constant__ AttentionBackward p) {
+  constexpr int kColumns = kBackwardColumns<kWidth>;
+  constexpr int kTileBytes = kColumns * kPitch<kWidth>;
+  constexpr int kSlotBytes = 2 * kTileBytes + 2 * kColumns * sizeof(float);
+  const int lane = threadIdx.x % 32;
+  const int warp = threadIdx.x / 32;
+  const int g = lane / 4;
+  const int c = lane % 4;
+  const int batch = blockIdx.x / p.heads;
+  const int head = blockIdx.x % p.heads;
+  const Walk& walk = p.by_key;
+  const int first_tile = load(walk.part_tiles + blockIdx.y);
+  const int last_tile = load(walk.part_tiles + blockIdx.y + 1);
+  const int first_step = load(walk.tile_steps + first_tile);
+  const int last_step = load(walk.tile_steps + last_tile);
+  char* slots = shared_memory();  // [slots]: queries, dout [kColumns][kPitch]; lse, delta [kColumns]
+  const auto copy = [&](int tile, int slot) {
+    char* to = slots + slot * kSlotBytes;
+    const int first = tile * kColumns;
+    copy_tile<T, kWidth, kColumns>(to, head_of<T>(p.q, batch, head), walk.order, first, walk.length);
+    copy_tile<T, kWidth, kColumns>(to + kTileBytes, head_of<T>(p.grad_out, batch, head), walk.order, first,
+                                   walk.length);
+    if (threadIdx.x < 2 * kColumns / 4) {
+      const int which = threadIdx.x / (kColumns / 4);  // lse, delta
+      const int piece = threadIdx.x % (kColumns / 4);
+      const float* from = p.statistics + (static_cast<int64_t>(blockIdx.x) * 2 + which) * p.padded + first + 4 * piece;
+      copy_async(to + 2 * kTileBytes + 16 * threadIdx.x, from, true);
+    }
+  };
+
+  for (int step = first_step; step < first_step + kAhead; ++step) {
+    load_ahead(walk, step, last_step, copy);
+  }
+  const float to_base_2 = p.scale * kLog2E;
+  for (int tile = first_tile; tile < last_tile; ++tile) {
+    int token[2];
+    tokens_of(token, walk, tile, warp, g);
+    uint32_t key[kWidth / 16][4];
+    uint32_t value[kWidth / 16][4];
+    load_rows<T, kWidth>(key, head_of<T>(p.k, batch, head), token, c);
+    load_rows<T, kWidth>(value, head_of<T>(p.v, batch, head), token, c);
+    bool padded[2] = {};
+    if (p.padding != nullptr) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        padded[half] = token[half] >= 0 && load(p.padding + static_cast<int64_t>(batch) * walk.length + token[half]);
+      }
+    }
+    float dk[kWidth / 8][4] = {};
+    float dv[kWidth / 8][4] = {};
+
+    const int end = load(walk.tile_steps + tile + 1);
+    for (int index = load(walk.tile_steps + tile); index < end; ++index) {
+      const Step step = read_step(walk, index);
+      copy_async_wait<kAhead - 1>();
+      __syncthreads();
+      load_ahead(walk, index + kAhead, last_step, copy);
+
+      Visible<kColumns> visible;
+      const bool masked = step.mask != 0 || p.padding != nullptr;
+      if (masked) {
+        visible.read(walk.masks, step.mask, warp * 16 + g);
+        visible.remove_rows(padded);
+        if (!visible.any_in_warp()) {
+          continue;
+        }
+      }
+      const char* queries = slots + step.slot * kSlotBytes;
+      const char* grads = queries + kTileBytes;
+      const auto* lse = reinterpret_cast<const float*>(grads + kTileBytes);
+      const float* delta = lse + kColumns;
+      float score[kColumns / 8][4] = {};
+      multiply_transposed<T, kWidth, kColumns>(score, key, queries, lane);
+#pragma unroll
+      for (int n = 0; n < kColumns / 8; ++n) {
+        const float2 base = load(reinterpret_cast<const float2*>(lse + 8 * n + 2 * c));
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const bool seen = !masked || visible.sees(n, c, i);
+          score[n][i] = seen ? exp2_fast(score[n][i] * to_base_2 - (i % 2 == 0 ? base.x : base.y)) : 0.0f;
+        }
+      }
+      multiply<T, kWidth, kColumns>(dv, score, grads, lane);
+      float dp[kColumns / 8][4] = {};
+      multiply_transposed<T, kWidth, kColumns>(dp, value, grads, lane);
+#pragma unroll
+      for (int n = 0; n < kColumns / 8; ++n) {
+        const float2 base = load(reinterpret_cast<const float2*>(delta + 8 * n + 2 * c));
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          score[n][i] *= dp[n][i] - (i % 2 == 0 ? base.x : base.y);
+        }
+      }
+      multiply<T, kWidth, kColumns>(dk, score, queries, lane);
+    }
+    const float scaled[2] = {p.scale, p.scale};
+    const float plain[2] = {1.0f, 1.0f};
+    T* to_dk = static_cast<T*>(p.dk.data) + batch * p.dk.strides[0] + head * p.dk.strides[1];
+    T* to_dv = static_cast<T*>(p.dv.data) + batch * p.dv.strides[0] + head * p.dv.strides[1];
+    store_rows<T, kWidth>(to_dk, p.dk.strides[2], dk, scaled, token, c);
+    store_rows<T, kWidth>(to_dv, p.dv.strides[2], dv, plain, token, c);
+  }
+  copy_async_wait<0>();
+}
+
+template <class T, int kWidth>
+void run_backward(const AttentionBackward& p, void* stream) {
+  constexpr int kColumns = kBackwardColumns<kWidth>;
+  constexpr int kTileBytes = 2 * kColumns * kPitch<kWidth>;
+  const auto heads = static_cast<unsigned>(p.batch * p.heads);
+  const auto parts = [&](int count) { return dim3{heads, static_cast<unsigned>(count), 1}; };
+  constexpr int kRows = kThreads / kRowLanes;
+  launch(statistics_kernel<T>, parts((p.padded + kRows - 1) / kRows), kThreads, 0, stream, p);
+  launch(query_kernel<T, kWidth>, parts(p.by_query.parts), kThreads, p.by_query.slots * kTileBytes, stream, p);
+  launch(key_kernel<T, kWidth>, parts(p.by_key.parts), kThreads,
+         p.by_key.slots * (kTileBytes + 2 * kColumns * static_cast<int>(sizeof(float))), stream, p);
+}
+
+template <class T>
+void choose_width(const AttentionBackward& p, void* stream) {
+  switch (p.width) {
+    case 16:
+      return run_backward<T, 16>(p, stream);
+    case 32:
+      return run_backward<T, 32>(p, stream);
+    case 64:
+      return run_backward<T, 64>(p, stream);
+    case 80:
+      return run_backward<T, 80>(p, stream);
+    case 96:
+      return run_backward<T, 96>(p, stream);
+    case 128:
+      return run_backward<T, 128>(p, stream);
+  }
+}
+
+}  // namespace

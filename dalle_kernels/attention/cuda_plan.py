@@ -1,0 +1,144 @@
+"""Plans which tile lies in which slot of shared memory while a CUDA block walks a schedule.
+
+A block walks the tiles of a schedule in a fixed order and has a few slots of shared memory for them. Which tile makes
+room for the next is known in advance, so the best choice is: the one that is needed again last (Belady 1966). Tiles
+that every query visits, the text's, so stay where they are, and a window of image tiles slides along.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+
+import torch
+
+from dalle_kernels.attention.patterns import Pattern
+from dalle_kernels.attention.schedule import schedule_for
+
+AHEAD = 2  # a tile is loaded this many steps before it is used; csrc/attention/tiles.cuh has the same number
+SMALLEST = AHEAD + 1  # slots: one in use, AHEAD being loaded
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A schedule's walk for `parts` blocks a head and `slots` tiles of shared memory. Tensors are int32 on one device.
+
+    Attributes:
+        order: [S], the token at each position.
+        part_tiles: [parts + 1]; part p owns row tiles part_tiles[p] to part_tiles[p + 1] - 1.
+        tile_steps: [row tiles + 1]; row tile t owns steps tile_steps[t] to tile_steps[t + 1] - 1.
+        steps: [steps, 4]: column tile, slot, mask id, and 1 where the tile has to be loaded for this step.
+        masks: [n, rows, columns / 32], the schedule's.
+        slots: as asked for.
+    """
+
+    order: torch.Tensor
+    part_tiles: torch.Tensor
+    tile_steps: torch.Tensor
+    steps: torch.Tensor
+    masks: torch.Tensor
+    slots: int
+
+    @property
+    def walk(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int]:
+        """What a kernel takes besides `order`."""
+        return self.part_tiles, self.tile_steps, self.steps, self.masks, self.slots
+
+    @property
+    def loads(self) -> int:
+        """Tiles that all parts of a head load together."""
+        return int(self.steps[:, 3].sum())
+
+
+def plan_for(
+    pattern: Pattern,
+    rows: int,
+    columns: int,
+    transposed: bool,
+    length: int,
+    slots: int,
+    parts: int,
+    device: torch.device | str = "cpu",
+) -> Plan:
+    """The plan of a walk over tiles of `rows` by `columns`, remembered.
+
+    Rows are queries and columns keys, or where `transposed` rows are keys and columns queries. `parts` is cut to the
+    number of row tiles.
+
+    Raises:
+        ValueError: for fewer slots than SMALLEST.
+    """
+    return _remembered(pattern, rows, columns, transposed, length, slots, parts, str(device))
+
+
+@lru_cache(maxsize=256)
+def _remembered(
+    pattern: Pattern, rows: int, columns: int, transposed: bool, length: int, slots: int, parts: int, device: str
+) -> Plan:
+    if device != "cpu":
+        plan = _remembered(pattern, rows, columns, transposed, length, slots, parts, "cpu")
+        moved = (t.to(device) for t in (plan.order, plan.part_tiles, plan.tile_steps, plan.steps, plan.masks))
+        return Plan(*moved, slots=slots)
+    if slots < SMALLEST:
+        raise ValueError(f"slots: got {slots}, wanted at least {SMALLEST}")
+    schedule = schedule_for(pattern, (columns, rows) if transposed else (rows, columns), length)
+    if transposed:
+        lists = schedule.query_offsets, schedule.query_tiles, schedule.query_mask_ids
+        masks = schedule.masks_transposed
+    else:
+        lists = schedule.key_offsets, schedule.key_tiles, schedule.mask_ids
+        masks = schedule.masks
+    offsets, tiles, mask_ids = (entries.tolist() for entries in lists)
+    borders = _share(offsets, min(parts, len(offsets) - 1))
+    placed: list[tuple[int, bool]] = []
+    for first, last in pairwise(borders):
+        placed += _place(tiles[offsets[first] : offsets[last]], slots)
+    steps = [(tile, slot, mask, int(loads)) for tile, (slot, loads), mask in zip(tiles, placed, mask_ids, strict=True)]
+    return Plan(
+        order=schedule.order,
+        part_tiles=torch.tensor(borders, dtype=torch.int32),
+        tile_steps=torch.tensor(offsets, dtype=torch.int32),
+        steps=torch.tensor(steps, dtype=torch.int32).reshape(-1, 4),
+        masks=masks,
+        slots=slots,
+    )
+
+
+def _share(offsets: list[int], parts: int) -> list[int]:
+    """Borders between runs of row tiles with about as many steps each; every run has a row tile."""
+    borders, rows = [0], len(offsets) - 1
+    for part in range(1, parts):
+        border = bisect_left(offsets, offsets[-1] * part / parts)
+        borders.append(min(max(border, borders[-1] + 1), rows - (parts - part)))
+    return [*borders, rows]
+
+
+def _place(walk: list[int], slots: int) -> list[tuple[int, bool]]:
+    """For each tile of `walk` its slot, and whether it has to be loaded there."""
+    uses: dict[int, list[int]] = {}
+    for step, tile in reversed(list(enumerate(walk))):
+        uses.setdefault(tile, []).append(step)  # the next use is the last of the list
+    holds: dict[int, int] = {}  # slot -> tile
+    where: dict[int, int] = {}  # tile -> slot
+    placed: list[tuple[int, bool]] = []
+    for step, tile in enumerate(walk):
+        uses[tile].pop()
+        if tile in where:
+            placed.append((where[tile], False))
+            continue
+        # A load runs beside the AHEAD steps before its own, so their slots are taken.
+        busy = {slot for slot, _ in placed[max(step - AHEAD, 0) :]}
+        free = [slot for slot in range(slots) if slot not in busy]
+        slot = max(free, key=lambda slot: _next_use(uses, holds.get(slot)))
+        if slot in holds:
+            del where[holds[slot]]
+        holds[slot], where[tile] = tile, slot
+        placed.append((slot, True))
+    return placed
+
+
+def _next_use(uses: dict[int, list[int]], tile: int | None) -> float:
+    return math.inf if tile is None or not uses[tile] else uses[tile][-1]

@@ -1,0 +1,198 @@
+"""The CUDA attention kernels, run by the emulation, against the reference in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from dalle_kernels import TokenLayout, cuda_library, sparse_attention
+from dalle_kernels.attention import reference
+from dalle_kernels.attention.cuda import backward
+from dalle_kernels.attention.patterns import (
+    AxialRow,
+    Causal,
+    Column,
+    Convolution,
+    Fixed,
+    MaskPattern,
+    Pattern,
+    Row,
+)
+
+LAYOUT = TokenLayout(text_length=70, grid=(9, 11))  # 169 tokens: two row tiles, three column tiles
+PATTERNS: list[Pattern] = [
+    Row(LAYOUT),
+    Column(LAYOUT),
+    Convolution(LAYOUT, kernel_size=5),
+    Causal(LAYOUT),
+    AxialRow(TokenLayout(1, (1, 140))),
+    Fixed(200, 16, 2),
+    Row(TokenLayout(0, (5, 6))),
+]
+
+
+def _inputs(batch: int, heads: int, length: int, width: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(length * width)
+    return [torch.randn(batch, heads, length, width, generator=generator).to(dtype) for _ in range(3)]
+
+
+def _check(
+    pattern: Pattern,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    padding: torch.Tensor | None = None,
+    scale: float | None = None,
+) -> None:
+    """At most twice the error that PyTorch makes in the same precision, plus a rounding of the result."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    out, lse = sparse_attention(q, k, v, pattern, scale, padding, return_lse=True, backend="cuda")
+    want, want_lse = reference.forward(q.double(), k.double(), v.double(), padding, scale, pattern)
+    visible = pattern.mask(q.shape[2])
+    if padding is not None:
+        visible = visible & ~padding[:, None, None]
+    scores = (q @ k.mT * scale).masked_fill(~visible, -torch.inf)
+    plain = scores.softmax(-1).nan_to_num(0) @ v
+    unit = torch.finfo(q.dtype).eps
+    allowed = 2 * (plain.double() - want).abs().max() + unit * want.abs().max()
+    assert (out.double() - want).abs().max() <= allowed
+    finite = want_lse.isfinite()
+    assert (lse.isfinite() == finite).all()
+    torch.testing.assert_close(lse.double()[finite], want_lse[finite], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_forward(emulated: Any, pattern: Pattern, dtype: torch.dtype) -> None:
+    _check(pattern, *_inputs(1, 2, pattern.length, 32, dtype))
+
+
+@pytest.mark.parametrize("width", [16, 64, 80, 96, 128])
+def test_forward_widths(emulated: Any, width: int) -> None:
+    _check(Row(LAYOUT), *_inputs(1, 1, LAYOUT.length, width, torch.bfloat16))
+
+
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 128, 129, 168])
+def test_forward_of_a_prefix(emulated: Any, length: int) -> None:
+    _check(Column(LAYOUT), *_inputs(1, 1, length, 32, torch.float16))
+
+
+def test_forward_with_padding_and_strides_and_aliases(emulated: Any) -> None:
+    pattern = Row(LAYOUT)
+    joined = torch.randn(2, pattern.length, 3, 2, 32, generator=torch.Generator().manual_seed(1)).bfloat16()
+    q, k, v = (tensor.transpose(1, 2) for tensor in joined.unbind(2))
+    padding = torch.rand(2, pattern.length, generator=torch.Generator().manual_seed(2)) < 0.3
+    padding[0, :40] = True  # the first queries see nothing
+    _check(pattern, q, k, v, padding)
+    _check(pattern, q, q, q, scale=-0.3)
+
+
+def test_rows_that_see_nothing(emulated: Any) -> None:
+    mask = torch.rand(150, 150, generator=torch.Generator().manual_seed(6)) < 0.05
+    mask[10:20] = False
+    mask[130:] = False  # and a row tile's rest
+    mask[:, 70:] = False
+    pattern = MaskPattern(mask)
+    q, k, v = _inputs(1, 1, 150, 16, torch.float16)
+    _check(pattern, q, k, v)
+    out, lse = sparse_attention(q, k, v, pattern, return_lse=True, backend="cuda")
+    assert (out[:, :, 130:] == 0).all()
+    assert (lse[:, :, 130:] == -torch.inf).all()
+
+
+@pytest.mark.parametrize("slots", [3, 4, 9])
+@pytest.mark.parametrize("multiprocessors", [1, 2])
+def test_any_number_of_slots_and_parts(
+    emulated: Any, monkeypatch: pytest.MonkeyPatch, slots: int, multiprocessors: int
+) -> None:
+    monkeypatch.setattr(cuda_library, "shared_memory", lambda device, blocks: slots * 2 * 64 * 48)
+    monkeypatch.setattr(cuda_library, "multiprocessors", lambda device: multiprocessors)
+    pattern = Convolution(TokenLayout(130, (16, 16)), kernel_size=7)
+    _check(pattern, *_inputs(1, 1, pattern.length, 16, torch.bfloat16))
+
+
+def test_large_scores_do_not_overflow(emulated: Any) -> None:
+    q, k, v = _inputs(1, 1, LAYOUT.length, 32, torch.bfloat16)
+    _check(Row(LAYOUT), 30 * q, 30 * k, v)
+
+
+def _check_backward(
+    pattern: Pattern,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    padding: torch.Tensor | None = None,
+    with_lse: bool = False,
+) -> None:
+    scale = 0.7 * q.shape[-1] ** -0.5
+    generator = torch.Generator().manual_seed(11)
+    grad_out = torch.randn(q.shape, generator=generator).to(q.dtype)
+    wide = [tensor.double() for tensor in (q, k, v)]
+    want_out, want_lse = reference.forward(*wide, padding, scale, pattern)
+    grad_lse = torch.randn(want_lse.shape, generator=generator) if with_lse else None
+    out = want_out.to(q.dtype)
+    got = backward(grad_out, grad_lse, q, k, v, out, want_lse.float(), padding, scale, pattern)
+    want = reference.backward(grad_out.double(), grad_lse, *wide, want_out, want_lse, padding, scale, pattern)
+    # Plain PyTorch in the inputs' own precision.
+    visible = pattern.mask(q.shape[2])
+    if padding is not None:
+        visible = visible & ~padding[:, None, None]
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in (q, k, v)]
+    scores = (leaves[0] @ leaves[1].mT * scale).masked_fill(~visible, -torch.inf)
+    seen = visible.any(-1, keepdim=True)
+    plain = torch.where(seen, scores.masked_fill(~seen, 0).softmax(-1), 0) @ leaves[2]
+    loss = (plain * grad_out).sum()
+    if grad_lse is not None:
+        lse = scores.logsumexp(-1).masked_fill(~seen[..., 0], 0)
+        loss = loss + (lse * grad_lse.to(q.dtype)).sum()
+    unit = torch.finfo(q.dtype).eps
+    for ours, theirs, exact in zip(got, torch.autograd.grad(loss, leaves), want, strict=True):
+        allowed = 2 * (theirs.double() - exact).abs().max() + unit * exact.abs().max()
+        assert (ours.double() - exact).abs().max() <= allowed
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_backward(emulated: Any, pattern: Pattern, dtype: torch.dtype) -> None:
+    _check_backward(pattern, *_inputs(1, 2, pattern.length, 32, dtype))
+
+
+@pytest.mark.parametrize("width", [16, 64, 80, 96, 128])
+def test_backward_widths(emulated: Any, width: int) -> None:
+    _check_backward(Row(LAYOUT), *_inputs(1, 1, LAYOUT.length, width, torch.bfloat16))
+
+
+@pytest.mark.parametrize("length", [1, 63, 65, 129])
+def test_backward_of_a_prefix(emulated: Any, length: int) -> None:
+    _check_backward(Column(LAYOUT), *_inputs(1, 1, length, 32, torch.float16), with_lse=True)
+
+
+def test_backward_with_padding_strides_and_a_gradient_of_the_log_sum_exp(emulated: Any) -> None:
+    pattern = Row(LAYOUT)
+    joined = torch.randn(2, pattern.length, 3, 2, 32, generator=torch.Generator().manual_seed(1)).bfloat16()
+    q, k, v = (tensor.transpose(1, 2) for tensor in joined.unbind(2))
+    padding = torch.rand(2, pattern.length, generator=torch.Generator().manual_seed(2)) < 0.3
+    padding[0, :40] = True
+    _check_backward(pattern, q, k, v, padding, with_lse=True)
+
+
+def test_gradients_through_the_public_operation_and_every_time_the_same(emulated: Any) -> None:
+    q, k, v = (tensor.requires_grad_() for tensor in _inputs(1, 2, LAYOUT.length, 32, torch.bfloat16))
+    runs = []
+    for _ in range(2):
+        out, lse = sparse_attention(q, k, v, Column(LAYOUT), return_lse=True, backend="cuda")
+        runs.append(torch.autograd.grad(out.sum() + lse.sum(), (q, k, v)))
+    for first, second in zip(*runs, strict=True):
+        assert first.equal(second)
+        assert first.isfinite().all()
+
+
+def test_calls_that_the_kernels_do_not_serve_are_refused(emulated: Any) -> None:
+    q = torch.randn(1, 1, LAYOUT.length, 24).half()
+    with pytest.raises(ValueError, match="it takes head dimensions 16, 32, 64, 80, 96, 128, not 24"):
+        sparse_attention(q, q, q, Row(LAYOUT), backend="cuda")
+    q = torch.randn(1, 1, LAYOUT.length, 32)
+    with pytest.raises(ValueError, match=r"it takes bfloat16, float16, not torch\.float32"):
+        sparse_attention(q, q, q, Row(LAYOUT), backend="cuda")

@@ -1,0 +1,54 @@
+"""Plans of shared memory: every step finds its tile, loads never touch a slot in use, and text stays where it is."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+
+from dalle_kernels import TokenLayout
+from dalle_kernels.attention.cuda_plan import AHEAD, plan_for
+from dalle_kernels.attention.patterns import Causal, Column, Convolution, Pattern, Row
+from dalle_kernels.attention.schedule import schedule_for
+
+LAYOUT = TokenLayout()
+PATTERNS: list[Pattern] = [Row(LAYOUT), Column(LAYOUT), Convolution(LAYOUT), Causal(LAYOUT)]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=lambda pattern: type(pattern).__name__)
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("slots", [3, 4, 6, 9])
+@pytest.mark.parametrize("parts", [1, 3, 99])
+def test_a_plan_is_sound(pattern: Pattern, transposed: bool, slots: int, parts: int) -> None:
+    plan = plan_for(pattern, 128, 64, transposed, 1280, slots, parts)
+    schedule = schedule_for(pattern, (64, 128) if transposed else (128, 64), 1280)
+    tiles = schedule.query_tiles if transposed else schedule.key_tiles
+    ids = schedule.query_mask_ids if transposed else schedule.mask_ids
+    assert plan.steps[:, 0].equal(tiles)
+    assert plan.steps[:, 2].equal(ids)
+    borders = plan.part_tiles.tolist()
+    assert borders[0] == 0
+    assert borders[-1] == 10
+    assert len(borders) == min(parts, 10) + 1
+    assert borders == sorted(set(borders))
+    offsets = plan.tile_steps.tolist()
+    for first, last in pairwise(borders):
+        steps = plan.steps[offsets[first] : offsets[last]].tolist()
+        holds: dict[int, int] = {}
+        for index, (tile, slot, _, loads) in enumerate(steps):
+            assert 0 <= slot < slots
+            if loads:
+                assert slot not in [step[1] for step in steps[max(index - AHEAD, 0) : index]]
+                holds[slot] = tile
+            assert holds[slot] == tile
+
+
+@pytest.mark.parametrize(("pattern", "loads"), [(Column(LAYOUT), 20), (Row(LAYOUT), 26), (Convolution(LAYOUT), 30)])
+def test_six_slots_nearly_read_each_key_once(pattern: Pattern, loads: int) -> None:
+    # 1280 keys are 20 tiles; six tiles of 64 keys and values of 64 are what two blocks of an H100 have each.
+    assert plan_for(pattern, 128, 64, False, 1280, 6, 1).loads == loads
+
+
+def test_too_few_slots_are_refused() -> None:
+    with pytest.raises(ValueError, match="slots: got 2, wanted at least 3"):
+        plan_for(Row(LAYOUT), 128, 64, False, 1280, 2, 1)
