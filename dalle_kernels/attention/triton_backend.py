@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dalle_kernels.attention.triton_backward import backward
 from dalle_kernels.attention.triton_forward import WIDEST, forward
 from dalle_kernels.backends import Call
 from dalle_kernels.triton_common import obstacle
 
-__all__ = ["forward", "refuse"]
+__all__ = ["backward", "forward", "refuse"]
 
 
 def refuse(call: Call) -> str | None:

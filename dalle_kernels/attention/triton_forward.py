@@ -77,18 +77,17 @@ def visible(masks, mask_id, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def head_and_tile(heads_in_all, tiles, GROUP: tl.constexpr):
-    """Which head (of the whole batch) and which tile this program owns.
+def head_and_item(heads_in_all, items, GROUP: tl.constexpr):
+    """Which head (of the whole batch) and which of its `items` this program owns.
 
     Programs start in the order of their number, so a group of GROUP heads is worked on at a time: few enough that what
-    one program read is still in L2 when its siblings want it, and within the group the last, longest tiles go first.
+    one program read is still in L2 when its siblings want it. Within a group the first item of every head comes first.
     """
     program = tl.program_id(0)
-    group = program // (GROUP * tiles)
-    first = group * GROUP
+    first = program // (GROUP * items) * GROUP
     members = tl.minimum(heads_in_all - first, GROUP)
-    within = program - first * tiles
-    return first + within % members, tiles - 1 - within // members
+    within = program - first * items
+    return first + within % members, within // members
 
 
 @triton.jit
@@ -134,7 +133,9 @@ def attention_forward(
     PADDED: tl.constexpr, WHOLE: tl.constexpr, NEGATED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Q, K, V, Out [B, H, S, D]; Lse fp32 [B, H, S]; padding uint8 [B, S], read if PADDED. Grid: (B H query tiles,)."""
-    head, tile = head_and_tile(HEADS_IN_ALL, tl.cdiv(LENGTH, QUERIES), GROUP)
+    tiles = tl.cdiv(LENGTH, QUERIES)
+    head, item = head_and_item(HEADS_IN_ALL, tiles, GROUP)
+    tile = tiles - 1 - item  # the last tiles see the most keys, so they start first
     batch = (head // HEADS).to(tl.int64)
     head_in_batch = (head % HEADS).to(tl.int64)
     K += batch * stride_kb + head_in_batch * stride_kh
@@ -180,18 +181,20 @@ class Plan(NamedTuple):
 @functools.lru_cache(maxsize=256)
 def plan_for(kernel: str, pattern: Pattern, length: int, device: torch.device, dtype: torch.dtype, width: int) -> Plan:
     """The schedule and settings of `kernel` for one kind of call."""
-    settings = dict(launch.settings_for(kernel, launch.architecture(device), 8 * dtype.itemsize, width))
-    tile = settings.pop("query_tile"), settings.pop("key_tile")
+    settings = launch.settings_for(kernel, launch.architecture(device), 8 * dtype.itemsize, width)
+    tile = settings["query_tile"], settings["key_tile"]
+    group, warps, stages = (settings[name] for name in ("heads_at_once", "num_warps", "num_stages"))
     constants: dict[str, object] = {
         "D": width,
         "BLOCK_D": max(16, triton.next_power_of_2(width)),
         "QUERIES": tile[0],
         "KEYS": tile[1],
-        "GROUP": settings.pop("heads_at_once"),
+        "GROUP": group,
         "WHOLE": length % tile[0] == 0 and length % tile[1] == 0,
         "PRECISION": precision(dtype),
+        "num_warps": warps,
+        "num_stages": stages,
         "enable_fp_fusion": True,
-        **settings,
     }
     return Plan(schedule_for(pattern, tile, length, device), constants)
 

@@ -40,7 +40,7 @@ def decode_forward(
     HEADS, exponent_scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """Q, K, V, Out [B, H, 1, D]; Keys, Values [B, H, L, D]; Partial fp32 [B H, SPLITS, 2 + BLOCK_D]; grid (B H, SPLITS).
+    """Q, K, V, Out [B, H, 1, D]; Keys, Values [B, H, L, D]; Partial fp32 [B H, SPLITS, BLOCK_D + 2]. Grid: (B H, SPLITS).
 
     A row of Partial: the values' weighted sum, then the sum of weights and their maximal exponent.
     """
@@ -127,7 +127,7 @@ def decode_combine(
 
 
 class Plan(NamedTuple):
-    """What a step needs besides its tensors: found once per pattern, device, element size, width and number of heads."""
+    """What a step needs besides its tensors: found once per pattern, device, dtype, width and number of heads."""
 
     table: DecodeTable
     splits: int

@@ -1,0 +1,374 @@
+"""Backward of sparse attention in Triton: two passes without atomics, so that gradients are the same bits every time.
+
+With p = 2^(c s - lse log2 e) computed again from s = q . k, c = scale * log2 e, and
+
+    delta = rowsum(dO O) - dLSE,    dp = dO v^T,    ds = p (dp - delta):
+    dv = p^T dO,    dk = scale ds^T q,    dq = scale ds k.
+
+One pass owns tiles of keys and walks the transposed lists for dk and dv; the other owns tiles of queries and walks the
+forward lists for dq. Each computes p and dp for itself: two products more than one pass with atomics would need.
+
+Every image query visits the text's key tiles, whose lists are many times longer than the others. Where that would leave
+a few programs running alone at the end, `Work` cuts long lists into pieces; the pieces of a tile leave partial sums in
+fp32, and a third kernel adds them in order.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+
+from dalle_kernels import launch
+from dalle_kernels.attention.patterns import Pattern
+from dalle_kernels.attention.schedule import Schedule
+from dalle_kernels.attention.triton_forward import (
+    exponent_scale,
+    head_and_item,
+    load_rows,
+    padding_bytes,
+    plan_for,
+    store_rows,
+    tokens_of,
+    visible,
+)
+from dalle_kernels.triton_common import dot
+
+LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def load_lse(Lse, rows, exists):
+    """Log-sum-exps in powers of two; infinite, so that every weight is 0, where a row sees no key or does not exist."""
+    lse = tl.load(Lse + rows, mask=exists, other=float("-inf"))
+    return tl.where(lse == float("-inf"), float("inf"), lse * LOG2_E)
+
+
+@triton.jit
+def attention_delta(
+    Out, Grad, GradLse, Delta,
+    stride_ob, stride_oh, stride_os, stride_gb, stride_gh, stride_gs, stride_lb, stride_lh, stride_ls,
+    HEADS, LENGTH,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, HAS_GRAD_LSE: tl.constexpr,
+):  # fmt: skip
+    """Delta fp32 [B, H, S] = rowsum(Grad Out) - GradLse; grid (B H, tiles of ROWS tokens)."""
+    head = tl.program_id(0)
+    batch = (head // HEADS).to(tl.int64)
+    head_in_batch = (head % HEADS).to(tl.int64)
+    rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    exists = rows < LENGTH
+    out = load_rows(Out + batch * stride_ob + head_in_batch * stride_oh, rows, exists, stride_os, D, BLOCK_D, False)
+    grad = load_rows(Grad + batch * stride_gb + head_in_batch * stride_gh, rows, exists, stride_gs, D, BLOCK_D, False)
+    delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
+    if HAS_GRAD_LSE:
+        GradLse += batch * stride_lb + head_in_batch * stride_lh
+        delta -= tl.load(GradLse + rows * stride_ls, mask=exists, other=0.0)
+    tl.store(Delta + head.to(tl.int64) * LENGTH + rows, delta, mask=exists)
+
+
+@triton.jit
+def _accumulate_keys(
+    k, v, dk, dv, Q, Grad, Lse, Delta, order, query_tiles, mask_ids, masks, start, stop, LENGTH,
+    stride_q, stride_g, exponent_scale,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    MASKED: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The query tiles start .. stop - 1 of the transposed list, added to dk (unscaled) and dv [KEYS, BLOCK_D]."""
+    rows, exists = tokens_of(order, tl.load(query_tiles + start, mask=start < stop, other=0), QUERIES, LENGTH, WHOLE)
+    for entry in range(start, stop):
+        next_tile = tl.load(query_tiles + entry + 1, mask=entry + 1 < stop, other=0)
+        next_rows, next_exists = tokens_of(order, next_tile, QUERIES, LENGTH, WHOLE)
+        q = load_rows(Q, rows, exists, stride_q, D, BLOCK_D, WHOLE)
+        grad = load_rows(Grad, rows, exists, stride_g, D, BLOCK_D, WHOLE)
+        lse = load_lse(Lse, rows, exists)
+        delta = tl.load(Delta + rows, mask=exists, other=0.0)
+        score = dot(k, tl.trans(q), tl.zeros([KEYS, QUERIES], tl.float32), PRECISION)
+        weight = tl.exp2(score * exponent_scale - lse[None, :])
+        if MASKED:
+            weight = tl.where(visible(masks, tl.load(mask_ids + entry), KEYS, QUERIES), weight, 0.0)
+        dv = dot(weight.to(grad.dtype), grad, dv, PRECISION)
+        dweight = dot(v, tl.trans(grad), tl.zeros([KEYS, QUERIES], tl.float32), PRECISION)
+        dscore = weight * (dweight - delta[None, :])
+        dk = dot(dscore.to(q.dtype), q, dk, PRECISION)
+        rows, exists = next_rows, next_exists
+    return dk, dv
+
+
+@triton.jit
+def attention_backward_keys(
+    Q, K, V, Grad, Lse, Delta, DK, DV, Partial, padding, order, work, query_tiles, mask_ids, masks,
+    stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
+    stride_gb, stride_gh, stride_gs, stride_dkb, stride_dkh, stride_dks, stride_dvb, stride_dvh, stride_dvs,
+    stride_pb, stride_ps,
+    HEADS, HEADS_IN_ALL, LENGTH, ITEMS, SLOTS, exponent_scale, scale,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, GROUP: tl.constexpr,
+    PADDED: tl.constexpr, WHOLE: tl.constexpr, NEGATED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """DK, DV [B, H, S, D], or a piece of them in Partial fp32 [B H, SLOTS, 2, KEYS, BLOCK_D]. Grid: (B H ITEMS,).
+
+    work int32 [ITEMS, 5]: key tile; first, first masked and last entry + 1 of its list; slot in Partial, or -1.
+    """
+    head, item = head_and_item(HEADS_IN_ALL, ITEMS, GROUP)
+    batch = (head // HEADS).to(tl.int64)
+    head_in_batch = (head % HEADS).to(tl.int64)
+    Q += batch * stride_qb + head_in_batch * stride_qh
+    Grad += batch * stride_gb + head_in_batch * stride_gh
+    Lse += head.to(tl.int64) * LENGTH
+    Delta += head.to(tl.int64) * LENGTH
+    tile = tl.load(work + item * 5)
+    start = tl.load(work + item * 5 + 1)
+    masked_from = tl.load(work + item * 5 + 2)
+    stop = tl.load(work + item * 5 + 3)
+    slot = tl.load(work + item * 5 + 4)
+
+    rows, exists = tokens_of(order, tile, KEYS, LENGTH, WHOLE)
+    k = load_rows(K + batch * stride_kb + head_in_batch * stride_kh, rows, exists, stride_ks, D, BLOCK_D, WHOLE)
+    v = load_rows(V + batch * stride_vb + head_in_batch * stride_vh, rows, exists, stride_vs, D, BLOCK_D, WHOLE)
+    if NEGATED:
+        k = (-k.to(tl.float32)).to(k.dtype)
+    dk = tl.zeros([KEYS, BLOCK_D], tl.float32)
+    dv = tl.zeros([KEYS, BLOCK_D], tl.float32)
+    dk, dv = _accumulate_keys(
+        k, v, dk, dv, Q, Grad, Lse, Delta, order, query_tiles, mask_ids, masks, start, masked_from, LENGTH,
+        stride_qs, stride_gs, exponent_scale, D, BLOCK_D, QUERIES, KEYS, False, WHOLE, PRECISION,
+    )  # fmt: skip
+    dk, dv = _accumulate_keys(
+        k, v, dk, dv, Q, Grad, Lse, Delta, order, query_tiles, mask_ids, masks, masked_from, stop, LENGTH,
+        stride_qs, stride_gs, exponent_scale, D, BLOCK_D, QUERIES, KEYS, True, WHOLE, PRECISION,
+    )  # fmt: skip
+
+    dk *= scale
+    if PADDED:
+        # An ignored key touches no row but its own, whose weights may have overflowed: no log-sum-exp counts it.
+        ignored = (tl.load(padding + batch * stride_pb + rows * stride_ps, mask=exists, other=1) != 0)[:, None]
+        dk = tl.where(ignored, 0.0, dk)
+        dv = tl.where(ignored, 0.0, dv)
+    if slot < 0:
+        store_rows(DK + batch * stride_dkb + head_in_batch * stride_dkh, rows, exists, stride_dks, dk, D, BLOCK_D)
+        store_rows(DV + batch * stride_dvb + head_in_batch * stride_dvh, rows, exists, stride_dvs, dv, D, BLOCK_D)
+    else:
+        cell = tl.arange(0, KEYS)[:, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+        piece = Partial + (head.to(tl.int64) * SLOTS + slot) * (2 * KEYS * BLOCK_D)
+        tl.store(piece + cell, dk)
+        tl.store(piece + KEYS * BLOCK_D + cell, dv)
+
+
+@triton.jit
+def attention_backward_sum(
+    Partial, DK, DV, order, split_tiles, split_offsets,
+    stride_dkb, stride_dkh, stride_dks, stride_dvb, stride_dvh, stride_dvs, HEADS, LENGTH, SLOTS,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, KEYS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Adds the pieces split_offsets[n] .. split_offsets[n + 1] - 1 of key tile split_tiles[n], ROWS keys a program.
+
+    Grid: (B H, split tiles, KEYS / ROWS).
+    """
+    head = tl.program_id(0)
+    batch = (head // HEADS).to(tl.int64)
+    head_in_batch = (head % HEADS).to(tl.int64)
+    first_row = tl.program_id(2) * ROWS
+    positions = tl.load(split_tiles + tl.program_id(1)) * KEYS + first_row + tl.arange(0, ROWS)
+    exists = positions < LENGTH
+    rows = tl.load(order + positions, mask=exists, other=0)
+    cell = (first_row + tl.arange(0, ROWS))[:, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+    dk = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    dv = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    start = tl.load(split_offsets + tl.program_id(1))
+    stop = tl.load(split_offsets + tl.program_id(1) + 1)
+    for slot in range(start, stop):
+        piece = Partial + (head.to(tl.int64) * SLOTS + slot) * (2 * KEYS * BLOCK_D)
+        dk += tl.load(piece + cell)
+        dv += tl.load(piece + KEYS * BLOCK_D + cell)
+    store_rows(DK + batch * stride_dkb + head_in_batch * stride_dkh, rows, exists, stride_dks, dk, D, BLOCK_D)
+    store_rows(DV + batch * stride_dvb + head_in_batch * stride_dvh, rows, exists, stride_dvs, dv, D, BLOCK_D)
+
+
+@triton.jit
+def _accumulate_queries(
+    q, grad, lse, delta, dq, K, V, padding, order, key_tiles, mask_ids, masks, start, stop, LENGTH,
+    stride_k, stride_v, stride_p, exponent_scale,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    MASKED: tl.constexpr, PADDED: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The key tiles start .. stop - 1 of the list, added to dq [QUERIES, BLOCK_D] (unscaled)."""
+    rows, exists = tokens_of(order, tl.load(key_tiles + start, mask=start < stop, other=0), KEYS, LENGTH, WHOLE)
+    for entry in range(start, stop):
+        next_tile = tl.load(key_tiles + entry + 1, mask=entry + 1 < stop, other=0)
+        next_rows, next_exists = tokens_of(order, next_tile, KEYS, LENGTH, WHOLE)
+        k = load_rows(K, rows, exists, stride_k, D, BLOCK_D, WHOLE)
+        v = load_rows(V, rows, exists, stride_v, D, BLOCK_D, WHOLE)
+        score = dot(q, tl.trans(k), tl.zeros([QUERIES, KEYS], tl.float32), PRECISION)
+        weight = tl.exp2(score * exponent_scale - lse[:, None])
+        if MASKED:
+            weight = tl.where(visible(masks, tl.load(mask_ids + entry), QUERIES, KEYS), weight, 0.0)
+        if PADDED:
+            ignored = tl.load(padding + rows * stride_p, mask=exists, other=1)
+            weight = tl.where((ignored == 0)[None, :], weight, 0.0)
+        dweight = dot(grad, tl.trans(v), tl.zeros([QUERIES, KEYS], tl.float32), PRECISION)
+        dscore = weight * (dweight - delta[:, None])
+        dq = dot(dscore.to(k.dtype), k, dq, PRECISION)
+        rows, exists = next_rows, next_exists
+    return dq
+
+
+@triton.jit
+def attention_backward_queries(
+    Q, K, V, Grad, Lse, Delta, DQ, padding, order, key_offsets, key_tiles, mask_ids, full_counts, masks,
+    stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
+    stride_gb, stride_gh, stride_gs, stride_dqb, stride_dqh, stride_dqs, stride_pb, stride_ps,
+    HEADS, HEADS_IN_ALL, LENGTH, exponent_scale, scale,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, GROUP: tl.constexpr,
+    PADDED: tl.constexpr, WHOLE: tl.constexpr, NEGATED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """DQ [B, H, S, D]. Grid: (B H query tiles,)."""
+    tiles = tl.cdiv(LENGTH, QUERIES)
+    head, item = head_and_item(HEADS_IN_ALL, tiles, GROUP)
+    tile = tiles - 1 - item  # the last tiles see the most keys, so they start first
+    batch = (head // HEADS).to(tl.int64)
+    head_in_batch = (head % HEADS).to(tl.int64)
+    K += batch * stride_kb + head_in_batch * stride_kh
+    V += batch * stride_vb + head_in_batch * stride_vh
+    padding += batch * stride_pb
+
+    rows, exists = tokens_of(order, tile, QUERIES, LENGTH, WHOLE)
+    q = load_rows(Q + batch * stride_qb + head_in_batch * stride_qh, rows, exists, stride_qs, D, BLOCK_D, WHOLE)
+    grad = load_rows(Grad + batch * stride_gb + head_in_batch * stride_gh, rows, exists, stride_gs, D, BLOCK_D, WHOLE)
+    lse = load_lse(Lse + head.to(tl.int64) * LENGTH, rows, exists)
+    delta = tl.load(Delta + head.to(tl.int64) * LENGTH + rows, mask=exists, other=0.0)
+    if NEGATED:
+        q = (-q.to(tl.float32)).to(q.dtype)
+    dq = tl.zeros([QUERIES, BLOCK_D], tl.float32)
+    start = tl.load(key_offsets + tile)
+    stop = tl.load(key_offsets + tile + 1)
+    masked_from = start + tl.load(full_counts + tile)
+    dq = _accumulate_queries(
+        q, grad, lse, delta, dq, K, V, padding, order, key_tiles, mask_ids, masks, start, masked_from, LENGTH,
+        stride_ks, stride_vs, stride_ps, exponent_scale, D, BLOCK_D, QUERIES, KEYS, False, PADDED, True, PRECISION,
+    )  # fmt: skip
+    dq = _accumulate_queries(
+        q, grad, lse, delta, dq, K, V, padding, order, key_tiles, mask_ids, masks, masked_from, stop, LENGTH,
+        stride_ks, stride_vs, stride_ps, exponent_scale, D, BLOCK_D, QUERIES, KEYS, True, PADDED, WHOLE, PRECISION,
+    )  # fmt: skip
+    DQ += batch * stride_dqb + head_in_batch * stride_dqh
+    store_rows(DQ, rows, exists, stride_dqs, dq * scale, D, BLOCK_D)
+
+
+class Work(NamedTuple):
+    """The transposed lists cut into pieces, all int32 on one device.
+
+    Attributes:
+        items: [pieces, 5], longest first: key tile, first entry, first masked entry, last entry + 1, slot or -1.
+        split_tiles, split_offsets: key tiles in several pieces, and which slots each has: ascending runs.
+        slots: how many slots there are.
+    """
+
+    items: torch.Tensor
+    split_tiles: torch.Tensor
+    split_offsets: torch.Tensor
+    slots: int
+
+    @staticmethod
+    def cut(schedule: Schedule, longest: int) -> Work:
+        """Pieces of at most `longest` entries, those of one tile of nearly equal length."""
+        offsets = schedule.query_offsets.cpu().numpy()
+        full = schedule.query_full_counts.cpu().numpy()
+        items: list[tuple[int, int, int, int, int]] = []
+        split_tiles, split_offsets = [], [0]
+        for tile, (first, last) in enumerate(zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)):
+            pieces = max(1, -(-(last - first) // longest))
+            masked_from = first + int(full[tile])
+            ends = [first + (last - first) * piece // pieces for piece in range(pieces + 1)]
+            slot = split_offsets[-1] if pieces > 1 else -1
+            for start, stop in zip(ends[:-1], ends[1:], strict=True):
+                items.append((tile, start, min(max(masked_from, start), stop), stop, slot))
+                slot += pieces > 1
+            if pieces > 1:
+                split_tiles.append(tile)
+                split_offsets.append(slot)
+        items.sort(key=lambda item: item[1] - item[3])
+        tensors = [
+            torch.from_numpy(np.array(values, np.int32)).to(schedule.order.device)
+            for values in (items, split_tiles, split_offsets)
+        ]
+        return Work(*tensors, split_offsets[-1])
+
+
+@functools.lru_cache(maxsize=256)
+def work_for(pattern: Pattern, length: int, device: torch.device, dtype: torch.dtype, width: int, heads: int) -> Work:
+    """The pieces for one kind of call: lists stay whole where there are heads enough to keep the GPU busy anyway.
+
+    Of all programs the longest start first, so they leave no tail while they take no more than half of what each
+    of the `programs` that run at a time has to do in all.
+    """
+    settings = launch.settings_for("attention_backward_keys", launch.architecture(device), 8 * dtype.itemsize, width)
+    schedule = plan_for("attention_backward_keys", pattern, length, device, dtype, width).schedule
+    longest = heads * schedule.query_tiles.numel() // (2 * settings["programs"])
+    return Work.cut(schedule, max(longest, settings["shortest_piece"]))
+
+
+def backward(
+    grad_out: torch.Tensor,
+    grad_lse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    key_padding_mask: torch.Tensor | None,
+    scale: float,
+    pattern: Pattern,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients (dq, dk, dv) with the strides of q, k, v, given what `forward` returned for them.
+
+    grad_out [B, H, S, D] with its last dimension contiguous; grad_lse [B, H, S] or None where it is zero.
+    """
+    batch, heads, length, width = q.shape
+    in_all = batch * heads
+    call = (pattern, length, q.device, q.dtype, width)
+    by_key, by_query = plan_for("attention_backward_keys", *call), plan_for("attention_backward_queries", *call)
+    work = work_for(*call, in_all)
+    power, negated = exponent_scale(scale)
+    padding, padding_strides = padding_bytes(key_padding_mask, q)
+    flags = {"PADDED": key_padding_mask is not None, "NEGATED": negated}
+    block, keys = by_key.constants["BLOCK_D"], by_key.schedule.tile[1]
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    delta = torch.empty_like(lse)
+    # Where no tile is in pieces none is written, and any tensor stands for them.
+    partial = delta
+    if work.slots:
+        partial = torch.empty((in_all, work.slots, 2, keys, block), dtype=torch.float32, device=q.device)
+
+    attention_delta[(in_all, triton.cdiv(length, 64))](
+        out, grad_out, delta if grad_lse is None else grad_lse, delta,
+        *out.stride()[:3], *grad_out.stride()[:3], *(delta if grad_lse is None else grad_lse).stride(),
+        heads, length,
+        D=width, BLOCK_D=block, ROWS=64, HAS_GRAD_LSE=grad_lse is not None, num_warps=4, enable_fp_fusion=True,
+    )  # fmt: skip
+    schedule = by_key.schedule
+    attention_backward_keys[(in_all * work.items.shape[0],)](
+        q, k, v, grad_out, lse, delta, dk, dv, partial, padding,
+        schedule.order, work.items, schedule.query_tiles, schedule.query_mask_ids, schedule.masks_transposed,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_out.stride()[:3], *dk.stride()[:3], *dv.stride()[:3],
+        *padding_strides, heads, in_all, length, work.items.shape[0], work.slots, power, scale,
+        **flags, **by_key.constants,
+    )  # fmt: skip
+    if work.slots:
+        attention_backward_sum[(in_all, work.split_tiles.numel(), keys // 16)](
+            partial, dk, dv, schedule.order, work.split_tiles, work.split_offsets,
+            *dk.stride()[:3], *dv.stride()[:3], heads, length, work.slots,
+            D=width, BLOCK_D=block, KEYS=keys, ROWS=16, num_warps=4, enable_fp_fusion=True,
+        )  # fmt: skip
+    schedule = by_query.schedule
+    attention_backward_queries[(in_all * triton.cdiv(length, schedule.tile[0]),)](
+        q, k, v, grad_out, lse, delta, dq, padding,
+        schedule.order, schedule.key_offsets, schedule.key_tiles, schedule.mask_ids, schedule.full_counts,
+        schedule.masks,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_out.stride()[:3], *dq.stride()[:3],
+        *padding_strides, heads, in_all, length, power, scale,
+        **flags, **by_query.constants,
+    )  # fmt: skip
+    return dq, dk, dv
