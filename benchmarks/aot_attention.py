@@ -8,9 +8,9 @@ import torch
 
 from benchmarks.aot import Case
 from dalle_kernels import launch
-from dalle_kernels.attention import triton_forward
+from dalle_kernels.attention import triton_backend
 from dalle_kernels.attention.layout import TokenLayout
-from dalle_kernels.attention.patterns import Pattern, Row
+from dalle_kernels.attention.patterns import Row
 from dalle_kernels.decode import triton_kernel
 from dalle_kernels.decode.cache import KVCache
 
@@ -41,11 +41,12 @@ def _decode(bits: int, width: int, heads: int):
 
 
 def _attention(bits: int, width: int, length: int = LAYOUT.length, padded: bool = False):
-    pattern: Pattern = Row(LAYOUT)
+    pattern = Row(LAYOUT)
 
     def call() -> None:
         q, k, v = (torch.empty(2, 16, length, width, dtype=DTYPES[bits]) for _ in range(3))
         padding = torch.zeros(2, length, dtype=torch.bool) if padded else None
-        triton_forward.forward(q, k, v, padding, width**-0.5, pattern)
+        out, lse = triton_backend.forward(q, k, v, padding, width**-0.5, pattern)
+        triton_backend.backward(out, lse if padded else None, q, k, v, out, lse, padding, width**-0.5, pattern)
 
     return call

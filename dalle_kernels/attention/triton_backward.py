@@ -16,6 +16,7 @@ fp32, and a third kernel adds them in order.
 from __future__ import annotations
 
 import functools
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -278,12 +279,12 @@ class Work(NamedTuple):
         full = schedule.query_full_counts.cpu().numpy()
         items: list[tuple[int, int, int, int, int]] = []
         split_tiles, split_offsets = [], [0]
-        for tile, (first, last) in enumerate(zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)):
+        for tile, (first, last) in enumerate(pairwise(offsets.tolist())):
             pieces = max(1, -(-(last - first) // longest))
             masked_from = first + int(full[tile])
             ends = [first + (last - first) * piece // pieces for piece in range(pieces + 1)]
             slot = split_offsets[-1] if pieces > 1 else -1
-            for start, stop in zip(ends[:-1], ends[1:], strict=True):
+            for start, stop in pairwise(ends):
                 items.append((tile, start, min(max(masked_from, start), stop), stop, slot))
                 slot += pieces > 1
             if pieces > 1:

@@ -40,9 +40,9 @@ def decode_forward(
     HEADS, exponent_scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """Q, K, V, Out [B, H, 1, D]; Keys, Values [B, H, L, D]; Partial fp32 [B H, SPLITS, BLOCK_D + 2]. Grid: (B H, SPLITS).
+    """Q, K, V, Out [B, H, 1, D]; Keys, Values [B, H, L, D]; Partial fp32 [B H, SPLITS, BLOCK_D + 2].
 
-    A row of Partial: the values' weighted sum, then the sum of weights and their maximal exponent.
+    Grid: (B H, SPLITS). A row of Partial: the values' weighted sum, then the sum of weights and their largest exponent.
     """
     head = tl.program_id(0)
     split = tl.program_id(1)
