@@ -53,7 +53,7 @@ class TransformerConfig:
     vocab_image: int = 512
     """Image tokens are 0 .. vocab_image - 1."""
     layers: int = 4
-    heads: int = 4
+    heads: int = 2
     head_dim: int = 64
     """Width of one head; the model's width is heads x head_dim."""
 
