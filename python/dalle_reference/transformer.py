@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -177,6 +177,11 @@ class DalleTransformer(nn.Module):
         self.image_head = nn.Linear(width, config.vocab_image)
         self.reset_parameters()
 
+    @property
+    def layers(self) -> list[Block]:
+        """The blocks, first to last."""
+        return cast("list[Block]", list(self.blocks))
+
     def reset_parameters(self) -> None:
         """Normal with deviation 0.02; what writes to the residual stream shrinks with depth, as in GPT-2."""
         for module in self.modules():
@@ -186,7 +191,7 @@ class DalleTransformer(nn.Module):
                 nn.init.zeros_(module.bias)
         for position in (self.text_position, self.row_position, self.column_position):
             nn.init.normal_(position, std=0.02)
-        for block in self.blocks:
+        for block in self.layers:
             for writer in (block.attention.project_out, block.contract):
                 nn.init.normal_(writer.weight, std=0.02 * (2 * self.config.layers) ** -0.5)
 
@@ -218,19 +223,19 @@ class DalleTransformer(nn.Module):
         check_tokens("text_tokens", text_tokens, batch, self.config.caption_length)
         check_tokens("image_tokens", image_tokens, batch, self.config.image_length)
         x = torch.cat([self.embed_text(text_tokens), self.embed_image(image_tokens)], dim=1)
-        for layer, block in enumerate(self.blocks):
+        for layer, block in enumerate(self.layers):
             x = block(x, None if caches is None else caches[layer])
         return self.final_norm(x)
 
     def new_caches(self, batch: int) -> list[KVCache]:
         """Empty key-value caches, one per layer."""
-        return [block.attention.new_cache(batch) for block in self.blocks]
+        return [block.attention.new_cache(batch) for block in self.layers]
 
     def step(self, image_tokens: Tensor, cell: int, caches: Sequence[KVCache]) -> Tensor:
         """Go on by one image token, int64 [B, 1], drawn for `cell` -> [B, 1, width]: predicts the next."""
         position = torch.full((), self.config.text_length + cell, device=image_tokens.device)
         x = self.embed_image(image_tokens, cell)
-        for block, cache in zip(self.blocks, caches, strict=True):
+        for block, cache in zip(self.layers, caches, strict=True):
             x = block.step(x, cache, position)
         return self.final_norm(x)
 
