@@ -19,6 +19,7 @@
 // Functions with a trailing `int n` touch only the first n lanes in memory, 0 <= n <= kLanes; the others load as 0.
 #pragma once
 
+#include <cfloat>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -81,6 +82,7 @@ DALLE_INLINE Mask greater(F a, F b) { return {(__m256i)_mm256_cmp_ps(a, b, _CMP_
 DALLE_INLINE Mask greater_equal(F a, F b) { return {(__m256i)_mm256_cmp_ps(a, b, _CMP_GE_OQ)}; }
 DALLE_INLINE Mask equal(F a, F b) { return {(__m256i)_mm256_cmp_ps(a, b, _CMP_EQ_OQ)}; }
 DALLE_INLINE Mask equal(U a, U b) { return {_mm256_cmpeq_epi32((__m256i)a, (__m256i)b)}; }
+DALLE_INLINE Mask not_below(U a, U b) { return {_mm256_cmpeq_epi32(_mm256_max_epu32((__m256i)a, (__m256i)b), (__m256i)a)}; }
 DALLE_INLINE Mask is_nan(F a) { return {(__m256i)_mm256_cmp_ps(a, a, _CMP_UNORD_Q)}; }
 DALLE_INLINE F select(Mask m, F yes, F no) { return _mm256_blendv_ps(no, yes, (F)m.lanes); }
 DALLE_INLINE U select(Mask m, U yes, U no) { return (U)_mm256_blendv_epi8((__m256i)no, (__m256i)yes, m.lanes); }
@@ -111,6 +113,8 @@ DALLE_INLINE float largest(F a) {
   return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
 }
 
+DALLE_INLINE float smallest(F a) { return -largest(zero() - a); }
+
 // The low 32 bits of each 64-bit half times each other, 64 bits wide.
 using W = uint64_t __attribute__((vector_size(32)));
 DALLE_INLINE W wide_set(uint64_t x) { return (W)_mm256_set1_epi64x((long long)x); }
@@ -122,12 +126,29 @@ DALLE_INLINE U interleave_low(W even, W odd) {
   return (U)_mm256_blend_epi32((__m256i)even, _mm256_slli_epi64((__m256i)odd, 32), 0xAA);
 }
 
-// 2^x for -127 <= x <= 128, NaN where x is NaN.
+// The lanes where m holds, moved to the front in their order; the others are unspecified.
+struct CompressTable {
+  uint8_t lanes[256][8];
+  constexpr CompressTable() : lanes() {
+    for (int mask = 0; mask < 256; mask++)
+      for (int lane = 0, count = 0; lane < 8; lane++)
+        if (mask >> lane & 1) lanes[mask][count++] = uint8_t(lane);
+  }
+};
+static constexpr CompressTable kCompress;
+DALLE_INLINE F compress(Mask m, F x) {
+  return _mm256_permutevar8x32_ps(x, _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)kCompress.lanes[bits(m)])));
+}
+
+// x 2^whole for whole numbers -127 <= whole <= 128; the exponent 0 makes 2^-127 an exact 0.
 DALLE_INLINE F scale_by_power(F x, F whole) {
   const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(whole), _mm256_set1_epi32(127));
   return x * (F)_mm256_slli_epi32(exponent, 23);
 }
-DALLE_INLINE F clamp_exponent(F x) { return min(set(128.f), max(set(-127.f), x)); }
+DALLE_INLINE F scale_or_zero(Mask m, F x, F whole) { return _mm256_and_ps((F)m.lanes, scale_by_power(x, whole)); }
+DALLE_INLINE Mask not_less(F a, F b) { return {(__m256i)_mm256_cmp_ps(a, b, _CMP_NLT_UQ)}; }  // true for NaN
+constexpr float kZeroExponent = -127.f;  // exp2_bounded makes an exact 0 of it
+DALLE_INLINE F clamp_exponent(F x) { return min(set(128.f), max(set(kZeroExponent), x)); }
 
 // x = mantissa 2^exponent with 0.75 <= mantissa < 1.5, for positive normal x.
 DALLE_INLINE F split(F x, F* exponent) {
@@ -188,6 +209,7 @@ DALLE_INLINE Mask greater(F a, F b) { return {_mm512_cmp_ps_mask(a, b, _CMP_GT_O
 DALLE_INLINE Mask greater_equal(F a, F b) { return {_mm512_cmp_ps_mask(a, b, _CMP_GE_OQ)}; }
 DALLE_INLINE Mask equal(F a, F b) { return {_mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ)}; }
 DALLE_INLINE Mask equal(U a, U b) { return {_mm512_cmpeq_epi32_mask((__m512i)a, (__m512i)b)}; }
+DALLE_INLINE Mask not_below(U a, U b) { return {_mm512_cmpge_epu32_mask((__m512i)a, (__m512i)b)}; }
 DALLE_INLINE Mask is_nan(F a) { return {_mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q)}; }
 DALLE_INLINE F select(Mask m, F yes, F no) { return _mm512_mask_mov_ps(no, m.lanes, yes); }
 DALLE_INLINE U select(Mask m, U yes, U no) {
@@ -214,6 +236,8 @@ DALLE_INLINE U exclusive_or(U a, U b, U c) {
 DALLE_INLINE float sum(F a) { return _mm512_reduce_add_ps(a); }
 DALLE_INLINE float largest(F a) { return _mm512_reduce_max_ps(a); }
 
+DALLE_INLINE float smallest(F a) { return -largest(zero() - a); }
+
 // The low 32 bits of each 64-bit half times each other, 64 bits wide.
 using W = uint64_t __attribute__((vector_size(64)));
 DALLE_INLINE W wide_set(uint64_t x) { return (W)_mm512_set1_epi64((long long)x); }
@@ -227,8 +251,14 @@ DALLE_INLINE U interleave_low(W even, W odd) {
   return (U)_mm512_mask_mov_epi32((__m512i)even, 0xAAAA, _mm512_slli_epi64((__m512i)odd, 32));
 }
 
+// The lanes where m holds, moved to the front in their order; the others are unspecified.
+DALLE_INLINE F compress(Mask m, F x) { return _mm512_maskz_compress_ps(m.lanes, x); }
+
 DALLE_INLINE F scale_by_power(F x, F whole) { return _mm512_scalef_ps(x, whole); }
-DALLE_INLINE F clamp_exponent(F x) { return min(set(256.f), max(set(-256.f), x)); }
+DALLE_INLINE F scale_or_zero(Mask m, F x, F whole) { return _mm512_maskz_scalef_ps(m.lanes, x, whole); }
+DALLE_INLINE Mask not_less(F a, F b) { return {_mm512_cmp_ps_mask(a, b, _CMP_NLT_UQ)}; }  // true for NaN
+constexpr float kZeroExponent = -256.f;  // exp2_bounded makes an exact 0 of it
+DALLE_INLINE F clamp_exponent(F x) { return min(set(256.f), max(set(kZeroExponent), x)); }
 
 // x = mantissa 2^exponent with 0.75 <= mantissa < 1.5, for positive normal x.
 DALLE_INLINE F split(F x, F* exponent) {
@@ -247,43 +277,58 @@ DALLE_INLINE void store(bf16* p, F x, int n) { _mm256_mask_storeu_epi16(p, first
 
 // ----------------------------------------------------------------------------------------- every instruction set
 
-// 2^x for any x whose result and whose exponent are in range: -127 <= x <= 128; NaN where x is NaN. The polynomial is
-// minimax on [-1/2, 1/2], relative error 2.0e-9: below the rounding of its evaluation.
-DALLE_INLINE F exp2_bounded(F x) {
-  const F whole = round(x), r = x - whole;
+// 2^r for -1/2 <= r <= 1/2: minimax, relative error 2.0e-9, below the rounding of its evaluation.
+DALLE_INLINE F exp2_reduced(F r) {
   F p = set(0x1.41fbbcp-13f);
   p = fma(p, r, set(0x1.5f3e52p-10f));
   p = fma(p, r, set(0x1.3b2d4cp-7f));
   p = fma(p, r, set(0x1.c6aee8p-5f));
   p = fma(p, r, set(0x1.ebfbdcp-3f));
   p = fma(p, r, set(0x1.62e430p-1f));
-  p = fma(p, r, set(1.f));
-  return scale_by_power(p, whole);
+  return fma(p, r, set(1.f));
+}
+
+// 2^x for kZeroExponent <= x <= 128; NaN where x is NaN.
+DALLE_INLINE F exp2_bounded(F x) {
+  const F whole = round(x);
+  return scale_by_power(exp2_reduced(x - whole), whole);
+}
+
+// 2^x for x <= 128, and 0 below -126 (-inf included): never a denormal, which products would stumble over.
+DALLE_INLINE F exp2_or_zero(F x) {
+  const F whole = round(x);
+  return scale_or_zero(not_less(x, set(-126.f)), exp2_reduced(x - whole), whole);
 }
 
 // 2^x for any x: 0 below the normal range (-inf included), inf above it, NaN for NaN.
 DALLE_INLINE F exp2(F x) { return exp2_bounded(clamp_exponent(x)); }
 
-// log(1 + r) for -1/4 <= r < 1/2: r - r^2 / 2 + r^3 P(r), P minimax, relative error 4.9e-9.
-DALLE_INLINE F log1p_reduced(F r) {
-  F p = set(-0x1.7140b6p-5f);
-  p = fma(p, r, set(0x1.ac90bep-4f));
-  p = fma(p, r, set(-0x1.0d8a90p-3f));
-  p = fma(p, r, set(0x1.28847cp-3f));
-  p = fma(p, r, set(-0x1.54efdcp-3f));
-  p = fma(p, r, set(0x1.9969b0p-3f));
-  p = fma(p, r, set(-0x1.000040p-2f));
-  p = fma(p, r, set(0x1.5555a4p-2f));
-  p = fma(p, r, set(-0.5f));
-  return fma(p, r * r, r);
-}
-
-// Natural logarithm of a positive normal number, within about 1 ulp (r is exact, so near 1 too).
-DALLE_INLINE F log(F x) {
+// Sign log(x) for a positive normal number, Sign 1 or -1 (so that a negation costs nothing), within about 1 ulp.
+// With x = mantissa 2^exponent and t = Sign (mantissa - 1), exact, in [-1/4, 1/2) Sign:
+// Sign log(mantissa) = t - Sign t^2 / 2 + t^3 P(Sign t), P minimax, relative error of the whole 4.9e-9.
+template <int Sign>
+DALLE_INLINE F signed_log(F x) {
   F exponent;
   const F mantissa = split(x, &exponent);
-  return fma(exponent, set(0x1.62e430p-1f), log1p_reduced(mantissa - set(1.f)));
+  const F t = Sign > 0 ? mantissa - set(1.f) : set(1.f) - mantissa;
+  F p = set(Sign * -0x1.7140b6p-5f);
+  p = fma(p, t, set(0x1.ac90bep-4f));
+  p = fma(p, t, set(Sign * -0x1.0d8a90p-3f));
+  p = fma(p, t, set(0x1.28847cp-3f));
+  p = fma(p, t, set(Sign * -0x1.54efdcp-3f));
+  p = fma(p, t, set(0x1.9969b0p-3f));
+  p = fma(p, t, set(Sign * -0x1.000040p-2f));
+  p = fma(p, t, set(0x1.5555a4p-2f));
+  p = fma(p, t, set(Sign * -0.5f));
+  return fma(exponent, set(Sign * 0x1.62e430p-1f), fma(p, t * t, t));
 }
+
+DALLE_INLINE F log(F x) { return signed_log<1>(x); }
+DALLE_INLINE F minus_log(F x) { return signed_log<-1>(x); }
+
+// The even and the odd lanes of x in the low halves of 64-bit lanes; the high halves are unspecified.
+DALLE_INLINE W wide_even(U x) { return (W)x; }
+DALLE_INLINE W wide_odd(U x) { return (W)x >> 32; }
 
 // Rounds to bfloat16, to nearest even; the result sits in the low 16 bits of each lane. NaN stays NaN.
 DALLE_INLINE U bf16_words(F x) {
@@ -307,10 +352,9 @@ DALLE_INLINE __m256i pack_bf16(F x) { return (__m256i)_mm512_cvtneps_pbh(x); }
 // A pair of bf16 values per 32-bit lane: low half from `low`, high half from `high`.
 DALLE_INLINE U pair(F low, F high) {
 #if defined(DALLE_ISA_AVX512_BF16)
-  const __m512i joined = (__m512i)_mm512_cvtne2ps_pbh(high, low);  // 16 lows, then 16 highs
-  const __m512i lows = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(joined));
-  const __m512i highs = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(joined, 1));
-  return (U)_mm512_or_si512(lows, _mm512_slli_epi32(highs, 16));
+  U order = iota();  // 16-bit positions: lane i takes value i (low) and value 16 + i (high)
+  order |= (order + set(16u)) << 16;
+  return (U)_mm512_permutexvar_epi16((__m512i)order, (__m512i)_mm512_cvtne2ps_pbh(high, low));
 #else
   return bf16_words(low) | (bf16_words(high) << 16);
 #endif

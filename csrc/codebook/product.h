@@ -1,0 +1,116 @@
+// Small matrix products out of registers: c += a b for tiles that fit the cache. Include after simd.h.
+//
+// Everything is addressed in 32-bit words: a float, or a pair of bf16 values that lie next to each other along the
+// depth (PairProduct: one instruction multiplies both and adds in float32). A block of 6 x 4 vectors of c stays in
+// registers while its depth runs: per step 4 loads of b and 6 broadcasts of a feed 24 multiply-adds.
+#pragma once
+
+namespace dalle::DALLE_ISA {
+
+using Word = uint32_t __attribute__((may_alias));
+
+struct FloatProduct {
+  static constexpr int kDepth = 1;  // values per word
+  DALLE_INLINE F multiply_add(U a, U b, F c) { return fma(as_float(a), as_float(b), c); }
+};
+
+struct PairProduct {
+  static constexpr int kDepth = 2;
+  DALLE_INLINE F multiply_add(U a, U b, F c) { return dot(a, b, c); }
+};
+
+// What products of T's are made of: bf16 in pairs where the processor multiplies them, else as float32.
+template <class T> struct ProductOf { using Type = FloatProduct; };
+#if defined(DALLE_ISA_AVX512_BF16)
+template <> struct ProductOf<bf16> { using Type = PairProduct; };
+#endif
+
+constexpr int kBlockRows = 6, kBlockVectors = kLanes == 16 ? 4 : 2;
+
+struct Left {  // a: element (row, step) at data[row * row_stride + step * step_stride]
+  const Word* data;
+  ptrdiff_t row_stride, step_stride;
+};
+
+// b is packed in blocks of kBlockColumns columns (the last one narrower), each with its rows one after the other: a
+// block's rows then fall into all sets of the first-level cache, which rows a power of two apart would not.
+constexpr int64_t kBlockColumns = kBlockVectors * kLanes;
+
+// Where (step, column) of a packed table of `depth` steps lies.
+DALLE_INLINE int64_t packed_at(int64_t step, int64_t column, int64_t columns, int64_t depth) {
+  const int64_t start = column / kBlockColumns * kBlockColumns;
+  const int64_t width = columns - start < kBlockColumns ? columns - start : kBlockColumns;
+  return start * depth + step * width + (column - start);
+}
+
+template <class P, int Rows, int Vectors>
+__attribute__((noinline)) static void block_product(Left a, const Word* b, ptrdiff_t b_stride, float* c,
+                                                    ptrdiff_t c_stride, int depth, bool add) {
+  F total[Rows][Vectors];
+  DALLE_UNROLL for (int i = 0; i < Rows; i++)
+    DALLE_UNROLL for (int j = 0; j < Vectors; j++)
+      total[i][j] = add ? load(c + i * c_stride + j * kLanes) : zero();
+  for (int step = 0; step < depth; step++) {
+    U row[Vectors];
+    DALLE_UNROLL for (int j = 0; j < Vectors; j++) row[j] = load((const uint32_t*)b + j * kLanes);
+    DALLE_UNROLL for (int i = 0; i < Rows; i++) {
+      const U value = set(uint32_t(a.data[i * a.row_stride]));
+      DALLE_UNROLL for (int j = 0; j < Vectors; j++) total[i][j] = P::multiply_add(value, row[j], total[i][j]);
+    }
+    a.data += a.step_stride;
+    b += b_stride;
+  }
+  DALLE_UNROLL for (int i = 0; i < Rows; i++)
+    DALLE_UNROLL for (int j = 0; j < Vectors; j++) store(c + i * c_stride + j * kLanes, total[i][j]);
+}
+
+template <class P, int Vectors>
+static void column_product(Left a, const Word* b, ptrdiff_t b_stride, float* c, ptrdiff_t c_stride, int64_t rows,
+                           int depth, bool add) {
+  int64_t i = 0;
+  const auto at = [&] { return Left{a.data + i * a.row_stride, a.row_stride, a.step_stride}; };
+  for (; i + kBlockRows <= rows; i += kBlockRows)
+    block_product<P, kBlockRows, Vectors>(at(), b, b_stride, c + i * c_stride, c_stride, depth, add);
+  for (; i + 4 <= rows; i += 4)
+    block_product<P, 4, Vectors>(at(), b, b_stride, c + i * c_stride, c_stride, depth, add);
+  for (; i < rows; i++) block_product<P, 1, Vectors>(at(), b, b_stride, c + i * c_stride, c_stride, depth, add);
+}
+
+// c [rows, columns] (+)= a [rows, depth words] b [depth words, columns]; columns in whole vectors. Every element of c
+// adds up in the order of the depth, whichever block it falls into: results do not depend on how rows are shared out.
+template <class P>
+static void product(Left a, const Word* b, float* c, ptrdiff_t c_stride, int64_t rows, int64_t columns, int depth,
+                    bool add) {
+  int64_t j = 0;
+  for (; j + kBlockColumns <= columns; j += kBlockColumns)
+    column_product<P, kBlockVectors>(a, b + j * depth, kBlockColumns, c + j, c_stride, rows, depth, add);
+  const int64_t rest = columns - j;
+  b += j * depth;
+  for (; j + 2 * kLanes <= columns; j += 2 * kLanes, b += 2 * kLanes)
+    column_product<P, 2>(a, b, rest, c + j, c_stride, rows, depth, add);
+  if (j < columns) column_product<P, 1>(a, b, rest, c + j, c_stride, rows, depth, add);
+}
+
+// Packs `count` rows of a table into steps first .. first + steps - 1 of b: as floats, or as pairs of rows. Rows past
+// the last, and columns past `width`, become 0.
+template <class P, class T>
+static void pack_rows(const T* table, int64_t count, int64_t width, Word* packed, int64_t first_step, int64_t steps,
+                      int64_t depth) {
+  const int64_t columns = round_up(width, kPad);
+  for (int64_t step = 0; step < steps; step++)
+    for (int64_t j = 0; j < columns; j += kLanes) {
+      const int64_t i = step * P::kDepth;
+      const int n = int(width - j < 0 ? 0 : width - j < kLanes ? width - j : kLanes);
+      const T* from = table + i * width + j;
+      uint32_t* to = (uint32_t*)packed + packed_at(first_step + step, j, columns, depth);
+      const F first = i >= count ? zero() : n == kLanes ? load(from) : load(from, n);
+      if constexpr (P::kDepth == 1) {
+        store(to, as_words(first));
+      } else {
+        const F second = i + 1 >= count ? zero() : n == kLanes ? load(from + width) : load(from + width, n);
+        store(to, pair(first, second));
+      }
+    }
+}
+
+}  // namespace dalle::DALLE_ISA

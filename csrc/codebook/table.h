@@ -1,0 +1,36 @@
+// The codebook's kernels for the instruction set that simd.h was set to: all that a translation unit includes.
+#pragma once
+
+#include "codebook/kernels.h"
+#include "noise.h"
+#include "codebook/product.h"
+#include "codebook/gumbel.h"
+#include "codebook/vq.h"
+
+namespace dalle::DALLE_ISA {
+
+// The words of 16 counters from `counter`, and their noise: the generator by itself, for tests.
+static void noise_words_at(uint64_t seed, uint64_t row, uint32_t stream, uint32_t counter, uint32_t words[4][16],
+                           float noise[4][16]) {
+  const NoiseKeys keys(seed);
+  for (int i = 0; i < 16; i += kLanes) {
+    U lanes[4];
+    noise_words(keys, NoiseRow(keys, row, stream), counter + uint32_t(i), lanes);
+    for (int word = 0; word < 4; word++) {
+      store(words[word] + i, lanes[word]);
+      store(noise[word] + i, gumbel(lanes[word]));
+    }
+  }
+}
+
+template <class T>
+constexpr CodebookKernels kCodebookKernels{
+    gumbel_forward<T>, gumbel_prepare<T>, gumbel_backward<T>,  gumbel_collect<T>, half_norms<T>,
+    vq_forward<T>,     vq_grad_features<T>, vq_grad_codebook<T>, scatter_rows<T>, noise_words_at};
+
+const CodebookTable& codebook_kernels() {
+  static constexpr CodebookTable table{kCodebookKernels<float>, kCodebookKernels<bf16>};
+  return table;
+}
+
+}  // namespace dalle::DALLE_ISA

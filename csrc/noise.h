@@ -1,0 +1,80 @@
+// The Gumbel noise of dalle_kernels/noise.py, a vector of counters at a time. Include after simd.h.
+//
+// Philox4x32-10 on the counter (c, row low, row high, stream) and the seed as key. A 32 x 32 -> 64 bit product exists
+// for every other 32-bit lane, so a counter word lives in the low half of a 64-bit lane (the high half is never read)
+// and two such vectors, even and odd counters, make one vector of words. Rounds 1 and 2 are nearly free: after
+// round 1 two of the four words, and after round 2 the last, are the same for a whole row.
+#pragma once
+
+namespace dalle::DALLE_ISA {
+
+constexpr uint64_t kPhiloxMultiplier0 = 0xD2511F53, kPhiloxMultiplier1 = 0xCD9E8D57;
+constexpr int kPhiloxRounds = 10;
+
+struct NoiseKeys {
+  uint64_t first[kPhiloxRounds], second[kPhiloxRounds];
+
+  explicit NoiseKeys(uint64_t seed) {
+    uint32_t low = uint32_t(seed), high = uint32_t(seed >> 32);
+    for (int i = 0; i < kPhiloxRounds; i++, low += 0x9E3779B9u, high += 0xBB67AE85u) first[i] = low, second[i] = high;
+  }
+};
+
+// What a row's counters have in common: xor masks of rounds 1 and 2, and the last word after round 2.
+struct NoiseRow {
+  uint64_t mask1_2, mask2_0, mask2_2, word3;
+
+  NoiseRow() = default;
+  NoiseRow(const NoiseKeys& keys, uint64_t row, uint32_t stream) {
+    const uint64_t product1 = kPhiloxMultiplier1 * (row >> 32);
+    const uint64_t word0 = (product1 >> 32) ^ uint32_t(row) ^ keys.first[0];
+    const uint64_t product0 = kPhiloxMultiplier0 * word0;
+    mask1_2 = stream ^ keys.second[0];
+    mask2_0 = uint32_t(product1) ^ keys.first[1];
+    mask2_2 = (product0 >> 32) ^ keys.second[1];
+    word3 = uint32_t(product0);
+  }
+};
+
+// Words 0..3 of a vector of counters, the even lanes in the low halves of `even`, the odd lanes in those of `odd`.
+DALLE_INLINE void noise_words(const NoiseKeys& keys, const NoiseRow& row, W even, W odd, U words[4]) {
+  const W m0 = wide_set(kPhiloxMultiplier0), m1 = wide_set(kPhiloxMultiplier1);
+  W c0[2], c1[2], c2[2], c3[2];
+  DALLE_UNROLL for (int h = 0; h < 2; h++) {
+    const W product0 = wide_multiply(h == 0 ? even : odd, m0);
+    const W product1 = wide_multiply((product0 >> 32) ^ wide_set(row.mask1_2), m1);
+    c0[h] = (product1 >> 32) ^ wide_set(row.mask2_0);
+    c1[h] = product1;
+    c2[h] = product0 ^ wide_set(row.mask2_2);
+    c3[h] = wide_set(row.word3);
+  }
+  DALLE_UNROLL for (int round = 2; round < kPhiloxRounds; round++) {
+    const W k0 = wide_set(keys.first[round]), k1 = wide_set(keys.second[round]);
+    DALLE_UNROLL for (int h = 0; h < 2; h++) {
+      const W product0 = wide_multiply(c0[h], m0), product1 = wide_multiply(c2[h], m1);
+      c0[h] = exclusive_or(product1 >> 32, c1[h], k0);
+      c2[h] = exclusive_or(product0 >> 32, c3[h], k1);
+      c1[h] = product1;
+      c3[h] = product0;
+    }
+  }
+  words[0] = interleave_low(c0[0], c0[1]);
+  words[1] = interleave_low(c1[0], c1[1]);
+  words[2] = interleave_low(c2[0], c2[1]);
+  words[3] = interleave_low(c3[0], c3[1]);
+}
+
+// The same for the counters counter .. counter + kLanes - 1.
+DALLE_INLINE void noise_words(const NoiseKeys& keys, const NoiseRow& row, uint32_t counter, U words[4]) {
+  const W even = wide_iota() * 2 + wide_set(counter);
+  noise_words(keys, row, even, even + 1, words);
+}
+
+// -log(-log u), u = ((word >> 9) + 1/2) 2^-23: the 23 bits become the mantissa of a number in [1, 2), and both that
+// and the subtraction are exact.
+DALLE_INLINE F gumbel(U word) {
+  const F u = as_float((word >> 9) | set(0x3F800000u)) - set(0x1.FFFFFEp-1f);
+  return minus_log(minus_log(u));
+}
+
+}  // namespace dalle::DALLE_ISA

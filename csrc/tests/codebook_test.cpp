@@ -1,0 +1,220 @@
+// Runs every codebook and sampling kernel of every instruction set on buffers of exactly the size it is entitled to,
+// for the address and undefined-behaviour sanitizers (tests/codebook/test_cpu.py builds and runs it), and checks the
+// results against plain double loops.
+
+#include <array>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "bf16.h"
+#include "codebook/kernels.h"
+#include "isa.h"
+#include "sampling/kernels.h"
+
+using namespace dalle;
+
+namespace {
+
+int failures = 0;
+
+void expect(bool holds, const std::string& what) {
+  if (holds) return;
+  failures++;
+  std::printf("failed: %s (%s)\n", what.c_str(), isa_name(current_isa()));
+}
+
+template <class T> T narrow(float x);
+template <> float narrow(float x) { return x; }
+template <> bf16 narrow(float x) {
+  uint32_t word;
+  std::memcpy(&word, &x, sizeof word);
+  return {uint16_t(word >> 16)};
+}
+
+std::mt19937 generator(1);
+
+template <class T>
+std::vector<T> random_table(int64_t size, float scale = 1.f) {
+  std::normal_distribution<float> normal(0.f, scale);
+  std::vector<T> table;
+  for (int64_t i = 0; i < size; i++) table.push_back(narrow<T>(normal(generator)));
+  table.shrink_to_fit();
+  return table;
+}
+
+template <class T>
+std::vector<T> poisoned(int64_t size) {
+  std::vector<T> table(static_cast<size_t>(size));
+  std::memset((void*)table.data(), 0xFF, table.size() * sizeof(T));  // NaN, or -1
+  return table;
+}
+
+struct Scratch {
+  explicit Scratch(int64_t bytes) : memory(std::aligned_alloc(64, size_t(round_up(bytes, 64))), &std::free) {
+    std::memset(memory.get(), 0xFF, size_t(round_up(bytes, 64)));
+  }
+  std::unique_ptr<void, void (*)(void*)> memory;
+};
+
+// The noise, from the kernels' own generator: its words are checked against published vectors elsewhere.
+float noise_of(const CodebookKernels& kernels, uint64_t seed, int64_t row, int64_t code, int64_t codes, uint32_t stream) {
+  const int64_t quarter = (codes + 3) / 4;
+  uint32_t words[4][16];
+  float noise[4][16];
+  kernels.noise_words(seed, uint64_t(row), stream, uint32_t(code % quarter), words, noise);
+  return noise[code / quarter][0];
+}
+
+template <class T>
+void gumbel(const CodebookKernels& kernels, int64_t rows, int64_t codes, int64_t width, bool hard, bool noise) {
+  const std::string name = "gumbel " + std::to_string(rows) + " x " + std::to_string(codes) + " -> " + std::to_string(width);
+  const auto logits = random_table<T>(rows * codes, 2.f), codebook = random_table<T>(codes * width);
+  const Gumbel problem{logits.data(), codebook.data(), rows, codes, width, codes, 0.7f, noise, 0x9876543210FEDCBAull};
+  auto latents = poisoned<T>(rows * width);
+  auto mixture = poisoned<float>(rows * width);
+  auto indices = poisoned<int64_t>(rows);
+  auto kl = poisoned<float>(rows), lse_noisy = poisoned<float>(rows), lse_clean = poisoned<float>(rows);
+  const GumbelForward forward{problem, latents.data(), hard ? mixture.data() : nullptr, indices.data(), kl.data(),
+                              lse_noisy.data(), lse_clean.data()};
+  const Scratch forward_scratch(forward.scratch());
+  kernels.gumbel_forward(forward, 0, rows / 2, forward_scratch.memory.get());
+  kernels.gumbel_forward(forward, rows / 2, rows, forward_scratch.memory.get());
+
+  for (int64_t n = 0; n < rows; n++) {
+    std::vector<double> mixed(size_t(width), 0.0);
+    double total = 0, best = -1e300;
+    int64_t index = 0;
+    for (int64_t k = 0; k < codes; k++) {
+      const double score = to_float(logits[size_t(n * codes + k)]) + (noise ? noise_of(kernels, problem.seed, n, k, codes, 0) : 0.f);
+      if (score > best) best = score, index = k;
+      const double weight = std::exp(score / problem.temperature);
+      total += weight;
+      for (int64_t d = 0; d < width; d++) mixed[size_t(d)] += weight * to_float(codebook[size_t(k * width + d)]);
+    }
+    expect(indices[size_t(n)] == index, name + ": index");
+    expect(std::fabs(lse_noisy[size_t(n)] - std::log(total)) < 1e-5 * (1 + std::fabs(std::log(total))), name + ": lse");
+    for (int64_t d = 0; d < width; d++) {
+      const double want = mixed[size_t(d)] / total;
+      const double got = hard ? mixture[size_t(n * width + d)] : to_float(latents[size_t(n * width + d)]);
+      expect(std::fabs(got - want) < (sizeof(T) == 4 ? 1e-5 : 0.03), name + ": latents");
+    }
+  }
+
+  const auto grad_latents = random_table<T>(rows * width);
+  const auto grad_kl = random_table<float>(rows);
+  for (const bool has_latents : {true, false}) {
+    auto grad_logits = poisoned<T>(rows * codes), grad_codebook = poisoned<T>(codes * width);
+    GumbelBackward backward{problem};
+    backward.noise = noise && has_latents;
+    backward.grad_latents = has_latents ? grad_latents.data() : nullptr;
+    backward.grad_kl = grad_kl.data();
+    backward.kl = kl.data(), backward.lse_noisy = lse_noisy.data(), backward.lse_clean = lse_clean.data();
+    backward.mixture = hard ? mixture.data() : nullptr;
+    backward.latents = latents.data();
+    backward.grad_logits = grad_logits.data();
+    backward.grad_codebook = has_latents && !hard ? grad_codebook.data() : nullptr;
+    backward.splits = rows > 64 ? 2 : 1;
+    auto by_rows = poisoned<uint32_t>(rows * padded(width)), packed = poisoned<uint32_t>(rows * padded(width));
+    auto delta = poisoned<float>(rows), partial = poisoned<float>(backward.splits * codes * padded(width));
+    backward.grad_by_rows = by_rows.data(), backward.grad_packed = packed.data();
+    backward.delta = delta.data(), backward.partial = partial.data();
+    const Scratch scratch(backward.scratch());
+    if (has_latents) kernels.gumbel_prepare(backward, 0, round_up(rows, kRowTile) / kRowTile);
+    kernels.gumbel_backward(backward, 0, backward.tiles() * backward.splits, scratch.memory.get());
+    if (backward.grad_codebook != nullptr && backward.splits > 1) kernels.gumbel_collect(backward, 0, codes);
+    for (const T value : grad_logits) expect(std::isfinite(to_float(value)), name + ": dlogits");
+    if (backward.grad_codebook != nullptr)
+      for (const T value : grad_codebook) expect(std::isfinite(to_float(value)), name + ": dcodebook");
+  }
+}
+
+template <class T>
+void vq(const CodebookKernels& kernels, int64_t rows, int64_t codes, int64_t width) {
+  const auto features = random_table<T>(rows * width), codebook = random_table<T>(codes * width);
+  auto indices = poisoned<int64_t>(rows);
+  auto distance = poisoned<float>(rows), half_norms = poisoned<float>(codes);
+  const Vq problem{features.data(), codebook.data(), rows, codes, width, indices.data(), distance.data(), half_norms.data()};
+  const Scratch scratch(problem.scratch());
+  kernels.half_norms(problem, 0, codes);
+  kernels.vq_forward(problem, 0, rows, scratch.memory.get());
+  std::vector<int64_t> starts(size_t(codes) + 1), members;
+  for (int64_t k = 0; k < codes; k++) {
+    for (int64_t n = 0; n < rows; n++)
+      if (indices[size_t(n)] == k) members.push_back(n);
+    starts[size_t(k) + 1] = int64_t(members.size());
+  }
+  for (int64_t n = 0; n < rows; n++) {
+    double best = 1e300;
+    for (int64_t k = 0; k < codes; k++) {
+      double sum = 0;
+      for (int64_t d = 0; d < width; d++)
+        sum += std::pow(double(to_float(features[size_t(n * width + d)])) - to_float(codebook[size_t(k * width + d)]), 2);
+      best = std::fmin(best, sum);
+    }
+    expect(std::fabs(distance[size_t(n)] - best) <= 1e-5 * best + 1e-6, "vq: distance");
+  }
+  expect(int64_t(members.size()) == rows, "vq: indices");
+  const auto grad = random_table<float>(rows);
+  auto grad_features = poisoned<T>(rows * width), grad_codebook = poisoned<T>(codes * width);
+  const VqBackward backward{grad.data(), features.data(), codebook.data(), rows, codes, width, indices.data(),
+                            grad_features.data(), grad_codebook.data(), starts.data(), members.data()};
+  kernels.vq_grad_features(backward, 0, rows);
+  kernels.vq_grad_codebook(backward, 0, codes);
+  for (const T value : grad_features) expect(std::isfinite(to_float(value)), "vq: dfeatures");
+  for (const T value : grad_codebook) expect(std::isfinite(to_float(value)), "vq: dcodebook");
+  kernels.scatter_rows(features.data(), backward, 0, codes);
+}
+
+template <class T>
+void sampling(SampleRows sample, const CodebookKernels& kernels, int64_t rows, int64_t codes, int64_t top_k, float top_p) {
+  const auto logits = random_table<T>(rows * codes, 2.f), unconditional = random_table<T>(rows * codes, 2.f);
+  auto tokens = poisoned<int64_t>(rows);
+  const Sampling problem{logits.data(), unconditional.data(), rows, codes, codes, codes, 1.5f, 0.8f, top_k, top_p, 77, tokens.data()};
+  const Scratch scratch(problem.scratch());
+  sample(problem, 0, rows, scratch.memory.get());
+  for (int64_t n = 0; n < rows; n++) {
+    expect(0 <= tokens[size_t(n)] && tokens[size_t(n)] < codes, "sampling: token");
+    if (top_k != 0 || top_p != 1) continue;
+    double best = -1e300;
+    int64_t want = 0;
+    for (int64_t k = 0; k < codes; k++) {
+      const double u = to_float(unconditional[size_t(n * codes + k)]), c = to_float(logits[size_t(n * codes + k)]);
+      const double score = (u + 1.5 * (c - u)) / 0.8 + noise_of(kernels, 77, n, k, codes, 1);
+      if (score > best) best = score, want = k;
+    }
+    expect(tokens[size_t(n)] == want, "sampling: argmax");
+  }
+}
+
+template <class T>
+void run(const CodebookKernels& kernels, SampleRows sample) {
+  for (const auto& [rows, codes, width] : {std::array<int64_t, 3>{1, 1, 1}, {3, 2, 5}, {2, 5, 17}, {67, 133, 40}, {5, 300, 72}}) {
+    gumbel<T>(kernels, rows, codes, width, false, true);
+    gumbel<T>(kernels, rows, codes, width, true, true);
+    gumbel<T>(kernels, rows, codes, width, true, false);
+    vq<T>(kernels, rows, codes, width);
+  }
+  for (const int64_t codes : {1, 3, 17, 64, 333})
+    for (const auto& [top_k, top_p] : {std::pair<int64_t, float>{0, 1.f}, {5, 1.f}, {0, 0.5f}, {200, 0.99f}})
+      sampling<T>(sample, kernels, 3, codes, top_k, top_p);
+}
+
+}  // namespace
+
+int main() {
+  for (const std::string& name : supported_isas()) {
+    set_isa(name);
+    const CodebookTable& codebook = for_isa(avx2::codebook_kernels, avx512::codebook_kernels, avx512_bf16::codebook_kernels)();
+    const SamplingTable& sampling = for_isa(avx2::sampling_kernels, avx512::sampling_kernels, avx512::sampling_kernels)();
+    run<float>(codebook.f32, sampling.f32);
+    run<bf16>(codebook.bf16, sampling.bf16);
+    std::printf("%s done\n", name.c_str());
+  }
+  return failures == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
+}
