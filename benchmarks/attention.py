@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -72,9 +72,7 @@ def cell(
         "dtype": dtype_name(dtype),
         "pass": "backward" if backward else "forward",
     }
-    problem = partial(
-        Problem, batch=batch, heads=heads, width=width, dtype=dtype, device=device, backward=backward
-    )
+    problem = partial(Problem, batch=batch, heads=heads, width=width, dtype=dtype, device=device, backward=backward)
 
     def make() -> Problem:
         return problem(pattern_of(name, text, grid))
@@ -88,9 +86,7 @@ def cell(
         return Work(flops, size, pairs, schedule.executed_pairs)
 
     series = f"{name} {text} {dtype_name(dtype)} {backward}"
-    return Cell(
-        "attention", case, dtype, work, lambda: contenders(make(), competitors), series
-    )
+    return Cell("attention", case, dtype, work, lambda: contenders(make(), competitors), series)
 
 
 # --- Contenders -------------------------------------------------------------------------------------------------------
@@ -113,9 +109,7 @@ def contenders(problem: Problem, competitors: Sequence[Attention] | None = None)
         )
 
 
-def _prepared(
-    problem: Problem, inputs: _Inputs, make: Callable[[], Made], answers: Pattern | None = None
-) -> Trial:
+def _prepared(problem: Problem, inputs: _Inputs, make: Callable[[], Made], answers: Pattern | None = None) -> Trial:
     return _trial(problem, inputs, make(), answers or problem.pattern)
 
 
@@ -134,6 +128,11 @@ class _Inputs:
     """q, k, v and dO, shared by all contenders of a cell; rotating copies are made once."""
 
     def __init__(self, problem: Problem) -> None:
+        self._problem = problem
+
+    @cached_property
+    def copies(self) -> list[tuple[Tensor, ...]]:
+        problem = self._problem
         shape = (problem.batch, problem.heads, problem.pattern.length, problem.width)
         generator = torch.Generator(problem.device).manual_seed(0)
 
@@ -143,7 +142,7 @@ class _Inputs:
         size = 4 * problem.batch * problem.heads * problem.pattern.length * problem.width * problem.dtype.itemsize
         # Attention of this kind is bound by arithmetic on a CPU; on a GPU its forward is bound by memory.
         copies = copies_beyond_cache(size, problem.device) if problem.device.type == "cuda" else 1
-        self.copies = [tuple(random() for _ in range(4)) for _ in range(copies)]
+        return [tuple(random() for _ in range(4)) for _ in range(copies)]
 
 
 def _trial(problem: Problem, inputs: _Inputs, made: Made, answers: Pattern) -> Trial:
@@ -196,7 +195,10 @@ def _check(problem: Problem, function: Callable[..., Tensor], copy: Sequence[Ten
 def dense_attention(
     tensors: Sequence[Tensor], pattern: Pattern, backward: bool, chunk: int = 1024
 ) -> tuple[Tensor, ...]:
-    """One head by the definition, in the dtype of its tensors [S, D], some queries at a time: (out,) or (dq, dk, dv)."""
+    """One head by the definition, in the dtype of its tensors [S, D], a chunk of queries at a time.
+
+    Returns (out,), or (dq, dk, dv) with `backward`.
+    """
     q, k, v, grad = tensors
     mask = pattern.mask().to(q.device)
     scale = q.shape[-1] ** -0.5
@@ -215,5 +217,3 @@ def dense_attention(
             dk[keys] += ds.mT @ q[rows]
             dv[keys] += p.mT @ grad[rows]
     return (dq, dk, dv) if backward else (out,)
-
-

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -73,7 +73,9 @@ def gumbel_cell(
             ceiling="copy" if device.type == "cuda" else "gemm",
         )
 
-    return Cell("codebook", case, dtype, work, lambda: _gumbel(device, rows, dtype, hard, backward, codes, width, competitors))
+    return Cell(
+        "codebook", case, dtype, work, lambda: _gumbel(device, rows, dtype, hard, backward, codes, width, competitors)
+    )
 
 
 class _Table:
@@ -103,15 +105,17 @@ def _gumbel(
     width: int,
     competitors: Sequence[Lookup] | None,
 ) -> Iterable[Contender]:
-    table = _Table(device, rows, dtype, codes, width)
+    table = lru_cache(maxsize=1)(partial(_Table, device, rows, dtype, codes, width))  # made when first wanted
 
-    def ours(logits: Tensor, codebook: Tensor, temperature: float, hard: bool, noise: Tensor | None) -> tuple[Tensor, ...]:
-        return gumbel_lookup(logits, codebook, temperature, hard, seed=table.seed)
+    def ours(
+        logits: Tensor, codebook: Tensor, temperature: float, hard: bool, noise: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        return gumbel_lookup(logits, codebook, temperature, hard, seed=table().seed)
 
-    yield Contender("dalle_kernels", lambda: _gumbel_trial(table, Made(ours), hard, backward))
+    yield Contender("dalle_kernels", lambda: _gumbel_trial(table(), Made(ours), hard, backward))
     for competitor in gumbel_competitors() if competitors is None else competitors:
         yield Contender(
-            competitor.name, lambda competitor=competitor: _gumbel_trial(table, competitor.make(), hard, backward)
+            competitor.name, lambda competitor=competitor: _gumbel_trial(table(), competitor.make(), hard, backward)
         )
 
 
@@ -192,12 +196,16 @@ def vq_cell(
     work = Work(2.0 * rows * codes * width, (rows + codes) * width * dtype.itemsize)
 
     def contenders() -> Iterable[Contender]:
-        generator = torch.Generator(device).manual_seed(0)
-        features, codebook, grad = (
-            torch.randn(n, width, generator=generator, device=device).to(dtype) for n in (rows, codes, rows)
-        )
-        weight = torch.randn(rows, generator=generator, device=device)
-        trial = partial(_vq_trial, features, codebook, grad, weight, backward)
+        @lru_cache(maxsize=1)
+        def inputs() -> tuple[Tensor, ...]:  # features, codebook, the gradients of latents and distance
+            generator = torch.Generator(device).manual_seed(0)
+            shapes = ((rows, width), (codes, width), (rows, width))
+            tensors = [torch.randn(shape, generator=generator, device=device).to(dtype) for shape in shapes]
+            return *tensors, torch.randn(rows, generator=generator, device=device)
+
+        def trial(made: Made) -> Trial:
+            return _vq_trial(*inputs(), backward, made)
+
         yield Contender("dalle_kernels", lambda: trial(Made(vq_lookup)))
         for competitor in vq_competitors() if competitors is None else competitors:
             yield Contender(competitor.name, lambda competitor=competitor: trial(competitor.make()))
@@ -205,9 +213,7 @@ def vq_cell(
     return Cell("codebook", case, dtype, lambda: work, contenders)
 
 
-def _vq_trial(
-    features: Tensor, codebook: Tensor, grad: Tensor, weight: Tensor, backward: bool, made: Made
-) -> Trial:
+def _vq_trial(features: Tensor, codebook: Tensor, grad: Tensor, weight: Tensor, backward: bool, made: Made) -> Trial:
     def run() -> tuple[Tensor, ...]:
         if not backward:
             with torch.no_grad():
@@ -217,7 +223,7 @@ def _vq_trial(
         return torch.autograd.grad([latents, squared_distance], leaves, [grad.to(latents.dtype), weight])
 
     def verify() -> Check:
-        """Which row is nearest may differ within rounding: the distances must agree, and the gradients given the rows."""
+        """Which row is nearest may differ within rounding: distances must agree, and gradients given the rows."""
         _, indices, squared_distance = made.function(features, codebook)
         wide, table = features.double(), codebook.double()
         nearest = torch.cdist(wide, table).square().amin(-1)
@@ -249,16 +255,19 @@ def laplace_cell(
     work = Work(bytes=elements * (3 * dtype.itemsize + 4), ceiling="copy")
 
     def contenders() -> Iterable[Contender]:
-        generator = torch.Generator(device).manual_seed(0)
-        copies = copies_beyond_cache(work.bytes, device)
-        inputs = []
-        for _ in range(copies):
-            pixels = torch.rand(elements, generator=generator, device=device) * 0.8 + 0.1
-            mu, log_b = (torch.randn(elements, generator=generator, device=device) for _ in range(2))
-            inputs.append([x.to(dtype) for x in (pixels, mu, log_b)])
-        yield Contender("dalle_kernels", lambda: _laplace_trial(inputs, Made(logit_laplace_nll)))
+        @lru_cache(maxsize=1)
+        def inputs() -> list[list[Tensor]]:  # rotating (pixels, mu, log_b)
+            generator = torch.Generator(device).manual_seed(0)
+            found = []
+            for _ in range(copies_beyond_cache(work.bytes, device)):
+                pixels = torch.rand(elements, generator=generator, device=device) * 0.8 + 0.1
+                mu, log_b = (torch.randn(elements, generator=generator, device=device) for _ in range(2))
+                found.append([x.to(dtype) for x in (pixels, mu, log_b)])
+            return found
+
+        yield Contender("dalle_kernels", lambda: _laplace_trial(inputs(), Made(logit_laplace_nll)))
         for competitor in laplace_competitors() if competitors is None else competitors:
-            yield Contender(competitor.name, lambda competitor=competitor: _laplace_trial(inputs, competitor.make()))
+            yield Contender(competitor.name, lambda competitor=competitor: _laplace_trial(inputs(), competitor.make()))
 
     return Cell("codebook", case, dtype, lambda: work, contenders)
 

@@ -1,9 +1,9 @@
 """What else computes the same: one adapter per competitor, each at its best setting.
 
 An adapter's `make` prepares everything that a user would prepare once (masks, compiled functions, modules) and returns
-a plain function of the input. It raises `Unavailable`, with the reason, where the competitor cannot run. Adapters that
-need a GPU are written against the documented interface of their project and marked "GPU:"; no machine that this was
-written on could run them.
+a plain function of the input. It raises `UnavailableError`, with the reason, where the competitor cannot run. Adapters
+that need a GPU are written against the documented interface of their project and marked "GPU:"; no machine that this
+was written on could run them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from benchmarks.harness import Unavailable
+from benchmarks.harness import UnavailableError
 from dalle_kernels import AxialRow, Causal, Column, Convolution, Pattern, Row, TokenLayout
 from dalle_kernels.attention.schedule import schedule_for
 
@@ -36,12 +36,12 @@ def _imported(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise Unavailable(f"{name} cannot be imported: {str(error).splitlines()[0]}") from error
+        raise UnavailableError(f"{name} cannot be imported: {str(error).splitlines()[0]}") from error
 
 
 def _needs_gpu(device: torch.device) -> None:
     if device.type != "cuda":
-        raise Unavailable("it needs a CUDA device")
+        raise UnavailableError("it needs a CUDA device")
 
 
 # --- Attention --------------------------------------------------------------------------------------------------------
@@ -61,10 +61,10 @@ class Problem:
 
     @property
     def layout(self) -> TokenLayout:
-        """The text and grid of the pattern; Unavailable for a pattern over a plain sequence."""
+        """The text and grid of the pattern; UnavailableError for a pattern over a plain sequence."""
         layout = self.pattern.layout_or_none
         if layout is None:
-            raise Unavailable("it is written for text and an image grid")
+            raise UnavailableError("it is written for text and an image grid")
         return layout
 
 
@@ -103,7 +103,9 @@ def attention_competitors() -> list[Attention]:
         Attention("FlexAttention, permuted", partial(_flex, block=128, permuted=True)),
         Attention("FlexAttention, permuted, 64 blocks", partial(_flex, block=64, permuted=True)),
         Attention("FlexAttention on FlashAttention 4", partial(_flex, block=128, permuted=False, kernel="FLASH")),
-        Attention("FlexAttention on FlashAttention 4, permuted", partial(_flex, block=128, permuted=True, kernel="FLASH")),
+        Attention(
+            "FlexAttention on FlashAttention 4, permuted", partial(_flex, block=128, permuted=True, kernel="FLASH")
+        ),
         Attention("dense text + dense local part, merged", _merged),
         Attention("FlashAttention 2 causal", partial(_flash, module="flash_attn"), dense=True),
         Attention("FlashAttention 3 causal", partial(_flash, module="flash_attn_interface"), dense=True),
@@ -125,9 +127,9 @@ _SDPA_BACKENDS = {
 
 def _sdpa_check(problem: Problem, backend: SDPBackend, mask: bool) -> None:
     if problem.device.type == "cpu" and backend not in (SDPBackend.FLASH_ATTENTION, SDPBackend.MATH):
-        raise Unavailable("this SDPA backend has no CPU kernel")
+        raise UnavailableError("this SDPA backend has no CPU kernel")
     if problem.device.type == "cuda" and backend == SDPBackend.FLASH_ATTENTION and mask:
-        raise Unavailable("on a GPU SDPA's flash backend takes no mask")
+        raise UnavailableError("on a GPU SDPA's flash backend takes no mask")
 
 
 def _within(backend: SDPBackend, attend: Callable[..., Tensor]) -> Made:
@@ -180,9 +182,7 @@ def mask_mod(pattern: Pattern, device: torch.device, order: Tensor | None = None
     return look_up
 
 
-def _image_rule(
-    pattern: Pattern, rows: int, columns: int, permuted: bool
-) -> Callable[[Tensor, Tensor], Tensor] | None:
+def _image_rule(pattern: Pattern, rows: int, columns: int, permuted: bool) -> Callable[[Tensor, Tensor], Tensor] | None:
     """sees(query cell, key cell) for key <= query in the order of the positions; None where it would be long."""
     match pattern:
         case Causal():
@@ -208,16 +208,14 @@ def _image_rule(
             return raster if columns > 2 * half else None
         case Convolution(kernel_size=size, boundary="clamp"):
             half = size // 2
-            return lambda p, s: (
-                (p // columns - s // columns <= half) & ((p % columns - s % columns).abs() <= half)
-            )
+            return lambda p, s: (p // columns - s // columns <= half) & ((p % columns - s % columns).abs() <= half)
     return None
 
 
 def _flex(problem: Problem, block: int, permuted: bool, kernel: str | None = None) -> Made:
     pattern, device = problem.pattern, problem.device
     if problem.backward and device.type == "cpu":
-        raise Unavailable("FlexAttention has no backward on the CPU")
+        raise UnavailableError("FlexAttention has no backward on the CPU")
     if kernel == "FLASH":
         # GPU: the FLASH kernel of FlexAttention is FlashAttention 4 with the mask_mod and the block-sparse tensors.
         _needs_gpu(device)
@@ -226,13 +224,19 @@ def _flex(problem: Problem, block: int, permuted: bool, kernel: str | None = Non
     if permuted:
         order = schedule_for(pattern, (64, 64)).order.to(device).long()
         if torch.equal(order, torch.arange(len(order), device=device)):
-            raise Unavailable("no order of the tokens gives fewer tiles than raster order")
+            raise UnavailableError("no order of the tokens gives fewer tiles than raster order")
     options: dict[str, Any] = {} if kernel is None else {"BACKEND": kernel}
     if block == 64 and device.type == "cuda":
         options |= {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_M1": 64, "BLOCK_N1": 64, "BLOCK_M2": 64, "BLOCK_N2": 64}
     start = time.perf_counter()
     blocks: BlockMask = create_block_mask(
-        mask_mod(pattern, device, order), None, None, pattern.length, pattern.length, device=device.type, BLOCK_SIZE=block
+        mask_mod(pattern, device, order),
+        None,
+        None,
+        pattern.length,
+        pattern.length,
+        device=device.type,
+        BLOCK_SIZE=block,
     )
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -346,7 +350,7 @@ class _Chunks(_Local):
         reach = int((query - key).max())
         self.blocks = -(-reach // self.chunk)
         if (self.blocks + 1) * self.chunk > cells // 2:
-            raise Unavailable("the pattern reaches back across half of the image: there is no local part")
+            raise UnavailableError("the pattern reaches back across half of the image: there is no local part")
         self.count = cells // self.chunk
         padded = F.pad(mask, (self.blocks * self.chunk, 0))
         windows = [
@@ -438,7 +442,7 @@ def _merged(problem: Problem) -> Made:
     if isinstance(pattern, (Column, AxialRow)):
         local = _Lines(layout.grid, down=isinstance(pattern, Column))
     elif isinstance(pattern, Causal):
-        raise Unavailable("dense causal attention has no local part")
+        raise UnavailableError("dense causal attention has no local part")
     else:
         local = _Chunks(pattern, layout, problem)
     parts = _CpuParts if problem.device.type == "cpu" else _GpuParts
@@ -456,7 +460,7 @@ def _flash(problem: Problem, module: str) -> Made:
     """GPU: FlashAttention 2 (`flash_attn`), 3 (`flash_attn_interface`) and 4 (`flash_attn.cute`), [B, S, H, D]."""
     _needs_gpu(problem.device)
     if problem.dtype == torch.float32:
-        raise Unavailable("FlashAttention takes fp16 and bf16")
+        raise UnavailableError("FlashAttention takes fp16 and bf16")
     attend = _imported(module).flash_attn_func
 
     def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -470,7 +474,7 @@ def _natten(problem: Problem) -> Made:
     """NATTEN's causal neighbourhoods with the text as additional keys; rows and columns are 1-D ones."""
     natten = _imported("natten.functional")
     if problem.backward and problem.device.type == "cpu":
-        raise Unavailable("NATTEN's CPU backend is FlexAttention, which has no backward on the CPU")
+        raise UnavailableError("NATTEN's CPU backend is FlexAttention, which has no backward on the CPU")
     layout, pattern = problem.layout, problem.pattern
     text, (rows, columns) = layout.text_length, layout.grid
     settings: dict[str, Any] = {"torch_compile": True} if problem.device.type == "cpu" else {}
@@ -484,7 +488,7 @@ def _natten(problem: Problem) -> Made:
                 natten.na2d, kernel_size=(size, size), dilation=(step, step), is_causal=(True, True), **settings
             )
         case _:
-            raise Unavailable("NATTEN's neighbourhoods cannot express this pattern")
+            raise UnavailableError("NATTEN's neighbourhoods cannot express this pattern")
     planar = isinstance(pattern, Convolution)
 
     def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -495,9 +499,7 @@ def _natten(problem: Problem) -> Made:
             out = attend(*image)
             return (out.flatten(1, 2) if planar else out).transpose(1, 2)
         q_text, k_text, v_text = (x[:, :, :text] for x in (q, k, v))
-        out = attend(
-            *image, additional_keys=k_text.transpose(1, 2), additional_values=v_text.transpose(1, 2)
-        )
+        out = attend(*image, additional_keys=k_text.transpose(1, 2), additional_values=v_text.transpose(1, 2))
         out = (out.flatten(1, 2) if planar else out).transpose(1, 2)
         return torch.cat([F.scaled_dot_product_attention(q_text, k_text, v_text, is_causal=True), out], 2)
 
@@ -509,12 +511,13 @@ def _dalle_pytorch_attention() -> ModuleType:
     """`dalle_pytorch.attention` alone: the package around it imports tokenizers and pretrained models."""
     found = importlib.util.find_spec("dalle_pytorch")
     if found is None or not found.submodule_search_locations:
-        raise Unavailable("dalle_pytorch cannot be imported: no module of that name")
+        raise UnavailableError("dalle_pytorch cannot be imported: no module of that name")
     for needed in ("einops", "rotary_embedding_torch"):
         _imported(needed)
     source = f"{found.submodule_search_locations[0]}/attention.py"
     spec = importlib.util.spec_from_file_location("benchmarks._dalle_pytorch_attention", source)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -1,9 +1,9 @@
-"""`decode_attention` at the last position, against SDPA over a full cache and the time to copy the bytes it must read."""
+"""`decode_attention` at the last position, against SDPA over a full cache and a copy of the bytes it must read."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -87,9 +87,7 @@ class _State:
         per_key = 2 * problem.batch * problem.heads * problem.width * problem.dtype.itemsize
         self.copies = copies_beyond_cache(len(self.visible) * per_key, problem.device)
         new = (problem.batch, problem.heads, 1, problem.width)
-        self.token = [
-            torch.randn(new, generator=generator, device=problem.device).to(problem.dtype) for _ in range(3)
-        ]
+        self.token = [torch.randn(new, generator=generator, device=problem.device).to(problem.dtype) for _ in range(3)]
 
     def truth(self, dense: bool) -> tuple[Tensor, Tensor]:
         """The answer in float64, and in plain PyTorch in the dtype of the tensors."""
@@ -108,11 +106,11 @@ class _State:
 
 def contenders(problem: Problem, competitors: Sequence[Decode] | None = None) -> Iterable[Contender]:
     """Ours, the competitors, and the yardstick."""
-    state = _State(problem)
-    yield Contender("dalle_kernels", partial(_ours, state))
+    state = lru_cache(maxsize=1)(partial(_State, problem))  # made when first wanted
+    yield Contender("dalle_kernels", lambda: _ours(state()))
     for competitor in decode_competitors() if competitors is None else competitors:
-        yield Contender(competitor.name, partial(_theirs, state, competitor))
-    yield Contender(YARDSTICK, partial(_copy, state))
+        yield Contender(competitor.name, lambda competitor=competitor: _theirs(state(), competitor))
+    yield Contender(YARDSTICK, lambda: _copy(state()))
 
 
 def _trial(state: _State, runs: list[Callable[[], object]], made: Made, dense: bool) -> Trial:
@@ -152,9 +150,7 @@ def _theirs(state: _State, competitor: Decode) -> Trial:
 
 def _copy(state: _State) -> Trial:
     """The bytes that any implementation must read, copied: read once and written once."""
-    sources = [
-        torch.stack([x[:, :, state.visible] for x in (state.keys, state.values)]) for _ in range(state.copies)
-    ]
+    sources = [torch.stack([x[:, :, state.visible] for x in (state.keys, state.values)]) for _ in range(state.copies)]
     targets = [torch.empty_like(source) for source in sources]
     runs = [partial(target.copy_, source) for source, target in zip(sources, targets, strict=True)]
 

@@ -25,7 +25,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
@@ -37,11 +37,11 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-class Unavailable(Exception):
+class UnavailableError(Exception):
     """A contender cannot run here; the message says why, and becomes its row."""
 
 
-class TooSlow(Exception):
+class TooSlowError(Exception):
     """A contender's first call took so long that timing it would hold up everything else."""
 
 
@@ -65,16 +65,18 @@ class Trial:
         runs: what is timed, one callable for each rotating copy of the input.
         verify: computes the answer once more, outside the timing, and compares it with the truth.
         notes: further figures of the row, such as the time that building a block mask took.
+        counts: what one run makes how many of; the row says them per second.
     """
 
     runs: Sequence[Callable[[], object]]
     verify: Callable[[], Check]
     notes: dict[str, Any] = field(default_factory=dict)
+    counts: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Contender:
-    """A name, and how to make it ready; `prepare` raises Unavailable where it cannot run."""
+    """A name, and how to make it ready; `prepare` raises UnavailableError where it cannot run."""
 
     name: str
     prepare: Callable[[], Trial]
@@ -102,6 +104,7 @@ class Cell:
         work: see `Work`.
         contenders: made when the cell's turn comes, so that a list of cells costs nothing.
         series: cells that differ only in size share a series: a contender that gave up on one skips the larger ones.
+        finish: adds to our row what follows from several rows.
     """
 
     suite: str
@@ -110,6 +113,7 @@ class Cell:
     work: Callable[[], Work]
     contenders: Callable[[], Iterable[Contender]]
     series: str = ""
+    finish: Callable[[dict[str, dict[str, Any]]], dict[str, Any]] | None = None
 
     def __str__(self) -> str:
         return f"{self.suite}: " + ", ".join(f"{name} {value}" for name, value in self.case.items())
@@ -287,8 +291,9 @@ def measure_ceilings(device: torch.device, dtypes: Sequence[torch.dtype]) -> dic
         if device.type == "cpu" and dtype == torch.float32 and torch.backends.mkldnn.is_available():
             # torch.mm calls MKL, which takes a slow path on processors that are not Intel's; oneDNN does not.
             products.append(lambda a=a, b=b: torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], ""))
-        best = min(_best(product, device) for product in products)
-        ceilings[f"gemm {dtype_name(dtype)}"] = 2 * side**3 / best / 1e9
+        rates = [2 * side**3 / _best(product, device) / 1e9 for product in products]
+        ceilings[f"gemm {dtype_name(dtype)}"] = max(rates)
+        ceilings[f"torch.mm {dtype_name(dtype)}"] = rates[0]
     size = (2**31 if device.type == "cuda" else max(2**28, 8 * cache_bytes(device))) // 4
     source = torch.ones(size, device=device)
     target = torch.empty_like(source)
@@ -371,7 +376,7 @@ def commit() -> str:
 def default_output(device: torch.device) -> Path:
     """One file per machine and date."""
     slug = re.sub(r"[^a-z0-9]+", "-", machine_name(device).lower()).strip("-")
-    return RESULTS / f"{slug}-{datetime.now(timezone.utc):%Y-%m-%d}.jsonl"
+    return RESULTS / f"{slug}-{datetime.now(UTC):%Y-%m-%d}.jsonl"
 
 
 # --- Records ----------------------------------------------------------------------------------------------------------
@@ -406,7 +411,7 @@ class Bench:
 
     def __init__(self, options: Options, recorder: Recorder, command: str = "", say: Callable[[str], None] = print):
         self.options, self.recorder, self.say = options, recorder, say
-        self.run_id = f"{datetime.now(timezone.utc):%Y-%m-%dT%H:%M:%SZ}"
+        self.run_id = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
         self.command = command
         self.ceilings: dict[str, float] = {}
         self.interrupted = False
@@ -468,20 +473,24 @@ class Bench:
                     break
             try:
                 # After an interruption one short turn of those that are ready is still worth having.
-                for samples in interleave(timers, 0.0 if self.interrupted else self.options.seconds):
-                    pass
+                for taken in interleave(timers, 0.0 if self.interrupted else self.options.seconds):
+                    samples = taken
             except KeyboardInterrupt:
                 self.interrupted = True
         for row in rows:
             taken = samples.get(row["contender"], [])
             if taken:
                 self._figures(row, taken, cell, work)
+                for name, count in trials[row["contender"]].counts.items():
+                    row[f"{name}_per_s"] = count / row["ms"] * 1e3
             elif "status" not in row:
                 row |= {"status": "interrupted", "reason": "before it was timed"}
         ours = rows[0].get("ms") if rows else None
         for row in rows:
             if ours and "ms" in row:
                 row["ratio"] = row["ms"] / ours
+        if cell.finish is not None and rows:
+            rows[0] |= cell.finish({row["contender"]: row for row in rows if "ms" in row})
         common = {"kind": "row", "run": self.run_id, "suite": cell.suite, "case": cell.case}
         pairs = {"visible_pairs": work.visible_pairs, "executed_pairs": work.executed_pairs}
         records = [common | pairs | {"flops": work.flops, "bytes": work.bytes} | row for row in rows]
@@ -524,14 +533,14 @@ class Bench:
             start = time.perf_counter()
             row["peak_bytes"] = peak_memory(trial.runs[0], device)
             if time.perf_counter() - start > self.options.patience:
-                raise TooSlow(f"one call took {time.perf_counter() - start:.0f} s")
+                raise TooSlowError(f"one call took {time.perf_counter() - start:.0f} s")
             timer = _timer(trial.runs, device)
             if isinstance(timer, _GpuTimer):
                 row["cuda_graph"] = timer.captured
             trials[contender.name], timers[contender.name] = trial, timer
-        except Unavailable as reason:
+        except UnavailableError as reason:
             row |= {"status": "skipped", "reason": str(reason)}
-        except (TooSlow, MemoryError, torch.OutOfMemoryError) as error:
+        except (TooSlowError, MemoryError, torch.OutOfMemoryError) as error:
             self._give_up(key, row, error)
         except Exception as error:  # a contender's failure of any kind is its row, and never ends the run
             if "memory" in str(error).lower():
@@ -540,7 +549,7 @@ class Bench:
                 row |= {"status": "failed", "reason": _first_line(error)}
 
     def _give_up(self, key: tuple[str, str], row: dict[str, Any], error: Exception) -> None:
-        status = "too slow" if isinstance(error, TooSlow) else "out of memory"
+        status = "too slow" if isinstance(error, TooSlowError) else "out of memory"
         self._given_up[key] = status
         row |= {"status": status, "reason": _first_line(error)}
 
@@ -606,6 +615,9 @@ def format_row(row: dict[str, Any], work: Work) -> str:
     notes = [f"{row['first_call_s']:.1f} s first call"] if row.get("first_call_s", 0) > 1 else []
     notes += [f"{row['block_mask_ms']:.0f} ms block mask"] if "block_mask_ms" in row else []
     notes += [row["note"]] if "note" in row else []
+    notes += [f"{value:.3g} {name[:-6]} a second" for name, value in row.items() if name.endswith("_per_s")]
+    if "attention_share" in row:
+        notes.append(f"attention is {row['attention_share']:.0%} of the step")
     return " ".join(columns) + f"  {row['contender']}" + (f"  ({', '.join(notes)})" if notes else "")
 
 
@@ -613,4 +625,3 @@ def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines() or [""]
     text = re.sub(r"(/[\w.+-]+){2,}/", "", lines[0])  # no machine's paths in records
     return f"{type(error).__name__}: {text}"[:200]
-

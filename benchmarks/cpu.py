@@ -1,0 +1,308 @@
+"""`python -m benchmarks cpu`: what the CPU kernels are meant to reach, and what they reach here.
+
+Every figure stands beside its target. Two opponents of the attention rows need a word:
+
+- "Best dense" is the faster of SDPA causal and SDPA with the mask. On processors that are not Intel's, MKL, which
+  SDPA's CPU kernel calls for its products, takes a path without AVX-512. The ratio in brackets is against the same
+  SDPA with MKL's AVX-512 path forced: a process of its own, in which a preloaded library answers yes when MKL asks
+  whether this is an Intel processor.
+- FlexAttention stands at its best setting: 128 and 64 blocks, columns permuted by its user.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import attention, codebook, decode
+from benchmarks.competitors import attention_competitors
+from benchmarks.harness import (
+    DTYPES,
+    Bench,
+    Cell,
+    Options,
+    Recorder,
+    limit_memory,
+    machine,
+    read_records,
+)
+
+CPU = torch.device("cpu")
+DENSE = ("SDPA causal (flash)", "SDPA mask (flash)")
+FLEX = {
+    False: ("FlexAttention", "FlexAttention, 64 blocks"),
+    True: ("FlexAttention, permuted", "FlexAttention, permuted, 64 blocks"),
+}
+SHIM = "int mkl_serv_intel_cpu_true(void) { return 1; }\nint mkl_serv_intel_cpu(void) { return 1; }\n"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One attention row of the table: times as long as ours that each opponent should take."""
+
+    part: str
+    pattern: str
+    grid: int
+    heads: int
+    dtype: str
+    backward: bool
+    dense: float | None = None
+    dense_forced: float | None = None
+    flex: float | None = None
+
+    @property
+    def title(self) -> str:
+        direction = "backward" if self.backward else "forward"
+        return f"{self.pattern} {self.grid} x {self.grid}, {self.heads} heads, {direction} {self.dtype}"
+
+    def cell(self, names: Sequence[str]) -> Cell:
+        """The attention cell with these competitors."""
+        chosen = [competitor for competitor in attention_competitors() if competitor.name in names]
+        dtype = DTYPES[self.dtype]
+        return attention.cell(
+            CPU, self.pattern, 256, self.grid, dtype, self.backward, batch=1, heads=self.heads, competitors=chosen
+        )
+
+
+def _cases() -> list[Case]:
+    found = []
+    for pattern in ("row", "column"):
+        found.append(Case("forward", pattern, 32, 8, "fp32", False, 6, 3, 3))
+        found.append(Case("forward", pattern, 32, 8, "bf16", False, 11, 3.7, 7))
+    for pattern in ("convolution", "clamp"):
+        found.append(Case("convolution", pattern, 32, 8, "fp32", False, 5, None, 2.5))
+        found.append(Case("convolution", pattern, 32, 8, "bf16", False, 9, None, 5))
+    for pattern in ("row", "column"):
+        found.append(Case("backward", pattern, 32, 8, "fp32", True, 6.5, 3))
+        found.append(Case("backward", pattern, 32, 8, "bf16", True, 7.5, 4))
+    for pattern in ("row", "column"):
+        found.append(Case("large", pattern, 64, 2, "fp32", False, 13, None, 3.2))
+        found.append(Case("large", pattern, 64, 2, "bf16", False, 25, None, 8))
+    return found
+
+
+PARTS = ("forward", "convolution", "backward", "large", "gumbel", "decode", "forced")
+GUMBEL_TARGETS = {False: (22.0, 6.5), True: (8.0, 2.8)}  # (eager, compiled) of the forward pass, and with the backward
+DECODE_TARGET, SCALING_TARGET = 2.0, 1.3
+
+
+def main(output: Path, parts: Sequence[str] = (), dry_run: bool = False) -> int:
+    """Measures `parts` of the table (all, where none is named), prints it and records it."""
+    parts = tuple(parts) or PARTS
+    if unknown := set(parts) - set(PARTS):
+        print(f"--part: got {', '.join(sorted(unknown))}, wanted some of {', '.join(PARTS)}", file=sys.stderr)
+        return 2
+    if dry_run:
+        print("\n".join(case.title for case in _cases() if case.part in parts))
+        print("\n".join(part for part in parts if part in ("gumbel", "decode", "forced")))
+        return 0
+    limit_memory()
+    recorder = Recorder(output)
+    bench = Bench(Options(CPU, seconds=2.0), recorder, command="cpu")
+    bench.begin([torch.float32, torch.bfloat16])
+    entries = _attention(bench, parts)
+    if "gumbel" in parts:
+        entries += _gumbel(bench)
+    if "decode" in parts:
+        entries += _decode(bench)
+    if "forced" in parts and not bench.interrupted:
+        entries += _forced(bench)
+    records = [{"kind": "cpu", "run": bench.run_id} | entry for entry in entries]
+    recorder.add(records)
+    print("\n" + "\n".join(table(records)))
+    return 130 if bench.interrupted else 0
+
+
+# --- What is measured -------------------------------------------------------------------------------------------------
+
+
+def _entry(
+    case: str, against: str, theirs: dict[str, Any], ours: dict[str, Any], target: float | None, **more: Any
+) -> dict[str, Any]:
+    ratio = theirs["ms"] / ours["ms"]
+    return {
+        "case": case,
+        "against": against,
+        "ratio": ratio,
+        "target": target,
+        "met": None if target is None else ratio >= target,
+        "ours_ms": ours["ms"],
+        "theirs_ms": theirs["ms"],
+        "theirs": theirs["contender"],
+    } | more
+
+
+def _measured(rows: Sequence[dict[str, Any]]) -> tuple[dict[str, Any] | None, dict[str, dict[str, Any]]]:
+    """Our row, where it is good, and the others' by name."""
+    good = {row["contender"]: row for row in rows if row["status"] == "ok"}
+    return good.pop("dalle_kernels", None), good
+
+
+def _fastest(rows: dict[str, dict[str, Any]], names: Sequence[str]) -> dict[str, Any] | None:
+    return min((rows[name] for name in names if name in rows), key=lambda row: row["ms"], default=None)
+
+
+def _attention(bench: Bench, parts: Sequence[str]) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    per_pair: dict[tuple[str, str, int], float] = {}
+    for case in _cases():
+        if case.part not in parts or bench.interrupted:
+            continue
+        flex = () if case.backward else FLEX[case.pattern == "column"]
+        ours, theirs = _measured(bench.run([case.cell((*DENSE, *flex))]))
+        if ours is None:
+            continue
+        if not case.backward:
+            pairs = ours["visible_pairs"] * case.heads
+            per_pair[case.pattern, case.dtype, case.grid] = ours["ms"] / pairs
+        for against, names, target in (("best dense", DENSE, case.dense), ("FlexAttention", flex, case.flex)):
+            if best := _fastest(theirs, names):
+                found.append(_entry(case.title, against, best, ours, target))
+    for (pattern, dtype, grid), large in per_pair.items():
+        if grid == 64 and (small := per_pair.get((pattern, dtype, 32))):
+            found.append(
+                {
+                    "case": f"{pattern} forward {dtype}, time per visible pair",
+                    "against": "64 x 64 over 32 x 32",
+                    "ratio": large / small,
+                    "target": SCALING_TARGET,
+                    "met": large / small <= SCALING_TARGET,
+                }
+            )
+    return found
+
+
+def _gumbel(bench: Bench) -> list[dict[str, Any]]:
+    found = []
+    for backward, (eager, compiled) in GUMBEL_TARGETS.items():
+        cell = codebook.gumbel_cell(CPU, 1024, torch.float32, False, backward)
+        ours, theirs = _measured(bench.run([cell]))
+        title = f"Gumbel lookup 1024 x 8192 -> 128 fp32, forward{' + backward' if backward else ''}"
+        if ours is None:
+            continue
+        if "eager" in theirs:
+            found.append(_entry(title, "eager", theirs["eager"], ours, eager))
+        if best := _fastest(theirs, ("compiled", "compiled, uniform noise")):
+            found.append(_entry(title, "compiled", best, ours, compiled))
+    return found
+
+
+def _decode(bench: Bench) -> list[dict[str, Any]]:
+    found = []
+    for pattern in ("row", "column", "convolution"):
+        for dtype in (torch.float32, torch.bfloat16):
+            cell = decode.cell(CPU, pattern, 256, 32, dtype, batch=8, competitors=())
+            ours, theirs = _measured(bench.run([cell]))
+            if ours is not None and decode.YARDSTICK in theirs:
+                copy = theirs[decode.YARDSTICK]
+                entry = _entry(f"decode, {pattern} {cell.case['dtype']}, B 8, H 8", "the copy", copy, ours, None)
+                entry |= {"ratio": ours["ms"] / copy["ms"], "target": DECODE_TARGET}
+                found.append(entry | {"met": entry["ratio"] <= DECODE_TARGET})
+    return found
+
+
+# --- MKL's AVX-512 path -----------------------------------------------------------------------------------------------
+
+
+def obstacle_to_forcing() -> str | None:
+    """Why MKL's AVX-512 path cannot or need not be forced here, or None."""
+    if platform.system() != "Linux":
+        return "a library is preloaded the way Linux does it"
+    if machine(CPU).get("vendor_id") == "GenuineIntel":
+        return "on an Intel processor MKL takes it as installed"
+    if not torch.backends.mkl.is_available():
+        return "this torch was built without MKL"
+    if "avx512" not in torch.backends.cpu.get_cpu_capability().lower():
+        return "this processor has no AVX-512"
+    if shutil.which("cc") is None:
+        return "there is no C compiler to build the preloaded library with"
+    return None
+
+
+def _forced(bench: Bench) -> list[dict[str, Any]]:
+    """The dense baselines, and ours beside them, in a process whose MKL believes that the processor is Intel's."""
+    if reason := obstacle_to_forcing():
+        print(f"no brackets: {reason}")
+        return []
+    with tempfile.TemporaryDirectory() as folder:
+        source, library = Path(folder, "intel.c"), Path(folder, "intel.so")
+        source.write_text(SHIM)
+        subprocess.run(["cc", "-shared", "-fPIC", "-o", library, source], check=True)
+        output = Path(folder, "rows.jsonl")
+        environment = os.environ | {"LD_PRELOAD": str(library)}
+        subprocess.run([sys.executable, "-m", "benchmarks.cpu", output], env=environment, check=True)
+        records = read_records([output])
+    rates = next(record["ceilings"] for record in records if record["kind"] == "run")
+    rate = rates["torch.mm fp32"]
+    print(f"torch.mm fp32: {bench.ceilings['torch.mm fp32']:.3g} TFLOP/s as installed, {rate:.3g} forced")
+    found = []
+    for case in _cases():
+        cell = case.cell(())
+        ours, theirs = _measured([r for r in records if r["kind"] == "row" and r["case"] == cell.case])
+        if ours and (best := _fastest(theirs, DENSE)):
+            more = {"forced_mm_tflops": rate, "installed_mm_tflops": bench.ceilings["torch.mm fp32"]}
+            found.append(
+                _entry(case.title, "best dense, MKL's AVX-512 path forced", best, ours, case.dense_forced, **more)
+            )
+    return found
+
+
+def _measure_forced(output: Path) -> None:
+    limit_memory()
+    bench = Bench(Options(CPU, seconds=1.0), Recorder(output), command="cpu, MKL's AVX-512 path forced")
+    bench.begin([torch.float32])
+    bench.run([case.cell(DENSE) for case in _cases()])
+
+
+# --- The table --------------------------------------------------------------------------------------------------------
+
+
+def table(records: Sequence[dict[str, Any]]) -> list[str]:
+    """Markdown: a case a line; ratios with their targets beside them, short of target in bold."""
+    latest = {(record["case"], record["against"]): record for record in records}
+    lines = []
+    cases = list(dict.fromkeys(case for case, _ in latest))
+    attention_cases = [case for case in cases if (case, "best dense") in latest or (case, "FlexAttention") in latest]
+    forced = "best dense, MKL's AVX-512 path forced"
+    attention_cases += [case for case in cases if (case, forced) in latest and case not in attention_cases]
+    if attention_cases:
+        lines += [
+            "| attention, S = 256 + grid, B = 1, D = 64 | ours, ms | best dense [MKL's AVX-512 path] | FlexAttention |"
+        ]
+        lines += ["|---|---|---|---|"]
+        for case in attention_cases:
+            dense, bracket, flex = (latest.get((case, name)) for name in ("best dense", forced, "FlexAttention"))
+            ours = next(entry for entry in (dense, bracket, flex) if entry)["ours_ms"]
+            first = (_ratio(dense) if dense else "-") + (f" [{_ratio(bracket)}]" if bracket else "")
+            lines.append(f"| {case} | {ours:.3g} | {first} | {_ratio(flex) if flex else '-'} |")
+        lines.append("")
+    others = [key for key in latest if key[0] not in attention_cases]
+    if others:
+        lines += ["| case | against | ours, ms | ratio |", "|---|---|---|---|"]
+        for key in others:
+            entry = latest[key]
+            ours = f"{entry['ours_ms']:.3g}" if "ours_ms" in entry else ""
+            lines.append(f"| {key[0]} | {key[1]} | {ours} | {_ratio(entry)} |")
+    return lines
+
+
+def _ratio(entry: dict[str, Any]) -> str:
+    text = f"{entry['ratio']:.3g}x"
+    if entry["target"] is None:
+        return text
+    limit = "at most" if "theirs_ms" not in entry or entry["against"] == "the copy" else "target"
+    return (text if entry["met"] else f"**{text}**") + f" ({limit} {entry['target']:g}x)"
+
+
+if __name__ == "__main__":
+    _measure_forced(Path(sys.argv[1]))

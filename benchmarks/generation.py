@@ -1,0 +1,105 @@
+"""Sampling whole pictures with the reference transformer: cached by ours, cached by SDPA, and uncached."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from benchmarks.choice import Choice
+from benchmarks.harness import Cell, Check, Contender, Trial, Work, dtype_name
+from benchmarks.models import attention_by, decoding_by_sdpa, sdpa_masked
+
+
+def cells(choice: Choice) -> list[Cell]:
+    """One picture's tokens after a caption; the last cells of it alone, where the whole would take too long."""
+    dtypes = choice.dtypes or ((torch.bfloat16,) if choice.gpu else (torch.float32,))
+    batches = (1, 16) if choice.gpu else (1,) if choice.quick else (1, 4)
+    grids, texts = choice.grids or (32,), choice.texts or (256,)
+    return [
+        cell(choice.device, text, grid, dtype, batch)
+        for grid in grids
+        for text in texts
+        for dtype in dtypes
+        for batch in batches
+    ]
+
+
+def cell(
+    device: torch.device,
+    text: int,
+    grid: int,
+    dtype: torch.dtype,
+    batch: int,
+    layers: int = 4,
+    heads: int = 8,
+    tokens: int | None = None,
+) -> Cell:
+    """Drawing the last `tokens` cells of a picture, greedily; reading the prefix before them is part of the time."""
+    tokens = tokens or min(grid * grid, 512 if device.type == "cuda" else 32)
+    case = {
+        "grid": grid,
+        "text": text,
+        "layers": layers,
+        "heads": heads,
+        "batch": batch,
+        "tokens": tokens,
+        "dtype": dtype_name(dtype),
+    }
+
+    def contenders() -> Iterable[Contender]:
+        drawing = _Drawing(device, text, grid, dtype, batch, layers, heads, tokens)
+        yield Contender("dalle_kernels, cached", partial(drawing.trial, nullcontext, True))
+        yield Contender("SDPA mask, full cache", partial(drawing.trial, decoding_by_sdpa, True))
+        yield Contender("dalle_kernels, uncached", partial(drawing.trial, nullcontext, False))
+        yield Contender("SDPA mask, uncached", partial(drawing.trial, partial(attention_by, sdpa_masked), False))
+
+    return Cell("generation", case, dtype, Work, contenders, f"{text} {batch} {dtype_name(dtype)}")
+
+
+class _Drawing:
+    def __init__(
+        self,
+        device: torch.device,
+        text: int,
+        grid: int,
+        dtype: torch.dtype,
+        batch: int,
+        layers: int,
+        heads: int,
+        tokens: int,
+    ) -> None:
+        from dalle_reference.transformer import DalleTransformer, TransformerConfig
+
+        torch.manual_seed(0)
+        config = TransformerConfig(
+            vocab_text=2048, text_length=text, grid=(grid, grid), vocab_image=1024, layers=layers, heads=heads
+        )
+        self.device, self.dtype, self.tokens = device, dtype, tokens
+        self.model = DalleTransformer(config).to(device).eval()
+        self.text = torch.randint(2048, (batch, config.caption_length), device=device)
+        self.prefix = torch.randint(1024, (batch, config.image_length - tokens), device=device)
+
+    def draw(self, cached: bool) -> Tensor:
+        from dalle_reference.generate import generate
+
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            return generate(self.model, self.text, seed=1, temperature=0.0, image_prefix=self.prefix, use_cache=cached)
+
+    def trial(self, within: Callable[[], AbstractContextManager[None]], cached: bool) -> Trial:
+        def run() -> Tensor:
+            with within():
+                return self.draw(cached)
+
+        def verify() -> Check:
+            """Greedy tokens against uncached SDPA's: the first must agree, later ones may part where two are close."""
+            with attention_by(sdpa_masked):
+                wanted = self.draw(False)
+            first = self.prefix.shape[1]
+            return Check((run()[:, first] != wanted[:, first]).double().mean().item(), 0.0)
+
+        tokens = self.text.shape[0] * self.tokens
+        return Trial([run], verify, counts={"tokens": tokens, "pictures": tokens / self.model.config.image_length})

@@ -1,0 +1,281 @@
+"""The harness: what becomes of contenders that are wrong, fail, are missing or slow; interruption; records; report."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import against, codebook, cpu, decode, report, sampling
+from benchmarks.__main__ import SUITES, cells_of, main
+from benchmarks.attention import cell as attention_cell
+from benchmarks.choice import Choice
+from benchmarks.harness import (
+    ROOT,
+    Bench,
+    Cell,
+    Check,
+    Contender,
+    Options,
+    Recorder,
+    Trial,
+    UnavailableError,
+    Work,
+    peak_memory,
+    quantile,
+    read_records,
+)
+
+CPU = torch.device("cpu")
+OPTIONS = Options(CPU, seconds=0.0, patience=5.0)
+
+
+def trial(run: Callable[[], object] = lambda: None, error: float = 0.0) -> Trial:
+    return Trial([run], lambda: Check(error, 1.0), {"note": "n"}, {"things": 2})
+
+
+def cell_of(*contenders: Contender, series: str = "") -> Cell:
+    return Cell("test", {"size": 1}, torch.float32, lambda: Work(flops=10), lambda: contenders, series)
+
+
+def run(*cells: Cell, options: Options = OPTIONS, path: Path | None = None) -> tuple[list[dict[str, Any]], list[str]]:
+    said: list[str] = []
+    bench = Bench(options, Recorder(path), say=said.append)
+    bench.ceilings = {"gemm fp32": 1.0, "copy": 1.0}
+    return bench.run(cells), said
+
+
+def raising(error: BaseException) -> Callable[[], Trial]:
+    def prepare() -> Trial:
+        raise error
+
+    return prepare
+
+
+def test_good_rows_carry_the_figures(tmp_path: Path) -> None:
+    rows, said = run(cell_of(Contender("ours", trial), Contender("theirs", trial)), path=tmp_path / "r.jsonl")
+    assert [row["status"] for row in rows] == ["ok", "ok"]
+    for row in rows:
+        assert row["p20_ms"] <= row["ms"] <= row["p80_ms"]
+        assert row["samples"] >= 3
+        assert {"ratio", "tflops", "ceiling_fraction", "peak_bytes", "error", "note", "things_per_s"} <= row.keys()
+    assert rows[0]["ratio"] == 1.0
+    assert read_records([tmp_path / "r.jsonl"]) == json.loads(json.dumps(rows))
+    assert any("ratio" in line for line in said)
+
+
+def test_a_wrong_answer_is_not_timed() -> None:
+    for error in (2.0, float("nan")):
+        rows, said = run(cell_of(Contender("ours", trial), Contender("wrong", partial(trial, error=error))))
+        assert rows[1]["status"] == "wrong"
+        assert "ms" not in rows[1]
+        assert any("wrong" in line for line in said)
+
+
+def test_what_fails_is_a_row_and_the_run_goes_on() -> None:
+    contenders = [
+        Contender("ours", trial),
+        Contender("absent", raising(UnavailableError("it needs a moon"))),
+        Contender("broken", raising(ValueError("lost /some/where/on/this/machine/file.py"))),
+        Contender("large", raising(RuntimeError("DefaultCPUAllocator: not enough memory: you tried"))),
+        Contender("last", trial),
+    ]
+    rows, said = run(cell_of(*contenders))
+    assert [row["status"] for row in rows] == ["ok", "skipped", "failed", "out of memory", "ok"]
+    assert rows[1]["reason"] == "it needs a moon"
+    assert "/some/where" not in json.dumps(rows)
+    assert any("it needs a moon: absent" in line for line in said)
+
+
+def test_a_contender_that_gave_up_skips_larger_sizes() -> None:
+    small = cell_of(Contender("ours", trial), Contender("large", raising(MemoryError("no"))), series="s")
+    rows, _ = run(small, cell_of(Contender("ours", trial), Contender("large", trial), series="s"))
+    assert rows[3]["status"] == "skipped"
+    assert "out of memory" in rows[3]["reason"]
+
+
+def test_a_slow_contender_is_not_waited_for() -> None:
+    rows, _ = run(cell_of(Contender("ours", trial)), options=Options(CPU, seconds=0.0, patience=-1.0))
+    assert rows[0]["status"] == "too slow"
+
+
+def test_an_interruption_keeps_what_was_measured(tmp_path: Path) -> None:
+    cells = [
+        cell_of(Contender("ours", trial)),
+        cell_of(Contender("ours", trial), Contender("next", raising(KeyboardInterrupt()))),
+        cell_of(Contender("never", trial)),
+    ]
+    rows, said = run(*cells, path=tmp_path / "r.jsonl")
+    assert [row["status"] for row in rows] == ["ok", "ok", "interrupted"]
+    assert len(read_records([tmp_path / "r.jsonl"])) == 3
+    assert "interrupted: what was measured is kept" in said
+
+
+def test_contenders_can_be_chosen() -> None:
+    contenders = [Contender("ours", trial), Contender("a", trial), Contender("b", trial)]
+    rows, _ = run(cell_of(*contenders), options=Options(CPU, 0.0, 5.0, ("b",)))
+    assert [row["contender"] for row in rows] == ["ours", "b"]
+
+
+def test_quantiles() -> None:
+    assert [quantile([3.0, 1.0, 2.0, 5.0, 4.0], share) for share in (0.2, 0.5, 0.8)] == [2.0, 3.0, 5.0]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the high-water mark is Linux's")
+def test_peak_memory_sees_what_is_freed_again() -> None:
+    def use() -> None:
+        torch.ones(2**24)  # 64 MB
+
+    assert 60e6 < peak_memory(use, CPU) < 80e6  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_every_suite_lists_its_cells(suite: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([suite, "--dry-run", "--device", "cpu"]) == 0
+    everything = capsys.readouterr().out.splitlines()
+    assert main([suite, "--dry-run", "--quick", "--device", "cpu"]) == 0
+    quick = capsys.readouterr().out.splitlines()
+    assert 1 <= len(quick) <= len(everything)
+    assert len(cells_of(suite, Choice(CPU))) == len(everything)
+
+
+def test_the_grid_of_cells_follows_the_options(capsys: pytest.CaptureFixture[str]) -> None:
+    wishes = ["--grid", "16,32", "--text", "0,64", "--dtype", "bf16", "--pattern", "row"]
+    main(["attention", "--dry-run", "--device", "cpu", *wishes])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 * 2 * 2
+    assert all("pattern row" in line and "dtype bf16" in line for line in lines)
+
+
+@pytest.mark.parametrize("words", [["attention", "--dtype", "fp8"], ["attention", "--pattern", "spiral"], ["chess"]])
+def test_bad_options_are_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    assert stop.value.code == 2
+    assert words[-1] in capsys.readouterr().err
+
+
+SMALL = [
+    attention_cell(CPU, "row", 16, 8, torch.float32, False, competitors=()),
+    attention_cell(CPU, "column", 0, 8, torch.bfloat16, True, competitors=()),
+    decode.cell(CPU, "convolution", 16, 8, torch.float32, 2, competitors=()),
+    codebook.gumbel_cell(CPU, 64, torch.float32, False, True, codes=128, width=16, competitors=()),
+    codebook.gumbel_cell(CPU, 64, torch.bfloat16, True, False, codes=128, width=16, competitors=()),
+    codebook.gumbel_cell(CPU, 64, torch.float32, True, True, codes=128, width=16, competitors=()),
+    codebook.vq_cell(CPU, 64, torch.float32, True, codes=128, width=16, competitors=()),
+    codebook.vq_cell(CPU, 64, torch.bfloat16, False, codes=128, width=16, competitors=()),
+    codebook.laplace_cell(CPU, 1000, torch.float32, competitors=()),
+    sampling.cell(CPU, 8, torch.float32, "guidance, top-k 256, top-p 0.9", 512, competitors=()),
+]
+
+
+@pytest.mark.parametrize("cell", SMALL, ids=str)
+def test_ours_passes_the_benchmark_s_check(cell: Cell) -> None:
+    ours = next(iter(cell.contenders())).prepare()
+    ours.runs[0]()
+    check = ours.verify()
+    assert check.passed, check
+    assert cell.work().flops or cell.work().bytes
+
+
+def test_the_check_catches_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import attention
+
+    right = attention.sparse_attention
+    monkeypatch.setattr(attention, "sparse_attention", lambda *args, **named: right(*args, **named) * 1.01)
+    for cell in SMALL[:2]:
+        assert not next(iter(cell.contenders())).prepare().verify().passed
+
+
+def test_whole_models_agree_with_the_same_models_on_sdpa() -> None:
+    from benchmarks import generation, training
+
+    cells = [
+        training.cell(CPU, 8, 4, torch.float32, layers=2, heads=2),
+        generation.cell(CPU, 8, 4, torch.float32, 2, layers=2, heads=2, tokens=5),
+    ]
+    for cell in cells:
+        for contender in cell.contenders():
+            try:
+                ready = contender.prepare()
+            except UnavailableError:
+                continue
+            ready.runs[0]()
+            assert ready.verify().passed, (str(cell), contender.name)
+
+
+def test_the_table_of_aims() -> None:
+    theirs = {"contender": "SDPA causal (flash)", "ms": 12.0}
+    rows = [
+        cpu._entry("row", "best dense", theirs, {"ms": 2.0}, 6.0),
+        cpu._entry("row", "best dense, MKL's AVX-512 path forced", theirs | {"ms": 5.0}, {"ms": 2.0}, 3.0),
+        cpu._entry("gumbel", "eager", {"contender": "eager", "ms": 200.0}, {"ms": 10.0}, 22.0),
+    ]
+    text = "\n".join(cpu.table(rows))
+    assert "| row | 2 | 6x (target 6x) [**2.5x** (target 3x)] | - |" in text
+    assert "| gumbel | eager | 10 | **20x** (target 22x) |" in text
+
+
+def test_revisions_are_compared() -> None:
+    samples = {"row": {"new": [1.0, 2.0, 3.0], "old": [4.0, 5.0, 1.0]}, "column": {"new": [1.0]}}
+    lines = against.compare(samples, ["new", "old"])
+    assert lines[1].split()[:3] == ["2.00x", "2", "4"]
+    assert "only one" in lines[2]
+    assert against._without(["attention", "--against", "main", "--quick"], "--against") == ["attention", "--quick"]
+
+
+def _results(folder: Path) -> None:
+    records: list[dict[str, Any]] = [
+        {
+            "kind": "run",
+            "run": "r1",
+            "command": "attention",
+            "machine": {"name": "Test CPU", "cores": 2, "cpu family": "1"},
+            "versions": {"torch": "2", "instruction_set": "avx2"},
+            "commit": "abc",
+            "ceilings": {"gemm fp32": 0.5, "copy": 20.0},
+        }
+    ]
+    for grid in (16, 32, 64):
+        for contender, ratio in (("dalle_kernels", 1.0), ("SDPA causal (flash)", 4.0)):
+            case = {"pattern": "row", "grid": grid, "text": 256, "batch": 1, "heads": 2, "width": 64}
+            case |= {"dtype": "fp32", "pass": "forward"}
+            row = {"kind": "row", "run": "r1", "suite": "attention", "case": case, "contender": contender}
+            records.append(row | {"status": "ok", "ms": grid * ratio, "ratio": ratio, "peak_bytes": 1000 * grid})
+    theirs = {"contender": "eager", "ms": 200.0}
+    records.append({"kind": "cpu", "run": "r1"} | cpu._entry("gumbel", "eager", theirs, {"ms": 10.0}, 22.0))
+    Recorder(folder / "test.jsonl").add(records)
+
+
+def test_the_report_writes_plots_and_readme(tmp_path: Path) -> None:
+    results, readme = tmp_path / "results", tmp_path / "README.md"
+    _results(results)
+    readme.write_text(f"before\n{report.START}\nold\n{report.END}\nafter\n")
+    assert report.main(results, readme) == 0
+    first = readme.read_text()
+    assert first.startswith(f"before\n{report.START}\n**Test CPU**")
+    assert first.endswith(f"{report.END}\nafter\n")
+    assert "old" not in first
+    assert "**20x** (target 22x)" in first
+    for name in ("scaling", "memory", "ratios"):
+        assert f"results/plots/test-cpu-{name}.png" in first
+        assert (results / "plots" / f"test-cpu-{name}.png").stat().st_size > 5000
+    drawn = (results / "plots" / "test-cpu-scaling.svg").read_bytes()
+    assert report.main(results, readme) == 0
+    assert readme.read_text() == first
+    assert (results / "plots" / "test-cpu-scaling.svg").read_bytes() == drawn
+
+
+def test_gpu_sh_reads_as_bash_and_says_what_it_wants() -> None:
+    script = str(ROOT / "benchmarks" / "gpu.sh")
+    assert subprocess.run(["bash", "-n", script]).returncode == 0
+    done = subprocess.run(["bash", script], capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "OUTDIR" in done.stderr
