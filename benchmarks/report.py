@@ -87,6 +87,7 @@ def section(machine: str, records: Sequence[Record], plots: Path, root: Path) ->
             " In brackets: against SDPA with MKL's AVX-512 path, which MKL does not take on this processor by itself.",
             "",
             *cpu.table(aims),
+            "",
         ]
     if operations := operation_table(rows):
         lines += [*operations, ""]
