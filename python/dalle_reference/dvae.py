@@ -42,6 +42,9 @@ class DVAEConfig:
     """Width of a code."""
     quantizer: Literal["dvae", "vq"] = "dvae"
     """dvae: Gumbel-softmax relaxation; vq: nearest code with the straight-through gradient."""
+    least_log_b: float | None = None
+    """A smooth floor under log b. Drawings have areas of one exact colour, where the likelihood otherwise grows without
+    bound and leaves no gradient for anything else; photographs need none."""
 
     def __post_init__(self) -> None:
         for name in ("resolution", "width", "groups", "blocks", "vocab", "code_width"):
@@ -258,6 +261,8 @@ class DiscreteVAE(nn.Module):
             kl, distance = row_kl.sum() / channels, zero
         maps = self._decode(latents, len(images)).float()
         mu, log_b = maps.chunk(2, dim=1)
+        if self.config.least_log_b is not None:
+            log_b = F.softplus(log_b - self.config.least_log_b) + self.config.least_log_b
         pixels = _squeeze(images).float()
         return DVAEOutput(
             nll=logit_laplace_nll(pixels, mu, log_b).mean(),
