@@ -86,11 +86,11 @@ class TrainDVAEConfig:
     data: DataConfig = field(default_factory=DataConfig)
     temperature: float = 1 / 16
     """The relaxation's temperature at the end of its half cosine, which starts at 1."""
-    temperature_share: float = 0.6
+    temperature_share: float = 0.8
     """Share of the steps over which the temperature falls."""
     kl_weight: float = 6.6
     """beta, the weight of the KL to uniform, at the end of its half cosine, which starts at 0."""
-    kl_share: float = 0.05
+    kl_share: float = 0.1
     """Share of the steps over which beta rises."""
     distance_weight: float = 1.0
     """Weight of the squared distance of features to their codes, for quantizer vq."""
@@ -150,7 +150,11 @@ DVAE_PRESETS: dict[str, tuple[str, TrainDVAEConfig]] = {
     ),
     "demo": (
         "48 x 48 pictures to 12 x 12 tokens of 512; minutes on a CPU",
-        TrainDVAEConfig(_run("runs/dvae", steps=1500, batch=32, learning_rate=2e-3), dvae.PRESETS["demo"]),
+        TrainDVAEConfig(
+            _run("runs/dvae", steps=8000, batch=8, learning_rate=2e-3, average=0.995),
+            dvae.PRESETS["demo"],
+            kl_weight=1.5,
+        ),
     ),
     "paper": (
         "256 x 256 pictures to 32 x 32 tokens of 8192, as Ramesh et al. 2021 trained it",
@@ -185,11 +189,20 @@ TRANSFORMER_PRESETS: dict[str, tuple[str, TrainTransformerConfig]] = {
         ),
     ),
     "demo": (
-        "4 layers of 4 x 64; minutes on a CPU",
+        "4 layers of 2 x 64 on 500 pictures; minutes on a CPU",
         TrainTransformerConfig(
-            _run("runs/transformer", steps=1500, batch=32, learning_rate=2e-3, beta2=0.96, weight_decay=4.5e-2),
+            _run(
+                "runs/transformer",
+                steps=5000,
+                batch=16,
+                learning_rate=3e-3,
+                beta2=0.96,
+                weight_decay=4.5e-2,
+            ),
             dvae=Path("runs/dvae"),
             one_per_concept=True,
+            pictures=500,
+            heads=2,
         ),
     ),
     "paper": (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import statistics
 import tempfile
 import time
@@ -18,7 +19,7 @@ import torch
 
 import dalle_kernels
 from dalle_kernels import Causal, Row, TokenLayout, explain, sparse_attention
-from dalle_reference import render, train
+from dalle_reference import checkpoint, render, train
 from dalle_reference.config import DVAE_PRESETS, TRANSFORMER_PRESETS, TrainDVAEConfig, TrainTransformerConfig
 from dalle_reference.data import OPENMOJI_CREDIT, load_pictures
 from dalle_reference.data.openmoji import LANGUAGES
@@ -33,6 +34,8 @@ from dalle_reference.transformer import DalleTransformer
 
 _ASKED = 64  # captions of the retrieval figure
 _SEED = 0
+_SHARE = 0.4  # of the training time, the dVAE's
+_SAMPLING: dict[str, Any] = {"temperature": 0.7, "guidance_scale": 2.0}
 
 
 @dataclass(frozen=True)
@@ -50,12 +53,12 @@ class DemoConfig:
 
 
 def run(config: DemoConfig) -> dict[str, Any]:
-    """Runs the demo and returns its report, which it also writes as report.json.
+    """Runs the demo, or goes on with one that was stopped, and returns its report, which it also writes as report.json.
 
     Raises:
-        UserError: if `out` holds a demo already.
+        UserError: if `out` holds a finished demo.
     """
-    if (config.out / "report.json").exists() or (config.out / "dvae").exists():
+    if (config.out / "report.json").exists():
         raise UserError(f"{config.out}: holds a demo already; take it away, or choose another --out")
     device = resolve_device(config.device)
     torch.manual_seed(_SEED)
@@ -68,12 +71,12 @@ def run(config: DemoConfig) -> dict[str, Any]:
     print(f"{len(pictures)} pictures of {stage_1.model.resolution} x {stage_1.model.resolution}. {OPENMOJI_CREDIT}")
 
     with _timed("dvae", seconds):
-        stage_1 = _fit(stage_1, train.train_dvae, 60 * config.minutes * 0.4)
+        stage_1 = _plan(stage_1, train.train_dvae, 60 * config.minutes * _SHARE)
         train.train_dvae(stage_1)
     dvae = train.load_dvae(stage_1.run.out, device)
 
     with _timed("transformer", seconds):
-        stage_2 = _fit(stage_2, train.train_transformer, 60 * config.minutes * 0.6)
+        stage_2 = _plan(stage_2, train.train_transformer, 60 * config.minutes * (1 - _SHARE))
         train.train_transformer(stage_2)
     model, tokenizer, dvae = train.load_transformer(stage_2.run.out, device)
 
@@ -118,8 +121,17 @@ def _configs(config: DemoConfig, device: torch.device) -> tuple[TrainDVAEConfig,
     )
 
 
-def _fit(config: Any, training: Callable[[Any], Path], seconds: float) -> Any:
-    """The configuration with as many steps as `seconds` allow, at most those of the preset, by a short trial."""
+def _plan(config: Any, training: Callable[[Any], Path], seconds: float) -> Any:
+    """The configuration with its number of steps; and with `resume` where an earlier demo has begun the stage.
+
+    As many steps as `seconds` allow by a short trial, at most the preset's; a stage once begun keeps its number.
+    """
+    out = config.run.out
+    if checkpoint.latest(out) is not None:
+        steps = checkpoint.load(out, out.name).config["run"]["steps"]
+        return replace(config, run=replace(config.run, steps=steps, resume=True))
+    if out.exists():  # begun, and stopped before there was anything to keep
+        shutil.rmtree(out)
     trial_steps = 12
     with tempfile.TemporaryDirectory() as folder:
         trial = replace(
@@ -186,9 +198,6 @@ def _samples(
         "retrieval_among_asked": {"text": str(among), "times_chance": among.times_chance, **among._asdict()},
         "training_pictures": len(training),
     }
-
-
-_SAMPLING: dict[str, Any] = {"temperature": 0.7, "guidance_scale": 2.0}
 
 
 def _explain(model: DalleTransformer, dvae: DiscreteVAE) -> dict[str, str]:

@@ -73,8 +73,8 @@ class DVAEConfig:
 
 PRESETS = {
     "tiny": DVAEConfig(resolution=16, width=8, groups=2, blocks=1, vocab=32, code_width=8),
-    "demo": DVAEConfig(resolution=48, width=32, groups=3, blocks=1, vocab=512, code_width=64),
-    "small": DVAEConfig(resolution=64, width=64, groups=3, blocks=2, vocab=1024, code_width=128),
+    "demo": DVAEConfig(resolution=48, width=48, groups=3, blocks=1, vocab=512, code_width=64, least_log_b=-2.0),
+    "small": DVAEConfig(resolution=64, width=64, groups=3, blocks=2, vocab=1024, code_width=128, least_log_b=-2.0),
     "paper": DVAEConfig(resolution=256, width=256, groups=4, blocks=2, vocab=8192, code_width=128),
 }
 

@@ -5,9 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from dalle_reference import demo, dvae
+from dalle_reference import checkpoint, demo, dvae
 from dalle_reference.errors import UserError
 from PIL import Image
+
+
+def stop(_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def test_demo_leaves_all_it_promises(
@@ -22,7 +26,16 @@ def test_demo_leaves_all_it_promises(
     )
     monkeypatch.setitem(demo.TRANSFORMER_PRESETS, "demo", (description, stage_2))
     config = demo.DemoConfig(out=tmp_path / "demo", device="cpu", cache=tmp_path / "cache")
+    # Stopped before stage 2; the second call goes on from there.
+    with monkeypatch.context() as patch:
+        patch.setattr(demo.train, "train_transformer", stop)
+        with pytest.raises(KeyboardInterrupt):
+            demo.run(config)
+    newest = checkpoint.latest(config.out / "dvae")
+    assert newest is not None
+    written = (newest / "tensors.safetensors").stat().st_mtime_ns
     demo.run(config)
+    assert (newest / "tensors.safetensors").stat().st_mtime_ns == written
     said = capsys.readouterr().out
     report = json.loads((config.out / "report.json").read_text())
     assert report["steps"] == {"dvae": 50, "transformer": 50}
