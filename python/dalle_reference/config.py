@@ -49,14 +49,14 @@ class RunConfig:
     save_every: int = 500
     """Steps between checkpoints; the last step and Ctrl-C save as well."""
     draw_every: int = 500
-    """Steps between pictures of what the model does."""
+    """Steps between pictures of what the model does, and once at the end; 0 for none."""
     resume: bool = False
     """Go on from the newest checkpoint in `out`, exactly as if the run had never stopped."""
     cache: Path | None = None
     """Where decoded pictures are kept; $DALLE_REFERENCE_CACHE or the user's cache folder by default."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "log_every", "save_every", "draw_every"):
+        for name in ("steps", "batch", "log_every", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, wanted at least 1")
         if self.precision not in ("auto", "fp32", "bf16"):

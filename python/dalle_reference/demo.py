@@ -44,7 +44,7 @@ class DemoConfig:
 
     out: Path = Path("runs/demo")
     """Folder for pictures and models; must not hold a demo yet."""
-    minutes: float = 7.0
+    minutes: float = 5.0
     """What training may take, both stages together: the steps are chosen so, on the speed of a short trial."""
     device: str = "auto"
     """cpu, cuda, or auto: a GPU where there is one, with larger models."""
@@ -106,7 +106,7 @@ def run(config: DemoConfig) -> dict[str, Any]:
 def _configs(config: DemoConfig, device: torch.device) -> tuple[TrainDVAEConfig, TrainTransformerConfig]:
     """The demo's presets; the next larger ones on a GPU."""
     name = "small" if device.type == "cuda" else "demo"
-    often: dict[str, Any] = {"log_every": 5, "save_every": 500, "draw_every": 250, "seed": _SEED}
+    often: dict[str, Any] = {"log_every": 5, "save_every": 500, "draw_every": 1000, "seed": _SEED}
     places: dict[str, Any] = {"cache": config.cache, "device": str(device)}
     stage_1 = DVAE_PRESETS[name][1]
     stage_2 = TRANSFORMER_PRESETS[name][1]
@@ -132,11 +132,9 @@ def _plan(config: Any, training: Callable[[Any], Path], seconds: float) -> Any:
         return replace(config, run=replace(config.run, steps=steps, resume=True))
     if out.exists():  # begun, and stopped before there was anything to keep
         shutil.rmtree(out)
-    trial_steps = 12
+    trial_steps, every = 30, 10
     with tempfile.TemporaryDirectory() as folder:
-        trial = replace(
-            config.run, out=Path(folder) / "trial", steps=trial_steps, log_every=trial_steps - 4, draw_every=10**9
-        )
+        trial = replace(config.run, out=Path(folder) / "trial", steps=trial_steps, log_every=every, draw_every=0)
         training(replace(config, run=trial))
         speed = _last(trial.out)["pictures_per_second"]
     steps = int(min(config.run.steps, max(50, seconds * speed / config.run.batch)))

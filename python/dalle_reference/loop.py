@@ -164,11 +164,11 @@ class Run:
                     since, began = self.step, time.perf_counter()
                     numbers |= {"gradient_norm": float(norm), "learning_rate": rate, "pictures_per_second": speed}
                     self._log(log, board, {"step": self.step, "loss": value, **numbers})
-                if self.step % config.draw_every == 0 or last:
-                    draw(self.step, board)
                 if self.step % config.save_every == 0 or last or stop:
                     log.flush()
                     self.save()
+                if config.draw_every and (self.step % config.draw_every == 0 or last):
+                    draw(self.step, board)
                 if stop and not last:
                     raise Interrupted(f"{config.out}: stopped at step {self.step} of {config.steps}, saved")
 
