@@ -17,6 +17,7 @@ from dalle_kernels.attention import (
 from dalle_kernels.attention.op import sparse_attention
 from dalle_kernels.backends import explain
 from dalle_kernels.codebook.op import gumbel_lookup, vq_lookup
+from dalle_kernels.codebook.projection import gumbel_projection_lookup
 from dalle_kernels.decode.cache import KVCache
 from dalle_kernels.decode.op import decode_attention
 from dalle_kernels.likelihood.op import logit_laplace_nll
@@ -41,6 +42,7 @@ __all__ = [
     "decode_attention",
     "explain",
     "gumbel_lookup",
+    "gumbel_projection_lookup",
     "logit_laplace_nll",
     "sample_tokens",
     "sparse_attention",

@@ -1,0 +1,520 @@
+"""Gumbel-softmax lookup in Triton: one pass over the logits forward, one backward.
+
+Scores live in units of log2: t = logit log2(e), and s = (logit + g) log2(e) with the noise. With tau the temperature:
+
+    y = 2^((s - lse_noisy) / tau)    the sampled mixture            latents = y @ codebook
+    p = 2^(t - lse_clean)            the encoder's distribution     kl = log K + sum p log p
+
+kl = log K + ln 2 (A / S - log2 S) where S = sum 2^(t - m) and A = sum 2^(t - m) (t - m), for any m. Noise lies between
+-2.82 and 16.64, so the running maximum m of the noisy scores is never far below the clean ones: one maximum serves both
+sums.
+
+A tile takes BLOCK_Q columns out of each quarter of the codebook, which one Philox counter serves (see triton_noise).
+The index of the best score is found in two steps: the pass keeps, per row, which tile held the largest score, and that
+tile is computed once more at the end, so the pass pays for a maximum and not for an argmax.
+
+Backward, with G the gradient of the latents, delta = sum over d of G latents, and h the gradient of kl:
+
+    dlogits   = y (G codebook^T - delta) / tau + h p (log p + log K - kl)
+    dcodebook = y^T G
+
+A program owns 4 x BLOCK_Q codes and walks down the rows, so dcodebook is summed in registers in a fixed order. Rows are
+split among a few programs to fill the machine; their partial sums are added in order by a second kernel.
+"""
+
+import functools
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from dalle_kernels.launch import architecture, settings_for
+from dalle_kernels.noise import GUMBEL_STREAM
+from dalle_kernels.triton_common import dot, precision
+from dalle_kernels.triton_noise import GUMBEL2_CONSTANT, LN_2, LOG2_E, fast_log2, gumbel2, philox
+
+STREAM = tl.constexpr(GUMBEL_STREAM)
+ALIGNMENT = 128  # every BLOCK_Q divides a quarter of a codebook whose size this divides
+PIECE = 128  # dimensions of the latents that the backward pass takes at once
+NEGATIVE = tl.constexpr(-1e30)  # stands for minus infinity where a difference of two must not be NaN
+
+
+@triton.jit
+def load_scores(logits_rows, columns, quarter_index: tl.constexpr, K, quarter, EVEN: tl.constexpr):
+    """Clean scores t [n, BLOCK_Q] of one quarter's columns; NEGATIVE past the codebook and for a logit of -inf."""
+    code = columns + quarter_index * quarter
+    if EVEN:
+        t = tl.load(logits_rows + code).to(tl.float32) * LOG2_E
+    else:
+        valid = (columns < quarter) & (code < K)
+        t = tl.load(logits_rows + code, mask=valid, other=float("-inf")).to(tl.float32) * LOG2_E
+    return tl.maximum(t, NEGATIVE, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def load_codes(codebook, columns, features, quarter_index: tl.constexpr, K, quarter, D, row_width, EVEN: tl.constexpr):
+    """Codebook rows [BLOCK_Q, BLOCK_D] of a quarter's columns [BLOCK_Q, 1], zero past the end."""
+    code = columns + quarter_index * quarter
+    pointers = codebook + code * row_width + features
+    if EVEN:
+        return tl.load(pointers)
+    valid = (columns < quarter) & (code < K) & (features < D)
+    return tl.load(pointers, mask=valid, other=0.0)
+
+
+@triton.jit
+def add_noise(t, word, NOISE: tl.constexpr):
+    if NOISE:
+        return t + gumbel2(word)
+    else:
+        return t
+
+
+@triton.jit
+def observe(t, largest, first, maximum, winner, clean_sum, clean_moment):
+    """Enters one tile into the running statistics of its rows.
+
+    t: its clean scores; largest: its largest noisy score; first: the code that stands for it, its first or its best.
+    """
+    # Ties go to the first code: an equal maximum wins only from a tile of smaller codes.
+    winner = tl.where((largest > maximum) | ((largest == maximum) & (first < winner)), first, winner)
+    larger = tl.maximum(maximum, largest)
+    shift = maximum - larger
+    scale = tl.exp2(shift)
+    t -= larger[:, None]
+    weight = tl.exp2(t)
+    clean_moment = (clean_moment + shift * clean_sum) * scale + tl.sum(weight * t, 1)
+    clean_sum = clean_sum * scale + tl.sum(weight, 1)
+    return larger, winner, clean_sum, clean_moment
+
+
+@triton.jit
+def mix(
+    s_0, s_1, s_2, s_3, previous, maximum, inverse, noisy_sum, mixture, codebook, code, feature, K, quarter, D,
+    EVEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Adds four tiles of noisy scores to the unnormalised mixture [n, BLOCK_D] and to the sum of its weights."""
+    base = (maximum * inverse)[:, None]
+    w_0 = tl.exp2(s_0 * inverse - base)
+    w_1 = tl.exp2(s_1 * inverse - base)
+    w_2 = tl.exp2(s_2 * inverse - base)
+    w_3 = tl.exp2(s_3 * inverse - base)
+    scale = tl.exp2((previous - maximum) * inverse)
+    noisy_sum = noisy_sum * scale + tl.sum((w_0 + w_1) + (w_2 + w_3), 1)
+    mixture *= scale[:, None]
+    dtype = codebook.dtype.element_ty
+    codes = load_codes(codebook, code, feature, 0, K, quarter, D, D, EVEN)
+    mixture = dot(w_0.to(dtype), codes, mixture, PRECISION)
+    codes = load_codes(codebook, code, feature, 1, K, quarter, D, D, EVEN)
+    mixture = dot(w_1.to(dtype), codes, mixture, PRECISION)
+    codes = load_codes(codebook, code, feature, 2, K, quarter, D, D, EVEN)
+    mixture = dot(w_2.to(dtype), codes, mixture, PRECISION)
+    codes = load_codes(codebook, code, feature, 3, K, quarter, D, D, EVEN)
+    mixture = dot(w_3.to(dtype), codes, mixture, PRECISION)
+    return noisy_sum, mixture
+
+
+@triton.jit
+def store_rows(
+    latents, indices, kl, lse_noisy, lse_clean, mean, codebook, row, inside, feature, index, maximum, inverse,
+    noisy_sum, clean_sum, clean_moment, mixture, K, D, HARD: tl.constexpr, NOISE: tl.constexpr,
+):  # fmt: skip
+    """Writes what the statistics of whole rows come to."""
+    # A row without a finite logit has no distribution.
+    clean_sum = tl.where(maximum == NEGATIVE, float("nan"), clean_sum)
+    noisy_sum = tl.where(maximum == NEGATIVE, float("nan"), noisy_sum)
+    constant = GUMBEL2_CONSTANT if NOISE else 0.0
+    clean_log = fast_log2(clean_sum)
+    tl.store(indices + row, index.to(tl.int64), mask=inside)
+    tl.store(kl + row, (tl.log2(K.to(tl.float32)) + clean_moment / clean_sum - clean_log) * LN_2, mask=inside)
+    tl.store(lse_clean + row, (maximum + clean_log) * LN_2, mask=inside)
+    tl.store(lse_noisy + row, ((maximum - constant) * inverse + fast_log2(noisy_sum)) * LN_2, mask=inside)
+    kept = inside[:, None] & (feature < D)
+    place = row[:, None] * D + feature
+    mixture /= noisy_sum[:, None]
+    if HARD:
+        tl.store(mean + place, mixture, mask=kept)
+        chosen = tl.load(codebook + index[:, None] * D + feature, mask=feature < D, other=0.0)
+        tl.store(latents + place, chosen, mask=kept)
+    else:
+        tl.store(latents + place, mixture.to(latents.dtype.element_ty), mask=kept)
+
+
+@triton.jit
+def gumbel_forward_kernel(
+    logits, codebook, temperature, seed, latents, indices, kl, lse_noisy, lse_clean, mean,
+    N, K, quarter, D, stride,
+    HARD: tl.constexpr, NOISE: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    inverse = 1.0 / tl.load(temperature)
+    key = tl.load(seed)
+    row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = row < N
+    row = tl.minimum(row, N - 1)
+    rows = logits + row[:, None] * stride
+    feature = tl.arange(0, BLOCK_D)[None, :]
+
+    maximum = tl.full([BLOCK_N], NEGATIVE, tl.float32)
+    tile = tl.zeros([BLOCK_N], tl.int32)  # first code of the tile that holds the maximum
+    noisy_sum = tl.zeros([BLOCK_N], tl.float32)
+    clean_sum = tl.zeros([BLOCK_N], tl.float32)
+    clean_moment = tl.zeros([BLOCK_N], tl.float32)
+    mixture = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+
+    for start in range(0, quarter, BLOCK_Q):
+        column = start + tl.arange(0, BLOCK_Q)[None, :]
+        code = start + tl.arange(0, BLOCK_Q)[:, None]
+        previous = maximum
+        # No tile starts below 0: the term only ties the noise to the tile's layout (see `philox`).
+        word_0, word_1, word_2, word_3 = philox(column.to(tl.uint32), (row + (tile < 0))[:, None], key, STREAM)
+        t = load_scores(rows, column, 0, K, quarter, EVEN)
+        s_0 = add_noise(t, word_0, NOISE)
+        maximum, tile, clean_sum, clean_moment = observe(
+            t, tl.max(s_0, 1), start, maximum, tile, clean_sum, clean_moment
+        )
+        first = start + quarter
+        t = load_scores(rows, column, 1, K, quarter, EVEN)
+        s_1 = add_noise(t, word_1, NOISE)
+        maximum, tile, clean_sum, clean_moment = observe(
+            t, tl.max(s_1, 1), first, maximum, tile, clean_sum, clean_moment
+        )
+        first += quarter
+        t = load_scores(rows, column, 2, K, quarter, EVEN)
+        s_2 = add_noise(t, word_2, NOISE)
+        maximum, tile, clean_sum, clean_moment = observe(
+            t, tl.max(s_2, 1), first, maximum, tile, clean_sum, clean_moment
+        )
+        first += quarter
+        t = load_scores(rows, column, 3, K, quarter, EVEN)
+        s_3 = add_noise(t, word_3, NOISE)
+        maximum, tile, clean_sum, clean_moment = observe(
+            t, tl.max(s_3, 1), first, maximum, tile, clean_sum, clean_moment
+        )
+
+        noisy_sum, mixture = mix(
+            s_0, s_1, s_2, s_3, previous, maximum, inverse, noisy_sum, mixture,
+            codebook, code, feature, K, quarter, D, EVEN, PRECISION,
+        )  # fmt: skip
+
+    # The winning tile once more, each row its own.
+    winner = (tile // quarter)[:, None]
+    code = tile[:, None] + tl.arange(0, BLOCK_Q)[None, :]
+    column = code - winner * quarter
+    valid = (column < quarter) & (code < K)
+    score = tl.load(rows + code, mask=valid, other=float("-inf")).to(tl.float32) * LOG2_E
+    if NOISE:
+        word_0, word_1, word_2, word_3 = philox(column.to(tl.uint32), row[:, None], key, STREAM)
+        word = tl.where(winner < 2, tl.where(winner == 0, word_0, word_1), tl.where(winner == 2, word_2, word_3))
+        score += gumbel2(word)
+    index = tl.min(tl.where(score == tl.max(score, 1)[:, None], code, K - 1), 1)
+
+    store_rows(
+        latents, indices, kl, lse_noisy, lse_clean, mean, codebook, row, inside, feature, index, maximum, inverse,
+        noisy_sum, clean_sum, clean_moment, mixture, K, D, HARD, NOISE,
+    )  # fmt: skip
+
+
+@triton.jit
+def row_product_kernel(a, b, out, N, D, row_width, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    """out[n] = sum over d of a[n, d] b[n, d], in fp32."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    feature = tl.arange(0, BLOCK_D)[None, :]
+    place = row[:, None] * row_width + feature
+    kept = (row < N)[:, None] & (feature < D)
+    product = tl.load(a + place, mask=kept, other=0.0).to(tl.float32) * tl.load(b + place, mask=kept, other=0.0)
+    tl.store(out + row, tl.sum(product, 1), mask=row < N)
+
+
+@triton.jit
+def sum_parts_kernel(parts, out, total, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """out = the sum over the first dimension of `parts` [PARTS, total], in order, in fp32."""
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    kept = place < total
+    value = tl.load(parts + place, mask=kept, other=0.0)
+    for part in range(1, PARTS):
+        value += tl.load(parts + part * total.to(tl.int64) + place, mask=kept, other=0.0)
+    tl.store(out + place, value.to(out.dtype.element_ty), mask=kept)
+
+
+@triton.jit
+def code_products(
+    grad, codebook, code, feature, quarter_index: tl.constexpr, K, quarter, D, row_width,
+    LATENTS: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """G codebook^T [n, BLOCK_Q] of a quarter's columns; the codes come from cache each time, no registers hold them."""
+    if LATENTS:
+        codes = load_codes(codebook, code, feature, quarter_index, K, quarter, D, row_width, EVEN)
+        return dot(grad, tl.trans(codes), tl.zeros([grad.shape[0], code.shape[0]], tl.float32), PRECISION)
+    else:
+        return None
+
+
+@triton.jit
+def backward_tile(
+    t, dy, word, column, quarter_index: tl.constexpr, K, quarter, inside, dcodes, grad, dlogits_rows, index, inverse,
+    base, delta, lse_clean, slope, offset,
+    MORE: tl.constexpr, LATENTS: tl.constexpr, KL: tl.constexpr, HARD: tl.constexpr, NOISE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Stores one tile of dlogits [n, BLOCK_Q], or adds it to what an earlier piece stored where there is MORE.
+
+    dy: the tile of G codebook^T. Returns dcodes [BLOCK_D, BLOCK_Q] with these rows' share added.
+    """
+    code = column + quarter_index * quarter
+    if LATENTS:
+        y = tl.exp2(add_noise(t, word, NOISE) * inverse - base)
+        gradient = y * (dy * inverse - delta)
+        chosen = (tl.where(index == code, 1.0, 0.0) if HARD else y).to(grad.dtype)
+        dcodes = dot(tl.trans(grad), chosen, dcodes, PRECISION)
+    else:
+        gradient = tl.zeros(t.shape, tl.float32)
+    if KL:
+        log_p = t - lse_clean
+        gradient += tl.exp2(log_p) * (slope * log_p + offset)
+    kept = inside[:, None] & (column < quarter) & (code < K)
+    if MORE:
+        gradient += tl.load(dlogits_rows + code, mask=kept, other=0.0).to(tl.float32)
+    tl.store(dlogits_rows + code, gradient.to(dlogits_rows.dtype.element_ty), mask=kept)
+    return dcodes
+
+
+@triton.jit
+def store_codes(
+    part, dcodes, start, quarter_index: tl.constexpr, K, quarter, D, row_width,
+    BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Writes dcodes [BLOCK_D, BLOCK_Q] to the rows of `part` that belong to one quarter's columns."""
+    column = start + tl.arange(0, BLOCK_Q)[:, None]
+    code = column + quarter_index * quarter
+    feature = tl.arange(0, BLOCK_D)[None, :]
+    kept = (column < quarter) & (code < K) & (feature < D)
+    tl.store(part + code * row_width + feature, tl.trans(dcodes), mask=kept)
+
+
+@triton.jit
+def load_row_gradients(
+    grad_latents, grad_kl, indices, deltas, kl, lse_noisy, lse_clean, row, inside, feature, inverse, K, D, row_width,
+    LATENTS: tl.constexpr, KL: tl.constexpr, NOISE: tl.constexpr,
+):  # fmt: skip
+    """What the backward pass knows of its rows: G [n, BLOCK_D], zero where not `inside`, and columns [n, 1]."""
+    grad, index, base, delta, slope, offset, clean = None, None, None, None, None, None, None
+    if LATENTS:
+        grad = tl.load(
+            grad_latents + row[:, None] * row_width + feature, mask=inside[:, None] & (feature < D), other=0.0
+        )
+        index = tl.load(indices + row)[:, None]
+        constant = GUMBEL2_CONSTANT if NOISE else 0.0
+        base = (tl.load(lse_noisy + row) * LOG2_E + constant * inverse)[:, None]
+        delta = (tl.load(deltas + row) * inverse)[:, None]
+    if KL:
+        scale = tl.load(grad_kl + row)
+        slope = (scale * LN_2)[:, None]
+        offset = (scale * (tl.log2(K.to(tl.float32)) * LN_2 - tl.load(kl + row)))[:, None]
+        clean = (tl.load(lse_clean + row) * LOG2_E)[:, None]
+    return grad, index, base, delta, slope, offset, clean
+
+
+@triton.jit
+def gumbel_backward_kernel(
+    grad_latents, grad_kl, logits, codebook, temperature, seed, indices, deltas, kl, lse_noisy, lse_clean,
+    dlogits, parts, N, K, quarter, D, row_width, stride, share,
+    MORE: tl.constexpr, LATENTS: tl.constexpr, KL: tl.constexpr, HARD: tl.constexpr, NOISE: tl.constexpr,
+    EVEN: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    inverse = 1.0 / tl.load(temperature)
+    key = tl.load(seed)
+    start = tl.program_id(0) * BLOCK_Q
+    column = start + tl.arange(0, BLOCK_Q)[None, :]
+    code = start + tl.arange(0, BLOCK_Q)[:, None]
+    feature = tl.arange(0, BLOCK_D)[None, :]
+    dcodes_0 = tl.zeros([BLOCK_D, BLOCK_Q], tl.float32)
+    dcodes_1 = tl.zeros([BLOCK_D, BLOCK_Q], tl.float32)
+    dcodes_2 = tl.zeros([BLOCK_D, BLOCK_Q], tl.float32)
+    dcodes_3 = tl.zeros([BLOCK_D, BLOCK_Q], tl.float32)
+
+    stop = tl.minimum(N, (tl.program_id(1) + 1) * share)
+    for first in range(tl.program_id(1) * share, stop, BLOCK_N):
+        row = first + tl.arange(0, BLOCK_N)
+        inside = row < stop
+        row = tl.minimum(row, stop - 1).to(tl.int64)
+        rows = logits + row[:, None] * stride
+        dlogits_rows = dlogits + row[:, None] * K
+        # Rows past the share repeat its last one with a gradient of zero: they add nothing, and are not stored.
+        grad, index, base, delta, slope, offset, clean = load_row_gradients(
+            grad_latents, grad_kl, indices, deltas, kl, lse_noisy, lse_clean, row, inside, feature, inverse, K, D,
+            row_width, LATENTS, KL, NOISE,
+        )  # fmt: skip
+        dy_0 = code_products(grad, codebook, code, feature, 0, K, quarter, D, row_width, LATENTS, EVEN, PRECISION)
+        word_0, word_1, word_2, word_3 = None, None, None, None
+        if LATENTS and NOISE:
+            # No product is this large: the term only ties the noise to the tile's layout (see `philox`).
+            tied = (row + (tl.max(dy_0, 1) > 3.4e38))[:, None]
+            word_0, word_1, word_2, word_3 = philox(column.to(tl.uint32), tied, key, STREAM)
+        t_0 = load_scores(rows, column, 0, K, quarter, EVEN)
+        dcodes_0 = backward_tile(
+            t_0, dy_0, word_0, column, 0, K, quarter, inside, dcodes_0, grad, dlogits_rows, index, inverse, base, delta,
+            clean, slope, offset, MORE, LATENTS, KL, HARD, NOISE, PRECISION,
+        )  # fmt: skip
+        dy_1 = code_products(grad, codebook, code, feature, 1, K, quarter, D, row_width, LATENTS, EVEN, PRECISION)
+        t_1 = load_scores(rows, column, 1, K, quarter, EVEN)
+        dcodes_1 = backward_tile(
+            t_1, dy_1, word_1, column, 1, K, quarter, inside, dcodes_1, grad, dlogits_rows, index, inverse, base, delta,
+            clean, slope, offset, MORE, LATENTS, KL, HARD, NOISE, PRECISION,
+        )  # fmt: skip
+        dy_2 = code_products(grad, codebook, code, feature, 2, K, quarter, D, row_width, LATENTS, EVEN, PRECISION)
+        t_2 = load_scores(rows, column, 2, K, quarter, EVEN)
+        dcodes_2 = backward_tile(
+            t_2, dy_2, word_2, column, 2, K, quarter, inside, dcodes_2, grad, dlogits_rows, index, inverse, base, delta,
+            clean, slope, offset, MORE, LATENTS, KL, HARD, NOISE, PRECISION,
+        )  # fmt: skip
+        dy_3 = code_products(grad, codebook, code, feature, 3, K, quarter, D, row_width, LATENTS, EVEN, PRECISION)
+        t_3 = load_scores(rows, column, 3, K, quarter, EVEN)
+        dcodes_3 = backward_tile(
+            t_3, dy_3, word_3, column, 3, K, quarter, inside, dcodes_3, grad, dlogits_rows, index, inverse, base, delta,
+            clean, slope, offset, MORE, LATENTS, KL, HARD, NOISE, PRECISION,
+        )  # fmt: skip
+
+    if LATENTS:
+        part = parts + tl.program_id(1).to(tl.int64) * K * row_width
+        store_codes(part, dcodes_0, start, 0, K, quarter, D, row_width, BLOCK_Q, BLOCK_D)
+        store_codes(part, dcodes_1, start, 1, K, quarter, D, row_width, BLOCK_Q, BLOCK_D)
+        store_codes(part, dcodes_2, start, 2, K, quarter, D, row_width, BLOCK_Q, BLOCK_D)
+        store_codes(part, dcodes_3, start, 3, K, quarter, D, row_width, BLOCK_Q, BLOCK_D)
+
+
+@functools.lru_cache(maxsize=256)
+def plan(
+    kernel: str, device: torch.device, dtype: torch.dtype, codes: int, width: int, whole: bool = True
+) -> Mapping[str, Any]:
+    """The constants of a launch: tile sizes, warps and stages from the table, and what the shapes allow.
+
+    Shapes that do not fill a whole number of tiles are masked everywhere, which takes registers: smaller tiles then.
+    """
+    block_d = max(16, triton.next_power_of_2(width))
+    even = codes % ALIGNMENT == 0 and width == block_d and whole
+    name = kernel if even else f"{kernel}_tails"
+    settings = settings_for(name, architecture(device), 8 * dtype.itemsize, width)
+    return MappingProxyType({**settings, "BLOCK_D": block_d, "EVEN": even, "PRECISION": precision(dtype)})
+
+
+def gumbel_forward(
+    logits: torch.Tensor,
+    codebook: torch.Tensor,
+    temperature: torch.Tensor,
+    hard: bool,
+    noise: bool,
+    seed: torch.Tensor,
+) -> tuple[torch.Tensor, ...]:
+    """(latents, indices, kl, log-sum-exp of (logits + g) / tau, that of logits, the soft mixture where hard)."""
+    (rows, codes), width = logits.shape, codebook.shape[1]
+    latents = logits.new_empty(rows, width)
+    indices = logits.new_empty(rows, dtype=torch.int64)
+    kl, lse_noisy, lse_clean = (logits.new_empty(rows, dtype=torch.float32) for _ in range(3))
+    mixture = logits.new_empty((rows, width) if hard else (0,), dtype=torch.float32)
+    if rows:
+        settings = plan("gumbel_forward", logits.device, logits.dtype, codes, width)
+        gumbel_forward_kernel[(triton.cdiv(rows, settings["BLOCK_N"]),)](
+            logits, codebook, temperature, seed, latents, indices, kl, lse_noisy, lse_clean, mixture,
+            rows, codes, triton.cdiv(codes, 4), width, logits.stride(0), HARD=hard, NOISE=noise, **settings,
+        )  # fmt: skip
+    return latents, indices, kl, lse_noisy, lse_clean, mixture
+
+
+def gumbel_backward(
+    grad_latents: torch.Tensor | None,
+    grad_kl: torch.Tensor | None,
+    logits: torch.Tensor,
+    codebook: torch.Tensor,
+    temperature: torch.Tensor,
+    hard: bool,
+    noise: bool,
+    seed: torch.Tensor,
+    latents: torch.Tensor,
+    indices: torch.Tensor,
+    kl: torch.Tensor,
+    lse_noisy: torch.Tensor,
+    lse_clean: torch.Tensor,
+    mixture: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(dlogits, dcodebook); see the formulas at the top of the file."""
+    (rows, codes), width = logits.shape, codebook.shape[1]
+    dlogits = logits.new_empty(rows, codes)
+    if not rows:
+        return dlogits, torch.zeros_like(codebook)
+    settings = dict(
+        plan(
+            "gumbel_backward",
+            logits.device,
+            logits.dtype,
+            codes,
+            min(width, PIECE),
+            width <= PIECE or width % PIECE == 0,
+        )
+    )
+    quarter = triton.cdiv(codes, 4)
+    tiles = triton.cdiv(quarter, settings["BLOCK_Q"])
+    # Rows are split until there are programs enough, each with a whole number of tiles.
+    steps = triton.cdiv(rows, settings["BLOCK_N"])
+    parts = max(1, min(steps, settings.pop("programs") // tiles))
+    share = triton.cdiv(steps, parts) * settings["BLOCK_N"]
+    parts = triton.cdiv(rows, share)
+    partial = None if grad_latents is None else logits.new_empty(parts, codes, width, dtype=torch.float32)
+    for first, piece in pieces(width, grad_latents):
+        grads, rest, part, deltas = slice_piece(
+            first, piece, grad_latents, codebook, partial, mixture if hard else latents
+        )
+        gumbel_backward_kernel[(tiles, parts)](
+            grads, grad_kl, logits, rest, temperature, seed, indices, deltas, kl, lse_noisy, lse_clean, dlogits, part,
+            rows, codes, quarter, piece, width, logits.stride(0), share,
+            MORE=first > 0, LATENTS=grad_latents is not None, KL=grad_kl is not None and first == 0,
+            HARD=hard, NOISE=noise, **settings,
+        )  # fmt: skip
+    return dlogits, torch.zeros_like(codebook) if partial is None else sum_parts(partial, codebook.dtype)
+
+
+def pieces(width: int, grad_latents: torch.Tensor | None) -> list[tuple[int, int]]:
+    """(first, size) of the pieces of a codebook's rows that the backward pass takes one after another.
+
+    dlogits is a sum over the latents' dimensions, so a wide codebook's can be made piece by piece, each at the price of
+    another pass over the logits; the sums of a whole wide row would not fit the registers.
+    """
+    if grad_latents is None:
+        return [(0, min(width, PIECE))]
+    return [(first, min(PIECE, width - first)) for first in range(0, width, PIECE)]
+
+
+def slice_piece(
+    first: int,
+    size: int,
+    grad_latents: torch.Tensor | None,
+    codebook: torch.Tensor,
+    parts: torch.Tensor | None,
+    mixture: torch.Tensor,
+) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """One piece of the gradient, the codebook and dcodebook's parts, and the piece's row products."""
+    if grad_latents is None or parts is None:
+        return None, codebook, None, None
+    grads = grad_latents[:, first:]
+    return grads, codebook[:, first:], parts[..., first:], row_product(grads, mixture[:, first:], size)
+
+
+def row_product(a: torch.Tensor, b: torch.Tensor, size: int) -> torch.Tensor:
+    """fp32 [N]: the products of the rows of a and b, of their first `size` elements; rows equally far apart in both."""
+    rows = a.shape[0]
+    out = a.new_empty(rows, dtype=torch.float32)
+    block = triton.next_power_of_2(size)
+    grid = (triton.cdiv(rows, 32),)
+    row_product_kernel[grid](a, b, out, rows, size, a.stride(0), BLOCK_N=32, BLOCK_D=block, num_warps=4)
+    return out
+
+
+def sum_parts(parts: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The sum over the first dimension of fp32 `parts`, in order, rounded to `dtype` once."""
+    out = parts.new_empty(parts.shape[1:], dtype=dtype)
+    grid = (triton.cdiv(out.numel(), 1024),)
+    sum_parts_kernel[grid](parts, out, out.numel(), PARTS=parts.shape[0], BLOCK=1024, num_warps=4)
+    return out

@@ -1,0 +1,166 @@
+"""Nearest codebook row in Triton, and its gradient without atomics.
+
+Forward: argmin over k of |f - c_k|^2 is argmax of f . c_k - |c_k|^2 / 2, a matrix product with the argmax in its
+epilogue; the distance itself is then computed from the difference, which cancels nothing.
+
+Backward: dfeatures_n = 2 h_n (f_n - c_k(n)) with h the distance's gradient, and dcodebook_k = -sum over the rows n of
+code k. Rows are sorted by code, so a code's rows are one run. A program takes a chunk of the sorted rows and sums the
+runs in it by a product with the 0/1 matrix "same code". A run that began in an earlier chunk leaves its sum in `heads`,
+one per chunk; a second kernel adds those, in order, to the run's beginning. Nothing is added twice to one place, and a
+code that owns all rows is as well spread as any other.
+"""
+
+import functools
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from dalle_kernels.launch import architecture, settings_for
+from dalle_kernels.triton_common import dot, precision
+
+CHUNK = 32  # sorted rows a program
+HEADS = 16  # heads added at once
+
+
+@triton.jit
+def half_norm_kernel(codebook, norms, K, D, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr):
+    """norms[k] = |c_k|^2 / 2."""
+    code = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    feature = tl.arange(0, BLOCK_D)[None, :]
+    kept = (code < K)[:, None] & (feature < D)
+    row = tl.load(codebook + code[:, None] * D + feature, mask=kept, other=0.0).to(tl.float32)
+    tl.store(norms + code, tl.sum(row * row, 1) * 0.5, mask=code < K)
+
+
+@triton.jit
+def vq_forward_kernel(
+    features, codebook, norms, indices, distances, N, K, D, stride,
+    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = row < N
+    row = tl.minimum(row, N - 1)
+    feature = tl.arange(0, BLOCK_D)
+    f = tl.load(features + row[:, None] * stride + feature[None, :], mask=(feature < D)[None, :], other=0.0)
+    best = tl.full([BLOCK_N], float("-inf"), tl.float32)
+    index = tl.zeros([BLOCK_N], tl.int32)
+    for start in range(0, K, BLOCK_K):
+        code = start + tl.arange(0, BLOCK_K)
+        kept = (code < K)[:, None] & (feature < D)[None, :]
+        codes = tl.load(codebook + code[:, None] * D + feature[None, :], mask=kept, other=0.0)
+        # A row past the end is infinitely long, hence never the nearest.
+        norm = tl.load(norms + code, mask=code < K, other=float("inf"))
+        score = dot(f, tl.trans(codes), tl.zeros([BLOCK_N, BLOCK_K], tl.float32), PRECISION) - norm[None, :]
+        largest = tl.max(score, 1)
+        first = tl.min(tl.where(score == largest[:, None], code[None, :], K - 1), 1)
+        index = tl.where(largest > best, first, index)
+        best = tl.maximum(best, largest)
+    nearest = tl.load(codebook + index[:, None] * D + feature[None, :], mask=(feature < D)[None, :], other=0.0)
+    difference = f.to(tl.float32) - nearest.to(tl.float32)
+    tl.store(indices + row, index.to(tl.int64), mask=inside)
+    tl.store(distances + row, tl.sum(difference * difference, 1), mask=inside)
+
+
+@triton.jit
+def vq_backward_kernel(
+    grads, features, codebook, sorted_codes, order, dfeatures, dcodebook, heads, N, D, stride,
+    CHUNK: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    first = tl.program_id(0) * CHUNK
+    place = first + tl.arange(0, CHUNK)
+    inside = place < N
+    code = tl.load(sorted_codes + place, mask=inside, other=-1)
+    row = tl.load(order + place, mask=inside, other=0)
+    feature = tl.arange(0, BLOCK_D)[None, :]
+    kept = inside[:, None] & (feature < D)
+    f = tl.load(features + row[:, None] * stride + feature, mask=kept, other=0.0).to(tl.float32)
+    c = tl.load(codebook + code[:, None] * D + feature, mask=kept, other=0.0).to(tl.float32)
+    share = 2.0 * tl.load(grads + row, mask=inside, other=0.0)[:, None] * (c - f)
+    tl.store(dfeatures + row[:, None] * D + feature, (-share).to(dfeatures.dtype.element_ty), mask=kept)
+
+    # The codes once more as a row. Runs past the end share code -1 and are stored nowhere.
+    other = tl.load(sorted_codes + first + tl.arange(0, CHUNK), mask=first + tl.arange(0, CHUNK) < N, other=-1)
+    same = tl.where(code[:, None] == other[None, :], 1.0, 0.0)
+    total = dot(same, share, tl.zeros([CHUNK, BLOCK_D], tl.float32), "tf32x3")
+    following = tl.load(sorted_codes + place + 1, mask=(place + 1 < N) & (place + 1 < first + CHUNK), other=-1)
+    last = (inside & (code != following))[:, None] & (feature < D)
+    before = tl.load(sorted_codes + first - 1, mask=first > 0, other=-1)
+    begun = (code == before)[:, None]
+    tl.store(dcodebook + code[:, None] * D + feature, total, mask=last & (begun == 0))
+    tl.store(heads + tl.program_id(0) * D + feature + tl.zeros([CHUNK, 1], tl.int32), total, mask=last & begun)
+
+
+@triton.jit
+def vq_heads_kernel(
+    sorted_codes, heads, dcodebook, N, D, CHUNK: tl.constexpr, HEADS: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """Adds to the run that begins in this chunk and goes on what it left in the chunks after."""
+    first = tl.program_id(0) * CHUNK
+    stop = first + CHUNK
+    code = tl.load(sorted_codes + stop - 1, mask=stop <= N, other=-1)
+    before = tl.load(sorted_codes + first - 1, mask=first > 0, other=-1)
+    following = tl.load(sorted_codes + stop, mask=stop < N, other=-2)
+    if (code != before) & (code == following):
+        feature = tl.arange(0, BLOCK_D)
+        chunk = tl.program_id(0) + 1 + tl.arange(0, HEADS)
+        target = dcodebook + code * D + feature
+        total = tl.load(target, mask=feature < D, other=0.0)
+        going = 1
+        while going > 0:
+            theirs = tl.load(sorted_codes + chunk * CHUNK, mask=chunk * CHUNK < N, other=-1) == code
+            mask = theirs[:, None] & (feature < D)[None, :]
+            total += tl.sum(tl.load(heads + chunk[:, None] * D + feature[None, :], mask=mask, other=0.0), 0)
+            going = tl.min(theirs.to(tl.int32), 0)
+            chunk += HEADS
+        tl.store(target, total, mask=feature < D)
+
+
+@functools.lru_cache(maxsize=256)
+def _plan(device: torch.device, dtype: torch.dtype, width: int) -> dict[str, Any]:
+    settings = dict(settings_for("vq_forward", architecture(device), 8 * dtype.itemsize, width))
+    return {**settings, "BLOCK_D": _block(width), "PRECISION": precision(dtype)}
+
+
+def _block(width: int) -> int:
+    return max(16, triton.next_power_of_2(width))
+
+
+def vq_forward(features: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The nearest row's index, int64 [N], and its squared distance, fp32 [N]."""
+    (rows, width), codes = features.shape, codebook.shape[0]
+    indices = features.new_empty(rows, dtype=torch.int64)
+    distances = features.new_empty(rows, dtype=torch.float32)
+    if rows:
+        plan = _plan(features.device, features.dtype, width)
+        norms = features.new_empty(codes, dtype=torch.float32)
+        half_norm_kernel[(triton.cdiv(codes, 32),)](
+            codebook, norms, codes, width, BLOCK_K=32, BLOCK_D=plan["BLOCK_D"], num_warps=4
+        )
+        vq_forward_kernel[(triton.cdiv(rows, plan["BLOCK_N"]),)](
+            features, codebook, norms, indices, distances, rows, codes, width, features.stride(0), **plan
+        )
+    return indices, distances
+
+
+def vq_backward(
+    grad_squared_distance: torch.Tensor, features: torch.Tensor, codebook: torch.Tensor, indices: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(dfeatures, dcodebook); see the top of the file."""
+    rows, width = features.shape
+    dfeatures = features.new_empty(rows, width)
+    dcodebook = codebook.new_zeros(codebook.shape, dtype=torch.float32)
+    if rows:
+        sorted_codes, order = torch.sort(indices, stable=True)
+        chunks = triton.cdiv(rows, CHUNK)
+        heads = features.new_empty(chunks, width, dtype=torch.float32)
+        block = _block(width)
+        vq_backward_kernel[(chunks,)](
+            grad_squared_distance, features, codebook, sorted_codes, order, dfeatures, dcodebook, heads,
+            rows, width, features.stride(0), CHUNK=CHUNK, BLOCK_D=block, num_warps=4,
+        )  # fmt: skip
+        vq_heads_kernel[(chunks,)](
+            sorted_codes, heads, dcodebook, rows, width, CHUNK=CHUNK, HEADS=HEADS, BLOCK_D=block, num_warps=4
+        )
+    return dfeatures, dcodebook.to(codebook.dtype)

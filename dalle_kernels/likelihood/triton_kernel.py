@@ -1,0 +1,69 @@
+"""The logit-Laplace likelihood in Triton: every tensor is read once and written once.
+
+nll = log 2 + log b + log x + log(1 - x) + abs(logit x - mu) / b
+dmu = -sign(logit x - mu) / b        dlog_b = 1 - abs(logit x - mu) / b
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from dalle_kernels.backends import Call
+from dalle_kernels.triton_common import obstacle
+
+LN_2 = tl.constexpr(0.6931471805599453)
+BLOCK = 1024
+
+
+@triton.jit
+def forward_kernel(pixels, mu, log_b, out, total, BLOCK: tl.constexpr):
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    kept = place < total
+    x = tl.load(pixels + place, mask=kept, other=0.5).to(tl.float32)
+    location = tl.load(mu + place, mask=kept, other=0.0).to(tl.float32)
+    log_scale = tl.load(log_b + place, mask=kept, other=0.0).to(tl.float32)
+    log_x, log_y = tl.log(x), tl.log(1.0 - x)
+    distance = tl.abs(log_x - log_y - location)
+    tl.store(out + place, log_scale + log_x + log_y + distance * tl.exp(-log_scale) + LN_2, mask=kept)
+
+
+@triton.jit
+def backward_kernel(grad, pixels, mu, log_b, dmu, dlog_b, total, BLOCK: tl.constexpr):
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    kept = place < total
+    x = tl.load(pixels + place, mask=kept, other=0.5).to(tl.float32)
+    location = tl.load(mu + place, mask=kept, other=0.0).to(tl.float32)
+    log_scale = tl.load(log_b + place, mask=kept, other=0.0).to(tl.float32)
+    g = tl.load(grad + place, mask=kept, other=0.0)
+    difference = tl.log(x) - tl.log(1.0 - x) - location
+    rate = tl.exp(-log_scale)
+    sign = tl.where(difference > 0, 1.0, tl.where(difference < 0, -1.0, 0.0))
+    tl.store(dmu + place, (-g * sign * rate).to(dmu.dtype.element_ty), mask=kept)
+    tl.store(dlog_b + place, (g * (1.0 - tl.abs(difference) * rate)).to(dlog_b.dtype.element_ty), mask=kept)
+
+
+def refuse(call: Call) -> str | None:
+    return obstacle(call.device, call.dtype)
+
+
+def forward(pixels: torch.Tensor, mu: torch.Tensor, log_b: torch.Tensor) -> torch.Tensor:
+    """fp32, shape of `pixels`."""
+    pixels, mu, log_b = pixels.contiguous(), mu.contiguous(), log_b.contiguous()
+    out = torch.empty(pixels.shape, dtype=torch.float32, device=pixels.device)
+    if total := out.numel():
+        forward_kernel[(triton.cdiv(total, BLOCK),)](pixels, mu, log_b, out, total, BLOCK=BLOCK, num_warps=4)
+    return out
+
+
+def backward(
+    grad: torch.Tensor, pixels: torch.Tensor, mu: torch.Tensor, log_b: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(dmu, dlog_b)."""
+    grad, pixels, mu, log_b = (tensor.contiguous() for tensor in (grad, pixels, mu, log_b))
+    dmu, dlog_b = torch.empty_like(mu), torch.empty_like(log_b)
+    if total := grad.numel():
+        grid = (triton.cdiv(total, BLOCK),)
+        backward_kernel[grid](grad, pixels, mu, log_b, dmu, dlog_b, total, BLOCK=BLOCK, num_warps=4)
+    return dmu, dlog_b
