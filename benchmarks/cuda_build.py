@@ -25,7 +25,7 @@ import build_cuda  # noqa: E402  (csrc/cuda/build_cuda.py, which setup.py runs t
 
 # Tensor core products, warpgroup products, asynchronous copies, bulk tensor copies, matrix loads, wide loads; and
 # traffic to local memory, of which there should be none.
-INSTRUCTIONS = ("HMMA", "HGMMA", "LDGSTS", "UTMALDG", "LDSM", "LDG.E.128", "LDL", "STL")
+INSTRUCTIONS = ("HMMA", "HGMMA", "LDGSTS", "UTMALDG", "LDSM", "LDG.128", "LDL", "STL")
 
 
 def find_cuobjdump() -> str:
@@ -58,7 +58,7 @@ def count_instructions(library: Path) -> dict[str, dict[str, dict[str, int]]]:
             row = counts.setdefault(build_cuda.readable(match.group(1)), {}).setdefault(architecture, {})
         elif row is not None and (match := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", line)):
             for name in INSTRUCTIONS:
-                if match.group(1).startswith(name):
+                if set(name.split(".")) <= set(match.group(1).split(".")):
                     row[name] = row.get(name, 0) + 1
     return counts
 

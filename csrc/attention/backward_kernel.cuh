@@ -22,8 +22,8 @@ __global__ void __launch_bounds__(kThreads) statistics_kernel(const __grid_const
   const int part = threadIdx.x % kRowLanes;
   const bool valid = position < length;
   const int token = valid ? load(p.by_query.order + position) : 0;
-  const Head<T> grad = head_of<T>(p.grad_out, blockIdx.x / p.heads, blockIdx.x % p.heads);
-  const Head<T> out = head_of<T>(p.out, blockIdx.x / p.heads, blockIdx.x % p.heads);
+  const Table<T> grad = head_of<T>(p.grad_out, blockIdx.x / p.heads, blockIdx.x % p.heads);
+  const Table<T> out = head_of<T>(p.out, blockIdx.x / p.heads, blockIdx.x % p.heads);
   float delta = 0.0f;
   for (int piece = part; piece < p.width / 8; piece += kRowLanes) {
     float a[8], b[8];

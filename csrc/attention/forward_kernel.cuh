@@ -32,9 +32,9 @@ __global__ void __launch_bounds__(kThreads, kWidth <= 64 ? 2 : 1)
   const int first_step = load(walk.tile_steps + first_tile);
   const int last_step = load(walk.tile_steps + last_tile);
 
-  const Head<T> q = head_of<T>(p.q, batch, head);
-  const Head<T> k = head_of<T>(p.k, batch, head);
-  const Head<T> v = head_of<T>(p.v, batch, head);
+  const Table<T> q = head_of<T>(p.q, batch, head);
+  const Table<T> k = head_of<T>(p.k, batch, head);
+  const Table<T> v = head_of<T>(p.v, batch, head);
   char* slots = shared_memory();  // [slots][keys, values][kColumns][kPitch]
   const auto copy = [&](int tile, int slot) {
     char* to = slots + slot * 2 * kTileBytes;

@@ -9,103 +9,22 @@
 #pragma once
 
 #include "attention/cuda.h"
-#include "cuda/vectors.cuh"
+#include "cuda/fragments.cuh"
 
 constexpr int kWarps = 8;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kRowTile = 16 * kWarps;
 constexpr int kAhead = 2;
-constexpr float kLog2E = 1.4426950408889634f;
-constexpr float kLn2 = 0.6931471805599453f;
-constexpr float kInfinity = INFINITY;
-
-// Bytes from one row of a tile in shared memory to the next: an odd number of 16-byte pieces, so that the eight rows
-// of a matrix lie in different banks.
-template <int kWidth>
-constexpr int kPitch = 2 * kWidth + 16;
 
 // One head of one sample.
 template <class T>
-struct Head {
-  const T* data;
-  int64_t stride;
-  DEVICE const T* row(int token) const { return data + token * stride; }
-};
-
-template <class T>
-DEVICE Head<T> head_of(const Rows& rows, int batch, int head) {
+DEVICE Table<T> head_of(const Rows& rows, int batch, int head) {
   return {static_cast<const T*>(rows.data) + batch * rows.strides[0] + head * rows.strides[1], rows.strides[2]};
-}
-
-// Transposes a 4 x 4 matrix of words held by the four lanes of a quad, lane c having column c: afterwards word i of
-// lane c is what word c of lane i was.
-DEVICE void transpose_quad(uint32_t (&words)[4], int c) {
-#pragma unroll
-  for (int distance = 1; distance <= 2; distance *= 2) {
-    const bool high = (c & distance) != 0;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if ((i & distance) == 0) {
-        const uint32_t sent = high ? words[i] : words[i + distance];
-        const uint32_t got = __shfl_xor_sync(0xffffffffu, sent, distance);
-        (high ? words[i] : words[i + distance]) = got;
-      }
-    }
-  }
-}
-
-// Sixteen rows as operand A, one fragment for each 16 columns. Lane (g, c) reads pieces c, c + 4, ... of rows g and
-// g + 8; a quad's transposition then gives it words c of all pieces, which is the fragment.
-template <class T, int kWidth>
-DEVICE void load_rows(uint32_t (&fragments)[kWidth / 16][4], const Head<T>& head, const int (&token)[2], int c) {
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-#pragma unroll
-    for (int first = 0; first < kWidth / 8; first += 4) {
-      uint4 piece = make_uint4(0, 0, 0, 0);
-      if (token[half] >= 0 && first + c < kWidth / 8) {
-        piece = load(reinterpret_cast<const uint4*>(head.row(token[half])) + first + c);
-      }
-      uint32_t words[4] = {piece.x, piece.y, piece.z, piece.w};
-      transpose_quad(words, c);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if (first + i < kWidth / 8) {
-          fragments[(first + i) / 2][(first + i) % 2 * 2 + half] = words[i];
-        }
-      }
-    }
-  }
-}
-
-// Sixteen rows of sums (operand C, one fragment for each 8 columns) times `factor` of their row, rounded to T.
-template <class T, int kWidth>
-DEVICE void store_rows(T* data, int64_t stride, const float (&sums)[kWidth / 8][4], const float (&factor)[2],
-                       const int (&token)[2], int c) {
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-#pragma unroll
-    for (int first = 0; first < kWidth / 8; first += 4) {
-      uint32_t words[4] = {};
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if (first + i < kWidth / 8) {
-          const float(&sum)[4] = sums[first + i];
-          words[i] = pack<T>(sum[2 * half] * factor[half], sum[2 * half + 1] * factor[half]);
-        }
-      }
-      transpose_quad(words, c);
-      if (token[half] >= 0 && first + c < kWidth / 8) {
-        store(reinterpret_cast<uint4*>(data + token[half] * stride) + first + c,
-              make_uint4(words[0], words[1], words[2], words[3]));
-      }
-    }
-  }
 }
 
 // Starts the copy of the `kColumns` rows at positions `first` on into a tile of shared memory, zeros past the end.
 template <class T, int kWidth, int kColumns>
-DEVICE void copy_tile(char* tile, const Head<T>& head, const int32_t* order, int first, int length) {
+DEVICE void copy_tile(char* tile, const Table<T>& table, const int32_t* order, int first, int length) {
   constexpr int kPieces = kWidth / 8;
 #pragma unroll 1  // unrolled, its addresses would take registers that the products need
   for (int i = threadIdx.x; i < kColumns * kPieces; i += kThreads) {
@@ -113,7 +32,7 @@ DEVICE void copy_tile(char* tile, const Head<T>& head, const int32_t* order, int
     const int piece = static_cast<unsigned>(i) % kPieces;
     const bool valid = first + row < length;
     const int token = valid ? load(order + first + row) : 0;
-    copy_async(tile + row * kPitch<kWidth> + 16 * piece, head.row(token) + 8 * piece, valid);
+    copy_async(tile + row * kPitch<kWidth> + 16 * piece, table.row(token) + 8 * piece, valid);
   }
 }
 
@@ -229,17 +148,6 @@ DEVICE void load_ahead(const Walk& walk, int index, int end, const Copy& copy) {
     }
   }
   copy_async_commit();  // one group a step, empty or not, so that waiting can count
-}
-
-// The largest (or the sum) over the four lanes of a quad, which hold one row.
-DEVICE float largest_of_quad(float value) {
-  value = fmaxf(value, __shfl_xor_sync(0xffffffffu, value, 1));
-  return fmaxf(value, __shfl_xor_sync(0xffffffffu, value, 2));
-}
-
-DEVICE float sum_of_quad(float value) {
-  value += __shfl_xor_sync(0xffffffffu, value, 1);
-  return value + __shfl_xor_sync(0xffffffffu, value, 2);
 }
 
 // The tokens of rows g and g + 8 of this warp in row tile `tile`; -1 past the end.

@@ -291,8 +291,26 @@ char* Machine::resolve_global(uint64_t address, int bytes, bool writes, Where wh
   return array.host + offset;
 }
 
-const char* Machine::peek_global(uint64_t address, int bytes, Where where) {
-  return resolve_global(address, bytes, false, where);
+char* Machine::update(uint64_t address, int bytes, Where where) {
+  if (address < kSharedBase || address >= kGlobalBase) {
+    return resolve(address, bytes, true, where);
+  }
+  const uint64_t first = (address - kSharedBase) / kUnit;
+  const uint64_t last = first + bytes / kUnit;
+  // Atomic operations on one address need no order among themselves, only with plain accesses.
+  const bool inside = last <= units_.size();
+  if (inside && units_[first].write_epoch == 0) {
+    fault("an atomic operation on shared memory that is read before it was written", where);
+  }
+  if (!inside || !units_[first].atomic) {
+    resolve(address, bytes, true, where);
+  }
+  for (uint64_t unit = first; unit < last; ++unit) {
+    check_readers(unit, where);
+    stamp_write(unit);
+    units_[unit].atomic = true;
+  }
+  return shared_.data() + (address - kSharedBase);
 }
 
 char* Machine::resolve(uint64_t address, int bytes, bool writes, Where where) {
@@ -367,6 +385,10 @@ void Machine::check_write(uint64_t index, Where where) {
               std::to_string(unit.writer) + " too and no barrier lies between",
           where);
   }
+  check_readers(index, where);
+}
+
+void Machine::check_readers(uint64_t index, Where where) {
   for (size_t warp = 0; warp < clocks_.size(); ++warp) {
     const ReadMark& mark = reads_[index * clocks_.size() + warp];
     if (mark.epoch == 0) {
@@ -385,6 +407,7 @@ void Machine::check_write(uint64_t index, Where where) {
 void Machine::stamp_write(uint64_t index) {
   units_[index].write_epoch = clocks_[current_->warp][current_->warp];
   units_[index].writer = current_->id;
+  units_[index].atomic = false;
 }
 
 void Machine::copy_async(uint64_t shared, uint64_t global, bool valid, Where where) {

@@ -93,6 +93,7 @@ struct Unit {
   uint32_t write_epoch = 0;  // 0: never written
   int writer = -1;           // thread
   bool pending = false;      // an asynchronous copy is under way
+  bool atomic = false;       // the last write was an atomic operation's, which another's may meet
 };
 
 struct ReadMark {
@@ -119,7 +120,7 @@ class Machine {
   // Checked access; `bytes` is also the alignment that is demanded.
   char* read(uint64_t address, int bytes, Where where) { return resolve(address, bytes, false, where); }
   char* write(uint64_t address, int bytes, Where where) { return resolve(address, bytes, true, where); }
-  const char* peek_global(uint64_t address, int bytes, Where where);
+  char* update(uint64_t address, int bytes, Where where);  // for an atomic read and write
 
   void copy_async(uint64_t shared, uint64_t global, bool valid, Where where);
   void copy_async_commit();
@@ -139,6 +140,7 @@ class Machine {
   char* resolve(uint64_t address, int bytes, bool writes, Where where);
   char* resolve_global(uint64_t address, int bytes, bool writes, Where where);
   void check_read(uint64_t unit, Where where);
+  void check_readers(uint64_t unit, Where where);
   void check_write(uint64_t unit, Where where);
   void stamp_write(uint64_t unit);
   bool ordered(int writer, uint32_t epoch) const;

@@ -73,8 +73,8 @@ py::array_t<uint32_t> ldmatrix(py::array_t<uint32_t> tile, py::array_t<int> rows
 }
 
 py::array_t<int> shuffles(py::array_t<int> values, int bits, int source) {
-  // [3, 32]: __shfl_xor_sync by `bits`, __shfl_sync from `source`, __ballot_sync of odd values.
-  py::array_t<int> out({3, 32});
+  // [4, 32]: __shfl_xor_sync by `bits`, __shfl_sync from `source`, __ballot_sync of odd values, __shfl_up_sync.
+  py::array_t<int> out({4, 32});
   auto* in = visible<const int>(values, false);
   auto* po = visible<int>(out);
   run(1, 32, 0, [=] {
@@ -83,6 +83,7 @@ py::array_t<int> shuffles(py::array_t<int> values, int bits, int source) {
     store(po + lane, __shfl_xor_sync(0xffffffffu, value, bits));
     store(po + 32 + lane, __shfl_sync(0xffffffffu, value, source));
     store(po + 64 + lane, static_cast<int>(__ballot_sync(0xffffffffu, value % 2 != 0)));
+    store(po + 96 + lane, __shfl_up_sync(0xffffffffu, value, bits));
   });
   return out;
 }
@@ -105,6 +106,30 @@ py::array_t<float> block_sums(py::array_t<float> values, int blocks, int threads
     }
     if (id == 0) {
       atomicAdd(po, load(shared));
+    }
+  });
+  return out;
+}
+
+py::array_t<uint32_t> histogram(py::array_t<uint32_t> values, int threads) {
+  // Counts values 0 to 7 by atomic additions to shared memory.
+  py::array_t<uint32_t> out(8);
+  auto* in = visible<const uint32_t>(values, false);
+  auto* po = visible<uint32_t>(out);
+  const auto elements = static_cast<int>(values.size());
+  run(1, threads, 32, [=] {
+    auto* shared = reinterpret_cast<uint32_t*>(shared_memory());
+    const int id = threadIdx.x;
+    if (id < 8) {
+      store(shared + id, 0u);
+    }
+    __syncthreads();
+    for (int i = id; i < elements; i += blockDim.x) {
+      atomicAdd(shared + load(in + i), 1u);
+    }
+    __syncthreads();
+    if (id < 8) {
+      store(po + id, load(shared + id));
     }
   });
   return out;
@@ -217,6 +242,18 @@ void broken(const std::string& rule, py::array_t<float> values) {
          copy_async_commit();
          copy_async_wait<0>();
        }},
+      {"atomic addition to what others write",
+       [=] {
+         store(shared + threadIdx.x, 1.0f);
+         atomicAdd(shared + (threadIdx.x ^ 32), 1.0f);
+       }},
+      {"read beside atomic additions",
+       [=] {
+         store(shared + threadIdx.x, 1.0f);
+         __syncthreads();
+         atomicAdd(shared, 1.0f);
+         load(shared);
+       }},
       {"exit with a copy under way",
        [=] {
          if (threadIdx.x == 0) {
@@ -242,6 +279,7 @@ PYBIND11_MODULE(emulation_machine, module) {
   module.def("ldmatrix", &ldmatrix);
   module.def("shuffles", &shuffles);
   module.def("block_sums", &block_sums);
+  module.def("histogram", &histogram);
   module.def("conversions", &conversions);
   module.def("broken", &broken);
   module.def("set_order", [](uint64_t seed) { emulation::machine().set_order(seed); });

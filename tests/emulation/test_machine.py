@@ -76,6 +76,7 @@ def test_shuffles_and_votes(machine: ModuleType) -> None:
     lanes = np.arange(32)
     assert (got[0] == values[lanes ^ 5]).all()
     assert (got[1] == values[7]).all()
+    assert (got[3] == np.where(lanes >= 5, values[lanes - 5], values)).all()
     assert (got[2].view(np.uint32) == sum(1 << int(lane) for lane in lanes if values[lane] % 2)).all()
 
 
@@ -87,6 +88,11 @@ def test_a_block_sums_through_shared_memory(machine: ModuleType, order: int) -> 
         assert machine.block_sums(values, 3, 128)[0] == values.sum()
     finally:
         machine.set_order(0)
+
+
+def test_atomic_additions_meet_without_a_barrier(machine: ModuleType) -> None:
+    values = np.random.default_rng(9).integers(0, 8, 500).astype(np.uint32)
+    assert (machine.histogram(values, 96) == np.bincount(values, minlength=8)).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -126,6 +132,8 @@ def test_conversions_round_as_torch_does(machine: ModuleType, dtype: torch.dtype
         ("copy read before its barrier", "no barrier lies between|read before it was written"),
         ("too few groups waited for", "is read while an asynchronous copy"),
         ("copy into what others still read", "overwritten with no barrier|no barrier lies between|under way"),
+        ("atomic addition to what others write", "no barrier lies between|read before it was written"),
+        ("read beside atomic additions", "no barrier lies between|overwritten with no barrier"),
         ("exit with a copy under way", "exits with asynchronous copies under way"),
     ],
 )

@@ -79,8 +79,11 @@ void copy_async_wait() {
 
 template <class T>
 T atomicAdd(T* address, T value, emulation::Where where = emulation::Where::current()) {
-  const T old = load(address, where);  // fibers yield nowhere in between
-  store(address, static_cast<T>(old + value), where);
+  char* at = emulation::machine().update(reinterpret_cast<uint64_t>(address), sizeof(T), where);
+  T old;
+  std::memcpy(&old, at, sizeof(T));
+  value = static_cast<T>(old + value);
+  std::memcpy(at, &value, sizeof(T));
   return old;
 }
 
@@ -291,6 +294,13 @@ T __shfl_sync(uint32_t mask, T value, int lane, emulation::Where where = emulati
 template <class T>
 T __shfl_xor_sync(uint32_t mask, T value, int bits, emulation::Where where = emulation::Where::current()) {
   return emulation::shuffle(mask, value, emulation::machine().thread().lane ^ bits, "__shfl_xor_sync", where);
+}
+
+// Lanes below `distance` keep their own value.
+template <class T>
+T __shfl_up_sync(uint32_t mask, T value, int distance, emulation::Where where = emulation::Where::current()) {
+  const int lane = emulation::machine().thread().lane;
+  return emulation::shuffle(mask, value, lane >= distance ? lane - distance : lane, "__shfl_up_sync", where);
 }
 
 inline uint32_t __ballot_sync(uint32_t mask, bool vote, emulation::Where where = emulation::Where::current()) {

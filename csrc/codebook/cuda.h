@@ -1,0 +1,45 @@
+// Host interface of the CUDA Gumbel lookup.
+
+#pragma once
+
+#include <cstdint>
+
+struct GumbelForward {
+  const void* logits;       // [N, K], rows contiguous
+  const void* codebook;     // [K, D], contiguous, 16-byte rows
+  const float* temperature;  // one element
+  const int64_t* seed;       // one element
+  void* latents;             // [N, D]
+  int64_t* indices;          // [N]
+  float* kl;                 // [N]
+  float* lse_noisy;          // [N]
+  float* lse_clean;          // [N]
+  float* mixture;            // [N, D] where hard, else unused
+  int64_t logits_stride;
+  int rows, codes, width;
+  bool hard, noise;
+};
+
+struct GumbelBackward {
+  const void* grad_latents;  // [N, D], contiguous, or null
+  const float* grad_kl;      // [N], or null
+  const void* logits;
+  const void* codebook;
+  const float* temperature;
+  const int64_t* seed;
+  const float* kl;
+  const float* lse_noisy;
+  const float* lse_clean;
+  const float* delta;  // [N], grad_latents . mixture
+  void* dlogits;       // [N, K], contiguous
+  float* dcodebook;    // [parts, K, D], or null: summed over `parts` shares of the rows
+  int64_t logits_stride;
+  int rows, codes, width, parts;
+  bool noise;
+};
+
+// One translation unit each. Widths: 32, 64, 128.
+void gumbel_forward_bfloat16(const GumbelForward& parameters, void* stream);
+void gumbel_forward_float16(const GumbelForward& parameters, void* stream);
+void gumbel_backward_bfloat16(const GumbelBackward& parameters, void* stream);
+void gumbel_backward_float16(const GumbelBackward& parameters, void* stream);

@@ -1,0 +1,29 @@
+"""Token sampling by the CUDA kernel of csrc/sampling/sample.cu."""
+
+from __future__ import annotations
+
+import torch
+
+from dalle_kernels import cuda_library
+from dalle_kernels.backends import Call
+
+
+def refuse(call: Call) -> str | None:
+    return cuda_library.refuse(call.device, call.dtype, (torch.bfloat16, torch.float16, torch.float32))
+
+
+def sample(
+    logits: torch.Tensor,
+    unconditional: torch.Tensor | None,
+    guidance_scale: float,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    seed: torch.Tensor,
+) -> torch.Tensor:
+    tokens = torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)
+    if logits.shape[0]:
+        cuda_library.operations().sample_tokens(
+            logits, unconditional, guidance_scale, temperature, top_k, top_p, seed, tokens
+        )
+    return tokens

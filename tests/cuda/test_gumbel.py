@@ -1,0 +1,129 @@
+"""The CUDA Gumbel kernels, run by the emulation, against the reference in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from dalle_kernels import gumbel_lookup, vq_lookup
+from dalle_kernels.codebook import cuda, reference
+from dalle_kernels.noise import GUMBEL_STREAM, gumbel_noise
+
+MODES = [(False, True), (True, True), (True, False)]  # (hard, noise)
+
+
+def _inputs(rows: int, codes: int, width: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(rows * codes + width)
+    logits = (3 * torch.randn(rows, codes, generator=generator)).to(dtype)
+    return (
+        logits,
+        torch.randn(codes, width, generator=generator).to(dtype),
+        torch.tensor(0.7),
+        torch.tensor(-(2**40) + 5),
+    )
+
+
+def _check_forward(rows: int, codes: int, width: int, dtype: torch.dtype, hard: bool, noise: bool) -> None:
+    logits, codebook, temperature, seed = _inputs(rows, codes, width, dtype)
+    got = cuda.gumbel_forward(logits, codebook, temperature, hard, noise, seed)
+    want = reference.gumbel_forward(logits.double(), codebook.double(), temperature, hard, noise, seed)
+    noisy = logits.float() + (gumbel_noise(seed, rows, codes, GUMBEL_STREAM) if noise else 0)
+    best = noisy.gather(1, torch.stack([got[1], want[1]], dim=1))
+    assert ((got[1] == want[1]) | (best[:, 0] - best[:, 1] > -1e-5)).all()  # equal but for scores within rounding
+    if not noise:
+        assert got[1].equal(noisy.argmax(-1))  # the first of equal ones
+    mixture, exact = (got[5], want[5]) if hard else (got[0], want[0])
+    plain = ((noisy / temperature).to(dtype).softmax(-1) @ codebook).double()
+    unit = torch.finfo(dtype).eps
+    assert (mixture.double() - exact).abs().max() <= 2 * (plain - exact).abs().max() + unit * exact.abs().max()
+    if hard:
+        assert got[0].equal(codebook[got[1]])
+    for ours, theirs in zip(got[2:5], want[2:5], strict=True):
+        torch.testing.assert_close(ours.double(), theirs, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("hard", "noise"), MODES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_forward(emulated: Any, hard: bool, noise: bool, dtype: torch.dtype) -> None:
+    _check_forward(70, 160, 32, dtype, hard, noise)
+
+
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("codes", [1, 3, 127, 130, 256])
+def test_forward_of_any_number_of_codes(emulated: Any, width: int, codes: int) -> None:
+    _check_forward(5, codes, width, torch.bfloat16, False, True)
+
+
+def _check_backward(
+    rows: int, codes: int, width: int, dtype: torch.dtype, hard: bool, noise: bool, latents: bool, kl: bool
+) -> None:
+    inputs = _inputs(rows, codes, width, dtype)
+    logits, codebook, temperature, seed = inputs
+    generator = torch.Generator().manual_seed(1)
+    grad_latents = torch.randn(rows, width, generator=generator).to(dtype) if latents else None
+    grad_kl = torch.randn(rows, generator=generator) if kl else None
+    kept = cuda.gumbel_forward(logits, codebook, temperature, hard, noise, seed)
+    got = cuda.gumbel_backward(grad_latents, grad_kl, *inputs[:3], hard, noise, seed, *kept)
+    wide = logits.double(), codebook.double()
+    exact = reference.gumbel_forward(*wide, temperature, hard, noise, seed)
+    want = reference.gumbel_backward(
+        None if grad_latents is None else grad_latents.double(), grad_kl, *wide, temperature, hard, noise, seed, *exact
+    )
+    # What float32 arithmetic on results rounded to the inputs' precision allows: y and dL enter products rounded.
+    unit = torch.finfo(dtype).eps
+    for ours, theirs in zip(got, want, strict=True):
+        assert ours.isfinite().all()
+        assert (ours.double() - theirs).abs().max() <= 4 * unit * theirs.abs().max() + 1e-6
+
+
+@pytest.mark.parametrize(("hard", "noise"), MODES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_backward(emulated: Any, hard: bool, noise: bool, dtype: torch.dtype) -> None:
+    _check_backward(70, 160, 32, dtype, hard, noise, latents=True, kl=True)
+
+
+@pytest.mark.parametrize(("latents", "kl"), [(True, False), (False, True)])
+def test_backward_of_one_output(emulated: Any, latents: bool, kl: bool) -> None:
+    _check_backward(20, 64, 32, torch.bfloat16, False, True, latents, kl)
+
+
+@pytest.mark.parametrize(("codes", "width"), [(1, 32), (131, 64), (256, 128)])
+def test_backward_shapes(emulated: Any, codes: int, width: int) -> None:
+    _check_backward(9, codes, width, torch.bfloat16, False, True, latents=True, kl=True)
+
+
+def test_backward_in_shares_of_rows(emulated: Any) -> None:
+    _check_backward(600, 32, 32, torch.float16, False, True, latents=True, kl=False)
+
+
+def test_through_the_public_operation(emulated: Any) -> None:
+    logits, codebook, _, seed = _inputs(24, 100, 32, torch.bfloat16)
+    wide = torch.nn.functional.pad(logits, (0, 7))[:, :100].reshape(2, 12, 100).requires_grad_()
+    codebook.requires_grad_()
+    runs = []
+    for backend in ("cuda", "reference", "cuda"):
+        latents, indices, kl = gumbel_lookup(wide, codebook, 0.9, seed=seed, backend=backend)
+        loss = latents.float().square().sum() + kl.sum()
+        runs.append((latents, indices, *torch.autograd.grad(loss, (wide, codebook))))
+    for ours, theirs, again in zip(*runs, strict=True):
+        assert ours.equal(again)
+        # Both round to bfloat16 on the way: latents (about 3 here) before they are squared, and the gradients after.
+        torch.testing.assert_close(ours, theirs, atol=0.1, rtol=0.05)
+
+
+def test_an_empty_batch(emulated: Any) -> None:
+    logits, codebook, _, seed = _inputs(0, 64, 32, torch.float16)
+    codebook.requires_grad_()
+    latents, indices, kl = gumbel_lookup(logits.requires_grad_(), codebook, 1.0, seed=seed, backend="cuda")
+    assert (latents.shape, indices.shape, kl.shape) == ((0, 32), (0,), (0,))
+    assert (torch.autograd.grad(latents.sum(), codebook)[0] == 0).all()
+
+
+def test_what_the_kernels_do_not_serve_is_refused(emulated: Any) -> None:
+    logits, codebook, _, _ = _inputs(4, 64, 48, torch.float16)
+    with pytest.raises(ValueError, match="it takes codebook widths 32, 64, 128, not 48"):
+        gumbel_lookup(logits, codebook, 1.0, backend="cuda")
+    with pytest.raises(ValueError, match="there is no cuda kernel for vq_lookup"):
+        vq_lookup(codebook, codebook, backend="cuda")
