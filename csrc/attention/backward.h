@@ -3,8 +3,12 @@
 //
 //     dV += P^T dO      dS = P (dO V^T - delta)      dK += dS^T Q      dQ += dS K
 //
-// dK and dV of the tile stay in the first cache; dQ is summed by position in a buffer of the whole head. P and dS are
-// made in the registers that hold the scores, so neither scores nor dO V^T are ever stored.
+// dK and dV of the tile stay in the nearest cache; dQ is summed by position in a buffer. Both
+// products are stored before the exponentials are taken: fused into the registers that hold the sums, the exponentials'
+// long chains keep the multipliers waiting.
+//
+// A call takes a range of query tiles of a head: dQ of those is complete. Keys that queries of several ranges see (the
+// text, and a window at each border) leave a partial dK and dV, added up later in the order of the ranges.
 #pragma once
 
 #include "attention/tiles.h"
@@ -18,8 +22,10 @@ struct Backward {
   static constexpr int kListedQueries = 128;  // pairs of queries that a group of keys takes at a time
 
   Source q, k, v, out, grad;
+  int first, last;  // the range of query tiles
   float *transposed_k, *transposed_v, *keys;
-  float *weights, *slopes, *slope_rows;  // P, dS: a row a query (or a pair of them); dS again, in pairs of keys
+  float *scores, *inner;                 // Q K^T and dO V^T, a row a query
+  float *weights, *slopes, *slope_rows;  // P and dS in their place, or as pairs of queries; dS again, as pairs of keys
   float *dk, *dv, *dq, *normaliser, *delta;
   uint8_t *statistics_ready, *reached, *padded, *tile_padded;
   Pair* listed;
@@ -31,7 +37,7 @@ struct Backward {
 
   Backward(const Problem& problem, float* memory)
       : problem(problem), width(int(problem.width)), rounded(round_up(int(problem.width), kLanes)) {
-    scale = problem.scale;
+    scale = problem.scale * kUnits<kPairs>;
     carve(memory);
   }
 
@@ -44,8 +50,10 @@ struct Backward {
     transposed_k = carver.floats(int64_t(units) * kTile);
     transposed_v = carver.floats(int64_t(units) * kTile);
     keys = carver.floats(int64_t(kTile) / Dot::kPer * rounded);
-    weights = carver.floats(kTile * kTile);
-    slopes = carver.floats(kTile * kTile);
+    scores = carver.floats(kTile * kTile);
+    inner = carver.floats(kTile * kTile);
+    weights = kPairs ? carver.floats(kTile * kTile / 2) : scores;
+    slopes = kPairs ? carver.floats(kTile * kTile / 2) : inner;
     slope_rows = kPairs ? carver.floats(kTile * kTile / 2) : slopes;
     dk = carver.floats(int64_t(kTile) * rounded);
     dv = carver.floats(int64_t(kTile) * rounded);
@@ -67,7 +75,7 @@ struct Backward {
     return carver.used;
   }
 
-  void enter(const BackwardArrays& arrays, int64_t head, Scratch& scratch) {
+  void enter(const BackwardArrays& arrays, int64_t head) {
     const int64_t b = head / problem.heads, h = head % problem.heads;
     const auto attach = [&](Source& rows, const Array& array) {
       rows.base = (const T*)array.data + b * array.batch + h * array.head;
@@ -80,8 +88,6 @@ struct Backward {
     attach(grad, arrays.grad_out);
     const Plan& plan = *problem.plan;
     std::memset(reached, 0, size_t(plan.tiles));
-    if (scratch.owner == head) return;
-    scratch.owner = head;
     std::memset((void*)q.zeros, 0, size_t(rounded) * sizeof(float));
     std::memset(statistics_ready, 0, size_t(plan.tiles));
     if (q.ready) std::memset(q.ready, 0, size_t(plan.tiles));
@@ -115,7 +121,7 @@ struct Backward {
       const int64_t row = head * problem.plan->length + problem.plan->order[p];
       const float lse = arrays.lse[row];
       if (lse == -INFINITY) continue;
-      normaliser[p] = lse;
+      normaliser[p] = lse * kUnits<kPairs>;
       F sums = zero();
       for (int d = 0; d < width; d += kLanes)
         sums = fma(load_row(grad.row(p), d, width), load_row(out.row(p), d, width), sums);
@@ -123,51 +129,59 @@ struct Backward {
     }
   }
 
-  // Weights and slopes of M queries (rows i .. of the buffers, kLd keys each) for N vectors of keys from lane `lane`.
-  template <bool kMasked, int kLd, int M, int N, int kChains>
-  DALLE_METHOD void weigh(const float* const* queries, const float* const* grads, const int* positions, int i, int lane,
-                          int lane_in_tile, const Pair* pairs) {
+  // out[query][key] = rows[query] . transposed[.][key] for `count` rows and kLd keys.
+  template <int kLd, int M, int N, int kChains>
+  DALLE_METHOD void products(const float* const* rows, int count, const float* transposed, float* out) {
     const int units = width / Dot::kPer;
-    F p[M][N], d[M][N];
-    const auto seen = [&](int j, int w) __attribute__((always_inline)) {
-      return from_bits(uint32_t(pairs[(i + j) / 2].bits[j % 2]) >> (w * kLanes));
-    };
-    dot_rows<Dot, M, N, kChains>(queries + i, transposed_k + lane_in_tile, kTile, units,
-                                 [&](const F(&sums)[M][N]) __attribute__((always_inline)) {
-      DALLE_UNROLL for (int j = 0; j < M; j++) {
-        const F lse = set(normaliser[positions[i + j]]);
+    for (int lane = 0; lane < kLd; lane += N * kLanes)
+      for_rows<M>(count, [&](auto m, int i) __attribute__((always_inline)) {
+        constexpr int kRows = m.value;
+        dot_rows<Dot, kRows, N, kChains>(rows + i, transposed + lane, kTile, units,
+                                         [&](const F(&sums)[kRows][N]) __attribute__((always_inline)) {
+          DALLE_UNROLL for (int j = 0; j < kRows; j++)
+            DALLE_UNROLL for (int w = 0; w < N; w++) store(out + (i + j) * kLd + lane + w * kLanes, sums[j][w]);
+        });
+      });
+  }
+
+  // Turns the products of `count` queries with kLd keys into weights and slopes; pairs is null where all is visible.
+  template <bool kMasked, int kLd>
+  DALLE_METHOD void weigh(int count, const int* positions, const Pair* pairs) {
+    constexpr int N = kLd >= 2 * kLanes ? 2 : 1;
+    const F slope = set(scale);
+    for (int i = 0; i < count; i += 2) {
+      const int first = positions[i], second = positions[i + 1];
+      const F lse[2] = {set(normaliser[first]), set(normaliser[second])};
+      const F mean[2] = {set(delta[first]), set(delta[second])};
+      DALLE_UNROLL for (int lane = 0; lane < kLd; lane += N * kLanes) {
+        F p[2][N], d[2][N];
+        DALLE_UNROLL for (int j = 0; j < 2; j++)
+          DALLE_UNROLL for (int w = 0; w < N; w++) {
+            const int at = (i + j) * kLd + lane + w * kLanes;
+            p[j][w] = exponential<kPairs>(load(scores + at), slope, lse[j]);
+            d[j][w] = p[j][w] * (load(inner + at) - mean[j]);
+            if constexpr (kMasked) {
+              const Mask seen = from_bits(uint32_t(pairs[i / 2].bits[j]) >> (lane + w * kLanes));
+              p[j][w] = select(seen, p[j][w], zero());
+              d[j][w] = select(seen, d[j][w], zero());
+            }
+          }
         DALLE_UNROLL for (int w = 0; w < N; w++) {
-          const F x = fma(set(scale), sums[j][w], zero() - lse) * set(kLog2E);
-          p[j][w] = kPairs ? power_coarse(x) : power(x);
-          if constexpr (kMasked) p[j][w] = select(seen(j, w), p[j][w], zero());
-        }
-      }
-    });
-    dot_rows<Dot, M, N, kChains>(grads + i, transposed_v + lane_in_tile, kTile, units,
-                                 [&](const F(&sums)[M][N]) __attribute__((always_inline)) {
-      DALLE_UNROLL for (int j = 0; j < M; j++) {
-        const F mean = set(delta[positions[i + j]]);
-        DALLE_UNROLL for (int w = 0; w < N; w++) {
-          d[j][w] = p[j][w] * (sums[j][w] - mean);
-          if constexpr (kMasked) d[j][w] = select(seen(j, w), d[j][w], zero());
-        }
-      }
-    });
-    DALLE_UNROLL for (int j = 0; j < M; j += 2)
-      DALLE_UNROLL for (int w = 0; w < N; w++) {
-        const int column = lane + w * kLanes;
-        if constexpr (kPairs) {
-          store(weights + (i + j) / 2 * kLd + column, as_float(pair(p[j][w], p[j + 1][w])));
-          store(slopes + (i + j) / 2 * kLd + column, as_float(pair(d[j][w], d[j + 1][w])));
-          store((bf16*)slope_rows + (i + j) * kLd + column, d[j][w]);
-          store((bf16*)slope_rows + (i + j + 1) * kLd + column, d[j + 1][w]);
-        } else {
-          DALLE_UNROLL for (int h = 0; h < 2; h++) {
-            store(weights + (i + j + h) * kLd + column, p[j + h][w]);
-            store(slopes + (i + j + h) * kLd + column, d[j + h][w]);
+          if constexpr (kPairs) {
+            const int at = i / 2 * kLd + lane + w * kLanes;
+            store(weights + at, as_float(pair(p[0][w], p[1][w])));
+            store(slopes + at, as_float(pair(d[0][w], d[1][w])));
+          } else {
+            DALLE_UNROLL for (int j = 0; j < 2; j++) {
+              store(weights + (i + j) * kLd + lane + w * kLanes, p[j][w]);
+              store(slopes + (i + j) * kLd + lane + w * kLanes, d[j][w]);
+            }
           }
         }
+        if constexpr (kPairs)
+          DALLE_UNROLL for (int j = 0; j < 2; j++) store_bf16<N>((bf16*)slope_rows + (i + j) * kLd + lane, d[j]);
       }
+    }
   }
 
   void full_tile(const BackwardArrays& arrays, int64_t head, int tile) {
@@ -182,10 +196,9 @@ struct Backward {
       grad_rows[i] = grad.units(p);
       dq_rows[i] = dq + int64_t(p) * rounded;
     }
-    for (int lane = 0; lane < kTile; lane += 2 * kLanes)
-      for_rows<6>(kTile, [&](auto m, int i) __attribute__((always_inline)) {
-        weigh<false, kTile, m.value, 2, 1>(query_rows, grad_rows, positions, i, lane, lane, nullptr);
-      });
+    products<kTile, 6, kWide, 1>(query_rows, kTile, transposed_k, scores);
+    products<kTile, 6, kWide, 1>(grad_rows, kTile, transposed_v, inner);
+    weigh<false, kTile>(kTile, positions, nullptr);
     constexpr int kRows = kTile / Dot::kPer;
     for (int u = 0; u < kRows; u++) {
       query_rows[u] = q.mixed(tile * kRows + u);
@@ -210,9 +223,9 @@ struct Backward {
       dq_rows[i] = dq + int64_t(p) * rounded;
     }
     const int lane = g * kGroup;
-    for_rows<kListRows>(2 * n, [&](auto m, int i) __attribute__((always_inline)) {
-      weigh<true, kGroup, m.value, kVectors, kListChains>(query_rows, grad_rows, positions, i, 0, lane, pairs);
-    });
+    products<kGroup, kListRows, kVectors, kListChains>(query_rows, 2 * n, transposed_k + lane, scores);
+    products<kGroup, kListRows, kVectors, kListChains>(grad_rows, 2 * n, transposed_v + lane, inner);
+    weigh<true, kGroup>(2 * n, positions, pairs);
     for (int u = 0; u < 2 * n / Dot::kPer; u++) {
       const int row = kPairs ? pairs[u].index : positions[u];
       query_rows[u] = q.mixed(row);
@@ -226,20 +239,20 @@ struct Backward {
                                         kGroup / Dot::kPer, 2 * n, dq_rows);
   }
 
-  void key_tile(const BackwardArrays& arrays, int64_t head, int tile) {
+  // Writes dk and dv of a tile, or leaves them in `partial` [2, 64, rounded D] where it is not null.
+  void key_tile(const BackwardArrays& arrays, int64_t head, int tile, float* partial) {
     const Plan& plan = *problem.plan;
-    const Lists& lists = plan.by_key;
+    const Seen seen = seen_by(plan.by_key, tile, first, last);
     std::memset(dk, 0, size_t(kTile) * rounded * sizeof(float));
     std::memset(dv, 0, size_t(kTile) * rounded * sizeof(float));
     k.transpose_into(tile, transposed_k);
     v.transpose_into(tile, transposed_v);
     k.pack_into(tile, keys);
     const bool holes = padded && tile_padded[tile];
-    for (int32_t i = lists.full_offsets[tile]; i < lists.full_offsets[tile + 1]; i++)
-      if (!holes) full_tile(arrays, head, lists.full_tiles[i]);
+    for (const int32_t* full = seen.full; full != seen.full_end && !holes; full++) full_tile(arrays, head, *full);
     for (int g = 0; g < kGroups; g++) {
-      const Pair* pairs = lists.pairs + lists.pair_offsets[tile * kGroups + g];
-      const int count = lists.pair_offsets[tile * kGroups + g + 1] - lists.pair_offsets[tile * kGroups + g];
+      const Pair* pairs = seen.pairs[g];
+      const int count = int(seen.pairs_end[g] - pairs);
       if (!holes) {
         for (int i = 0; i < count; i += kListedQueries)
           some_pairs(arrays, head, pairs + i, count - i < kListedQueries ? count - i : kListedQueries, g);
@@ -249,8 +262,8 @@ struct Backward {
       for (int i = 0; i < kGroup; i++)
         if (!padded[tile * kTile + g * kGroup + i]) alive |= uint16_t(1u << i);
       if (!alive) continue;
-      for (int32_t i = lists.full_offsets[tile]; i < lists.full_offsets[tile + 1]; i++) {
-        for (int p = 0; p < kTile / 2; p++) listed[p] = {lists.full_tiles[i] * (kTile / 2) + p, {alive, alive}};
+      for (const int32_t* full = seen.full; full != seen.full_end; full++) {
+        for (int p = 0; p < kTile / 2; p++) listed[p] = {*full * (kTile / 2) + p, {alive, alive}};
         some_pairs(arrays, head, listed, kTile / 2, g);
       }
       int n = 0;
@@ -263,6 +276,20 @@ struct Backward {
         }
       }
     }
+    if (partial) {
+      const size_t size = size_t(kTile) * rounded;
+      std::memcpy(partial, dk, size * sizeof(float));
+      std::memcpy(partial + size, dv, size * sizeof(float));
+    } else {
+      write_keys(problem, arrays, head, tile, dk, dv, 0, 1);
+    }
+  }
+
+  // dk and dv of a tile of keys: the sums of `count` buffers, `stride` floats apart, in order.
+  static void write_keys(const Problem& problem, const BackwardArrays& arrays, int64_t head, int tile, const float* dk,
+                         const float* dv, int64_t stride, int count) {
+    const Plan& plan = *problem.plan;
+    const int width = int(problem.width), rounded = round_up(width, kLanes);
     const int64_t b = head / problem.heads, h = head % problem.heads;
     T* dk_base = (T*)arrays.dk.data + b * arrays.dk.batch + h * arrays.dk.head;
     T* dv_base = (T*)arrays.dv.data + b * arrays.dv.batch + h * arrays.dv.head;
@@ -271,50 +298,47 @@ struct Backward {
       const int token = plan.order[tile * kTile + i];
       T *dk_row = dk_base + token * arrays.dk.row, *dv_row = dv_base + token * arrays.dv.row;
       for (int d = 0; d < width; d += kLanes) {
-        store_row(dk_row, d, width, factor * load(dk + int64_t(i) * rounded + d));
-        store_row(dv_row, d, width, load(dv + int64_t(i) * rounded + d));
+        const int64_t at = int64_t(i) * rounded + d;
+        F key = load(dk + at), value = load(dv + at);
+        for (int c = 1; c < count; c++) {
+          key += load(dk + c * stride + at);
+          value += load(dv + c * stride + at);
+        }
+        store_row(dk_row, d, width, factor * key);
+        store_row(dv_row, d, width, value);
       }
     }
   }
 
-  // dq of a tile of queries: the sum of `shares` buffers `stride` floats apart, of those that reached the tile.
-  static void write_dq(const Problem& problem, const BackwardArrays& arrays, int64_t head, int tile, int shares,
-                       const float* partial, int64_t stride, const uint8_t* touched) {
+  void write_queries(const BackwardArrays& arrays, int64_t head) {
     const Plan& plan = *problem.plan;
-    const int width = int(problem.width), rounded = round_up(width, kLanes);
     const int64_t b = head / problem.heads, h = head % problem.heads;
     T* base = (T*)arrays.dq.data + b * arrays.dq.batch + h * arrays.dq.head;
     const F factor = set(problem.scale);
-    for (int p = tile * kTile; p < (tile + 1) * kTile && p < plan.length; p++) {
+    for (int p = first * kTile; p < last * kTile && p < plan.length; p++) {
       T* row = base + plan.order[p] * arrays.dq.row;
-      for (int d = 0; d < width; d += kLanes) {
-        F total = zero();
-        for (int s = 0; s < shares; s++)
-          if (touched[int64_t(s) * plan.tiles + tile]) total += load(partial + s * stride + int64_t(p) * rounded + d);
-        store_row(row, d, width, factor * total);
-      }
+      for (int d = 0; d < width; d += kLanes)
+        store_row(row, d, width, reached[p / kTile] ? factor * load(dq + int64_t(p) * rounded + d) : zero());
     }
   }
 
   static void run(const Problem& problem, const BackwardArrays& arrays, int64_t head, int32_t first, int32_t last,
-                  float* partial_dq, uint8_t* touched, Scratch& scratch) {
+                  const int32_t* destinations, float* partial, Scratch& scratch) {
     Backward backward(problem, scratch.memory);
-    if (partial_dq) backward.dq = partial_dq;
-    backward.enter(arrays, head, scratch);
-    for (int32_t tile = first; tile < last; tile++) backward.key_tile(arrays, head, tile);
-    const int tiles = problem.plan->tiles;
-    if (partial_dq) {
-      std::memcpy(touched, backward.reached, size_t(tiles));
-    } else {
-      for (int tile = 0; tile < tiles; tile++)
-        write_dq(problem, arrays, head, tile, 1, backward.dq, 0, backward.reached);
-    }
+    backward.first = first;
+    backward.last = last;
+    backward.enter(arrays, head);
+    const int64_t slot = 2 * kTile * int64_t(backward.rounded);
+    for (int32_t tile = 0; tile < problem.plan->tiles; tile++)
+      if (destinations[tile] != kElsewhere)
+        backward.key_tile(arrays, head, tile, destinations[tile] == kHere ? nullptr : partial + destinations[tile] * slot);
+    backward.write_queries(arrays, head);
   }
 
-  static void reduce(const Problem& problem, const BackwardArrays& arrays, int64_t head, int32_t tile, int32_t shares,
-                     const float* partial_dq, const uint8_t* touched) {
-    const int64_t stride = int64_t(problem.plan->tiles) * kTile * round_up(int(problem.width), kLanes);
-    write_dq(problem, arrays, head, tile, shares, partial_dq, stride, touched);
+  static void reduce(const Problem& problem, const BackwardArrays& arrays, int64_t head, int32_t tile,
+                     const float* partial, int32_t count) {
+    const int64_t half = kTile * int64_t(round_up(int(problem.width), kLanes));
+    write_keys(problem, arrays, head, tile, partial, partial + half, 2 * half, count);
   }
 
  private:

@@ -148,34 +148,28 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(
   const Kernels& kernels = kernels_for(q.scalar_type());
   const int64_t heads = problem.batch * problem.heads, floats = kernels.backward_floats(problem);
 
-  // Enough heads: each is one piece. Few: a head's key tiles are shared out, every share sums its own dq, and the sums
-  // are added in order.
+  // Enough heads: each is one piece. Few: a head's queries are cut into ranges.
   constexpr int64_t kWantedPieces = 16;
-  const int32_t shares = int32_t(std::min<int64_t>((kWantedPieces + heads - 1) / heads, plan.tiles));
-  if (shares == 1) {
-    share_out(heads, floats, [&](int64_t head, Scratch& scratch) {
-      kernels.backward(problem, arrays, head, 0, plan.tiles, nullptr, nullptr, scratch);
-    });
-    return {dq, dk, dv};
-  }
-  const std::vector<int32_t> cuts = even_cuts(plan.tiles, shares, [&](int32_t t) { return tile_cost(plan.by_key, t); });
-  const int64_t positions = int64_t(plan.tiles) * kTile, size = positions * kernels.rounded_width(problem.width);
-  Tensor partial = at::empty({heads * shares, size}, q.options().dtype(at::kFloat));
-  Tensor touched = at::empty({heads * shares, plan.tiles}, q.options().dtype(at::kByte));
+  const int32_t ranges = int32_t(std::min<int64_t>((kWantedPieces + heads - 1) / heads, plan.tiles));
+  const std::vector<int32_t> cuts = even_cuts(plan.tiles, ranges, [&](int32_t t) { return tile_cost(plan.by_query, t); });
+  const Ranges shared = share_keys(plan, cuts);
+  const int64_t slot = 2 * kTile * kernels.rounded_width(problem.width), slots = shared.slot_offsets.back();
+  const Tensor partial = at::empty({heads * slots * slot}, q.options().dtype(at::kFloat));
   float* partial_data = partial.mutable_data_ptr<float>();
-  uint8_t* touched_data = touched.mutable_data_ptr<uint8_t>();
-  share_out(heads * shares, floats, [&](int64_t piece, Scratch& scratch) {
-    const int64_t part = piece % shares;
-    kernels.backward(problem, arrays, piece / shares, cuts[part], cuts[part + 1], partial_data + piece * size,
-                     touched_data + piece * plan.tiles, scratch);
+  share_out(heads * ranges, floats, [&](int64_t piece, Scratch& scratch) {
+    const int64_t head = piece / ranges, range = piece % ranges;
+    kernels.backward(problem, arrays, head, cuts[range], cuts[range + 1],
+                     shared.destinations.data() + range * plan.tiles, partial_data + head * slots * slot, scratch);
   });
-  at::parallel_for(0, heads * plan.tiles, 4, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i++) {
-      const int64_t head = i / plan.tiles;
-      kernels.reduce_dq(problem, arrays, head, int32_t(i % plan.tiles), shares, partial_data + head * shares * size,
-                        touched_data + head * shares * plan.tiles);
-    }
-  });
+  if (slots)
+    at::parallel_for(0, heads * plan.tiles, plan.tiles, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; i++) {
+        const int64_t head = i / plan.tiles, tile = i % plan.tiles;
+        const int32_t offset = shared.slot_offsets[tile], count = shared.slot_offsets[tile + 1] - offset;
+        if (count)
+          kernels.reduce_keys(problem, arrays, head, int32_t(tile), partial_data + (head * slots + offset) * slot, count);
+      }
+    });
   return {dq, dk, dv};
 }
 

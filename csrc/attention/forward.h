@@ -6,8 +6,7 @@
 //     pairs of keys  for each group of 16 queries, the keys that its masked tiles leave, up to 256 at a time
 //
 // and after each block of keys  m' = max(m, max s), l' = l exp(m - m') + sum exp(s - m'), o' = o exp(m - m') + P^T V, the
-// factor applied as mix() loads its sums. (Scores stay in natural units until the difference is taken: that keeps large
-// scores as exact as they can be.)
+// factor applied as mix() loads its sums.
 #pragma once
 
 #include "attention/tiles.h"
@@ -72,7 +71,7 @@ struct Forward {
     attach(q, arrays.q);
     attach(k, arrays.k);
     attach(v, arrays.v);
-    scale = problem.scale;
+    scale = problem.scale * kUnits<kPairs>;
     if (scratch.owner == head) return;
     scratch.owner = head;
     const Plan& plan = *problem.plan;
@@ -97,15 +96,14 @@ struct Forward {
   DALLE_METHOD void weigh(float* s, float* p, int ld, int count, const Pair* pairs, int first_bit, float* highest,
                           float* top, float* total, float* rescale) {
     const F slope = set(scale), before = load(top), now = max(load(highest) * slope, before);
-    const F decay = power((before - now) * set(kLog2E));
+    const F decay = power((before - now) * set(kLog2E / kUnits<kPairs>));
     store(rescale, decay);
     store(top, now);
     F sums[2] = {zero(), zero()};
     for (int row = 0; row < count; row += 2) {
       F e[2];
       DALLE_UNROLL for (int j = 0; j < 2; j++) {
-        const F x = fma(slope, load(s + (row + j) * ld), zero() - now) * set(kLog2E);
-        e[j] = kPairs ? power_coarse(x) : power(x);
+        e[j] = exponential<kPairs>(load(s + (row + j) * ld), slope, now);
         if constexpr (kMasked) e[j] = select(from_bits(uint32_t(pairs[row / 2].bits[j]) >> first_bit), e[j], zero());
         sums[j] += e[j];
       }
@@ -266,7 +264,7 @@ struct Forward {
       const F total = load(sum + i);
       const Mask seen = ~equal(total, zero());
       store(factor + i, select(seen, set(1.f) / total, zero()));
-      store(maximum + i, select(seen, load(running + i) + log(total), set(-INFINITY)));
+      store(maximum + i, select(seen, fma(load(running + i), set(1.f / kUnits<kPairs>), log(total)), set(-INFINITY)));
     }
     T* base = (T*)arrays.out.data + b * arrays.out.batch + h * arrays.out.head;
     for (int i = 0; i < kTile && tile * kTile + i < plan.length; i++) {

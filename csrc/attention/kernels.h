@@ -32,7 +32,7 @@ struct BackwardArrays {
 };
 
 // One thread's scratch memory, cache-line aligned, at least *_floats() long. `owner` is the head whose packed rows the
-// memory holds; set it to -1 before each call of an operation.
+// memory holds (the forward packs a head once); set it to -1 before each call of an operation.
 struct Scratch {
   float* memory;
   int64_t owner;
@@ -44,14 +44,13 @@ struct Kernels {
   void (*forward)(const Problem&, const ForwardArrays&, int64_t head, int32_t first, int32_t last, Scratch&);
 
   int64_t (*backward_floats)(const Problem&);
-  // Key tiles first .. last - 1 of a head: their dk and dv, and this share of dq, which goes to `partial_dq`
-  // [tiles 64, rounded D] in position order with touched[t] = 1 for the query tiles that were written; or, where
-  // partial_dq is null because the share is the whole head, straight to dq.
+  // Query tiles first .. last - 1 of a head: their dq, and dk and dv of the key tiles as `destinations` [tiles] says
+  // (see plan.h); partial slots are [2, 64, rounded D] of `partial`: dk and dv, in position order.
   void (*backward)(const Problem&, const BackwardArrays&, int64_t head, int32_t first, int32_t last,
-                   float* partial_dq, uint8_t* touched, Scratch&);
-  // dq of one query tile out of the shares' partial sums, added in the order of the shares.
-  void (*reduce_dq)(const Problem&, const BackwardArrays&, int64_t head, int32_t tile, int32_t shares,
-                    const float* partial_dq, const uint8_t* touched);
+                   const int32_t* destinations, float* partial, Scratch&);
+  // dk and dv of a key tile out of `count` partial slots, added in order.
+  void (*reduce_keys)(const Problem&, const BackwardArrays&, int64_t head, int32_t tile, const float* partial,
+                      int32_t count);
   int64_t (*rounded_width)(int64_t width);
 };
 

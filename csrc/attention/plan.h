@@ -49,6 +49,30 @@ struct ListStorage {
 
 ListStorage build_lists(const ScheduleSide& side, int32_t length);
 
+// What of tile t's lists lies in tiles first .. last - 1 of the other side.
+struct Seen {
+  const int32_t *full, *full_end;
+  const Pair *pairs[kGroups], *pairs_end[kGroups];
+
+  bool any() const {
+    bool some = full != full_end;
+    for (int g = 0; g < kGroups; g++) some |= pairs[g] != pairs_end[g];
+    return some;
+  }
+};
+Seen seen_by(const Lists& lists, int32_t t, int32_t first, int32_t last);
+
+// Where a range of queries puts what it finds for a tile of keys: another range has it all, this one has it all, or
+// partial slot n >= 0.
+constexpr int32_t kElsewhere = -2, kHere = -1;
+
+// Ranges of query tiles cut at `cuts`: destinations [ranges, tiles], and for tile t the partial slots
+// slot_offsets[t] .. slot_offsets[t + 1] - 1 in the order of the ranges. Every tile has exactly one kHere, or slots.
+struct Ranges {
+  std::vector<int32_t> destinations, slot_offsets;
+};
+Ranges share_keys(const Plan& plan, const std::vector<int32_t>& cuts);
+
 // Key (or query) positions that tile t computes against its 64 lanes, in units of 16 lanes: what work is balanced by.
 inline int64_t tile_cost(const Lists& lists, int32_t t) {
   const int64_t full = lists.full_offsets[t + 1] - lists.full_offsets[t];

@@ -63,6 +63,31 @@ DALLE_INLINE F power_coarse(F x) {
   return scale_by_power(p, whole);
 }
 
+// exp(slope score - top). In float32 slope and top are in natural units and the difference is turned into powers of 2, so
+// that large scores stay as exact as they can be; where bfloat16 follows, both come times log2(e), a product less.
+template <bool kCoarse>
+constexpr float kUnits = kCoarse ? kLog2E : 1.f;
+
+template <bool kCoarse>
+DALLE_INLINE F exponential(F score, F slope, F top) {
+  const F x = fma(slope, score, zero() - top);
+  if constexpr (kCoarse) return power_coarse(x);
+  return power(x * set(kLog2E));
+}
+
+// N vectors as bfloat16.
+template <int N>
+DALLE_INLINE void store_bf16(bf16* p, const F* x) {
+#if defined(DALLE_ISA_AVX512_BF16)
+  if constexpr (N % 2 == 0) {
+    DALLE_UNROLL for (int v = 0; v < N; v += 2)
+      _mm512_storeu_si512(p + v * kLanes, (__m512i)_mm512_cvtne2ps_pbh(x[v + 1], x[v]));
+    return;
+  }
+#endif
+  DALLE_UNROLL for (int v = 0; v < N; v++) store(p + v * kLanes, x[v]);
+}
+
 // Turns kLanes vectors into their transpose.
 #if defined(DALLE_ISA_AVX2)
 DALLE_INLINE void transpose(F* r) {
