@@ -64,13 +64,10 @@ struct Backward {
     listed = carver.of<Pair>(kTile / 2);
     padded = problem.padding ? carver.of<uint8_t>(positions) : nullptr;
     tile_padded = problem.padding ? carver.of<uint8_t>(tiles) : nullptr;
-    q = k = v = out = grad =
-        Source{nullptr, 0, problem.plan->order, problem.plan->length, width, rounded, nullptr, nullptr, zeros};
-    for (Source* rows : {&q, &grad})
-      if (Source::packing(width)) {
-        rows->packed = carver.floats(positions / Dot::kPer * rounded);
-        rows->ready = carver.of<uint8_t>(tiles);
-      }
+    q = k = v = out = grad = Source{nullptr, 0,       problem.plan->order, problem.plan->length, width,
+                                    rounded, nullptr, nullptr,             nullptr,              zeros};
+    q.carve(carver, tiles, problem.scattered);
+    grad.carve(carver, tiles, problem.scattered);
     dq = carver.floats(positions * rounded);
     return carver.used;
   }
@@ -90,8 +87,8 @@ struct Backward {
     std::memset(reached, 0, size_t(plan.tiles));
     std::memset((void*)q.zeros, 0, size_t(rounded) * sizeof(float));
     std::memset(statistics_ready, 0, size_t(plan.tiles));
-    if (q.ready) std::memset(q.ready, 0, size_t(plan.tiles));
-    if (grad.ready) std::memset(grad.ready, 0, size_t(plan.tiles));
+    q.forget(plan.tiles);
+    grad.forget(plan.tiles);
     if (padded) {
       const uint8_t* row = problem.padding + b * plan.length;
       for (int t = 0; t < plan.tiles; t++) {

@@ -68,6 +68,12 @@ Plan view(at::TensorList plan) {
   return {int32_t(plan[0].numel()), int32_t(plan[1].numel() - 1), words(0), lists(1), lists(5)};
 }
 
+bool in_order(const Plan& plan) {
+  for (int32_t p = 0; p < plan.length; p++)
+    if (plan.order[p] != p) return false;
+  return true;
+}
+
 // A tensor whose rows can be read: unit stride along D.
 Tensor with_rows(const Tensor& tensor) { return tensor.stride(-1) == 1 ? tensor : tensor.contiguous(); }
 
@@ -109,7 +115,8 @@ std::tuple<Tensor, Tensor> attention_forward(const Tensor& q_in, const Tensor& k
   Tensor lse = at::empty({q.size(0), q.size(1), q.size(2)}, q.options().dtype(at::kFloat));
   if (q.numel() == 0) return {out, lse};
   const Padding padding(key_padding_mask, q);
-  const Problem problem{&plan, q.size(0), q.size(1), q.size(3), float(scale), padding.data};
+  const bool scattered = k.stride(2) != k.size(3) || v.stride(2) != v.size(3);
+  const Problem problem{&plan, q.size(0), q.size(1), q.size(3), float(scale), padding.data, scattered};
   const ForwardArrays arrays{array_of(q), array_of(k), array_of(v), array_of(out), lse.mutable_data_ptr<float>()};
   const Kernels& kernels = kernels_for(q.scalar_type());
 
@@ -141,16 +148,20 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(
   const Padding padding(key_padding_mask, q);
   const Tensor lse = lse_in.contiguous();
   const Tensor grad_lse = grad_lse_in ? grad_lse_in->to(at::kFloat).contiguous() : Tensor();
-  const Problem problem{&plan, q.size(0), q.size(1), q.size(3), float(scale), padding.data};
+  // Every tile of text keys reads all queries again, so here the plan's order counts too.
+  const bool scattered = q.stride(2) != q.size(3) || grad_out.stride(2) != q.size(3) || !in_order(plan);
+  const Problem problem{&plan, q.size(0), q.size(1), q.size(3), float(scale), padding.data, scattered};
   const BackwardArrays arrays{array_of(q),  array_of(k),  array_of(v),  array_of(out), array_of(grad_out),
                               array_of(dq), array_of(dk), array_of(dv), lse.const_data_ptr<float>(),
                               grad_lse.defined() ? grad_lse.const_data_ptr<float>() : nullptr};
   const Kernels& kernels = kernels_for(q.scalar_type());
   const int64_t heads = problem.batch * problem.heads, floats = kernels.backward_floats(problem);
 
-  // Enough heads: each is one piece. Few: a head's queries are cut into ranges.
-  constexpr int64_t kWantedPieces = 16;
-  const int32_t ranges = int32_t(std::min<int64_t>((kWantedPieces + heads - 1) / heads, plan.tiles));
+  // Eight heads or more: each is one piece. Fewer: a head's queries are cut into ranges, none too short to repay
+  // that every range turns the text's keys again.
+  constexpr int64_t kWantedPieces = 8, kShortest = 5;
+  const int32_t ranges = int32_t(
+      std::clamp<int64_t>(plan.tiles / kShortest, 1, (kWantedPieces + heads - 1) / heads));
   const std::vector<int32_t> cuts = even_cuts(plan.tiles, ranges, [&](int32_t t) { return tile_cost(plan.by_query, t); });
   const Ranges shared = share_keys(plan, cuts);
   const int64_t slot = 2 * kTile * kernels.rounded_width(problem.width), slots = shared.slot_offsets.back();

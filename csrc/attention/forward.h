@@ -51,13 +51,10 @@ struct Forward {
     listed = carver.of<Pair>(kListed);
     padded = problem.padding ? carver.of<uint8_t>(positions) : nullptr;
     tile_padded = problem.padding ? carver.of<uint8_t>(problem.plan->tiles) : nullptr;
-    q = k = v = Source{nullptr, 0, problem.plan->order, problem.plan->length, width, rounded, nullptr, nullptr, zeros};
-    const auto pack = [&](Source& rows) {
-      rows.packed = carver.floats(positions / Dot::kPer * rounded);
-      rows.ready = carver.of<uint8_t>(problem.plan->tiles);
-    };
-    if (Source::packing(width)) pack(v);
-    if (Source::kWidened) pack(k);
+    q = k = v = Source{nullptr, 0,       problem.plan->order, problem.plan->length, width,
+                       rounded, nullptr, nullptr,             nullptr,              zeros};
+    k.carve(carver, problem.plan->tiles, problem.scattered);
+    v.carve(carver, problem.plan->tiles, problem.scattered);
     return carver.used;
   }
 
@@ -76,8 +73,8 @@ struct Forward {
     scratch.owner = head;
     const Plan& plan = *problem.plan;
     std::memset((void*)q.zeros, 0, size_t(rounded) * sizeof(float));
-    if (k.ready) std::memset(k.ready, 0, size_t(plan.tiles));
-    if (v.ready) std::memset(v.ready, 0, size_t(plan.tiles));
+    k.forget(plan.tiles);
+    v.forget(plan.tiles);
     if (padded) {
       const uint8_t* row = problem.padding + b * plan.length;
       for (int t = 0; t < plan.tiles; t++) {

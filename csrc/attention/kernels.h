@@ -19,6 +19,7 @@ struct Problem {
   int64_t batch, heads, width;  // width = D
   float scale;
   const uint8_t* padding;  // [B, S], 1 = nobody sees this key; null without
+  bool scattered;          // rows that are read many times (k, v forward; q, dO backward) do not follow one another
 };
 
 struct ForwardArrays {

@@ -285,40 +285,56 @@ DALLE_INLINE void store_row(T* row, int d, int width, F x) {
 
 // How one head's rows of a tensor are read, by position. `units(p)` is row p as 32-bit units; `mixed(u)` is the u-th row
 // that mix() takes: row u, or with PairDot the pairs of elements of rows 2 u and 2 u + 1. Rows that cannot be read in
-// place are packed, a tile at a time, when first needed. Rows past the end are zero.
+// place, or that lie so far apart that they would compete for the same lines of the cache, are packed, a tile at a time,
+// when first needed. Rows past the end are zero.
 template <class T, class Dot>
 struct Rows {
-  static constexpr bool kWidened = sizeof(T) == 2 && Dot::kPer == 1;  // bfloat16 without an instruction for it
+  static constexpr bool kPairs = Dot::kPer == 2;
 
   const T* base;
   int64_t stride;
   const int32_t* order;
   int length, width, rounded;
-  float* packed;         // [tiles kTile / Dot::kPer, rounded], where packing() says so
-  uint8_t* ready;        // [tiles]
-  const float* zeros;    // a row of zeros
+  float* packed_units;  // [positions, rounded] (with PairDot: [positions, width / 2]); null: read in place
+  float* packed_mixed;  // [positions / 2, rounded] pairs, or the same memory as packed_units; null: read in place
+  uint8_t* ready;       // [tiles]
+  const float* zeros;   // a row of zeros
 
-  static bool packing(int width) { return sizeof(T) == 2 || width % kLanes != 0; }
+  // Memory for what has to be packed: `scattered` says that rows do not follow one another.
+  template <class Carver>
+  void carve(Carver& carver, int tiles, bool scattered) {
+    const int64_t positions = int64_t(tiles) * kTile;
+    if (kPairs) {
+      packed_mixed = carver.floats(positions / 2 * rounded);
+      if (scattered) packed_units = carver.floats(positions * (width / 2));
+    } else if (sizeof(T) == 2 || width % kLanes != 0 || scattered) {
+      packed_mixed = packed_units = carver.floats(positions * rounded);
+    }
+    ready = carver.template of<uint8_t>(tiles);
+  }
+  void forget(int tiles) const { std::memset(ready, 0, size_t(tiles)); }
 
   DALLE_METHOD const float* in_place(int position) const {
     return position < length ? (const float*)(base + order[position] * stride) : zeros;
   }
   DALLE_METHOD const float* units(int position) const {
-    if constexpr (kWidened) return packed + int64_t(position) * rounded;
+    if (packed_units) return packed_units + int64_t(position) * (kPairs ? width / 2 : rounded);
     return in_place(position);
   }
   DALLE_METHOD const float* mixed(int u) const {
-    if (Dot::kPer == 2 || packed) return packed + int64_t(u) * rounded;
+    if (packed_mixed) return packed_mixed + int64_t(u) * rounded;
     return in_place(u);
   }
   DALLE_METHOD const T* row(int position) const {
     return position < length ? base + order[position] * stride : (const T*)zeros;
   }
   DALLE_METHOD void prepare(int tile) const {
-    if (packed && !ready[tile]) {
-      pack(tile);
-      ready[tile] = 1;
-    }
+    if (ready[tile]) return;
+    ready[tile] = 1;
+    if (packed_mixed) pack_into(tile, packed_mixed + int64_t(tile) * (kTile / Dot::kPer) * rounded);
+    if (kPairs && packed_units)
+      for (int p = tile * kTile; p < (tile + 1) * kTile; p++)
+        std::memcpy(packed_units + int64_t(p) * (width / 2), in_place(p), size_t(width) * sizeof(T));
   }
   // Tile `tile` of the packed rows into `out`.
   void pack_into(int tile, float* out) const {
@@ -335,7 +351,6 @@ struct Rows {
       }
     }
   }
-  void pack(int tile) const { pack_into(tile, packed + int64_t(tile) * (kTile / Dot::kPer) * rounded); }
 
   // out[unit][position], 64 positions: the transpose of a tile's units.
   void transpose_into(int tile, float* out) const {
