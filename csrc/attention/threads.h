@@ -3,33 +3,15 @@
 
 #include <ATen/Parallel.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
-#include <cstdlib>
-#include <memory>
-#include <new>
 #include <vector>
 
 #include "attention/kernels.h"
+#include "scratch.h"
 
 namespace dalle::attention {
-
-// A thread's scratch memory, kept between calls: fresh pages would cost more than many a call.
-inline float* thread_scratch(int64_t floats) {
-  struct Free {
-    void operator()(float* p) const { std::free(p); }
-  };
-  thread_local std::unique_ptr<float, Free> memory;
-  thread_local int64_t size = 0;
-  if (floats > size) {
-    memory.reset();
-    size = 0;
-    memory.reset(static_cast<float*>(std::aligned_alloc(64, size_t((floats + 15) / 16) * 64)));
-    if (!memory) throw std::bad_alloc();
-    size = floats;
-  }
-  return memory.get();
-}
 
 // Cuts 0 .. count - 1 into `parts` runs of about equal cost: run p is [cuts[p], cuts[p + 1]).
 template <class Cost>
@@ -63,7 +45,7 @@ void share_out(int64_t pieces, int64_t scratch_floats, const Body& body) {
     runs[t].left = runs[t].end - runs[t].next;
   }
   at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    Scratch scratch{thread_scratch(scratch_floats), -1};
+    Scratch scratch{static_cast<float*>(thread_scratch(scratch_floats * int64_t(sizeof(float)))), -1};
     for (int64_t t = begin; t < end; t++)
       for (int64_t other = 0; other < threads; other++) {
         Run& run = runs[size_t((t + other) % threads)];
