@@ -16,6 +16,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import torch
 
@@ -41,7 +42,7 @@ def architecture(device: torch.device) -> int:
 
 
 @functools.lru_cache(maxsize=1024)
-def settings_for(kernel: str, arch: int, bits: int, width: int) -> Mapping[str, int]:
+def settings_for(kernel: str, arch: int, bits: int, width: int) -> Mapping[str, Any]:
     """The settings of one kernel: a read-only mapping of what its row lists (tile sizes, num_warps, num_stages ...).
 
     Args:

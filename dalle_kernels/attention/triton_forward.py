@@ -191,7 +191,7 @@ def plan_for(kernel: str, pattern: Pattern, length: int, device: torch.device, d
         "KEYS": tile[1],
         "GROUP": group,
         "WHOLE": length % tile[0] == 0 and length % tile[1] == 0,
-        "PRECISION": precision(dtype),
+        "PRECISION": settings.get("precision", precision(dtype)),
         "num_warps": warps,
         "num_stages": stages,
         "enable_fp_fusion": True,
