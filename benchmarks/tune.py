@@ -4,8 +4,9 @@
     python -m benchmarks.tune --kernel attention_forward --width 64 --bits 16
 
 Each `benchmarks/tune_*.py` contributes a function `tasks()` of `Task`s. A kernel keeps its row unless a candidate is
-faster by `--margin`; candidates that do not compile, do not fit, or spill registers are passed over. The new rows are
-written for the architecture of this GPU, and those of older architectures stay.
+faster by `--margin`; candidates that do not compile or do not fit are passed over. The new rows are written for the
+architecture of this GPU, and those of older architectures stay. Run `benchmarks.aot --write` afterwards: it tells
+whether a new row spills registers.
 """
 
 from __future__ import annotations
