@@ -335,19 +335,20 @@ def backward(
     power, negated = exponent_scale(scale)
     padding, padding_strides = padding_bytes(key_padding_mask, q)
     flags = {"PADDED": key_padding_mask is not None, "NEGATED": negated}
-    block, keys = by_key.constants["BLOCK_D"], by_key.schedule.tile[1]
+    block, keys = max(16, triton.next_power_of_2(width)), by_key.schedule.tile[1]
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     delta = torch.empty_like(lse)
+    delta_rows = 2048 // block  # 16 elements a thread
     # Where no tile is in pieces none is written, and any tensor stands for them.
     partial = delta
     if work.slots:
         partial = torch.empty((in_all, work.slots, 2, keys, block), dtype=torch.float32, device=q.device)
 
-    attention_delta[(in_all, triton.cdiv(length, 64))](
+    attention_delta[(in_all, triton.cdiv(length, delta_rows))](
         out, grad_out, delta if grad_lse is None else grad_lse, delta,
         *out.stride()[:3], *grad_out.stride()[:3], *(delta if grad_lse is None else grad_lse).stride(),
         heads, length,
-        D=width, BLOCK_D=block, ROWS=64, HAS_GRAD_LSE=grad_lse is not None, num_warps=4, enable_fp_fusion=True,
+        D=width, BLOCK_D=block, ROWS=delta_rows, HAS_GRAD_LSE=grad_lse is not None, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     schedule = by_key.schedule
     attention_backward_keys[(in_all * work.items.shape[0],)](
