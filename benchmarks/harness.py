@@ -362,13 +362,15 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """The commit that is measured, with "+" where tracked files differ from it; "unknown" outside a repository."""
+    """The commit that is measured, with "+" where tracked files (results aside) differ; "unknown" if unversioned."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+        return git("rev-parse", "--short=12", "HEAD") + (
+            "+" if git("status", "--porcelain", "-uno", "--", ".", ":!benchmarks/results") else ""
+        )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
