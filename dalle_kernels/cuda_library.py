@@ -90,4 +90,4 @@ def shared_memory(device: torch.device, blocks: int) -> int:
     properties = torch.cuda.get_device_properties(device)
     reserved = 1024  # of every block, by the system
     whole = properties.shared_memory_per_multiprocessor
-    return min(whole // blocks - reserved, properties.shared_memory_per_block_optin)
+    return min(whole // blocks - reserved, properties.shared_memory_per_block_optin)  # type: ignore[attr-defined]

@@ -12,6 +12,7 @@ from bisect import bisect_left
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
+from typing import Any
 
 import torch
 
@@ -80,8 +81,10 @@ def _remembered(
 ) -> Plan:
     if device != "cpu":
         plan = _remembered(pattern, rows, columns, transposed, length, slots, parts, "cpu")
-        moved = (t.to(device) for t in (plan.order, plan.part_tiles, plan.tile_steps, plan.steps, plan.masks))
-        return Plan(*moved, slots=slots)
+        moved: dict[str, Any] = {
+            name: getattr(plan, name).to(device) for name in ("order", "part_tiles", "tile_steps", "steps", "masks")
+        }
+        return Plan(**moved, slots=slots)
     if slots < SMALLEST:
         raise ValueError(f"slots: got {slots}, wanted at least {SMALLEST}")
     schedule = schedule_for(pattern, (columns, rows) if transposed else (rows, columns), length)

@@ -291,11 +291,11 @@ class Work(NamedTuple):
                 split_tiles.append(tile)
                 split_offsets.append(slot)
         items.sort(key=lambda item: item[1] - item[3])
-        tensors = [
+        pieces_of, tiles, slots = (
             torch.from_numpy(np.array(values, np.int32)).to(schedule.order.device)
             for values in (items, split_tiles, split_offsets)
-        ]
-        return Work(*tensors, split_offsets[-1])
+        )
+        return Work(pieces_of, tiles, slots, split_offsets[-1])
 
 
 @functools.lru_cache(maxsize=256)

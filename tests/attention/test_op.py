@@ -143,7 +143,7 @@ Q = torch.zeros(2, 3, LAYOUT.length, 16)
         ((Q, Q, Q), {"scale": float("nan")}, ValueError, "scale: got nan"),
         ((Q, Q, Q), {"key_padding_mask": torch.zeros(2, 3)}, ValueError, "key_padding_mask: got torch.float32"),
         ((Q, Q, Q), {"backend": "best"}, ValueError, "backend: got 'best', wanted 'auto' or one of"),
-        ((Q, Q, Q), {"backend": "triton"}, ValueError, "backend: 'triton' cannot serve this sparse_attention call"),
+        ((Q, Q, Q), {"backend": "cuda"}, ValueError, "backend: 'cuda' cannot serve this sparse_attention call"),
     ],
 )
 def test_bad_input_is_refused(arguments, options, error, message: str) -> None:  # type: ignore[no-untyped-def]
