@@ -122,7 +122,7 @@ class TrainTransformerConfig:
     """Probability with which a merge of the byte-pair encoding is left out, in training."""
     caption_dropout: float = 0.1
     """Probability with which a caption is replaced by none, for classifier-free guidance."""
-    guidance_scale: float = 2.0
+    guidance_scale: float = 1.5
     """Guidance of the samples drawn as training goes on."""
 
 
@@ -189,7 +189,7 @@ TRANSFORMER_PRESETS: dict[str, tuple[str, TrainTransformerConfig]] = {
         ),
     ),
     "demo": (
-        "4 layers of 2 x 64 on 500 pictures; minutes on a CPU",
+        "4 layers of 2 x 64 on 300 pictures; minutes on a CPU",
         TrainTransformerConfig(
             _run(
                 "runs/transformer",
@@ -201,7 +201,7 @@ TRANSFORMER_PRESETS: dict[str, tuple[str, TrainTransformerConfig]] = {
             ),
             dvae=Path("runs/dvae"),
             one_per_concept=True,
-            pictures=500,
+            pictures=300,
             heads=2,
         ),
     ),

@@ -35,7 +35,7 @@ from dalle_reference.transformer import DalleTransformer
 _ASKED = 64  # captions of the retrieval figure
 _SEED = 0
 _SHARE = 0.4  # of the training time, the dVAE's
-_SAMPLING: dict[str, Any] = {"temperature": 0.7, "guidance_scale": 2.0}
+_SAMPLING: dict[str, Any] = {"temperature": 0.4, "guidance_scale": 1.5}
 
 
 @dataclass(frozen=True)
