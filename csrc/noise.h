@@ -36,12 +36,15 @@ struct NoiseRow {
   }
 };
 
-// Words 0..3 of a vector of counters, the even lanes in the low halves of `even`, the odd lanes in those of `odd`.
-DALLE_INLINE void noise_words(const NoiseKeys& keys, const NoiseRow& row, W even, W odd, U words[4]) {
+// Words 0..3 of some vectors of counters: of each, the even lanes in the low halves of counters[v][0], the odd lanes in
+// those of counters[v][1]. Vectors go through the rounds side by side, because a round waits for the one before.
+template <int Vectors>
+DALLE_INLINE void noise_words(const NoiseKeys& keys, const NoiseRow& row, const W counters[Vectors][2],
+                              U words[Vectors][4]) {
   const W m0 = wide_set(kPhiloxMultiplier0), m1 = wide_set(kPhiloxMultiplier1);
-  W c0[2], c1[2], c2[2], c3[2];
-  DALLE_UNROLL for (int h = 0; h < 2; h++) {
-    const W product0 = wide_multiply(h == 0 ? even : odd, m0);
+  W c0[2 * Vectors], c1[2 * Vectors], c2[2 * Vectors], c3[2 * Vectors];
+  DALLE_UNROLL for (int h = 0; h < 2 * Vectors; h++) {
+    const W product0 = wide_multiply(counters[h / 2][h % 2], m0);
     const W product1 = wide_multiply((product0 >> 32) ^ wide_set(row.mask1_2), m1);
     c0[h] = (product1 >> 32) ^ wide_set(row.mask2_0);
     c1[h] = product1;
@@ -50,7 +53,7 @@ DALLE_INLINE void noise_words(const NoiseKeys& keys, const NoiseRow& row, W even
   }
   DALLE_UNROLL for (int round = 2; round < kPhiloxRounds; round++) {
     const W k0 = wide_set(keys.first[round]), k1 = wide_set(keys.second[round]);
-    DALLE_UNROLL for (int h = 0; h < 2; h++) {
+    DALLE_UNROLL for (int h = 0; h < 2 * Vectors; h++) {
       const W product0 = wide_multiply(c0[h], m0), product1 = wide_multiply(c2[h], m1);
       c0[h] = exclusive_or(product1 >> 32, c1[h], k0);
       c2[h] = exclusive_or(product0 >> 32, c3[h], k1);
@@ -58,16 +61,21 @@ DALLE_INLINE void noise_words(const NoiseKeys& keys, const NoiseRow& row, W even
       c3[h] = product0;
     }
   }
-  words[0] = interleave_low(c0[0], c0[1]);
-  words[1] = interleave_low(c1[0], c1[1]);
-  words[2] = interleave_low(c2[0], c2[1]);
-  words[3] = interleave_low(c3[0], c3[1]);
+  DALLE_UNROLL for (int v = 0; v < Vectors; v++) {
+    words[v][0] = interleave_low(c0[2 * v], c0[2 * v + 1]);
+    words[v][1] = interleave_low(c1[2 * v], c1[2 * v + 1]);
+    words[v][2] = interleave_low(c2[2 * v], c2[2 * v + 1]);
+    words[v][3] = interleave_low(c3[2 * v], c3[2 * v + 1]);
+  }
 }
 
-// The same for the counters counter .. counter + kLanes - 1.
-DALLE_INLINE void noise_words(const NoiseKeys& keys, const NoiseRow& row, uint32_t counter, U words[4]) {
-  const W even = wide_iota() * 2 + wide_set(counter);
-  noise_words(keys, row, even, even + 1, words);
+// The same for the counters counter .. counter + Vectors kLanes - 1.
+template <int Vectors = 1>
+DALLE_INLINE void noise_words(const NoiseKeys& keys, const NoiseRow& row, uint32_t counter, U words[Vectors][4]) {
+  W counters[Vectors][2];
+  DALLE_UNROLL for (int h = 0; h < 2 * Vectors; h++)
+    counters[h / 2][h % 2] = wide_iota() * 2 + wide_set(counter + uint32_t(h / 2 * kLanes + h % 2));
+  noise_words<Vectors>(keys, row, counters, words);
 }
 
 // -log(-log u), u = ((word >> 9) + 1/2) 2^-23: the 23 bits become the mantissa of a number in [1, 2), and both that

@@ -61,8 +61,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gumbel_forward(const 
   Tensor mixture = hard ? at::empty({problem.rows, problem.width}, wide) : at::empty({0}, wide);
   GumbelForward forward{problem, latents.data_ptr(), hard ? mixture.data_ptr<float>() : nullptr,
                         indices.data_ptr<int64_t>(), kl.data_ptr<float>(), lse_noisy.data_ptr<float>(),
-                        lse_clean.data_ptr<float>()};
+                        lse_clean.data_ptr<float>(), nullptr};
+  const Tensor packed = at::empty({forward.packed_words()}, logits.options().dtype(at::kInt));
+  forward.packed = (uint32_t*)packed.data_ptr();
+  prefer_large_pages(packed);
   const CodebookKernels& kernels = kernels_for(logits);
+  at::parallel_for(0, problem.tiles(), 1,
+                   [&](int64_t tile, int64_t end) { kernels.gumbel_pack(forward, tile, end); });
   at::parallel_for(0, problem.rows, 1, [&](int64_t row, int64_t end) {
     kernels.gumbel_forward(forward, row, end, thread_scratch(forward.scratch()));
   });
@@ -112,7 +117,8 @@ std::tuple<Tensor, Tensor> gumbel_backward(const std::optional<Tensor>& grad_lat
   backward.grad_logits = grad_logits.data_ptr();
   backward.grad_codebook = through_mixture ? grad_codebook.data_ptr() : nullptr;
   // A small codebook has few tiles: the rows are shared out as well, into parts of at least 256.
-  backward.splits = std::clamp<int64_t>((64 + problem.tiles() - 1) / problem.tiles(), 1, std::max<int64_t>(rows / 256, 1));
+  backward.splits = std::clamp<int64_t>((64 + problem.tiles() - 1) / problem.tiles(), 1,
+                                         std::max<int64_t>(rows / 256, 1));
 
   const auto words = logits.options().dtype(at::kInt), wide = logits.options().dtype(at::kFloat);
   Tensor by_rows, packed, delta, partial;

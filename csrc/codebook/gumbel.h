@@ -18,6 +18,7 @@ namespace dalle::DALLE_ISA {
 constexpr float kLog2E = 0x1.715476p+0f, kLn2 = 0x1.62e430p-1f;
 constexpr float kLowestLogit = -1e30f;      // a row without a greater one has no distribution: its kl is NaN
 constexpr int kTileVectors = int(kCounterTile) / kLanes;
+constexpr int kNoiseVectors = kLanes == 16 ? 2 : 1;  // as many as registers hold
 constexpr uint32_t kGumbelStream = 0;
 
 // The codes of tile `tile`: part l, 0 <= l < 4, is first[l] .. first[l] + count[l] - 1. With noise part l lies in
@@ -43,9 +44,12 @@ struct Tile {
 template <bool Noise, bool Full, class T>
 DALLE_INLINE void load_scores(const T* logits, const Tile& tile, const NoiseKeys& keys, const NoiseRow& noise,
                               F clean[4][kTileVectors], F noisy[4][kTileVectors]) {
+  U words[kTileVectors][4];
+  if constexpr (Noise) {
+    DALLE_UNROLL for (int j = 0; j < kTileVectors; j += kNoiseVectors)
+      noise_words<kNoiseVectors>(keys, noise, tile.counter + uint32_t(j * kLanes), words + j);
+  }
   DALLE_UNROLL for (int j = 0; j < kTileVectors; j++) {
-    U words[4];
-    if constexpr (Noise) noise_words(keys, noise, tile.counter + uint32_t(j * kLanes), words);
     DALLE_UNROLL for (int l = 0; l < 4; l++) {
       const T* from = logits + tile.first[l] + j * kLanes;
       if constexpr (Full) {
@@ -55,7 +59,7 @@ DALLE_INLINE void load_scores(const T* logits, const Tile& tile, const NoiseKeys
         const int left = tile.count[l] - j * kLanes, n = left < 0 ? 0 : left < kLanes ? left : kLanes;
         clean[l][j] = select(first(n), load(n > 0 ? from : logits, n), set(-INFINITY));
       }
-      noisy[l][j] = Noise ? clean[l][j] + gumbel(words[l]) : clean[l][j];
+      noisy[l][j] = Noise ? clean[l][j] + gumbel(words[j][l]) : clean[l][j];
     }
   }
 }
@@ -72,7 +76,7 @@ static_assert(sizeof(RowState) <= 256);
 template <class T>
 struct GumbelForwardKernel {
   using P = typename ProductOf<T>::Type;
-  static constexpr int kRowWords = int(kCodeTile) / P::kDepth, kPartWords = int(kCounterTile) / P::kDepth;
+  static constexpr int kRowWords = int(kCodeTile) / P::kDepth;
 
   const GumbelForward& p;
   const NoiseKeys keys;
@@ -80,7 +84,6 @@ struct GumbelForwardKernel {
   const int64_t columns;  // padded width
   float* probabilities;   // [kRowTile, kCodeTile] T's, or floats, as P wants
   float* sums;            // [kRowTile, columns]
-  Word* packed;           // [kCodeTile / depth, columns]
   RowState* states;       // [kRowTile]
 
   GumbelForwardKernel(const GumbelForward& problem, void* scratch)
@@ -88,7 +91,6 @@ struct GumbelForwardKernel {
     states = (RowState*)scratch;
     probabilities = (float*)((char*)scratch + kRowTile * 256);
     sums = probabilities + kRowTile * kCodeTile;
-    packed = (Word*)(sums + kRowTile * columns);
   }
 
   // The row's maximum grew: everything summed so far is rescaled to the new one.
@@ -145,11 +147,9 @@ struct GumbelForwardKernel {
     }
   }
 
-  void multiply(const Tile& tile, int count) {
-    for (int l = 0; l < 4; l++)
-      pack_rows<P>((const T*)p.codebook + tile.first[l] * p.width, tile.count[l], p.width, packed, l * kPartWords,
-                   kPartWords, kRowWords);
-    product<P>({(const Word*)probabilities, kRowWords, 1}, packed, sums, columns, count, columns, kRowWords, true);
+  void multiply(int64_t tile, int count) {
+    product<P>({(const Word*)probabilities, kRowWords, 1}, p.packed + tile * kRowWords * columns, sums, columns, count,
+               columns, kRowWords, true);
   }
 
   void finish(int64_t row, int count) {
@@ -186,12 +186,25 @@ struct GumbelForwardKernel {
         const Tile tile(p, t);
         if (p.noise) tile.full ? score<true, true>(tile, row, count) : score<true, false>(tile, row, count);
         else tile.full ? score<false, true>(tile, row, count) : score<false, false>(tile, row, count);
-        multiply(tile, count);
+        multiply(t, count);
       }
       finish(row, count);
     }
   }
 };
+
+// The codebook as the products read it, tile by tile: once for all rows and threads.
+template <class T>
+void gumbel_pack(const GumbelForward& p, int64_t t, int64_t tile_end) {
+  using P = typename ProductOf<T>::Type;
+  constexpr int kRowWords = int(kCodeTile) / P::kDepth, kPartWords = int(kCounterTile) / P::kDepth;
+  for (; t < tile_end; t++) {
+    const Tile tile(p, t);
+    for (int l = 0; l < 4; l++)
+      pack_rows<P>((const T*)p.codebook + tile.first[l] * p.width, tile.count[l], p.width,
+                   p.packed + t * kRowWords * padded(p.width), l * kPartWords, kPartWords, kRowWords);
+  }
+}
 
 template <class T>
 void gumbel_forward(const GumbelForward& problem, int64_t row, int64_t row_end, void* scratch) {

@@ -35,9 +35,11 @@ struct GumbelForward : Gumbel {
   float* mixture;    // [rows, width] or null
   int64_t* indices;  // [rows], as are the next three
   float *kl, *lse_noisy, *lse_clean;
+  uint32_t* packed;  // a workspace of packed_words(): the codebook in the order in which it is read
 
-  // Bytes of scratch memory per thread: probabilities, sums of products, a packed tile of the codebook, row states.
-  int64_t scratch() const { return 4 * (kRowTile * (kCodeTile + padded(width)) + kCodeTile * padded(width)) + kRowTile * 256; }
+  int64_t packed_words() const { return tiles() * kCodeTile * padded(width); }
+  // Bytes of scratch memory per thread: probabilities, sums of products, row states.
+  int64_t scratch() const { return 4 * kRowTile * (kCodeTile + padded(width)) + kRowTile * 256; }
 };
 
 struct GumbelBackward : Gumbel {
@@ -84,6 +86,7 @@ struct VqBackward {
 
 // Functions take a range of their unit of work, and may run at once on disjoint ranges.
 struct CodebookKernels {
+  void (*gumbel_pack)(const GumbelForward&, int64_t tile, int64_t tile_end);
   void (*gumbel_forward)(const GumbelForward&, int64_t row, int64_t row_end, void* scratch);
   void (*gumbel_prepare)(const GumbelBackward&, int64_t row_tile, int64_t row_tile_end);
   void (*gumbel_backward)(const GumbelBackward&, int64_t task, int64_t task_end, void* scratch);  // tiles() * splits

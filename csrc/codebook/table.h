@@ -14,18 +14,18 @@ static void noise_words_at(uint64_t seed, uint64_t row, uint32_t stream, uint32_
                            float noise[4][16]) {
   const NoiseKeys keys(seed);
   for (int i = 0; i < 16; i += kLanes) {
-    U lanes[4];
+    U lanes[1][4];
     noise_words(keys, NoiseRow(keys, row, stream), counter + uint32_t(i), lanes);
     for (int word = 0; word < 4; word++) {
-      store(words[word] + i, lanes[word]);
-      store(noise[word] + i, gumbel(lanes[word]));
+      store(words[word] + i, lanes[0][word]);
+      store(noise[word] + i, gumbel(lanes[0][word]));
     }
   }
 }
 
 template <class T>
 constexpr CodebookKernels kCodebookKernels{
-    gumbel_forward<T>, gumbel_prepare<T>, gumbel_backward<T>,  gumbel_collect<T>, half_norms<T>,
+    gumbel_pack<T>,    gumbel_forward<T>, gumbel_prepare<T>, gumbel_backward<T>,  gumbel_collect<T>, half_norms<T>,
     vq_forward<T>,     vq_grad_features<T>, vq_grad_codebook<T>, scatter_rows<T>, noise_words_at};
 
 const CodebookTable& codebook_kernels() {

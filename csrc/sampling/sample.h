@@ -123,14 +123,14 @@ struct Sampler {
     U best_counter[4];
     for (int l = 0; l < 4; l++) best[l] = set(-INFINITY), best_counter[l] = set(0u);
     for (int64_t c = 0; c < quarter; c += kLanes) {
-      U words[4];
+      U words[1][4];
       noise_words(keys, noise, uint32_t(c), words);
       const U counter = iota() + set(uint32_t(c));
       DALLE_UNROLL for (int l = 0; l < 4; l++) {
         const int64_t end = (l + 1) * quarter < p.codes ? (l + 1) * quarter : p.codes, start = l * quarter + c;
         const int n = start >= end ? 0 : left(start, end);
         const F x = n == kLanes ? load(scores + start) : select(first(n), load(scores + (n > 0 ? start : 0), n), set(-INFINITY));
-        const F noisy = x + gumbel(words[l]);
+        const F noisy = x + gumbel(words[0][l]);
         const Mask wins = greater(noisy, best[l]);
         best[l] = select(wins, noisy, best[l]);
         best_counter[l] = select(wins, counter, best_counter[l]);
@@ -148,12 +148,13 @@ struct Sampler {
     Best result;
     for (int64_t j = 0; j < count; j += kLanes) {
       const U code = load(codes + j);
-      U part = set(0u), words[4];
+      U part = set(0u), words[1][4];
       for (int l = 1; l < 4; l++) part = part + select(not_below(code, set(uint32_t(l * quarter))), set(1u), set(0u));
       const U counter = code - part * set(uint32_t(quarter));
-      noise_words(keys, noise, wide_even(counter), wide_odd(counter), words);
-      U word = words[0];
-      for (int l = 1; l < 4; l++) word = select(equal(part, set(uint32_t(l))), words[l], word);
+      const W counters[1][2] = {{wide_even(counter), wide_odd(counter)}};
+      noise_words<1>(keys, noise, counters, words);
+      U word = words[0][0];
+      for (int l = 1; l < 4; l++) word = select(equal(part, set(uint32_t(l))), words[0][l], word);
       result.take(select(first(left(j, count)), load(candidates + j) + gumbel(word), set(-INFINITY)), code);
     }
     return result.code;

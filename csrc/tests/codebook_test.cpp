@@ -80,8 +80,11 @@ void gumbel(const CodebookKernels& kernels, int64_t rows, int64_t codes, int64_t
   auto mixture = poisoned<float>(rows * width);
   auto indices = poisoned<int64_t>(rows);
   auto kl = poisoned<float>(rows), lse_noisy = poisoned<float>(rows), lse_clean = poisoned<float>(rows);
-  const GumbelForward forward{problem, latents.data(), hard ? mixture.data() : nullptr, indices.data(), kl.data(),
-                              lse_noisy.data(), lse_clean.data()};
+  GumbelForward forward{problem, latents.data(), hard ? mixture.data() : nullptr, indices.data(), kl.data(),
+                        lse_noisy.data(), lse_clean.data(), nullptr};
+  auto packed_codebook = poisoned<uint32_t>(forward.packed_words());
+  forward.packed = packed_codebook.data();
+  kernels.gumbel_pack(forward, 0, forward.tiles());
   const Scratch forward_scratch(forward.scratch());
   kernels.gumbel_forward(forward, 0, rows / 2, forward_scratch.memory.get());
   kernels.gumbel_forward(forward, rows / 2, rows, forward_scratch.memory.get());
