@@ -55,13 +55,13 @@ class GenerateConfig:
     """Pictures for each caption."""
     seed: int = 0
     """The same seed gives the same pictures."""
-    temperature: float = 1.0
+    temperature: float = 0.4
     """Below 1 likelier tokens, 0 the likeliest."""
     top_k: int | None = None
     """Draw among this many of the likeliest tokens."""
     top_p: float | None = None
     """Draw among the likeliest tokens that have this probability together."""
-    guidance_scale: float = 2.0
+    guidance_scale: float = 1.5
     """Classifier-free guidance; 1 is none."""
     complete: Path | None = None
     """A picture whose top rows are kept."""
