@@ -8,6 +8,7 @@ import torch
 
 from dalle_kernels.attention.patterns import Pattern
 from dalle_kernels.backends import Call
+from dalle_kernels.precision import widen
 
 
 def refuse(call: Call) -> str | None:
@@ -31,10 +32,6 @@ def _probabilities(
     return (scores - lse[..., None]).exp().where(visible, 0), lse
 
 
-def _wide(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return tuple(t if t.dtype == torch.float64 else t.float() for t in tensors)
-
-
 def forward(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -43,7 +40,7 @@ def forward(
     scale: float,
     pattern: Pattern,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    wide_q, wide_k, wide_v = _wide(q, k, v)
+    wide_q, wide_k, wide_v = map(widen, (q, k, v))
     p, lse = _probabilities(wide_q, wide_k, key_padding_mask, scale, pattern)
     return torch.empty_like(q).copy_(p @ wide_v), lse
 
@@ -61,7 +58,7 @@ def backward(
     pattern: Pattern,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """With S = scale q k^T, P = softmax(S), dP = dO v^T: dS = P (dP - rowsum(dO O) + dLSE)."""
-    wide_grad, wide_q, wide_k, wide_v, wide_out = _wide(grad_out, q, k, v, out)
+    wide_grad, wide_q, wide_k, wide_v, wide_out = map(widen, (grad_out, q, k, v, out))
     p, _ = _probabilities(wide_q, wide_k, key_padding_mask, scale, pattern)
     delta = (wide_grad * wide_out).sum(-1)
     if grad_lse is not None:

@@ -8,16 +8,13 @@ import torch
 
 from dalle_kernels.codebook import reference
 from dalle_kernels.codebook.reference import refuse
+from dalle_kernels.precision import widen
 
 __all__ = ["projection_backward", "projection_forward", "refuse"]
 
 
-def _wide(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
-
-
 def _logits(features: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    return torch.nn.functional.linear(_wide(features), _wide(weight), None if bias is None else _wide(bias))
+    return torch.nn.functional.linear(widen(features), widen(weight), None if bias is None else widen(bias))
 
 
 def projection_forward(
@@ -47,6 +44,6 @@ def projection_backward(
     """(dfeatures, dweight, dbias or None, dcodebook); `saved` as `reference.gumbel_backward` takes it."""
     logits = _logits(features, weight, bias)
     dlogits, dcodebook = reference.gumbel_backward(grad_latents, grad_kl, logits, codebook, *saved)
-    dfeatures = (dlogits @ _wide(weight)).to(features.dtype)
-    dweight = (dlogits.T @ _wide(features)).to(weight.dtype)
+    dfeatures = (dlogits @ widen(weight)).to(features.dtype)
+    dweight = (dlogits.T @ widen(features)).to(weight.dtype)
     return dfeatures, dweight, None if bias is None else dlogits.sum(0).to(bias.dtype), dcodebook

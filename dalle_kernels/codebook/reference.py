@@ -8,14 +8,11 @@ import torch
 
 from dalle_kernels.backends import Call
 from dalle_kernels.noise import GUMBEL_STREAM, gumbel_noise
+from dalle_kernels.precision import widen
 
 
 def refuse(call: Call) -> str | None:
     return None
-
-
-def _wide(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def _noisy(logits: torch.Tensor, noise: bool, seed: torch.Tensor) -> torch.Tensor:
@@ -31,7 +28,7 @@ def gumbel_forward(
     seed: torch.Tensor,
 ) -> tuple[torch.Tensor, ...]:
     """(latents, indices, kl, log-sum-exp of (logits + g) / tau, that of logits, the soft mixture where hard)."""
-    wide, table = _wide(logits), _wide(codebook)
+    wide, table = widen(logits), widen(codebook)
     noisy = _noisy(wide, noise, seed)
     scaled = noisy / temperature
     mixture = scaled.softmax(-1) @ table
@@ -65,12 +62,12 @@ def gumbel_backward(
     dlogits = y (d - dL . mixture) / tau + dKL p (log p + H(p)); the codebook receives y^T dL, or where hard the
     one-hot rows' share.
     """
-    wide, table = _wide(logits), _wide(codebook)
+    wide, table = widen(logits), widen(codebook)
     dlogits, dcodebook = torch.zeros_like(wide), torch.zeros_like(table)
     if grad_latents is not None:
-        grad = _wide(grad_latents)
+        grad = widen(grad_latents)
         y = (_noisy(wide, noise, seed) / temperature - lse_noisy[:, None]).exp()
-        delta = (grad * (mixture if hard else _wide(latents))).sum(-1, keepdim=True)
+        delta = (grad * (mixture if hard else widen(latents))).sum(-1, keepdim=True)
         dlogits += y * (grad @ table.T - delta) / temperature
         dcodebook = dcodebook.index_add_(0, indices, grad) if hard else y.T @ grad
     if grad_kl is not None:
@@ -83,7 +80,7 @@ def gumbel_backward(
 
 def vq_forward(features: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The nearest row's index, and its squared distance computed from the difference, not from expanded squares."""
-    wide, table = _wide(features), _wide(codebook)
+    wide, table = widen(features), widen(codebook)
     indices = ((table * table).sum(-1) / 2 - wide @ table.T).argmin(-1)
     return indices, (wide - table[indices]).square().sum(-1)
 
@@ -91,7 +88,7 @@ def vq_forward(features: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Te
 def vq_backward(
     grad_squared_distance: torch.Tensor, features: torch.Tensor, codebook: torch.Tensor, indices: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    wide, table = _wide(features), _wide(codebook)
+    wide, table = widen(features), widen(codebook)
     dfeatures = 2 * grad_squared_distance[:, None] * (wide - table[indices])
     dcodebook = torch.zeros_like(table).index_add_(0, indices, -dfeatures)
     return dfeatures.to(features.dtype), dcodebook.to(codebook.dtype)

@@ -7,19 +7,16 @@ import math
 import torch
 
 from dalle_kernels.backends import Call
+from dalle_kernels.precision import widen
 
 
 def refuse(call: Call) -> str | None:
     return None
 
 
-def _wide(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
-
-
 def forward(pixels: torch.Tensor, mu: torch.Tensor, log_b: torch.Tensor) -> torch.Tensor:
     """log(2 b x (1 - x)) + abs(logit(x) - mu) / b."""
-    x, mu, log_b = _wide(pixels), _wide(mu), _wide(log_b)
+    x, mu, log_b = widen(pixels), widen(mu), widen(log_b)
     return math.log(2) + log_b + x.log() + (-x).log1p() + (x.logit() - mu).abs() * (-log_b).exp()
 
 
@@ -27,7 +24,7 @@ def backward(
     grad: torch.Tensor, pixels: torch.Tensor, mu: torch.Tensor, log_b: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """d/dmu = -sign(logit(x) - mu) / b; d/dlog b = 1 - abs(logit(x) - mu) / b."""
-    x, wide_mu, wide_log_b = _wide(pixels), _wide(mu), _wide(log_b)
+    x, wide_mu, wide_log_b = widen(pixels), widen(mu), widen(log_b)
     difference, rate = x.logit() - wide_mu, (-wide_log_b).exp()
     dmu = -grad * difference.sign() * rate
     dlog_b = grad * (1 - difference.abs() * rate)

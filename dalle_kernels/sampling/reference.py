@@ -6,6 +6,7 @@ import torch
 
 from dalle_kernels.backends import Call
 from dalle_kernels.noise import SAMPLING_STREAM, gumbel_noise
+from dalle_kernels.precision import widen
 
 
 def refuse(call: Call) -> str | None:
@@ -22,7 +23,7 @@ def sample(
     seed: torch.Tensor,
 ) -> torch.Tensor:
     """`top_k` 0 and `top_p` 1 are off. Both keep or drop equal logits together: no sort's order ever shows."""
-    wide = logits if logits.dtype == torch.float64 else logits.float()
+    wide = widen(logits)
     if unconditional is not None:
         base = unconditional.to(wide.dtype)
         wide = base + guidance_scale * (wide - base)
