@@ -10,7 +10,7 @@ BIN    := $(VENV)/bin
 # TORCH=torch==2.13.0 pins it.
 TORCH  ?= torch>=2.11
 STAMP  := $(VENV)/installed
-SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
+SOURCES := setup.py pyproject.toml tests/peers.txt $(shell find csrc -type f 2>/dev/null)
 
 .PHONY: install demo test lint clean
 
@@ -25,6 +25,7 @@ $(STAMP): $(SOURCES)
 	@$(BIN)/python -m pip install --quiet "$(TORCH)"
 	@echo "==> building the kernels and installing dalle_kernels with its extras (a few minutes)"
 	@$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[reference,bench,test]'
+	@$(BIN)/python -m pip install --quiet --no-deps -r tests/peers.txt
 	@$(BIN)/python -m dalle_kernels.native
 	@touch $@
 
