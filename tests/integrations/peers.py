@@ -1,8 +1,8 @@
 """The projects that we drop into, imported for what the tests need of them.
 
-`tests/peers.txt` installs them without their dependencies, most of which concern other parts of them (picture transforms,
-training loops, downloads) and no longer install beside a current torch. Modules that are missing are stood in for while a
-peer is imported: every name in one can be imported, subclassed and called at import time, and does nothing.
+`tests/peers.txt` installs them without their dependencies, most of which concern other parts of them (picture
+transforms, training loops, downloads) and no longer install beside a current torch. Modules that are missing are stood
+in for while a peer is imported: every name in one can be imported, subclassed and called at import time, and does nothing.
 """
 
 import importlib
@@ -42,8 +42,6 @@ class _Anything:
 
 
 class _StandIn(types.ModuleType):
-    __path__: list[str] = []
-
     def __getattr__(self, name):
         if name.startswith("__"):
             raise AttributeError(name)
