@@ -2,7 +2,7 @@
 
 `tests/peers.txt` installs them without their dependencies, most of which concern other parts of them (picture
 transforms, training loops, downloads) and no longer install beside a current torch. Modules that are missing are stood
-in for while a peer is imported: every name in one can be imported, subclassed and called at import time, and does nothing.
+in for while a peer is imported: any name in one can be imported, subclassed and called, and does nothing.
 """
 
 import importlib
