@@ -5,12 +5,12 @@
 Needs nvcc and a C++ compiler, no GPU, and the headers of any torch from 2.10 on, a CPU build's too; the library then
 serves torch 2.10 and later under any Python. TORCH_CUDA_ARCH_LIST ("8.0+PTX;9.0a" where it is not set) says for which
 architectures; NVCC or CUDA_HOME where the compiler is. Objects are kept under build/cuda and made again when a source,
-a header, a flag or a compiler changed; each keeps the compiler's report of registers, shared memory, stack and spills.
+a header that it includes, a flag or a compiler changed; each keeps the compiler's report of registers, shared memory,
+stack and spills.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -19,6 +19,8 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from object_cache import compile_object, run  # beside this file
 
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
@@ -47,49 +49,34 @@ def nvcc_version(nvcc: str) -> str:
     return match.group(1) if match else "unknown"
 
 
-def architecture_flags(architectures: str) -> list[str]:
+def architecture_flags(architectures: str, own: bool = False) -> list[str]:
     """nvcc's -gencode flags for a list such as "8.0+PTX;9.0a".
+
+    The front end, which takes most of the time, runs once, for the oldest of them, and its PTX is assembled for each.
+    Sources with instructions of one architecture (wgmma, TMA) need its `own` front end.
 
     Raises:
         ValueError: for an entry of another form, or one before 8.0.
     """
-    flags = []
+    entries = []
     for entry in re.split(r"[; ]+", architectures.strip()):
-        match = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", entry)
+        match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", entry)
         if match is None or int(match.group(1)) < 8:
             raise ValueError(f"TORCH_CUDA_ARCH_LIST: got {entry!r}, wanted such as 8.0, 9.0a or 8.0+PTX, from 8.0 on")
-        number = match.group(1) + match.group(2)
-        code = f"[sm_{number},compute_{number}]" if match.group(3) else f"sm_{number}"
-        flags += ["-gencode", f"arch=compute_{number},code={code}"]
-    return flags
+        entries.append((int(match.group(1) + match.group(2)), match.group(3), match.group(4) is not None))
+    if own:
+        return [flag for entry in entries for flag in _generate(f"{entry[0]}{entry[1]}", [entry])]
+    return _generate(str(min(entries)[0]), entries)
 
 
-def _run(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
-    return done.stdout + done.stderr
+def _generate(virtual: str, entries: list[tuple[int, str, bool]]) -> list[str]:
+    codes = [f"sm_{number}{suffix}" for number, suffix, _ in entries]
+    codes += [f"compute_{virtual}"] * any(ptx for *_, ptx in entries)
+    return ["-gencode", f"arch=compute_{virtual},code=[{','.join(codes)}]"]
 
 
-def _headers() -> list[Path]:
-    return sorted(path for suffix in ("*.h", "*.cuh") for path in CSRC.rglob(suffix))
-
-
-def _object(source: Path, command: list[str], salt: str) -> Path:
-    """The object file of `source`, compiled by `command` unless it is there already; its report lies beside it."""
-    digest = hashlib.sha256(" ".join([*command, salt]).encode())
-    for path in (source, *_headers()):
-        digest.update(path.read_bytes())
-    name = str(source.relative_to(CSRC)).replace("/", "_")
-    target = OUTPUT / f"{name}.{digest.hexdigest()[:16]}.o"
-    if not target.exists():
-        partial = f"{target}.{os.getpid()}"
-        text = _run([*command, "-c", str(source), "-o", partial])
-        target.with_suffix(".txt").write_text(text)
-        for stale in OUTPUT.glob(f"{name}.*.o"):
-            stale.unlink()
-        os.replace(partial, target)
-    return target
+def _needs_own_instructions(source: Path) -> bool:
+    return "sm90" in source.name or "hopper" in source.name
 
 
 def parse_report(text: str) -> Report:
@@ -115,7 +102,7 @@ def parse_report(text: str) -> Report:
 
 def readable(symbol: str) -> str:
     """A kernel's name and template arguments, without its namespace and parameters, from its mangled name."""
-    name = _run(["c++filt", symbol]).strip()
+    name = run(["c++filt", symbol]).strip()
     name = name.replace("(anonymous namespace)::", "").removeprefix("void ")
     name = re.sub(r"\((int|bool)\)", "", name)
     return re.sub(r"\([^()]*\)$", "", name)
@@ -127,6 +114,7 @@ def build(library: Path, jobs: int | None = None) -> Report:
     Raises:
         RuntimeError: without nvcc, or with the compiler's words when it fails.
     """
+    import torch
     from torch.utils import cpp_extension
 
     nvcc = find_nvcc()
@@ -136,21 +124,29 @@ def build(library: Path, jobs: int | None = None) -> Report:
     version = nvcc_version(nvcc)
     cuda = Path(os.path.realpath(nvcc)).parent.parent
     wanted = os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHITECTURES
-    architectures = architecture_flags(wanted)
     built = f'-DDALLE_BUILT="architectures {wanted}; nvcc {version}; torch 2.10 and later"'
     cxx = os.environ.get("CXX", "c++")
     system = [f"-isystem{path}" for path in (*cpp_extension.include_paths(), cuda / "include")]
-    commands = [(source, [nvcc, *NVCC_FLAGS, *architectures, f"-I{CSRC}"]) for source in sorted(CSRC.rglob("*.cu"))] + [
-        (source, [cxx, *CXX_FLAGS, f"-I{CSRC}", *system]) for source in sorted(CSRC.rglob("cuda_op.cpp"))
-    ]
+    commands = []
+    for source in sorted(CSRC.rglob("*.cu")):
+        flags = architecture_flags(wanted, own=_needs_own_instructions(source))
+        commands.append((source, [nvcc, *NVCC_FLAGS, *flags, f"-I{CSRC}"]))
+    for source in sorted(CSRC.rglob("cuda_op.cpp")):
+        commands.append((source, [cxx, *CXX_FLAGS, f"-I{CSRC}", *system]))
     commands.append((CSRC / "cuda" / "built.cpp", [cxx, *CXX_FLAGS, built]))
+    salt = f"{version}; {run([cxx, '--version']).splitlines()[0]}; torch {torch.__version__}"
+
+    def compile_one(item: tuple[Path, list[str]]) -> Path:
+        source, command = item
+        return compile_object(source, command, OUTPUT, str(source.relative_to(CSRC)).replace("/", "_"), salt)
+
     with ThreadPoolExecutor(jobs or os.cpu_count()) as pool:
-        objects = list(pool.map(lambda item: _object(*item, version), commands))
+        objects = list(pool.map(compile_one, commands))
     partial = f"{library}.{os.getpid()}"
     # libtorch leads to whatever this torch is made of, libtorch_cuda among it, so it must stay a dependency.
     torch_libraries = [*(f"-L{path}" for path in cpp_extension.library_paths()), "-Wl,--no-as-needed", "-ltorch"]
     runtime = [f"-L{cuda / 'lib64'}", "-lcudart_static", "-lrt", "-ldl", "-lpthread"]
-    _run([cxx, "-shared", *map(str, objects), *runtime, *torch_libraries, "-ltorch_cpu", "-lc10", "-o", partial])
+    run([cxx, "-shared", *map(str, objects), *runtime, *torch_libraries, "-ltorch_cpu", "-lc10", "-o", partial])
     os.replace(partial, library)
     report: Report = {}
     for path in objects:

@@ -101,13 +101,18 @@ def test_the_kernels_run_on_this_gpu(library: Path, built: Table) -> None:
 @pytest.mark.parametrize(
     ("architectures", "flags"),
     [
-        ("8.0", ["arch=compute_80,code=sm_80"]),
-        ("8.0+PTX;9.0a", ["arch=compute_80,code=[sm_80,compute_80]", "arch=compute_90a,code=sm_90a"]),
-        ("8.6 12.0", ["arch=compute_86,code=sm_86", "arch=compute_120,code=sm_120"]),
+        ("8.0", ["arch=compute_80,code=[sm_80]"]),
+        ("8.0+PTX;9.0a", ["arch=compute_80,code=[sm_80,sm_90a,compute_80]"]),
+        ("12.0 8.6", ["arch=compute_86,code=[sm_120,sm_86]"]),
     ],
 )
 def test_architecture_list(architectures: str, flags: list[str]) -> None:
     assert build_cuda.architecture_flags(architectures)[1::2] == flags
+
+
+def test_sources_with_an_architectures_own_instructions_are_compiled_for_each() -> None:
+    flags = build_cuda.architecture_flags("8.0+PTX;9.0a", own=True)[1::2]
+    assert flags == ["arch=compute_80,code=[sm_80,compute_80]", "arch=compute_90a,code=[sm_90a]"]
 
 
 @pytest.mark.parametrize("architectures", ["7.5", "sm_80", "8.0;ninety"])

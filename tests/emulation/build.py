@@ -2,14 +2,13 @@
 
 `build()` returns two libraries: the emulator's own test kernels as a Python module, and the project's CUDA operations
 registered with torch for CPU tensors as `torch.ops.dalle_kernels_emulated`. Objects are kept under build/emulation
-and made again when a source, a header or a flag changed.
+and made again when a source, a header that it includes or a flag changed.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
-import subprocess
+import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +21,9 @@ from torch.utils import cpp_extension
 ROOT = Path(__file__).resolve().parents[2]
 HERE = ROOT / "tests" / "emulation"
 OUTPUT = ROOT / "build" / "emulation"
+sys.path.insert(0, str(ROOT / "csrc" / "cuda"))
+
+import object_cache  # noqa: E402  (csrc/cuda/object_cache.py)
 
 FLAGS = ["-O2", "-std=c++20", "-fPIC", "-Wall", "-Werror", "-Wno-unknown-pragmas"]
 FLAGS += ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
@@ -36,40 +38,23 @@ class Emulation(NamedTuple):
     operations: Path
 
 
-def _digest(paths: list[Path], salt: str) -> str:
-    digest = hashlib.sha256(salt.encode())
-    for path in sorted(paths):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-def _run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
-
-
-def _compile(source: Path, headers: list[Path], torch_headers: bool) -> Path:
+def _compile(source: Path, torch_headers: bool) -> Path:
     includes = [f"-I{path}" for path in INCLUDES]
     if torch_headers:
         includes += [f"-isystem{path}" for path in SYSTEM_INCLUDES]
-    command = [os.environ.get("CXX", "c++"), *FLAGS, *includes, "-x", "c++", "-c", str(source)]
+    command = [os.environ.get("CXX", "c++"), *FLAGS, *includes, "-x", "c++"]
     name = str(source.relative_to(ROOT)).replace("/", "_")
-    target = OUTPUT / f"{name}.{_digest([source, *headers], ' '.join(command))}.o"
-    if not target.exists():
-        for stale in OUTPUT.glob(f"{name}.*"):
-            stale.unlink()
-        _run([*command, "-o", f"{target}.{os.getpid()}"])
-        os.replace(f"{target}.{os.getpid()}", target)
-    return target
+    return object_cache.compile_object(source, command, OUTPUT, name, f"torch {torch.__version__}")
 
 
 def _link(objects: list[Path], name: str, extra: list[str]) -> Path:
-    target = OUTPUT / f"{name}.{_digest(objects, ' '.join(extra))}.so"
+    target = OUTPUT / f"{name}.{object_cache.digest(objects, ' '.join(extra))}.so"
     if not target.exists():
         for stale in OUTPUT.glob(f"{name}.*.so"):
             stale.unlink()
-        _run([os.environ.get("CXX", "c++"), "-shared", *map(str, objects), *extra, "-o", f"{target}.{os.getpid()}"])
+        object_cache.run(
+            [os.environ.get("CXX", "c++"), "-shared", *map(str, objects), *extra, "-o", f"{target}.{os.getpid()}"]
+        )
         os.replace(f"{target}.{os.getpid()}", target)
     return target
 
@@ -83,12 +68,10 @@ def build(jobs: int = 2) -> Emulation:
     OUTPUT.mkdir(parents=True, exist_ok=True)
     kernels = sorted((ROOT / "csrc").rglob("*.cu"))
     glue = sorted((ROOT / "csrc").rglob("cuda_op.cpp"))
-    headers = [path for folder in (HERE, ROOT / "csrc") for path in folder.rglob("*.h")]
-    headers += [path for folder in (HERE / "include", ROOT / "csrc") for path in folder.rglob("*.cuh")]
     sources = [(HERE / "emulator.cpp", False), (HERE / "machine_tests.cpp", False)]
     sources += [(path, False) for path in kernels] + [(path, True) for path in glue]
     with ThreadPoolExecutor(jobs) as pool:
-        objects = list(pool.map(lambda item: _compile(item[0], headers, item[1]), sources))
+        objects = list(pool.map(lambda item: _compile(*item), sources))
     library = str(Path(torch.__file__).parent / "lib")
     machine = _link(objects[:2], "emulation_machine", [])
     operations = _link(
