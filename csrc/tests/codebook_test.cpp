@@ -1,4 +1,4 @@
-// Runs every codebook and sampling kernel of every instruction set on buffers of exactly the size it is entitled to,
+// Runs every codebook, likelihood and sampling kernel of every instruction set on buffers of exactly the size it is entitled to,
 // for the address and undefined-behaviour sanitizers (tests/codebook/test_cpu.py builds and runs it), and checks the
 // results against plain double loops.
 
@@ -15,6 +15,7 @@
 #include "bf16.h"
 #include "codebook/kernels.h"
 #include "isa.h"
+#include "likelihood/kernels.h"
 #include "sampling/kernels.h"
 
 using namespace dalle;
@@ -196,7 +197,30 @@ void sampling(SampleRows sample, const CodebookKernels& kernels, int64_t rows, i
 }
 
 template <class T>
-void run(const CodebookKernels& kernels, SampleRows sample) {
+void laplace(const LaplaceKernels<T>& kernels, int64_t count) {
+  std::uniform_real_distribution<float> uniform(0.1f, 0.9f);
+  std::vector<T> pixels;
+  for (int64_t i = 0; i < count; i++) pixels.push_back(narrow<T>(uniform(generator)));
+  pixels.shrink_to_fit();
+  const auto mu = random_table<T>(count), log_b = random_table<T>(count);
+  const auto grad = random_table<float>(count);
+  auto nll = poisoned<float>(count);
+  auto dmu = poisoned<T>(count), dlog_b = poisoned<T>(count);
+  kernels.forward({pixels.data(), mu.data(), log_b.data(), nll.data(), count});
+  kernels.backward({grad.data(), pixels.data(), mu.data(), log_b.data(), dmu.data(), dlog_b.data(), count});
+  for (size_t i = 0; i < size_t(count); i++) {
+    const double x = to_float(pixels[i]), b = std::exp(double(to_float(log_b[i])));
+    const double z = (std::log(x / (1 - x)) - to_float(mu[i])) / b;
+    expect(std::abs(nll[i] - (std::log(2 * b * x * (1 - x)) + std::abs(z))) < 1e-5 * (1 + std::abs(z)), "laplace: nll");
+    const double slope = grad[i] * (z < 0 ? 1 : -1) / b, scale = grad[i] * (1 - std::abs(z));
+    expect(std::abs(to_float(dmu[i]) - slope) < 0.01 * std::abs(slope), "laplace: dmu");
+    expect(std::abs(to_float(dlog_b[i]) - scale) < 0.01 * (std::abs(scale) + std::abs(grad[i] * z)), "laplace: dlog_b");
+  }
+}
+
+template <class T>
+void run(const CodebookKernels& kernels, SampleRows sample, const LaplaceKernels<T>& likelihood) {
+  for (const int64_t count : {1, 7, 16, 37}) laplace<T>(likelihood, count);
   for (const auto& [rows, codes, width] : {std::array<int64_t, 3>{1, 1, 1}, {3, 2, 5}, {2, 5, 17}, {67, 133, 40}, {5, 300, 72}}) {
     gumbel<T>(kernels, rows, codes, width, false, true);
     gumbel<T>(kernels, rows, codes, width, true, true);
@@ -215,8 +239,9 @@ int main() {
     set_isa(name);
     const CodebookTable& codebook = for_isa(avx2::codebook_kernels, avx512::codebook_kernels, avx512_bf16::codebook_kernels)();
     const SamplingTable& sampling = for_isa(avx2::sampling_kernels, avx512::sampling_kernels, avx512::sampling_kernels)();
-    run<float>(codebook.f32, sampling.f32);
-    run<bf16>(codebook.bf16, sampling.bf16);
+    const LaplaceTable& laplace = for_isa(avx2::laplace_kernels, avx512::laplace_kernels, avx512::laplace_kernels)();
+    run<float>(codebook.f32, sampling.f32, laplace.f32);
+    run<bf16>(codebook.bf16, sampling.bf16, laplace.bf16);
     std::printf("%s done\n", name.c_str());
   }
   return failures == 0 ? EXIT_SUCCESS : EXIT_FAILURE;

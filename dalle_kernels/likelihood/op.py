@@ -19,6 +19,7 @@ OPERATION = Operation(
     "logit_laplace_nll",
     (
         ("triton", "dalle_kernels.likelihood.triton_kernel"),
+        ("cpu", "dalle_kernels.likelihood.cpu"),
         ("reference", "dalle_kernels.likelihood.reference"),
     ),
     _describe,
@@ -35,7 +36,7 @@ def logit_laplace_nll(
     Args:
         pixels: values strictly between 0 and 1, as x -> (1 - 2 eps) x + eps makes them; no gradient goes to them.
         mu, log_b: location and log scale, shape, dtype and device of `pixels`.
-        backend: "auto", "reference" or "triton"; see `explain`.
+        backend: "auto", "reference", "cpu" or "triton"; see `explain`.
 
     Returns:
         float32 (float64 for float64 inputs), shape of `pixels`, in nats.

@@ -49,21 +49,26 @@ def refuse(call: Call) -> str | None:
 
 
 def forward(pixels: torch.Tensor, mu: torch.Tensor, log_b: torch.Tensor) -> torch.Tensor:
-    """fp32, shape of `pixels`."""
-    pixels, mu, log_b = pixels.contiguous(), mu.contiguous(), log_b.contiguous()
-    out = torch.empty(pixels.shape, dtype=torch.float32, device=pixels.device)
-    if total := out.numel():
-        forward_kernel[(triton.cdiv(total, BLOCK),)](pixels, mu, log_b, out, total, BLOCK=BLOCK, num_warps=4)
-    return out
+    """fp32, shape and layout of `pixels`."""
+    x, location, log_scale = pixels.contiguous(), mu.contiguous(), log_b.contiguous()
+    nll = torch.empty_like(x, dtype=torch.float32)
+    if total := nll.numel():
+        forward_kernel[(triton.cdiv(total, BLOCK),)](x, location, log_scale, nll, total, BLOCK=BLOCK, num_warps=4)
+    return _laid_out_as(pixels, nll)
 
 
 def backward(
     grad: torch.Tensor, pixels: torch.Tensor, mu: torch.Tensor, log_b: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(dmu, dlog_b)."""
-    grad, pixels, mu, log_b = (tensor.contiguous() for tensor in (grad, pixels, mu, log_b))
-    dmu, dlog_b = torch.empty_like(mu), torch.empty_like(log_b)
+    """(dmu, dlog_b), like `mu` and `log_b`."""
+    inputs = [tensor.contiguous() for tensor in (grad, pixels, mu, log_b)]
+    dmu, dlog_b = torch.empty_like(inputs[2]), torch.empty_like(inputs[3])
     if total := grad.numel():
-        grid = (triton.cdiv(total, BLOCK),)
-        backward_kernel[grid](grad, pixels, mu, log_b, dmu, dlog_b, total, BLOCK=BLOCK, num_warps=4)
-    return dmu, dlog_b
+        backward_kernel[(triton.cdiv(total, BLOCK),)](*inputs, dmu, dlog_b, total, BLOCK=BLOCK, num_warps=4)
+    return _laid_out_as(mu, dmu), _laid_out_as(log_b, dlog_b)
+
+
+def _laid_out_as(original: torch.Tensor, made: torch.Tensor) -> torch.Tensor:
+    """`made`, contiguous, with the strides that the door promises: those of `empty_like(original)`."""
+    out = torch.empty_like(original, dtype=made.dtype)
+    return made if out.is_contiguous() else out.copy_(made)

@@ -267,7 +267,9 @@ def test_sanitizers_find_nothing(tmp_path: Path) -> None:
     """The kernels on buffers of exactly their size, under the address and undefined-behaviour sanitizers."""
     root = Path(__file__).parents[2] / "csrc"
     sources = [root / "tests/codebook_test.cpp", root / "isa.cpp"]
-    sources += sorted((root / "codebook").glob("cpu_*.cpp")) + sorted((root / "sampling").glob("cpu_*.cpp"))
+    sources += [
+        path for room in ("codebook", "likelihood", "sampling") for path in sorted((root / room).glob("cpu_*.cpp"))
+    ]
     flags = ["-std=c++20", "-O0", "-g0", "-Wno-psabi", "-Wno-ignored-attributes", f"-I{root}"]
     flags += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     objects = [tmp_path / f"{index}.o" for index in range(len(sources))]

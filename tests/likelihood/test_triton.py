@@ -51,6 +51,17 @@ def test_a_pixel_on_its_location_has_no_gradient_to_it() -> None:
     assert torch.equal(mu.grad, torch.zeros_like(mu))
 
 
+def test_layouts_are_kept() -> None:
+    torch.manual_seed(0)
+    x, mu, log_b = (
+        torch.full((2, 3, 4, 5), value, device=DEVICE).to(memory_format=torch.channels_last).requires_grad_(learnt)
+        for value, learnt in ((0.4, False), (0.2, True), (-0.3, True))
+    )
+    nll = logit_laplace_nll(x, mu, log_b, backend="triton")
+    dmu, dlog_b = torch.autograd.grad(nll.sum(), (mu, log_b))
+    assert nll.stride() == dmu.stride() == dlog_b.stride() == x.stride()
+
+
 def test_nothing_to_do() -> None:
     empty = torch.zeros(0, 3, device=DEVICE)
     assert logit_laplace_nll(empty, empty, empty, backend="triton").shape == (0, 3)

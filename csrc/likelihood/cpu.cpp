@@ -1,0 +1,117 @@
+// The likelihood as torch sees it: layouts and threads are TensorIterator's. The arithmetic is in laplace.h; arguments
+// were checked by dalle_kernels/likelihood/op.py.
+
+#include <ATen/ATen.h>
+#include <ATen/TensorIterator.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <array>
+#include <tuple>
+
+#include "isa.h"
+#include "likelihood/kernels.h"
+
+namespace dalle {
+namespace {
+
+using at::Tensor;
+
+constexpr int64_t kGrain = 4096;  // elements below which a second thread costs more than it gives
+constexpr int64_t kRun = 512;     // elements of scattered arrays that are packed at a time
+
+template <class T> const LaplaceKernels<T>& kernels();
+template <> const LaplaceKernels<float>& kernels() { return for_isa(avx2::laplace_kernels, avx512::laplace_kernels, avx512::laplace_kernels)().f32; }
+template <> const LaplaceKernels<bf16>& kernels() { return for_isa(avx2::laplace_kernels, avx512::laplace_kernels, avx512::laplace_kernels)().bf16; }
+
+// An array of a run: in place where it is contiguous, otherwise in a buffer.
+template <class T>
+struct Run {
+  char* base;
+  int64_t stride;
+  std::array<T, kRun> buffer;
+
+  bool contiguous() const { return stride == int64_t(sizeof(T)); }
+  T* at(int64_t i) { return contiguous() ? reinterpret_cast<T*>(base) + i : buffer.data(); }
+  void gather(int64_t i, int64_t n) {
+    for (int64_t j = 0; j < n && !contiguous(); j++) buffer[size_t(j)] = *reinterpret_cast<T*>(base + (i + j) * stride);
+  }
+  void scatter(int64_t i, int64_t n) {
+    for (int64_t j = 0; j < n && !contiguous(); j++) *reinterpret_cast<T*>(base + (i + j) * stride) = buffer[size_t(j)];
+  }
+};
+
+// step(i, n) for runs of n elements that cover 0 .. count - 1: one run where nothing needs packing.
+template <class Step>
+void for_runs(int64_t count, bool whole, Step step) {
+  const int64_t run = whole ? count : kRun;
+  for (int64_t i = 0; i < count; i += run) step(i, std::min(run, count - i));
+}
+
+template <class T>
+void forward(at::TensorIterator& iterator) {
+  iterator.for_each([](char** data, const int64_t* strides, int64_t count) {
+    Run<float> nll{data[0], strides[0], {}};
+    Run<T> pixels{data[1], strides[1], {}}, mu{data[2], strides[2], {}}, log_b{data[3], strides[3], {}};
+    const bool whole = nll.contiguous() && pixels.contiguous() && mu.contiguous() && log_b.contiguous();
+    for_runs(count, whole, [&](int64_t i, int64_t n) {
+      for (Run<T>* input : {&pixels, &mu, &log_b}) input->gather(i, n);
+      kernels<T>().forward({pixels.at(i), mu.at(i), log_b.at(i), nll.at(i), n});
+      nll.scatter(i, n);
+    });
+  }, kGrain);
+}
+
+template <class T>
+void backward(at::TensorIterator& iterator) {
+  iterator.for_each([](char** data, const int64_t* strides, int64_t count) {
+    Run<T> dmu{data[0], strides[0], {}}, dlog_b{data[1], strides[1], {}};
+    Run<float> grad{data[2], strides[2], {}};
+    Run<T> pixels{data[3], strides[3], {}}, mu{data[4], strides[4], {}}, log_b{data[5], strides[5], {}};
+    const bool whole = grad.contiguous() && pixels.contiguous() && mu.contiguous() && log_b.contiguous() &&
+                       dmu.contiguous() && dlog_b.contiguous();
+    for_runs(count, whole, [&](int64_t i, int64_t n) {
+      grad.gather(i, n);
+      for (Run<T>* input : {&pixels, &mu, &log_b}) input->gather(i, n);
+      kernels<T>().backward({grad.at(i), pixels.at(i), mu.at(i), log_b.at(i), dmu.at(i), dlog_b.at(i), n});
+      dmu.scatter(i, n);
+      dlog_b.scatter(i, n);
+    });
+  }, kGrain);
+}
+
+void check(const Tensor& pixels) {
+  TORCH_CHECK_TYPE(pixels.scalar_type() == at::kFloat || pixels.scalar_type() == at::kBFloat16,
+                   "the CPU kernels take float32 and bfloat16, not ", pixels.scalar_type());
+}
+
+Tensor laplace_forward(const Tensor& pixels, const Tensor& mu, const Tensor& log_b) {
+  check(pixels);
+  Tensor nll = at::empty_like(pixels, pixels.options().dtype(at::kFloat));
+  auto iterator = at::TensorIteratorConfig().check_all_same_dtype(false).resize_outputs(false)
+                      .add_output(nll).add_const_input(pixels).add_const_input(mu).add_const_input(log_b).build();
+  pixels.scalar_type() == at::kFloat ? forward<float>(iterator) : forward<bf16>(iterator);
+  return nll;
+}
+
+std::tuple<Tensor, Tensor> laplace_backward(const Tensor& grad, const Tensor& pixels, const Tensor& mu,
+                                            const Tensor& log_b) {
+  check(pixels);
+  TORCH_CHECK_TYPE(grad.scalar_type() == at::kFloat, "grad: got ", grad.scalar_type(), ", wanted float32");
+  Tensor dmu = at::empty_like(mu), dlog_b = at::empty_like(log_b);
+  auto iterator = at::TensorIteratorConfig().check_all_same_dtype(false).resize_outputs(false)
+                      .add_output(dmu).add_output(dlog_b).add_const_input(grad).add_const_input(pixels)
+                      .add_const_input(mu).add_const_input(log_b).build();
+  pixels.scalar_type() == at::kFloat ? backward<float>(iterator) : backward<bf16>(iterator);
+  return {dmu, dlog_b};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(dalle_kernels_cpu, m) {
+  m.def("logit_laplace_forward(Tensor pixels, Tensor mu, Tensor log_b) -> Tensor", &laplace_forward);
+  m.def("logit_laplace_backward(Tensor grad, Tensor pixels, Tensor mu, Tensor log_b) -> (Tensor, Tensor)",
+        &laplace_backward);
+}
+
+}  // namespace dalle
