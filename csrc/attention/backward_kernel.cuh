@@ -22,8 +22,8 @@ __global__ void __launch_bounds__(kThreads) statistics_kernel(const __grid_const
   const int part = threadIdx.x % kRowLanes;
   const bool valid = position < length;
   const int token = valid ? load(p.by_query.order + position) : 0;
-  const Table<T> grad = head_of<T>(p.grad_out, blockIdx.x / p.heads, blockIdx.x % p.heads);
-  const Table<T> out = head_of<T>(p.out, blockIdx.x / p.heads, blockIdx.x % p.heads);
+  const Table<T> grad = head_of<T>(p.grad_out, Place(p.heads));
+  const Table<T> out = head_of<T>(p.out, Place(p.heads));
   float delta = 0.0f;
   for (int piece = part; piece < p.width / 8; piece += kRowLanes) {
     float a[8], b[8];
@@ -57,41 +57,28 @@ template <class T, int kWidth>
 __global__ void __launch_bounds__(kThreads, 1) query_kernel(const __grid_constant__ AttentionBackward p) {
   constexpr int kColumns = kBackwardColumns<kWidth>;
   constexpr int kTileBytes = kColumns * kPitch<kWidth>;
-  const int lane = threadIdx.x % 32;
-  const int warp = threadIdx.x / 32;
-  const int g = lane / 4;
-  const int c = lane % 4;
-  const int batch = blockIdx.x / p.heads;
-  const int head = blockIdx.x % p.heads;
+  const Place place(p.heads);
   const Walk& walk = p.by_query;
-  const int first_tile = load(walk.part_tiles + blockIdx.y);
-  const int last_tile = load(walk.part_tiles + blockIdx.y + 1);
-  const int first_step = load(walk.tile_steps + first_tile);
-  const int last_step = load(walk.tile_steps + last_tile);
   char* slots = shared_memory();  // [slots][keys, values][kColumns][kPitch]
   const auto copy = [&](int tile, int slot) {
-    char* to = slots + slot * 2 * kTileBytes;
-    copy_tile<T, kWidth, kColumns>(to, head_of<T>(p.k, batch, head), walk.order, tile * kColumns, walk.length);
-    copy_tile<T, kWidth, kColumns>(to + kTileBytes, head_of<T>(p.v, batch, head), walk.order, tile * kColumns,
-                                   walk.length);
+    copy_tiles<T, kWidth, kColumns>(slots + slot * 2 * kTileBytes, head_of<T>(p.k, place), head_of<T>(p.v, place), walk,
+                                    tile);
   };
 
-  for (int step = first_step; step < first_step + kAhead; ++step) {
-    load_ahead(walk, step, last_step, copy);
-  }
+  const Walker walker(walk, copy);
   const float to_base_2 = p.scale * kLog2E;
-  for (int tile = first_tile; tile < last_tile; ++tile) {
+  for (int tile = walker.first_tile; tile < walker.last_tile; ++tile) {
     int token[2];
-    tokens_of(token, walk, tile, warp, g);
+    tokens_of(token, walk, tile, place);
     uint32_t query[kWidth / 16][4];
     uint32_t grad[kWidth / 16][4];
-    load_rows<T, kWidth>(query, head_of<T>(p.q, batch, head), token, c);
-    load_rows<T, kWidth>(grad, head_of<T>(p.grad_out, batch, head), token, c);
+    load_rows<T, kWidth>(query, head_of<T>(p.q, place), token, place.c);
+    load_rows<T, kWidth>(grad, head_of<T>(p.grad_out, place), token, place.c);
     float lse[2];
     float delta[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int position = tile * kRowTile + warp * 16 + half * 8 + g;
+      const int position = tile * kRowTile + place.warp * 16 + half * 8 + place.g;
       const float* from = p.statistics + static_cast<int64_t>(blockIdx.x) * 2 * p.padded + position;
       lse[half] = position < p.padded ? load(from) : kInfinity;
       delta[half] = position < p.padded ? load(from + p.padded) : 0.0f;
@@ -100,42 +87,30 @@ __global__ void __launch_bounds__(kThreads, 1) query_kernel(const __grid_constan
 
     const int end = load(walk.tile_steps + tile + 1);
     for (int index = load(walk.tile_steps + tile); index < end; ++index) {
-      const Step step = read_step(walk, index);
-      copy_async_wait<kAhead - 1>();
-      __syncthreads();
-      load_ahead(walk, index + kAhead, last_step, copy);
-
+      const Step step = walker.arrive(index);
       Visible<kColumns> visible;
       const bool masked = step.mask != 0 || p.padding != nullptr;
-      if (masked) {
-        visible.read(walk.masks, step.mask, warp * 16 + g);
-        if (p.padding != nullptr) {
-          const bool* padding = p.padding + static_cast<int64_t>(batch) * walk.length;
-          visible.remove_padding(padding, walk.order, step.tile * kColumns, walk.length, lane);
-        }
-        if (!visible.any_in_warp()) {
-          continue;
-        }
+      if (masked && !visible.read_keys(walk, step, p.padding, place)) {
+        continue;
       }
       const char* keys = slots + step.slot * 2 * kTileBytes;
       float score[kColumns / 8][4] = {};
       float dp[kColumns / 8][4] = {};
-      multiply_transposed<T, kWidth, kColumns>(score, query, keys, lane);
-      multiply_transposed<T, kWidth, kColumns>(dp, grad, keys + kTileBytes, lane);
+      multiply_transposed<T, kWidth, kColumns>(score, query, keys, place.lane);
+      multiply_transposed<T, kWidth, kColumns>(dp, grad, keys + kTileBytes, place.lane);
 #pragma unroll
       for (int n = 0; n < kColumns / 8; ++n) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const bool seen = !masked || visible.sees(n, c, i);
+          const bool seen = !masked || visible.sees(n, place.c, i);
           const float weight = seen ? exp2_fast(score[n][i] * to_base_2 - lse[i / 2]) : 0.0f;
           score[n][i] = weight * (dp[n][i] - delta[i / 2]);
         }
       }
-      multiply<T, kWidth, kColumns>(dq, score, keys, lane);
+      multiply<T, kWidth, kColumns>(dq, score, keys, place.lane);
     }
     const float factor[2] = {p.scale, p.scale};
-    T* to = static_cast<T*>(p.dq.data) + batch * p.dq.strides[0] + head * p.dq.strides[1];
-    store_rows<T, kWidth>(to, p.dq.strides[2], dq, factor, token, c);
+    store_rows<T, kWidth>(head_data<T>(p.dq, place), p.dq.strides[2], dq, factor, token, place.c);
   }
   copy_async_wait<0>();
 }
@@ -146,48 +121,35 @@ __global__ void __launch_bounds__(kThreads, 1) key_kernel(const __grid_constant_
   constexpr int kColumns = kBackwardColumns<kWidth>;
   constexpr int kTileBytes = kColumns * kPitch<kWidth>;
   constexpr int kSlotBytes = 2 * kTileBytes + 2 * kColumns * sizeof(float);
-  const int lane = threadIdx.x % 32;
-  const int warp = threadIdx.x / 32;
-  const int g = lane / 4;
-  const int c = lane % 4;
-  const int batch = blockIdx.x / p.heads;
-  const int head = blockIdx.x % p.heads;
+  const Place place(p.heads);
   const Walk& walk = p.by_key;
-  const int first_tile = load(walk.part_tiles + blockIdx.y);
-  const int last_tile = load(walk.part_tiles + blockIdx.y + 1);
-  const int first_step = load(walk.tile_steps + first_tile);
-  const int last_step = load(walk.tile_steps + last_tile);
   char* slots = shared_memory();  // [slots]: queries, dout [kColumns][kPitch]; lse, delta [kColumns]
   const auto copy = [&](int tile, int slot) {
     char* to = slots + slot * kSlotBytes;
-    const int first = tile * kColumns;
-    copy_tile<T, kWidth, kColumns>(to, head_of<T>(p.q, batch, head), walk.order, first, walk.length);
-    copy_tile<T, kWidth, kColumns>(to + kTileBytes, head_of<T>(p.grad_out, batch, head), walk.order, first,
-                                   walk.length);
+    copy_tiles<T, kWidth, kColumns>(to, head_of<T>(p.q, place), head_of<T>(p.grad_out, place), walk, tile);
     if (threadIdx.x < 2 * kColumns / 4) {
       const int which = threadIdx.x / (kColumns / 4);  // lse, delta
       const int piece = threadIdx.x % (kColumns / 4);
-      const float* from = p.statistics + (static_cast<int64_t>(blockIdx.x) * 2 + which) * p.padded + first + 4 * piece;
-      copy_async(to + 2 * kTileBytes + 16 * threadIdx.x, from, true);
+      const float* from = p.statistics + (static_cast<int64_t>(blockIdx.x) * 2 + which) * p.padded;
+      copy_async(to + 2 * kTileBytes + 16 * threadIdx.x, from + tile * kColumns + 4 * piece, true);
     }
   };
 
-  for (int step = first_step; step < first_step + kAhead; ++step) {
-    load_ahead(walk, step, last_step, copy);
-  }
+  const Walker walker(walk, copy);
   const float to_base_2 = p.scale * kLog2E;
-  for (int tile = first_tile; tile < last_tile; ++tile) {
+  for (int tile = walker.first_tile; tile < walker.last_tile; ++tile) {
     int token[2];
-    tokens_of(token, walk, tile, warp, g);
+    tokens_of(token, walk, tile, place);
     uint32_t key[kWidth / 16][4];
     uint32_t value[kWidth / 16][4];
-    load_rows<T, kWidth>(key, head_of<T>(p.k, batch, head), token, c);
-    load_rows<T, kWidth>(value, head_of<T>(p.v, batch, head), token, c);
+    load_rows<T, kWidth>(key, head_of<T>(p.k, place), token, place.c);
+    load_rows<T, kWidth>(value, head_of<T>(p.v, place), token, place.c);
     bool padded[2] = {};
     if (p.padding != nullptr) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        padded[half] = token[half] >= 0 && load(p.padding + static_cast<int64_t>(batch) * walk.length + token[half]);
+        const bool* padding = p.padding + static_cast<int64_t>(place.batch) * walk.length;
+        padded[half] = token[half] >= 0 && load(padding + token[half]);
       }
     }
     float dk[kWidth / 8][4] = {};
@@ -195,15 +157,11 @@ __global__ void __launch_bounds__(kThreads, 1) key_kernel(const __grid_constant_
 
     const int end = load(walk.tile_steps + tile + 1);
     for (int index = load(walk.tile_steps + tile); index < end; ++index) {
-      const Step step = read_step(walk, index);
-      copy_async_wait<kAhead - 1>();
-      __syncthreads();
-      load_ahead(walk, index + kAhead, last_step, copy);
-
+      const Step step = walker.arrive(index);
       Visible<kColumns> visible;
       const bool masked = step.mask != 0 || p.padding != nullptr;
       if (masked) {
-        visible.read(walk.masks, step.mask, warp * 16 + g);
+        visible.read(walk.masks, step.mask, place.warp * 16 + place.g);
         visible.remove_rows(padded);
         if (!visible.any_in_warp()) {
           continue;
@@ -214,35 +172,33 @@ __global__ void __launch_bounds__(kThreads, 1) key_kernel(const __grid_constant_
       const auto* lse = reinterpret_cast<const float*>(grads + kTileBytes);
       const float* delta = lse + kColumns;
       float score[kColumns / 8][4] = {};
-      multiply_transposed<T, kWidth, kColumns>(score, key, queries, lane);
+      multiply_transposed<T, kWidth, kColumns>(score, key, queries, place.lane);
 #pragma unroll
       for (int n = 0; n < kColumns / 8; ++n) {
-        const float2 base = load(reinterpret_cast<const float2*>(lse + 8 * n + 2 * c));
+        const float2 base = load(reinterpret_cast<const float2*>(lse + 8 * n + 2 * place.c));
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const bool seen = !masked || visible.sees(n, c, i);
+          const bool seen = !masked || visible.sees(n, place.c, i);
           score[n][i] = seen ? exp2_fast(score[n][i] * to_base_2 - (i % 2 == 0 ? base.x : base.y)) : 0.0f;
         }
       }
-      multiply<T, kWidth, kColumns>(dv, score, grads, lane);
+      multiply<T, kWidth, kColumns>(dv, score, grads, place.lane);
       float dp[kColumns / 8][4] = {};
-      multiply_transposed<T, kWidth, kColumns>(dp, value, grads, lane);
+      multiply_transposed<T, kWidth, kColumns>(dp, value, grads, place.lane);
 #pragma unroll
       for (int n = 0; n < kColumns / 8; ++n) {
-        const float2 base = load(reinterpret_cast<const float2*>(delta + 8 * n + 2 * c));
+        const float2 base = load(reinterpret_cast<const float2*>(delta + 8 * n + 2 * place.c));
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           score[n][i] *= dp[n][i] - (i % 2 == 0 ? base.x : base.y);
         }
       }
-      multiply<T, kWidth, kColumns>(dk, score, queries, lane);
+      multiply<T, kWidth, kColumns>(dk, score, queries, place.lane);
     }
     const float scaled[2] = {p.scale, p.scale};
     const float plain[2] = {1.0f, 1.0f};
-    T* to_dk = static_cast<T*>(p.dk.data) + batch * p.dk.strides[0] + head * p.dk.strides[1];
-    T* to_dv = static_cast<T*>(p.dv.data) + batch * p.dv.strides[0] + head * p.dv.strides[1];
-    store_rows<T, kWidth>(to_dk, p.dk.strides[2], dk, scaled, token, c);
-    store_rows<T, kWidth>(to_dv, p.dv.strides[2], dv, plain, token, c);
+    store_rows<T, kWidth>(head_data<T>(p.dk, place), p.dk.strides[2], dk, scaled, token, place.c);
+    store_rows<T, kWidth>(head_data<T>(p.dv, place), p.dv.strides[2], dv, plain, token, place.c);
   }
   copy_async_wait<0>();
 }

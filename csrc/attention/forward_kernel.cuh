@@ -20,63 +20,38 @@ template <class T, int kWidth>
 __global__ void __launch_bounds__(kThreads, kWidth <= 64 ? 2 : 1)
     forward_kernel(const __grid_constant__ AttentionForward p) {
   constexpr int kTileBytes = kColumns * kPitch<kWidth>;
-  const int lane = threadIdx.x % 32;
-  const int warp = threadIdx.x / 32;
-  const int g = lane / 4;
-  const int c = lane % 4;
-  const int batch = blockIdx.x / p.heads;
-  const int head = blockIdx.x % p.heads;
+  const Place place(p.heads);
   const Walk& walk = p.walk;
-  const int first_tile = load(walk.part_tiles + blockIdx.y);
-  const int last_tile = load(walk.part_tiles + blockIdx.y + 1);
-  const int first_step = load(walk.tile_steps + first_tile);
-  const int last_step = load(walk.tile_steps + last_tile);
-
-  const Table<T> q = head_of<T>(p.q, batch, head);
-  const Table<T> k = head_of<T>(p.k, batch, head);
-  const Table<T> v = head_of<T>(p.v, batch, head);
+  const Table<T> q = head_of<T>(p.q, place);
+  const Table<T> k = head_of<T>(p.k, place);
+  const Table<T> v = head_of<T>(p.v, place);
   char* slots = shared_memory();  // [slots][keys, values][kColumns][kPitch]
   const auto copy = [&](int tile, int slot) {
-    char* to = slots + slot * 2 * kTileBytes;
-    copy_tile<T, kWidth, kColumns>(to, k, walk.order, tile * kColumns, walk.length);
-    copy_tile<T, kWidth, kColumns>(to + kTileBytes, v, walk.order, tile * kColumns, walk.length);
+    copy_tiles<T, kWidth, kColumns>(slots + slot * 2 * kTileBytes, k, v, walk, tile);
   };
 
-  for (int step = first_step; step < first_step + kAhead; ++step) {
-    load_ahead(walk, step, last_step, copy);
-  }
+  const Walker walker(walk, copy);
   const float to_base_2 = p.scale * kLog2E;
-  for (int tile = first_tile; tile < last_tile; ++tile) {
+  for (int tile = walker.first_tile; tile < walker.last_tile; ++tile) {
     int token[2];
-    tokens_of(token, walk, tile, warp, g);
+    tokens_of(token, walk, tile, place);
     uint32_t query[kWidth / 16][4];
-    load_rows<T, kWidth>(query, q, token, c);
+    load_rows<T, kWidth>(query, q, token, place.c);
     float acc[kWidth / 8][4] = {};
     float m[2] = {kNothing, kNothing};
     float l[2] = {0.0f, 0.0f};  // this lane's columns only, until the end
 
     const int end = load(walk.tile_steps + tile + 1);
     for (int index = load(walk.tile_steps + tile); index < end; ++index) {
-      const Step step = read_step(walk, index);
-      copy_async_wait<kAhead - 1>();
-      __syncthreads();  // the tile is whole, and nobody reads the slot that is loaded next
-      load_ahead(walk, index + kAhead, last_step, copy);
-
+      const Step step = walker.arrive(index);
       Visible<kColumns> visible;
       const bool masked = step.mask != 0 || p.padding != nullptr;
-      if (masked) {
-        visible.read(walk.masks, step.mask, warp * 16 + g);
-        if (p.padding != nullptr) {
-          const bool* padding = p.padding + static_cast<int64_t>(batch) * walk.length;
-          visible.remove_padding(padding, walk.order, step.tile * kColumns, walk.length, lane);
-        }
-        if (!visible.any_in_warp()) {
-          continue;
-        }
+      if (masked && !visible.read_keys(walk, step, p.padding, place)) {
+        continue;
       }
       const char* keys = slots + step.slot * 2 * kTileBytes;
       float score[kColumns / 8][4] = {};
-      multiply_transposed<T, kWidth, kColumns>(score, query, keys, lane);
+      multiply_transposed<T, kWidth, kColumns>(score, query, keys, place.lane);
 
       float largest[2] = {m[0], m[1]};
 #pragma unroll
@@ -84,7 +59,7 @@ __global__ void __launch_bounds__(kThreads, kWidth <= 64 ? 2 : 1)
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           score[n][i] *= to_base_2;
-          if (masked && !visible.sees(n, c, i)) {
+          if (masked && !visible.sees(n, place.c, i)) {
             score[n][i] = -kInfinity;
           }
           largest[i / 2] = fmaxf(largest[i / 2], score[n][i]);
@@ -110,23 +85,22 @@ __global__ void __launch_bounds__(kThreads, kWidth <= 64 ? 2 : 1)
           l[i / 2] += score[n][i];
         }
       }
-      multiply<T, kWidth, kColumns>(acc, score, keys + kTileBytes, lane);
+      multiply<T, kWidth, kColumns>(acc, score, keys + kTileBytes, place.lane);
     }
 
     // Read again rather than kept: the walk needs every register.
-    tokens_of(token, walk, tile, warp, g);
+    tokens_of(token, walk, tile, place);
     float inverse[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       l[half] = sum_of_quad(l[half]);
       inverse[half] = l[half] > 0.0f ? 1.0f / l[half] : 0.0f;
-      if (token[half] >= 0 && c == 0) {
+      if (token[half] >= 0 && place.c == 0) {
         const float lse = l[half] > 0.0f ? kLn2 * (m[half] + log2_fast(l[half])) : -kInfinity;
         store(p.lse + static_cast<int64_t>(blockIdx.x) * walk.length + token[half], lse);
       }
     }
-    T* out = static_cast<T*>(p.out.data) + batch * p.out.strides[0] + head * p.out.strides[1];
-    store_rows<T, kWidth>(out, p.out.strides[2], acc, inverse, token, c);
+    store_rows<T, kWidth>(head_data<T>(p.out, place), p.out.strides[2], acc, inverse, token, place.c);
   }
   copy_async_wait<0>();
 }

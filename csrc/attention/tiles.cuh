@@ -16,10 +16,27 @@ constexpr int kThreads = 32 * kWarps;
 constexpr int kRowTile = 16 * kWarps;
 constexpr int kAhead = 2;
 
-// One head of one sample.
+// Where a thread stands: its block's head, its warp's rows, and its place (g, c) in their fragments.
+struct Place {
+  int lane, warp, g, c, batch, head;
+  DEVICE explicit Place(int heads)
+      : lane(threadIdx.x % 32),
+        warp(threadIdx.x / 32),
+        g(lane / 4),
+        c(lane % 4),
+        batch(blockIdx.x / heads),
+        head(blockIdx.x % heads) {}
+};
+
+// The block's head: the first element of its first row, and its rows.
 template <class T>
-DEVICE Table<T> head_of(const Rows& rows, int batch, int head) {
-  return {static_cast<const T*>(rows.data) + batch * rows.strides[0] + head * rows.strides[1], rows.strides[2]};
+DEVICE T* head_data(const Rows& rows, const Place& place) {
+  return static_cast<T*>(rows.data) + place.batch * rows.strides[0] + place.head * rows.strides[1];
+}
+
+template <class T>
+DEVICE Table<T> head_of(const Rows& rows, const Place& place) {
+  return {head_data<T>(rows, place), rows.strides[2]};
 }
 
 // Starts the copy of the `kColumns` rows at positions `first` on into a tile of shared memory, zeros past the end.
@@ -34,6 +51,13 @@ DEVICE void copy_tile(char* tile, const Table<T>& table, const int32_t* order, i
     const int token = valid ? load(order + first + row) : 0;
     copy_async(tile + row * kPitch<kWidth> + 16 * piece, table.row(token) + 8 * piece, valid);
   }
+}
+
+// The same of two tables, one tile after the other: keys and values, or queries and the gradients of their outputs.
+template <class T, int kWidth, int kColumns>
+DEVICE void copy_tiles(char* tiles, const Table<T>& first, const Table<T>& second, const Walk& walk, int tile) {
+  copy_tile<T, kWidth, kColumns>(tiles, first, walk.order, tile * kColumns, walk.length);
+  copy_tile<T, kWidth, kColumns>(tiles + kColumns * kPitch<kWidth>, second, walk.order, tile * kColumns, walk.length);
 }
 
 // sums[n] += A B^T for the tile's rows 8 n to 8 n + 7: scores of the block's rows against the tile's.
@@ -73,6 +97,16 @@ DEVICE void multiply(float (&sums)[kWidth / 8][4], const float (&weights)[kColum
   }
 }
 
+struct Step {
+  int tile, slot, mask;
+  bool loads;
+};
+
+DEVICE Step read_step(const Walk& walk, int index) {
+  const int32_t* step = walk.steps + 4 * static_cast<int64_t>(index);
+  return {load(step), load(step + 1), load(step + 2), load(step + 3) != 0};
+}
+
 // The visible columns of rows g and g + 8 of a warp, one bit each.
 template <int kColumns>
 struct Visible {
@@ -99,6 +133,16 @@ struct Visible {
         words[half][i] = removed[half] ? 0u : words[half][i];
       }
     }
+  }
+
+  // What rows g and g + 8 of the block's queries see of a step's keys. False where no row of the warp sees any.
+  DEVICE bool read_keys(const Walk& walk, const Step& step, const bool* padding, const Place& place) {
+    read(walk.masks, step.mask, place.warp * 16 + place.g);
+    if (padding != nullptr) {
+      remove_padding(padding + static_cast<int64_t>(place.batch) * walk.length, walk.order, step.tile * kColumns,
+                     walk.length, place.lane);
+    }
+    return any_in_warp();
   }
 
   // Takes out the columns of the tile at `first` whose token is padding.
@@ -128,33 +172,55 @@ struct Visible {
   }
 };
 
-// Where a walk stands. Runs `copy(column tile, slot)` for the step that lies kAhead steps in front.
-struct Step {
-  int tile, slot, mask;
-  bool loads;
-};
-
-DEVICE Step read_step(const Walk& walk, int index) {
-  const int32_t* step = walk.steps + 4 * static_cast<int64_t>(index);
-  return {load(step), load(step + 1), load(step + 2), load(step + 3) != 0};
-}
-
+// The row tiles first_tile to last_tile - 1 of part blockIdx.y, and their steps, each visited when its column tile lies
+// in its slot: `copy(column tile, slot)` has started kAhead steps in front.
 template <class Copy>
-DEVICE void load_ahead(const Walk& walk, int index, int end, const Copy& copy) {
-  if (index < end) {
-    const Step step = read_step(walk, index);
-    if (step.loads) {
-      copy(step.tile, step.slot);
+class Walker {
+ public:
+  int first_tile, last_tile;
+
+  DEVICE Walker(const Walk& walk, const Copy& copy)
+      : first_tile(load(walk.part_tiles + blockIdx.y)),
+        last_tile(load(walk.part_tiles + blockIdx.y + 1)),
+        walk_(walk),
+        copy_(copy),
+        last_step_(load(walk.tile_steps + last_tile)) {
+    const int first_step = load(walk.tile_steps + first_tile);
+    for (int step = first_step; step < first_step + kAhead; ++step) {
+      load_ahead(step);
     }
   }
-  copy_async_commit();  // one group a step, empty or not, so that waiting can count
-}
+
+  // Step `index` (row tile t has those from walk.tile_steps[t] on), once its column tile lies in its slot.
+  DEVICE Step arrive(int index) const {
+    const Step step = read_step(walk_, index);
+    copy_async_wait<kAhead - 1>();
+    __syncthreads();  // the tile is whole, and nobody reads the slot that is loaded next
+    load_ahead(index + kAhead);
+    return step;
+  }
+
+ private:
+  DEVICE void load_ahead(int index) const {
+    if (index < last_step_) {
+      const Step step = read_step(walk_, index);
+      if (step.loads) {
+        copy_(step.tile, step.slot);
+      }
+    }
+    copy_async_commit();  // one group a step, empty or not, so that waiting can count
+  }
+
+  const Walk& walk_;
+  const Copy& copy_;
+  int last_step_;
+};
 
 // The tokens of rows g and g + 8 of this warp in row tile `tile`; -1 past the end.
-DEVICE void tokens_of(int (&token)[2], const Walk& walk, int tile, int warp, int g) {
+DEVICE void tokens_of(int (&token)[2], const Walk& walk, int tile, const Place& place) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int position = tile * kRowTile + warp * 16 + half * 8 + g;
+    const int position = tile * kRowTile + place.warp * 16 + half * 8 + place.g;
     token[half] = position < walk.length ? load(walk.order + position) : -1;
   }
 }
