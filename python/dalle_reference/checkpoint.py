@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from dalle_reference import weights
 from dalle_reference.errors import UserError
 from dalle_reference.files import sync
 
@@ -99,11 +100,18 @@ def _list(run: Path) -> list[Path]:
 
 
 def load(path: Path, kind: str) -> Checkpoint:
-    """Reads a checkpoint folder, or the newest checkpoint of a run's folder.
+    """Reads a checkpoint folder, the newest checkpoint of a run's folder, or a file of converted weights.
 
     Raises:
         UserError: if there is none, it is damaged, or it is of another kind.
     """
+    if path.is_file():
+        converted = weights.read(path)
+        if converted.model != kind:
+            can = f"runs as a {converted.model}" if converted.model else "can be run by no model of this package alone"
+            raise UserError(f"{path}: {converted.kind}, which {can}; wanted a {kind}")
+        tensors = {f"ema.{name}": tensor for name, tensor in converted.tensors.items()}
+        return Checkpoint(path, kind, 0, {"model": dict(converted.config)}, tensors)
     if not (path / _DOCUMENT).exists():
         newest = latest(path)
         if newest is None:

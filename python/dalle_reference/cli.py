@@ -1,4 +1,4 @@
-"""The command line: dalle-reference train-dvae | train-transformer | generate | reconstruct | demo."""
+"""The command line: dalle-reference train-dvae | train-transformer | generate | reconstruct | convert | demo."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import torch
 import tyro
+from tqdm import tqdm
 
-from dalle_reference import demo, render, train
+from dalle_reference import demo, render, train, weights
 from dalle_reference.config import DVAE_PRESETS, TRANSFORMER_PRESETS
+from dalle_reference.convert import KINDS, convert
 from dalle_reference.data import decode_picture
 from dalle_reference.errors import UserError
 from dalle_reference.evaluate import psnr
@@ -29,6 +31,7 @@ def _presets(entries: dict[str, tuple[str, Any]]) -> Any:
 
 _DVAEChoice: Any = _presets(DVAE_PRESETS)
 _TransformerChoice: Any = _presets(TRANSFORMER_PRESETS)
+_Kind: Any = Literal[KINDS]
 
 
 def _train_dvae(config: _DVAEChoice) -> None:
@@ -109,7 +112,7 @@ class ReconstructConfig:
     pictures: tyro.conf.Positional[tuple[Path, ...]]
     """Picture files."""
     model: Path = Path("runs/dvae")
-    """Folder of a stage 1."""
+    """Folder of a stage 1, or a file of converted weights."""
     out: Path = Path("reconstructions.png")
     """The sheet to write: originals above, reconstructions below."""
     device: str = "auto"
@@ -136,6 +139,51 @@ def _read_picture(path: Path, resolution: int) -> torch.Tensor:
         raise UserError(f"{path}: {error.strerror}") from error
 
 
+@dataclass(frozen=True)
+class ConvertConfig:
+    """Turn other projects' weights into safetensors."""
+
+    # One argument for all, because one for the inputs alone would take the output as well where options follow.
+    files: Annotated[
+        tyro.conf.Positional[tuple[Path, ...]],
+        tyro.conf.arg(metavar="INPUT ... OUTPUT", help_behavior_hint="(required)"),
+    ]
+    """A file as torch.save wrote it, or safetensors (for a dVAE two, its encoder and its decoder), and the file to
+    write; its header says what it holds, with its configuration and the inputs' SHA-256."""
+    kind: _Kind | None = None
+    """What the inputs are; found from the names of their tensors where not given."""
+    heads: int | None = None
+    """Attention heads of a ruDALL-E of unpublished size, which its weights do not tell."""
+    dtype: Literal["keep", "float32", "float16", "bfloat16"] = "keep"
+    """Of the floating-point tensors."""
+    force: bool = False
+    """Replace an output that is there already."""
+
+
+def _convert(config: Annotated[ConvertConfig, tyro.conf.arg(name="")]) -> None:
+    """Turn other projects' weights into safetensors, without running anything that is in them.
+
+    dalle-reference convert encoder.pkl decoder.pkl dvae.safetensors
+
+    OpenAI's dVAE and ruDALL-E's transformers then run here, as --model or from Python. FLAVA's codebook is the dVAE's
+    encoder; taming's Gumbel VQGAN and DALLE-pytorch's models keep their own names.
+    """
+    if len(config.files) < 2:
+        raise UserError(f"files: got {len(config.files)}, wanted at least an input and the output")
+    *inputs, output = config.files
+    if output.exists() and not config.force:
+        raise UserError(f"{output}: is there already; --force replaces it")
+    missing = [path for path in inputs if not path.is_file()]
+    if missing:
+        raise UserError(f"{missing[0]}: no such file")
+    size = sum(path.stat().st_size for path in inputs)
+    with tqdm(total=size, unit="B", unit_scale=True, desc="reading", disable=None) as bar:
+        found = convert(inputs, kind=config.kind, heads=config.heads, dtype=config.dtype, progress=bar.update)
+    weights.write(output, found)
+    runs = {"": "", "dvae": "; runs as a dVAE", "transformer": "; runs as a transformer"}[found.model]
+    print(f"wrote {output}: {found.kind}, {len(found.tensors)} tensors{runs}")
+
+
 def _demo(config: Annotated[demo.DemoConfig, tyro.conf.arg(name="")]) -> None:
     """Train a small DALL-E on OpenMoji, both stages, and show what it draws."""
     demo.run(config)
@@ -146,6 +194,7 @@ _COMMANDS = {
     "train-transformer": _train_transformer,
     "generate": _generate,
     "reconstruct": _reconstruct,
+    "convert": _convert,
     "demo": _demo,
 }
 

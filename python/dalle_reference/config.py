@@ -131,7 +131,9 @@ def to_json(config: Any) -> dict[str, Any]:
 
     def plain(value: Any) -> Any:
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.name not in _FREE}
+            kept = [f for f in dataclasses.fields(value) if f.name not in _FREE]
+            pairs = [(f, getattr(value, f.name)) for f in kept]
+            return {f.name: plain(entry) for f, entry in pairs if not ("added" in f.metadata and entry == f.default)}
         if isinstance(value, Path):
             return str(value)
         return list(value) if isinstance(value, tuple) else value

@@ -158,7 +158,7 @@ def _require_pictures(pictures: PictureSet, source: str) -> None:
 
 
 def load_dvae(run: Path, device: torch.device) -> DiscreteVAE:
-    """The dVAE of a finished (or running) stage 1, with the running mean of its weights.
+    """The dVAE of a finished (or running) stage 1, with the running mean of its weights, or one of converted weights.
 
     Raises:
         UserError: for a missing or damaged checkpoint, or one of another configuration.
@@ -176,23 +176,36 @@ def load_transformer(run: Path, device: torch.device) -> tuple[DalleTransformer,
     Raises:
         UserError: for missing or damaged files, or ones of another configuration.
     """
-    saved = checkpoint.load(run, "transformer")
-    config = _config_of(TransformerConfig, saved)
-    model = DalleTransformer(config)
-    checkpoint.restore(model, saved.group("ema"), saved.path)
+    if run.is_file():
+        raise UserError(f"{run}: a file of weights; wanted the folder of a stage 2, which has tokenizer and dVAE too")
+    model = load_transformer_alone(run, device)
     dvae = load_dvae(run / "dvae", device)
+    config = model.config
     if (dvae.config.grid, dvae.config.vocab) != (config.grid, config.vocab_image):
         raise UserError(
             f"{run / 'dvae'}: grid {dvae.config.grid} and vocabulary {dvae.config.vocab},"
             f" the transformer wants {config.grid} and {config.vocab_image}"
         )
-    return model.to(device).eval(), CaptionTokenizer.load(run / "tokenizer.json"), dvae
+    return model, CaptionTokenizer.load(run / "tokenizer.json"), dvae
+
+
+def load_transformer_alone(run: Path, device: torch.device) -> DalleTransformer:
+    """The transformer of a stage 2, or one of converted weights, without what turns captions and pictures into tokens.
+
+    Raises:
+        UserError: as `load_transformer`.
+    """
+    saved = checkpoint.load(run, "transformer")
+    model = DalleTransformer(_config_of(TransformerConfig, saved))
+    checkpoint.restore(model, saved.group("ema"), saved.path)
+    return model.to(device).eval()
 
 
 def _config_of(kind: type, saved: checkpoint.Checkpoint) -> Any:
     stored = saved.config.get("model")
     names = {entry.name for entry in fields(kind)}
-    if not isinstance(stored, dict) or stored.keys() != names:
+    added = {entry.name for entry in fields(kind) if "added" in entry.metadata}
+    if not isinstance(stored, dict) or not names - added <= stored.keys() <= names:
         raise UserError(f"{saved.path}: made with another configuration: its model is {stored}, wanted {sorted(names)}")
     try:
         return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()})

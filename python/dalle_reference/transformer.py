@@ -18,19 +18,22 @@ Training feeds all positions but the last, a prefix of the layout.
 Text positions without a caption token hold a learned vector of their own, one per position, which every later
 position may attend to; nothing is masked. They are never predicted. A caption without any token is the
 unconditional one, used by classifier-free guidance.
+
+`TransformerConfig` also states the relatives of this model whose weights fit: ruDALL-E's two generations differ in
+their norms, in how the convolution treats the grid's edge, and in where the grid begins.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, cast
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dalle_kernels import KVCache, Pattern, TokenLayout, dalle_pattern_schedule
+from dalle_kernels import Convolution, KVCache, Pattern, TokenLayout, dalle_pattern_schedule
 from dalle_kernels.nn import SparseSelfAttention
 
 TEXT_WEIGHT = 1 / 8
@@ -38,6 +41,9 @@ TEXT_WEIGHT = 1 / 8
 
 NO_TOKEN = -1
 """Stands in `text_tokens` where a caption has ended."""
+
+_ADDED = {"added": True}
+"""Marks fields that stored configurations leave out at their default, as those of earlier versions did."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,14 @@ class TransformerConfig:
     heads: int = 2
     head_dim: int = 64
     """Width of one head; the model's width is heads x head_dim."""
+    sandwich_norm: bool = field(default=False, metadata=_ADDED)
+    """Also normalise what attention and the MLP add to the stream (CogView, Ding et al. 2021, section 2.4)."""
+    head_norm: bool = field(default=False, metadata=_ADDED)
+    """Normalise a second time before the heads."""
+    convolution: Literal["raster", "clamp", "torus"] = field(default="raster", metadata=_ADDED)
+    """How the last layer's convolution treats the grid's edge; `dalle_kernels.Convolution` explains."""
+    text_on_grid: bool = field(default=False, metadata=_ADDED)
+    """The patterns take the last text position for the grid's first cell, and every cell for the next one."""
 
     def __post_init__(self) -> None:
         for name in ("vocab_text", "vocab_image", "layers", "heads", "head_dim"):
@@ -67,6 +81,8 @@ class TransformerConfig:
             )
         if len(self.grid) != 2 or min(self.grid) < 1:
             raise ValueError(f"grid: got {self.grid}, wanted two positive numbers (rows, columns)")
+        if self.convolution not in ("raster", "clamp", "torus"):
+            raise ValueError(f"convolution: got {self.convolution!r}, wanted 'raster', 'clamp' or 'torus'")
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> TransformerConfig:
@@ -97,7 +113,14 @@ class TransformerConfig:
 
     @property
     def layout(self) -> TokenLayout:
-        return TokenLayout(self.text_length, self.grid)
+        """Text and grid as the patterns see them."""
+        return TokenLayout(self.text_length - self.text_on_grid, self.grid)
+
+    @property
+    def patterns(self) -> tuple[Pattern, ...]:
+        """Each layer's, first to last."""
+        *body, last = dalle_pattern_schedule(self.layers, self.layout)
+        return (*body, replace(cast(Convolution, last), boundary=self.convolution))
 
 
 PRESETS: dict[str, TransformerConfig] = {
@@ -126,24 +149,27 @@ class TransformerLoss(NamedTuple):
 class Block(nn.Module):
     """Pre-norm block: x + attention(norm(x)), then x + mlp(norm(x)); x [B, S, width]."""
 
-    def __init__(self, pattern: Pattern, width: int, heads: int) -> None:
+    def __init__(self, pattern: Pattern, config: TransformerConfig) -> None:
         super().__init__()
+        width = config.width
         self.attention_norm = nn.LayerNorm(width)
-        self.attention = SparseSelfAttention(pattern, width, heads)
+        self.attention = SparseSelfAttention(pattern, width, config.heads)
         self.mlp_norm = nn.LayerNorm(width)
         self.expand = nn.Linear(width, 4 * width)
         self.contract = nn.Linear(4 * width, width)
+        self.attention_out_norm = nn.LayerNorm(width) if config.sandwich_norm else nn.Identity()
+        self.mlp_out_norm = nn.LayerNorm(width) if config.sandwich_norm else nn.Identity()
 
     def _mlp(self, x: Tensor) -> Tensor:
-        return self.contract(F.gelu(self.expand(self.mlp_norm(x)), approximate="tanh"))
+        return self.mlp_out_norm(self.contract(F.gelu(self.expand(self.mlp_norm(x)), approximate="tanh")))
 
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), cache=cache)
+        x = x + self.attention_out_norm(self.attention(self.attention_norm(x), cache=cache))
         return x + self._mlp(x)
 
     def step(self, x: Tensor, cache: KVCache, position: Tensor) -> Tensor:
         """One new token, x [B, 1, width] at `position`."""
-        x = x + self.attention.step(self.attention_norm(x), cache, position)
+        x = x + self.attention_out_norm(self.attention.step(self.attention_norm(x), cache, position))
         return x + self._mlp(x)
 
 
@@ -169,10 +195,9 @@ class DalleTransformer(nn.Module):
         self.image_embedding = nn.Embedding(config.vocab_image, width)
         self.row_position = nn.Parameter(torch.empty(rows, 1, width))
         self.column_position = nn.Parameter(torch.empty(1, columns, width))
-        self.blocks = nn.ModuleList(
-            Block(pattern, width, config.heads) for pattern in dalle_pattern_schedule(config.layers, config.layout)
-        )
+        self.blocks = nn.ModuleList(Block(pattern, config) for pattern in config.patterns)
         self.final_norm = nn.LayerNorm(width)
+        self.head_norm = nn.LayerNorm(width) if config.head_norm else nn.Identity()
         self.text_head = nn.Linear(width, config.vocab_text)
         self.image_head = nn.Linear(width, config.vocab_image)
         self.reset_parameters()
@@ -213,7 +238,8 @@ class DalleTransformer(nn.Module):
 
         Args:
             text_tokens: int64 [B, n <= caption_length], `NO_TOKEN` at the end.
-            image_tokens: int64 [B, m <= H * W], in raster order; m = 0 is only the text.
+            image_tokens: int64 [B, m <= H * W], in raster order; m = 0 is only the text. The last cell, which
+                predicts nothing, has no place where the grid begins with `text_on_grid`.
             caches: one per layer, from `new_caches`; filled, so that `step` can go on.
 
         Returns:
@@ -221,11 +247,11 @@ class DalleTransformer(nn.Module):
         """
         batch = text_tokens.shape[0]
         check_tokens("text_tokens", text_tokens, batch, self.config.caption_length)
-        check_tokens("image_tokens", image_tokens, batch, self.config.image_length)
+        check_tokens("image_tokens", image_tokens, batch, self.config.layout.length - self.config.text_length)
         x = torch.cat([self.embed_text(text_tokens), self.embed_image(image_tokens)], dim=1)
         for layer, block in enumerate(self.layers):
             x = block(x, None if caches is None else caches[layer])
-        return self.final_norm(x)
+        return self.head_norm(self.final_norm(x))
 
     def new_caches(self, batch: int) -> list[KVCache]:
         """Empty key-value caches, one per layer."""
@@ -237,7 +263,7 @@ class DalleTransformer(nn.Module):
         x = self.embed_image(image_tokens, cell)
         for block, cache in zip(self.layers, caches, strict=True):
             x = block.step(x, cache, position)
-        return self.final_norm(x)
+        return self.head_norm(self.final_norm(x))
 
     def forward(self, text_tokens: Tensor, image_tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Logits of every token that the stream predicts.
