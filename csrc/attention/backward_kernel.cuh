@@ -1,56 +1,15 @@
 // Attention backward for sm_80 and later. With s = scale q k^T, p = exp(s - lse) and dp = dout v^T:
 //   ds = p (dp - delta),  delta = rowsum(dout out) - dlse,
 //   dq = scale ds k,  dk = scale ds^T q,  dv = p^T dout.
-// Three kernels: delta of every query; dq, whose rows are queries, walking over keys and values; dk and dv, whose rows
+// Three kernels, where one_pass_kernel.cuh cannot serve: statistics.cuh's; dq, whose rows are queries, walking over keys and values; dk and dv, whose rows
 // are keys, walking over queries and dout by the transposed lists. Nothing is added up across blocks, so the result is
 // the same every time.
 
 #pragma once
 
-#include "attention/tiles.cuh"
-#include "cuda/launch.cuh"
+#include "attention/one_pass_kernel.cuh"
 
 namespace {
-
-constexpr int kRowLanes = 16;  // lanes that read one row in the first kernel
-
-// Writes lse in base 2 and delta in the order of positions, which the walks copy as they copy rows.
-template <class T>
-__global__ void __launch_bounds__(kThreads) statistics_kernel(const __grid_constant__ AttentionBackward p) {
-  const int length = p.by_query.length;
-  const int position = blockIdx.y * (kThreads / kRowLanes) + threadIdx.x / kRowLanes;
-  const int part = threadIdx.x % kRowLanes;
-  const bool valid = position < length;
-  const int token = valid ? load(p.by_query.order + position) : 0;
-  const Table<T> grad = head_of<T>(p.grad_out, Place(p.heads));
-  const Table<T> out = head_of<T>(p.out, Place(p.heads));
-  float delta = 0.0f;
-  for (int piece = part; piece < p.width / 8; piece += kRowLanes) {
-    float a[8], b[8];
-    widen<T>(load(reinterpret_cast<const uint4*>(grad.row(token)) + piece), a);
-    widen<T>(load(reinterpret_cast<const uint4*>(out.row(token)) + piece), b);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      delta += a[i] * b[i];
-    }
-  }
-#pragma unroll
-  for (int distance = 1; distance < kRowLanes; distance *= 2) {
-    delta += __shfl_xor_sync(0xffffffffu, delta, distance);
-  }
-  if (part == 0 && position < p.padded) {
-    const int64_t query = static_cast<int64_t>(blockIdx.x) * length + token;
-    float lse = kInfinity;
-    if (valid) {
-      lse = load(p.lse + query);
-      lse = lse == -kInfinity ? kInfinity : lse * kLog2E;
-      delta -= p.grad_lse == nullptr ? 0.0f : load(p.grad_lse + query);
-    }
-    float* to = p.statistics + static_cast<int64_t>(blockIdx.x) * 2 * p.padded + position;
-    store(to, lse);
-    store(to + p.padded, valid ? delta : 0.0f);
-  }
-}
 
 // dq of a part of one head's queries.
 template <class T, int kWidth>
@@ -76,13 +35,7 @@ __global__ void __launch_bounds__(kThreads, 1) query_kernel(const __grid_constan
     load_rows<T, kWidth>(grad, head_of<T>(p.grad_out, place), token, place.c);
     float lse[2];
     float delta[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int position = tile * kRowTile + place.warp * 16 + half * 8 + place.g;
-      const float* from = p.statistics + static_cast<int64_t>(blockIdx.x) * 2 * p.padded + position;
-      lse[half] = position < p.padded ? load(from) : kInfinity;
-      delta[half] = position < p.padded ? load(from + p.padded) : 0.0f;
-    }
+    read_statistics(lse, delta, p, tile, place);
     float dq[kWidth / 8][4] = {};
 
     const int end = load(walk.tile_steps + tile + 1);
@@ -209,8 +162,13 @@ void run_backward(const AttentionBackward& p, void* stream) {
   constexpr int kTileBytes = 2 * kColumns * kPitch<kWidth>;
   const auto heads = static_cast<unsigned>(p.batch * p.heads);
   const auto parts = [&](int count) { return dim3{heads, static_cast<unsigned>(count), 1}; };
-  constexpr int kRows = kThreads / kRowLanes;
-  launch(statistics_kernel<T>, parts((p.padded + kRows - 1) / kRows), kThreads, 0, stream, p);
+  launch_statistics<T>(p, stream);
+  if (p.one_pass) {
+    if constexpr (kWidth <= kOnePassWidth) {
+      run_one_pass<T, kWidth>(p, stream);
+    }
+    return;
+  }
   launch(query_kernel<T, kWidth>, parts(p.by_query.parts), kThreads, p.by_query.slots * kTileBytes, stream, p);
   launch(key_kernel<T, kWidth>, parts(p.by_key.parts), kThreads,
          p.by_key.slots * (kTileBytes + 2 * kColumns * static_cast<int>(sizeof(float))), stream, p);

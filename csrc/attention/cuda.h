@@ -38,6 +38,9 @@ struct AttentionBackward {
   float* statistics;
   int padded;
   Walk by_query, by_key;  // rows are queries and columns keys; rows are keys and columns queries
+  // One walk makes all three gradients: by_query, whose slots hold sums of dk and dv and whose steps end in 1 at a key
+  // tile's first visit, 2 at its last, 3 at its only one. by_key is unused then.
+  bool one_pass;
   int batch, heads, width;
   float scale;
 };
@@ -45,6 +48,9 @@ struct AttentionBackward {
 // Queries or keys in a column tile of the backward pass: fewer where rows are long, whose sums take the registers.
 template <int kWidth>
 constexpr int kBackwardColumns = kWidth <= 64 ? 64 : 32;
+
+// The widest rows that the one pass takes: sums of wider ones leave no room for anything else.
+constexpr int kOnePassWidth = 64;
 
 // One translation unit each, so that they compile side by side. Widths: 16, 32, 64, 80, 96, 128.
 void attention_forward_bfloat16(const AttentionForward& parameters, void* stream);

@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch
 
 from dalle_kernels import cuda_library
-from dalle_kernels.attention.cuda_plan import SMALLEST, Plan, plan_for
+from dalle_kernels.attention.cuda_plan import SMALLEST, Plan, plan_for, sums_plan_for
 from dalle_kernels.attention.patterns import Pattern
 from dalle_kernels.backends import Call
 
 _WIDTHS = (16, 32, 64, 80, 96, 128)  # as csrc/attention/forward_kernel.cuh has them
 _ROWS = 128  # kRowTile of csrc/attention/tiles.cuh
+_ONE_PASS_WIDTH = 64  # kOnePassWidth of csrc/attention/cuda.h
+_ONE_PASS_COLUMNS = 32  # OnePass::kColumns of csrc/attention/one_pass_kernel.cuh
 
 
 def refuse(call: Call) -> str | None:
@@ -33,6 +35,26 @@ def _plan(
     slots = max(cuda_library.shared_memory(q.device, blocks) // slot_bytes, SMALLEST)
     parts = -(-blocks * cuda_library.multiprocessors(q.device) // (batch * heads))
     return plan_for(pattern, _ROWS, columns, transposed, length, slots, parts, q.device)
+
+
+def _one_pass_plan(q: torch.Tensor, pattern: Pattern) -> Plan | None:
+    """The walk that makes all three gradients of a head at once, or None where the two passes serve. The rule:
+
+    - rows are of at most 64 elements, for their sums are kept in shared memory;
+    - the heads alone keep the GPU busy, for a block owns a whole head;
+    - the sums of all key tiles that are between their first and their last query at some time fit, beside the tiles
+      that are being multiplied (for the paper's layout and 64 elements: row and column attention in the 227 KB of an
+      H100 or H200; not the convolution, and nothing of it in the 163 KB of an A100).
+    """
+    batch, heads, length, width = q.shape
+    if width > _ONE_PASS_WIDTH or batch * heads < cuda_library.multiprocessors(q.device):
+        return None
+    # As OnePass of csrc/attention/one_pass_kernel.cuh has them: queries and dout, p and ds, two tiles of keys and
+    # values, a flag for each of 8 warps; and the sums of a key tile.
+    pitch, columns = 2 * width + 16, _ONE_PASS_COLUMNS
+    fixed = 2 * (_ROWS * (pitch + 2 * columns + 16) + 2 * columns * pitch) + 8 * 4
+    slots = (cuda_library.shared_memory(q.device, 1) - fixed) // (2 * columns * max(width, 32) * 4)
+    return sums_plan_for(pattern, _ROWS, columns, length, slots, q.device) if slots > 0 else None
 
 
 def _outputs(*likes: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
@@ -85,21 +107,27 @@ def backward(
     pattern: Pattern,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     columns = 64 if q.shape[-1] <= 64 else 32  # kBackwardColumns of csrc/attention/cuda.h
-    by_query = _plan(q, pattern, columns, blocks=1)
-    by_key = _plan(q, pattern, columns, blocks=1, transposed=True, extra=2 * columns * 4)
+    one_pass = _one_pass_plan(q, pattern)
+    if one_pass is not None:
+        order, walks = one_pass.order, one_pass.walk
+        run = cuda_library.operations().attention_backward_one_pass
+    else:
+        by_query = _plan(q, pattern, columns, blocks=1)
+        by_key = _plan(q, pattern, columns, blocks=1, transposed=True, extra=2 * columns * 4)
+        order, walks = by_query.order, (*by_query.walk, *by_key.walk)
+        run = cuda_library.operations().attention_backward
     batch, heads, length, _ = q.shape
     padded = -(-length // columns) * columns
     statistics = torch.empty((batch, heads, 2, padded), dtype=torch.float32, device=q.device)
     outputs, targets = _outputs(q, k, v)
-    cuda_library.operations().attention_backward(
+    run(
         cuda_library.aligned(grad_out),
         None if grad_lse is None else grad_lse.contiguous(),
         *map(cuda_library.aligned, (q, k, v, out)),
         lse,
         _padding(key_padding_mask),
-        by_query.order,
-        *by_query.walk,
-        *by_key.walk,
+        order,
+        *walks,
         scale,
         statistics,
         *targets,

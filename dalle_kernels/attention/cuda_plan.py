@@ -110,6 +110,43 @@ def _remembered(
     )
 
 
+def sums_plan_for(
+    pattern: Pattern, rows: int, columns: int, length: int, slots: int, device: torch.device | str = "cpu"
+) -> Plan | None:
+    """The plan of the one-pass backward, remembered; None where it cannot be had.
+
+    Its one part walks tiles of `rows` queries by `columns` keys. A slot holds the sums of a key tile's gradients from
+    the tile's first visit to its last, and the last column of `steps` says which visit a step is: 1 the first, 2 the
+    last, 3 the only one, 0 another. It cannot be had where more than `slots` tiles are between their first and last
+    visits at once, or where some tile is never visited, so that nobody would write its gradients.
+    """
+    return _remembered_sums(pattern, rows, columns, length, slots, str(device))
+
+
+@lru_cache(maxsize=256)
+def _remembered_sums(pattern: Pattern, rows: int, columns: int, length: int, slots: int, device: str) -> Plan | None:
+    schedule = schedule_for(pattern, (rows, columns), length)
+    tiles, mask_ids = schedule.key_tiles.tolist(), schedule.mask_ids.tolist()
+    last = {tile: step for step, tile in enumerate(tiles)}
+    if len(last) < -(-length // columns):
+        return None
+    placed = _place(tiles, slots, ahead=0)
+    if sum(first for _, first in placed) > len(last):
+        return None  # some sums had to make room before they were whole
+    steps = [
+        (tile, slot, mask, first + 2 * (last[tile] == step))
+        for step, (tile, (slot, first), mask) in enumerate(zip(tiles, placed, mask_ids, strict=True))
+    ]
+    return Plan(
+        order=schedule.order.to(device),
+        part_tiles=torch.tensor([0, len(schedule.key_offsets) - 1], dtype=torch.int32, device=device),
+        tile_steps=schedule.key_offsets.to(device),
+        steps=torch.tensor(steps, dtype=torch.int32, device=device),
+        masks=schedule.masks.to(device),
+        slots=1 + max(slot for slot, _ in placed),
+    )
+
+
 def _share(offsets: list[int], parts: int) -> list[int]:
     """Borders between runs of row tiles with about as many steps each; every run has a row tile."""
     borders, rows = [0], len(offsets) - 1
@@ -119,8 +156,8 @@ def _share(offsets: list[int], parts: int) -> list[int]:
     return [*borders, rows]
 
 
-def _place(walk: list[int], slots: int) -> list[tuple[int, bool]]:
-    """For each tile of `walk` its slot, and whether it has to be loaded there."""
+def _place(walk: list[int], slots: int, ahead: int = AHEAD) -> list[tuple[int, bool]]:
+    """For each tile of `walk` its slot, and whether it has to be loaded there, `ahead` steps before."""
     uses: dict[int, list[int]] = {}
     for step, tile in reversed(list(enumerate(walk))):
         uses.setdefault(tile, []).append(step)  # the next use is the last of the list
@@ -132,8 +169,8 @@ def _place(walk: list[int], slots: int) -> list[tuple[int, bool]]:
         if tile in where:
             placed.append((where[tile], False))
             continue
-        # A load runs beside the AHEAD steps before its own, so their slots are taken.
-        busy = {slot for slot, _ in placed[max(step - AHEAD, 0) :]}
+        # A load runs beside the `ahead` steps before its own, so their slots are taken.
+        busy = {slot for slot, _ in placed[max(step - ahead, 0) : step]}
         free = [slot for slot in range(slots) if slot not in busy]
         slot = max(free, key=lambda slot: _next_use(uses, holds.get(slot)))
         if slot in holds:
