@@ -108,6 +108,7 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     columns = 64 if q.shape[-1] <= 64 else 32  # kBackwardColumns of csrc/attention/cuda.h
     one_pass = _one_pass_plan(q, pattern)
+    walks: tuple[torch.Tensor | int, ...]
     if one_pass is not None:
         order, walks = one_pass.order, one_pass.walk
         run = cuda_library.operations().attention_backward_one_pass
