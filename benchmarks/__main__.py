@@ -13,7 +13,7 @@ import torch
 from benchmarks.choice import PATTERNS, Choice
 from benchmarks.harness import DTYPES, Bench, Cell, Options, Recorder, default_output, dtype_name, limit_memory
 
-SUITES = ("attention", "decode", "codebook", "sampling", "training", "generation")
+SUITES = ("attention", "decode", "codebook", "sampling", "training", "generation", "integrations")
 
 
 def _numbers(text: str) -> tuple[int, ...]:

@@ -58,13 +58,18 @@ class Operation:
         return _choose(self, backend, call)
 
 
+def check_backend(backend: str) -> None:
+    """`backend` is "auto" or a backend's name; whether it can serve is known only at a call."""
+    if backend != "auto" and backend not in BACKENDS:
+        raise ValueError(f"backend: got {backend!r}, wanted 'auto' or one of {', '.join(BACKENDS)}")
+
+
 @lru_cache(maxsize=1024)
 def _choose(operation: Operation, backend: str, call: Call) -> ModuleType:
+    check_backend(backend)
     if backend == "auto":
         candidates = _AUTOMATIC.get(call.device.type, ("reference",))
         backend = next(name for name in candidates if operation.refusal(name, call) is None)
-    elif backend not in BACKENDS:
-        raise ValueError(f"backend: got {backend!r}, wanted 'auto' or one of {', '.join(BACKENDS)}")
     elif reason := operation.refusal(backend, call):
         raise ValueError(f"backend: {backend!r} cannot serve this {operation.name} call: {reason}")
     return importlib.import_module(dict(operation.modules)[backend])

@@ -384,7 +384,12 @@ class MaskPattern(Pattern):
         self._dense = dense
         digest = hashlib.sha256(np.packbits(dense).tobytes()).hexdigest()
         self.spec = json.dumps({"pattern": "MaskPattern", "length": len(dense), "sha256": digest})
-        self._living.setdefault(self.spec, self)
+        registered = self._living.setdefault(self.spec, self)
+        if registered is not self:  # the one that is found by its spec must live as long as its equals
+            self._registered = registered
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return MaskPattern, (self._dense,)  # so that a copy in another process is found by its spec too
 
     @property
     def length(self) -> int:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import pickle
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -130,3 +133,23 @@ def test_bad_patterns_are_refused(make, message: str) -> None:  # type: ignore[n
         make()
     with pytest.raises(TypeError, match="layout: got tuple, wanted a TokenLayout"):
         Row((3, 3))  # type: ignore[arg-type]
+
+
+def test_masks_are_found_as_long_as_an_equal_one_lives() -> None:
+    mask = torch.eye(5, dtype=torch.bool)
+    mask[4, 0] = True
+    first, second = MaskPattern(mask), MaskPattern(mask)
+    assert second == first
+    del first
+    gc.collect()
+    assert Pattern.parse(second.spec) == second
+
+
+def test_a_pickled_mask_is_found() -> None:
+    mask = torch.eye(6, dtype=torch.bool)
+    mask[5, 1] = True
+    pickled = pickle.dumps(MaskPattern(mask))
+    gc.collect()
+    copy = pickle.loads(pickled)
+    assert torch.equal(copy.mask(), mask)
+    assert Pattern.parse(copy.spec) == copy

@@ -211,6 +211,22 @@ def test_whole_models_agree_with_the_same_models_on_sdpa() -> None:
             assert ready.verify().passed, (str(cell), contender.name)
 
 
+def test_peers_agree_before_and_after() -> None:
+    from benchmarks import integrations as peers
+
+    cells = [
+        *(peers.dalle_pytorch_module(CPU, kind, True, 4, 8, 1) for kind in peers.MIXED),
+        peers.dalle_pytorch_training(CPU, 4, 8, 1),
+        peers.dalle_pytorch_sampling(CPU, 2, 1.0, 5, 4, 8, 1),
+        peers.dalle_pytorch_sampling(CPU, 1, 3.0, 5, 4, 8, 1),
+    ]
+    for cell in cells:
+        for contender in cell.contenders():
+            ready = contender.prepare()
+            ready.runs[0]()
+            assert ready.verify().passed, (str(cell), contender.name)
+
+
 def test_the_table_of_aims() -> None:
     theirs = {"contender": "SDPA causal (flash)", "ms": 12.0}
     rows = [

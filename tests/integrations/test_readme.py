@@ -1,0 +1,27 @@
+"""README's drop-ins run as they stand there."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from .peers import peer
+
+README = (Path(__file__).parents[2] / "README.md").read_text()
+BLOCKS = {
+    found[1]: block
+    for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    if (found := re.search(r"from dalle_kernels\.integrations\.(\w+) import", block))
+}
+
+
+def test_there_are_drop_ins():
+    assert "dalle_pytorch" in BLOCKS
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_drop_in(name):
+    peer(name)
+    names = {}
+    exec(BLOCKS[name], names)
+    assert names["images"].isfinite().all()
