@@ -68,13 +68,16 @@ def build(jobs: int = 2) -> Emulation:
     OUTPUT.mkdir(parents=True, exist_ok=True)
     kernels = sorted((ROOT / "csrc").rglob("*.cu"))
     glue = sorted((ROOT / "csrc").rglob("cuda_op.cpp"))
-    sources = [(HERE / "emulator.cpp", False), (HERE / "machine_tests.cpp", False)]
+    machine_sources = [HERE / "emulator.cpp", HERE / "hopper.cpp"]
+    test_sources = [HERE / "machine_tests.cpp", HERE / "hopper_tests.cpp"]
+    sources = [(path, False) for path in machine_sources + test_sources]
     sources += [(path, False) for path in kernels] + [(path, True) for path in glue]
     with ThreadPoolExecutor(jobs) as pool:
         objects = list(pool.map(lambda item: _compile(*item), sources))
     library = str(Path(torch.__file__).parent / "lib")
-    machine = _link(objects[:2], "emulation_machine", [])
-    operations = _link(
-        [objects[0], *objects[2:]], "emulation_operations", [f"-L{library}", "-ltorch", "-ltorch_cpu", "-lc10"]
-    )
+    emulator, rest = objects[: len(machine_sources)], objects[len(machine_sources) :]
+    tests, kernel_objects = rest[: len(test_sources)], rest[len(test_sources) :]
+    machine = _link(emulator + tests, "emulation_machine", [])
+    torch_libraries = [f"-L{library}", "-ltorch", "-ltorch_cpu", "-lc10"]
+    operations = _link(emulator + kernel_objects, "emulation_operations", torch_libraries)
     return Emulation(machine, operations)

@@ -68,6 +68,7 @@ void Machine::fiber_main() {
     if (!self.current_->open_copies.copies.empty() || !self.current_->copy_groups.empty()) {
       self.fault("exits with asynchronous copies under way", Where::current());
     }
+    self.check_exit(Where::current());
   } catch (...) {
     self.failure_ = std::current_exception();
   }
@@ -115,7 +116,11 @@ void Machine::run_block(const std::function<void()>& kernel) {
   failure_ = nullptr;
   meetings_.assign(warps, {});
   barriers_ = {};
-  clocks_.assign(warps, Clock(warps, 0));
+  phase_barriers_.clear();
+  transfers_.clear();
+  products_.assign(warps, {});
+  agreed_.assign((warps + 3) / 4, {});
+  clocks_.assign(warps, Clock(warps + kPhaseBarriers, 0));
   for (int warp = 0; warp < warps; ++warp) {
     clocks_[warp][warp] = 1;
   }
@@ -162,7 +167,7 @@ void Machine::run_block(const std::function<void()>& kernel) {
         running -= thread.finished ? 1 : 0;
       }
     }
-    if (running > 0 && progress_ == before) {
+    if (running > 0 && progress_ == before && !deliver()) {
       const std::string waiting = describe_waiting();
       current_ = nullptr;
       throw Fault("deadlock in block (" + std::to_string(block_index_.x) + ", " + std::to_string(block_index_.y) +
@@ -212,6 +217,13 @@ void Machine::meet(uint32_t mask, const char* instruction, void* operand,
   }
 }
 
+void join(Clock& clock, const Clock& other) {
+  clock.resize(other.size(), 0);
+  for (size_t i = 0; i < other.size(); ++i) {
+    clock[i] = std::max(clock[i], other[i]);
+  }
+}
+
 void Machine::sync_warp(uint32_t mask, Where where) {
   meet(
       mask, "__syncwarp", nullptr,
@@ -234,12 +246,9 @@ void Machine::barrier(int name, int threads, Where where) {
   }
   barrier.threads.push_back(current_->id);
   if (++barrier.arrived == barrier.expected) {
-    Clock joined(clocks_.size(), 0);
+    Clock joined;
     for (const int id : barrier.threads) {
-      const Clock& clock = clocks_[id / kLanes];
-      for (size_t i = 0; i < joined.size(); ++i) {
-        joined[i] = std::max(joined[i], clock[i]);
-      }
+      join(joined, clocks_[id / kLanes]);
     }
     std::vector<bool> done(clocks_.size(), false);
     for (const int id : barrier.threads) {
@@ -342,17 +351,24 @@ char* Machine::resolve(uint64_t address, int bytes, bool writes, Where where) {
   return shared_.data() + offset;
 }
 
-// Whether what `thread` did in its warp's epoch is over for the current thread.
+// Whether what `thread` did in its warp's epoch (a bulk copy, in its barrier's phase) is over for the current thread.
 bool Machine::ordered(int thread, uint32_t epoch) const {
   if (thread == current_->id) {
     return true;
+  }
+  if (thread < 0) {
+    return epoch <= clocks_[current_->warp][clocks_.size() + by_barrier(thread)];
   }
   const int warp = thread / kLanes;
   const uint32_t known = clocks_[current_->warp][warp];
   return warp == current_->warp ? epoch < known : epoch <= known;
 }
 
-void Machine::check_read(uint64_t index, Where where) {
+std::string Machine::writer_of(const Unit& unit) const {
+  return unit.writer < 0 ? "a bulk copy" : "thread " + std::to_string(unit.writer);
+}
+
+void Machine::check_visible(uint64_t index, Where where) {
   const Unit& unit = units_[index];
   if (unit.pending) {
     fault("shared memory (byte " + std::to_string(index * kUnit) +
@@ -363,14 +379,25 @@ void Machine::check_read(uint64_t index, Where where) {
     fault("shared memory (byte " + std::to_string(index * kUnit) + ") is read before it was written", where);
   }
   if (!ordered(unit.writer, unit.write_epoch)) {
-    fault("shared memory (byte " + std::to_string(index * kUnit) + ") was written by thread " +
-              std::to_string(unit.writer) + " and no barrier lies between",
+    fault("shared memory (byte " + std::to_string(index * kUnit) + ") was written by " + writer_of(unit) +
+              " and no barrier lies between",
           where);
   }
+}
+
+void Machine::mark_read(uint64_t index) {
   const uint32_t epoch = clocks_[current_->warp][current_->warp];
   ReadMark& mark = reads_[index * clocks_.size() + current_->warp];
   mark.lane = mark.epoch == epoch && mark.lane != current_->lane ? kLanes : current_->lane;
   mark.epoch = epoch;
+}
+
+void Machine::check_read(uint64_t index, Where where) {
+  if (units_[index].barrier >= 0) {
+    fault("an ordinary read of a barrier", where);
+  }
+  check_visible(index, where);
+  mark_read(index);
 }
 
 void Machine::check_write(uint64_t index, Where where) {
@@ -380,9 +407,12 @@ void Machine::check_write(uint64_t index, Where where) {
               ") is written while an asynchronous copy into it is under way",
           where);
   }
+  if (unit.barrier >= 0) {
+    fault("a write to where a barrier lies", where);
+  }
   if (unit.write_epoch != 0 && !ordered(unit.writer, unit.write_epoch)) {
-    fault("shared memory (byte " + std::to_string(index * kUnit) + ") was written by thread " +
-              std::to_string(unit.writer) + " too and no barrier lies between",
+    fault("shared memory (byte " + std::to_string(index * kUnit) + ") was written by " + writer_of(unit) +
+              " too and no barrier lies between",
           where);
   }
   check_readers(index, where);
@@ -407,6 +437,8 @@ void Machine::check_readers(uint64_t index, Where where) {
 void Machine::stamp_write(uint64_t index) {
   units_[index].write_epoch = clocks_[current_->warp][current_->warp];
   units_[index].writer = current_->id;
+  units_[index].fences = static_cast<uint32_t>(current_->fences.size());
+  units_[index].swizzle = kUnknown;
   units_[index].atomic = false;
 }
 

@@ -1,26 +1,8 @@
 // Small kernels that exercise the emulated machine itself, bound for tests/emulation/test_machine.py.
 
-#include <pybind11/numpy.h>
-#include <pybind11/pybind11.h>
-
-#include "cuda/launch.cuh"
-
-namespace py = pybind11;
+#include "machine_tests.h"
 
 namespace {
-
-// Makes a numpy array visible to kernels for the length of a call.
-template <class T, class Array>
-T* visible(Array& array, bool writable = true) {
-  const void* data = array.data();
-  return reinterpret_cast<T*>(
-      emulation::machine().register_array(const_cast<void*>(data), array.nbytes(), writable));
-}
-
-void run(int blocks, int threads, int shared_bytes, const std::function<void()>& kernel) {
-  emulation::machine().launch({static_cast<unsigned>(blocks), 1, 1}, threads, shared_bytes, kernel);
-  emulation::machine().forget_arrays();
-}
 
 template <class T>
 py::array_t<float> mma_tile(py::array_t<uint32_t> a, py::array_t<uint32_t> b, py::array_t<float> c) {
@@ -282,5 +264,6 @@ PYBIND11_MODULE(emulation_machine, module) {
   module.def("histogram", &histogram);
   module.def("conversions", &conversions);
   module.def("broken", &broken);
+  bind_hopper(module);
   module.def("set_order", [](uint64_t seed) { emulation::machine().set_order(seed); });
 }

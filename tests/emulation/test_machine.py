@@ -2,24 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
-
-from tests.emulation.build import build
-
-
-@pytest.fixture(scope="module")
-def machine() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("emulation_machine", build().machine)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def _bits(values: torch.Tensor) -> np.ndarray:

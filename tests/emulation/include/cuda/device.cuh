@@ -48,6 +48,11 @@ inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return
 
 inline char* shared_memory() { return reinterpret_cast<char*>(emulation::kSharedBase); }
 
+// As PTX addresses it.
+inline uint32_t shared_address(const void* shared) {
+  return static_cast<uint32_t>(reinterpret_cast<uint64_t>(shared) - emulation::kSharedBase + emulation::kSharedWindow);
+}
+
 template <class T>
 T load(const T* address, emulation::Where where = emulation::Where::current()) {
   T value;
@@ -91,8 +96,6 @@ T atomicAdd(T* address, T value, emulation::Where where = emulation::Where::curr
 // Matrix fragments
 
 namespace emulation {
-
-constexpr uint32_t kFullMask = 0xffffffffu;
 
 inline void load_matrix(uint32_t (&words)[4], const void* row, bool transposed, Where where) {
   const auto address = reinterpret_cast<uint64_t>(row);
