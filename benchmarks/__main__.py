@@ -85,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if asked.device.type == "cpu":
         limit_memory()
-    seconds = asked.seconds or (1.0 if asked.quick else 4.0)
+    seconds = asked.seconds or (0.5 if asked.quick else 4.0)
     only = tuple(filter(None, asked.only.split(";")))
     options = Options(asked.device, seconds, 5.0 if asked.quick else 30.0, only)
     bench = Bench(options, Recorder(output), command=asked.suite)

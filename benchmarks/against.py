@@ -26,7 +26,7 @@ def main(revision: str, suite: str, arguments: Sequence[str]) -> int:
     if known.returncode:
         print(f"--against: got {revision!r}, wanted a revision that git knows")
         return 2
-    rest = [word for word in _without(arguments, "--against") if not word.startswith("--output")]
+    rest = _without(_without(arguments, "--against"), "--output")
     with tempfile.TemporaryDirectory() as folder, _tree(revision, Path(folder, "tree")) as other:
         trees = {commit(): ROOT, revision: other}
         samples: dict[str, dict[str, list[float]]] = {}

@@ -33,6 +33,8 @@ from typing import Any
 
 import torch
 
+from dalle_kernels import native
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -339,7 +341,11 @@ def machine(device: torch.device) -> dict[str, Any]:
             answer = subprocess.run(query, capture_output=True, text=True, check=True, timeout=10).stdout
             facts |= dict(zip(fields, (part.strip() for part in answer.splitlines()[0].split(",")), strict=False))
         return facts
-    facts |= {"threads": torch.get_num_threads(), "torch_capability": torch.backends.cpu.get_cpu_capability()}
+    facts |= {
+        "threads": torch.get_num_threads(),
+        "instruction_set": native.instruction_set(),
+        "torch_capability": torch.backends.cpu.get_cpu_capability(),
+    }
     if platform.system() == "Linux":
         text = Path("/proc/cpuinfo").read_text()
         for name in ("vendor_id", "cpu family", "model", "cpu MHz"):
@@ -349,15 +355,23 @@ def machine(device: torch.device) -> dict[str, Any]:
     return facts
 
 
+def label(machine: dict[str, Any]) -> str:
+    """The machine's name, of a processor with the instruction set that the kernels use: clouds call different
+    processors by one name."""
+    return ", ".join(filter(None, (machine["name"], machine.get("instruction_set"))))
+
+
+def slug(text: str) -> str:
+    """`text` as part of a file name."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
 def versions() -> dict[str, str]:
     """Of everything whose version could change a figure."""
-    from dalle_kernels import native
-
     found = {"python": platform.python_version(), "torch": torch.__version__}
     for package in ("triton", "flash-attn", "natten", "dalle-pytorch", "cut-cross-entropy", "liger-kernel"):
         with contextlib.suppress(PackageNotFoundError):
             found[package] = version(package)
-    found["instruction_set"] = native.instruction_set()
     return found
 
 
@@ -377,8 +391,7 @@ def commit() -> str:
 
 def default_output(device: torch.device) -> Path:
     """One file per machine and date."""
-    slug = re.sub(r"[^a-z0-9]+", "-", machine_name(device).lower()).strip("-")
-    return RESULTS / f"{slug}-{datetime.now(UTC):%Y-%m-%d}.jsonl"
+    return RESULTS / f"{slug(label(machine(device)))}-{datetime.now(UTC):%Y-%m-%d}.jsonl"
 
 
 # --- Records ----------------------------------------------------------------------------------------------------------
@@ -436,7 +449,7 @@ class Bench:
         rates = ", ".join(
             f"{name} {rate:.3g} {'GB/s' if name == 'copy' else 'TFLOP/s'}" for name, rate in self.ceilings.items()
         )
-        self.say(f"{facts['machine']['name']}, commit {facts['commit']}; ceilings: {rates}")
+        self.say(f"{label(facts['machine'])}, commit {facts['commit']}; ceilings: {rates}")
 
     def run(self, cells: Sequence[Cell]) -> list[dict[str, Any]]:
         """Every cell in turn. Ctrl-C ends the run and keeps what was measured, the current cell's rounds included."""

@@ -5,13 +5,12 @@ Of every cell and contender the newest row counts, per machine. Nothing is measu
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks import cpu
-from benchmarks.harness import RESULTS, ROOT, read_records
+from benchmarks.harness import RESULTS, ROOT, label, read_records, slug
 
 START, END = "<!-- benchmarks:start -->", "<!-- benchmarks:end -->"
 PLOTS = RESULTS / "plots"
@@ -48,7 +47,7 @@ def by_machine(records: Iterable[Record]) -> dict[str, list[Record]]:
             runs[record["run"]] = record
         elif record.get("kind") in ("row", "cpu") and record["run"] in runs:
             facts = runs[record["run"]]
-            found.setdefault(facts["machine"]["name"], []).append(record | {"facts": facts})
+            found.setdefault(label(facts["machine"]), []).append(record | {"facts": facts})
     return found
 
 
@@ -67,12 +66,10 @@ def section(machine: str, records: Sequence[Record], plots: Path, root: Path) ->
     aims = latest((r for r in records if r["kind"] == "cpu"), lambda r: (r["case"], r["against"]))
     facts = records[-1]["facts"]
     commits = ", ".join(dict.fromkeys(record["facts"]["commit"] for record in [*aims, *rows]))
-    slug = re.sub(r"[^a-z0-9]+", "-", machine.lower()).strip("-")
     details = [
         f"{facts['machine']['cores']} cores" if "cpu family" in facts["machine"] else "",
         f"torch {facts['versions']['torch']}",
     ]
-    details += [facts["versions"]["instruction_set"]] if "cpu family" in facts["machine"] else []
     lines = [f"**{machine}** ({', '.join(filter(None, details))}), measured at {commits}."]
     ceilings = ", ".join(
         f"{name} {rate:.3g} {'GB/s' if name == 'copy' else 'TFLOP/s'}" for name, rate in facts["ceilings"].items()
@@ -98,8 +95,8 @@ def section(machine: str, records: Sequence[Record], plots: Path, root: Path) ->
     ):
         figure = draw(rows, machine)
         if figure is not None:
-            _save(figure, plots / f"{slug}-{name}")
-            path = (plots / f"{slug}-{name}").relative_to(root) if plots.is_relative_to(root) else plots / name
+            _save(figure, plots / f"{slug(machine)}-{name}")
+            path = (plots / f"{slug(machine)}-{name}").relative_to(root) if plots.is_relative_to(root) else plots / name
             lines += [f"[![{title}, {machine}]({path}.png)]({path}.svg)", ""]
     return lines
 
@@ -109,7 +106,7 @@ def operation_table(rows: Sequence[Record]) -> list[str]:
     lines = ["| operation | ours, ms | how many times as long the others take |", "|---|---|---|"]
     cells: dict[tuple[Any, ...], list[Record]] = {}
     for row in rows:
-        if row["suite"] != "attention" and row["status"] == "ok":
+        if row["suite"] not in ("attention", "shapes") and row["status"] == "ok":
             cells.setdefault(_case_key(row)[:2], []).append(row)
     for group in cells.values():
         ours = next((row for row in group if row["contender"].split(",")[0] == OURS), None)

@@ -254,7 +254,7 @@ def _results(folder: Path) -> None:
             "run": "r1",
             "command": "attention",
             "machine": {"name": "Test CPU", "cores": 2, "cpu family": "1"},
-            "versions": {"torch": "2", "instruction_set": "avx2"},
+            "versions": {"torch": "2"},
             "commit": "abc",
             "ceilings": {"gemm fp32": 0.5, "copy": 20.0},
         }
