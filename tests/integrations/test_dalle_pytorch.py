@@ -267,6 +267,18 @@ def test_a_training_step_in_single_precision() -> None:
     assert_equal(step(ours.accelerate(model)), wanted, 1e-4)
 
 
+def test_a_training_step_under_autocast() -> None:
+    """No further from single precision than theirs is, over all gradients together."""
+    results = []
+    for model in (make(torch.float32), make(torch.float32), ours.accelerate(make(torch.float32))):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bool(results)):
+            results.append(step(model))
+    sizes = [tensor.abs().max() for tensor in results[0]]
+    true, usual, got = (torch.cat([(t / s).flatten() for t, s in zip(ts, sizes, strict=True)]) for ts in results)
+    assert (got - true).norm() <= (usual - true).norm()
+    assert (got - true).norm() < 0.1 * true.norm()
+
+
 def test_a_training_step_with_dropout() -> None:
     model = make(attn_dropout=0.3, ff_dropout=0.1, reversible=True)
     wanted = step(model)

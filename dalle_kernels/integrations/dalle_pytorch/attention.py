@@ -76,14 +76,14 @@ class AnyAttention(nn.Module):
         Returns:
             [B, n, dim].
         """
+        if cache is not None and mask is not None:
+            raise ValueError("mask: got one beside a cache, wanted None: a cache keeps every key")
         n = x.shape[1]
         offset = 0 if cache is None else cache.get("offset", 0)
         qkv = self.to_qkv(x).unflatten(-1, (3, self.heads, -1))
         if rotary_pos_emb is not None:
             qkv = _rotate(qkv, _turns_at(rotary_pos_emb, qkv.shape[-1], offset, n, cache))
         q, k, v = qkv.transpose(1, 3).unbind(2)
-        if cache is not None and mask is not None:
-            raise ValueError("mask: got one beside a cache, wanted None: a cache keeps every key")
         if offset:
             assert cache is not None
             out = decode_attention(q, k, v, cache[cache_key], offset, self.scale, self.backend)
@@ -98,7 +98,7 @@ class AnyAttention(nn.Module):
         return self.to_out(joined)
 
     def _drops(self) -> bool:
-        return any(isinstance(module, nn.Dropout) and module.p > 0 for module in self.to_out)
+        return any(isinstance(module, nn.Dropout) and module.p > 0 for module in self.to_out.modules())
 
     def _new_cache(self, k: Tensor) -> KVCache:
         """An empty cache for keys like k [B, H, n, D]."""

@@ -14,9 +14,12 @@ from dalle_kernels.integrations.dalle_pytorch.attention import Cache
 class _Extension:
     """What is put in front of one of their classes, whose instances it leaves that; copied and pickled by its parts."""
 
+    _parts: tuple[type, type]
+
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        extension, base = type(self).__bases__
-        return _remake, (extension, base), self.__getstate__()  # type: ignore[attr-defined]
+        if "_parts" not in vars(type(self)):  # somebody extended the class further
+            return super().__reduce_ex__(protocol)  # type: ignore[return-value]
+        return _remake, self._parts, self.__getstate__()  # type: ignore[attr-defined]
 
 
 _MADE: dict[tuple[type, type], type] = {}
@@ -24,10 +27,11 @@ _MADE: dict[tuple[type, type], type] = {}
 
 def extend(extension: type, base: type) -> type:
     """The class that has `extension` in front of `base`, one of theirs."""
-    if (extension, base) not in _MADE:
-        names = {"__module__": base.__module__, "__doc__": base.__doc__}
-        _MADE[extension, base] = type(base.__name__, (extension, base), names)
-    return _MADE[extension, base]
+    parts = (extension, base)
+    if parts not in _MADE:
+        names = {"__module__": base.__module__, "__doc__": base.__doc__, "_parts": parts}
+        _MADE[parts] = type(base.__name__, parts, names)
+    return _MADE[parts]
 
 
 def _remake(extension: type, base: type) -> Any:
@@ -48,8 +52,8 @@ class Shift(_Extension):
             out = super().forward(x, cache=cache, cache_key=cache_key, **kwargs)  # type: ignore[misc]
             cache[cache_key] = x.new_zeros(len(x), ring, 2 * quarter)
             image = x[:, self.text_len :, : 2 * quarter]
-            for cell in range(max(image.shape[1] - ring, 0), image.shape[1]):
-                cache[cache_key][:, cell % ring] = image[:, cell]
+            cells = torch.arange(max(image.shape[1] - ring, 0), image.shape[1], device=x.device)
+            cache[cache_key][:, cells % ring] = image[:, cells]
             return out
         cell, past = cache["offset"] - self.text_len, cache[cache_key]
         past[:, cell % ring] = x[:, 0, : 2 * quarter]
@@ -129,7 +133,9 @@ class Generation(_Extension):
             cache["offset"] += tokens.shape[1]
             logits = self._image_logits(hidden)
             if guided:
-                torch.empty(len(text), device=text.device).uniform_()  # what theirs draws to drop every caption
+                torch.empty(
+                    len(text), dtype=torch.float32, device=text.device
+                ).uniform_()  # what theirs draws to drop every caption
                 logits, null = logits.chunk(2)
                 logits = null + (logits - null) * cond_scale
             drawn = self._sample(logits, filter_thres, temperature)
