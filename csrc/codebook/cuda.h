@@ -32,13 +32,13 @@ struct GumbelBackward {
   const float* lse_clean;
   const float* delta;  // [N], grad_latents . mixture
   void* dlogits;       // [N, K], contiguous
-  float* dcodebook;    // [parts, K, D], or null: summed over `parts` shares of the rows
+  float* dcodebook;    // [parts, K, D], one for each of `parts` shares of the rows; or null
   int64_t logits_stride;
   int rows, codes, width, parts;
   bool noise;
 };
 
-// One translation unit each. Widths: 32, 64, 128.
+// One translation unit each. Widths: 32, 64, 128, 256.
 void gumbel_forward_bfloat16(const GumbelForward& parameters, void* stream);
 void gumbel_forward_float16(const GumbelForward& parameters, void* stream);
 void gumbel_backward_bfloat16(const GumbelBackward& parameters, void* stream);

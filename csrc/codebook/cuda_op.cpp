@@ -40,7 +40,7 @@ static void gumbel_forward(Tensor logits, Tensor codebook, Tensor temperature, b
 
 static void gumbel_backward(std::optional<Tensor> grad_latents, std::optional<Tensor> grad_kl, Tensor logits,
                             Tensor codebook, Tensor temperature, bool noise, Tensor seed, Tensor kl, Tensor lse_noisy,
-                            Tensor lse_clean, std::optional<Tensor> delta, Tensor dlogits,
+                            Tensor lse_clean, std::optional<Tensor> delta, int64_t parts, Tensor dlogits,
                             std::optional<Tensor> dcodebook) {
   const DeviceGuard guard(logits.get_device());
   GumbelBackward p;
@@ -60,7 +60,7 @@ static void gumbel_backward(std::optional<Tensor> grad_latents, std::optional<Te
   p.rows = static_cast<int>(logits.size(0));
   p.codes = static_cast<int>(logits.size(1));
   p.width = static_cast<int>(codebook.size(1));
-  p.parts = dcodebook.has_value() ? static_cast<int>(dcodebook->size(0)) : 0;
+  p.parts = static_cast<int>(parts);
   p.noise = noise;
   const bool half = element_of(logits) == Element::float16;
   (half ? gumbel_backward_float16 : gumbel_backward_bfloat16)(p, current_stream(logits));
@@ -75,8 +75,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(DALLE_LIBRARY, m) {
       " Tensor(f!) mixture) -> ()");
   m.def(
       "gumbel_backward(Tensor? grad_latents, Tensor? grad_kl, Tensor logits, Tensor codebook, Tensor temperature,"
-      " bool noise, Tensor seed, Tensor kl, Tensor lse_noisy, Tensor lse_clean, Tensor? delta, Tensor(a!) dlogits,"
-      " Tensor(b!)? dcodebook) -> ()");
+      " bool noise, Tensor seed, Tensor kl, Tensor lse_noisy, Tensor lse_clean, Tensor? delta, int parts,"
+      " Tensor(a!) dlogits, Tensor(b!)? dcodebook) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(DALLE_LIBRARY, DALLE_DISPATCH_KEY, m) {

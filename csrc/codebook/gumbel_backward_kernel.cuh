@@ -1,8 +1,9 @@
 // Gumbel lookup backward. With y = softmax((logits + g) / tau), p = softmax(logits), d = dL codebook^T and
 // delta = dL . (y codebook):
 //   dlogits = y (d - delta) / tau + dKL p (log p + H),  H = log K - KL,  dcodebook = y^T dL.
-// Two kernels regenerate y from the logits, the seed and the saved log-sum-exps: one whose blocks own rows, for dlogits;
-// one whose blocks own codes, for dcodebook, over a share of the rows each, so that sums are made in a fixed order.
+// A block owns a group of codes of every quarter, whose rows of the codebook it keeps in shared memory, and walks over
+// a share of the table's rows: y is made again from the logits, the seed and the saved log-sum-exps, once for both
+// gradients, so the logits are read once. Sums over rows are made in a fixed order; the host adds up the shares.
 
 #pragma once
 
@@ -10,210 +11,220 @@
 
 namespace {
 
-constexpr int kLogitsThreads = 128;
-constexpr int kLogitsRows = kLogitsThreads / 2;
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / 32;
+constexpr int kRows = 16 * kWarps;  // a step; 16 to a warp
 
 template <class T, int kWidth>
-__global__ void __launch_bounds__(kLogitsThreads, 2)
-    gumbel_logits_kernel(const __grid_constant__ GumbelBackward p) {
-  constexpr int kTileBytes = kStepCodes * kPitch<kWidth>;
-  const int lane = threadIdx.x % 32;
-  const int g = lane / 4;
-  const int c = lane % 4;
-  const int first_row = blockIdx.x * kLogitsRows + threadIdx.x / 32 * 16 + g;
-  const Quarters quarters(p.codes);
-  const Noise draw(load(p.seed), 0);
-  const float inverse = 1.0f / load(p.temperature);
-  const T* codebook = static_cast<const T*>(p.codebook);
-  const bool whole = whole_pieces<T>(p.logits, p.logits_stride, p.codes);
-  char* tiles = shared_memory();  // [2][kStepCodes][kPitch]
+struct Backward {
+  static constexpr int kStages = kWidth <= 128 ? 2 : 1;  // of dL's rows
+  static constexpr int kCodeBytes = kStepCodes<kWidth> * kPitch<kWidth>;
+  static constexpr int kGradBytes = kRows * kPitch<kWidth>;
+  static constexpr int kWeightBytes = kRows * kPitch<kStepCodes<kWidth>>;
+  static constexpr int kSharedBytes = kCodeBytes + kStages * kGradBytes + kWeightBytes;
+};
 
-  int row[2];
-  uint32_t grad[kWidth / 16][4] = {};
-  float lse_noisy[2], lse_clean[2], entropy[2], delta[2], grad_kl[2];
+// Gradients of codes `column` on of every quarter, of two rows before `end`.
+template <class T, int kMine>
+DEVICE void store_logits(T* dlogits, const float (&x)[2][4][kMine], const int (&row)[2], int end,
+                         const Quarters& quarters, int column) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    row[half] = first_row + 8 * half < p.rows ? first_row + 8 * half : -1;
-    const int from = row[half] < 0 ? 0 : row[half];
-    lse_noisy[half] = load(p.lse_noisy + from) * kLog2E;
-    lse_clean[half] = load(p.lse_clean + from);
-    entropy[half] = logf(static_cast<float>(p.codes)) - load(p.kl + from);
-    delta[half] = p.grad_latents == nullptr ? 0.0f : load(p.delta + from);
-    grad_kl[half] = p.grad_kl == nullptr ? 0.0f : load(p.grad_kl + from);
-  }
-  if (p.grad_latents != nullptr) {
-    load_rows<T, kWidth>(grad, Table<T>{static_cast<const T*>(p.grad_latents), kWidth}, row, c);
-  }
-
-  const int steps = quarters.steps();
-  copy_codes<T, kWidth, kLogitsThreads>(tiles, codebook, quarters, 0, place_for_dot);
-  copy_async_commit();
-  for (int step = 0; step < steps; ++step) {
-    const int first = step * kCodes + 8 * c;
-    copy_async_wait<0>();
-    __syncthreads();
-    if (step + 1 < steps) {
-      copy_codes<T, kWidth, kLogitsThreads>(tiles + (step + 1) % 2 * kTileBytes, codebook, quarters,
-                                            (step + 1) * kCodes, place_for_dot);
-      copy_async_commit();
+    if (row[half] >= end) {
+      continue;
     }
-    // dot[4 q + t]: rows g, g + 8 against codes 8 c + 2 t + (0, 1) of quarter q.
-    const char* mine = tiles + step % 2 * kTileBytes + (lane / 16 * 8 + lane % 8) * kPitch<kWidth> + lane / 8 % 2 * 16;
-    float dot[16][4] = {};
+    T* to = dlogits + static_cast<int64_t>(row[half]) * quarters.codes;
 #pragma unroll
-    for (int n = 0; n < 8; ++n) {
+    for (int q = 0; q < 4; ++q) {
+      if (quarters.codes % 32 == 0) {  // as whole_pieces() has it; dlogits are contiguous
+        if (column < quarters.quarter) {
+          uint32_t words[kMine / 2];
 #pragma unroll
-      for (int k = 0; k < kWidth / 16; ++k) {
-        uint32_t b[4];
-        load_matrix(b, mine + n * 16 * kPitch<kWidth> + k * 32);
-        mma<T>(dot[2 * n], grad[k], b[0], b[1]);
-        mma<T>(dot[2 * n + 1], grad[k], b[2], b[3]);
-      }
-    }
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      if (row[half] < 0) {
+          for (int j = 0; j < kMine; j += 2) {
+            words[j / 2] = pack<T>(x[half][q][j], x[half][q][j + 1]);
+          }
+          T* at = to + q * quarters.quarter + column;
+          if constexpr (kMine == 8) {
+            store(reinterpret_cast<uint4*>(at), make_uint4(words[0], words[1], words[2], words[3]));
+          } else {
+            store(reinterpret_cast<uint2*>(at), make_uint2(words[0], words[1]));
+          }
+        }
         continue;
       }
-      float logits[4][8];
 #pragma unroll
-      for (int q = 0; q < 4; ++q) {
-        load_logits<T>(logits[q], static_cast<const T*>(p.logits) + row[half] * p.logits_stride, quarters, q, first,
-                       whole);
-      }
-#pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        float noise[4] = {};
-        if (p.noise) {
-          draw(noise, first + j, row[half]);
-        }
-#pragma unroll
-        for (int q = 0; q < 4; ++q) {
-          const float x = logits[q][j];
-          const float y = exp2_fast((x + noise[q]) * (inverse * kLog2E) - lse_noisy[half]);
-          const float log_p = x - lse_clean[half];
-          const float weight = exp2_fast(log_p * kLog2E);
-          const float kl = weight > 0.0f ? grad_kl[half] * weight * (log_p + entropy[half]) : 0.0f;
-          logits[q][j] = y * (dot[4 * q + j / 2][2 * half + j % 2] - delta[half]) * inverse + kl;
-        }
-      }
-      T* to = static_cast<T*>(p.dlogits) + static_cast<int64_t>(row[half]) * p.codes;
-#pragma unroll
-      for (int q = 0; q < 4; ++q) {
-        if (p.codes % 32 == 0) {
-          if (first < quarters.quarter) {
-            store(reinterpret_cast<uint4*>(to + q * quarters.quarter + first),
-                  make_uint4(pack<T>(logits[q][0], logits[q][1]), pack<T>(logits[q][2], logits[q][3]),
-                             pack<T>(logits[q][4], logits[q][5]), pack<T>(logits[q][6], logits[q][7])));
-          }
-          continue;
-        }
-#pragma unroll
-        for (int j = 0; j < 8; ++j) {
-          const int code = quarters.code(q, first + j);
-          if (code >= 0) {
-            store(to + code, T{static_cast<uint16_t>(pack<T>(logits[q][j], 0.0f))});
-          }
+      for (int j = 0; j < kMine; ++j) {
+        const int code = quarters.code(q, column + j);
+        if (code >= 0) {
+          store(to + code, T{static_cast<uint16_t>(pack<T>(x[half][q][j], 0.0f))});
         }
       }
     }
   }
 }
 
-constexpr int kCodebookThreads = 256;
-constexpr int kCodebookRows = 64;  // a step: a quad of threads to a row
-
-// dcodebook of 32 codes of every quarter, 16 codes to a warp, from a share of the rows.
 template <class T, int kWidth>
-__global__ void __launch_bounds__(kCodebookThreads, 1)
-    gumbel_codebook_kernel(const __grid_constant__ GumbelBackward p) {
-  constexpr int kGradBytes = kCodebookRows * kPitch<kWidth>;
-  constexpr int kWeightBytes = kCodebookRows * kPitch<kStepCodes>;
+__global__ void __launch_bounds__(kThreads, 1) gumbel_backward_kernel(const __grid_constant__ GumbelBackward p) {
+  using Shape = Backward<T, kWidth>;
+  constexpr int kCodes = kGroup<kWidth>;
+  constexpr int kMine = kPer<kWidth>;
+  constexpr int kBlock = kStepCodes<kWidth>;
+  constexpr int kShare = kWidth * kBlock / 128;  // columns of dcodebook that a warp sums, of 16 codes
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
   const int g = lane / 4;
   const int c = lane % 4;
   const Quarters quarters(p.codes);
   const Noise draw(load(p.seed), 0);
-  const float to_base_2 = kLog2E / load(p.temperature);
+  const float inverse = 1.0f / load(p.temperature);
   const bool whole = whole_pieces<T>(p.logits, p.logits_stride, p.codes);
-  char* grads = shared_memory();     // [2][kCodebookRows][kPitch<kWidth>]
-  char* weights = grads + 2 * kGradBytes;  // [2][kCodebookRows][kPitch<kStepCodes>]
+  const bool with_latents = p.grad_latents != nullptr;
+  char* codes = shared_memory();             // [kBlock][kPitch<kWidth>], placed for d
+  char* grads = codes + Shape::kCodeBytes;   // [kStages][kRows][kPitch<kWidth>]
+  char* weights = grads + Shape::kStages * Shape::kGradBytes;  // [kRows][kPitch<kBlock>], y
   const int first_code = blockIdx.x * kCodes;  // of each quarter
+  const int column = first_code + kMine * c;
   const int share = (p.rows + p.parts - 1) / p.parts;
   const int begin = blockIdx.y * share;
   const int end = begin + share < p.rows ? begin + share : p.rows;
-
-  float sums[kWidth / 8][4] = {};
-  for (int first = begin; first < end; first += kCodebookRows) {
-    const int stage = (first - begin) / kCodebookRows % 2;
-    char* grad = grads + stage * kGradBytes;
-    char* weight = weights + stage * kWeightBytes;
+  const auto copy_grads = [&](int first) {
+    char* to = grads + (first - begin) / kRows % Shape::kStages * Shape::kGradBytes;
 #pragma unroll 1
-    for (int i = threadIdx.x; i < kCodebookRows * kWidth / 8; i += kCodebookThreads) {
+    for (int i = threadIdx.x; i < kRows * kWidth / 8; i += kThreads) {
       const int row = static_cast<unsigned>(i) / (kWidth / 8);
       const int piece = static_cast<unsigned>(i) % (kWidth / 8);
       const bool valid = first + row < end;
       const T* from = static_cast<const T*>(p.grad_latents) + static_cast<int64_t>(valid ? first + row : 0) * kWidth;
-      copy_async(grad + row * kPitch<kWidth> + 16 * piece, from + 8 * piece, valid);
+      copy_async(to + row * kPitch<kWidth> + 16 * piece, from + 8 * piece, valid);
     }
     copy_async_commit();
-    // A quad of threads makes one row of weights, eight codes of each quarter to a thread.
-    const int mine = threadIdx.x / 4;
-    const int row = first + mine;
-    const int column = first_code + 8 * c;
-    float y[4][8];
-    const float lse = load(p.lse_noisy + (row < end ? row : begin)) * kLog2E;
-#pragma unroll
-    for (int q = 0; q < 4; ++q) {
-      load_logits<T>(y[q], static_cast<const T*>(p.logits) + (row < end ? row : begin) * p.logits_stride, quarters, q,
-                     column, whole);
+  };
+
+  if (with_latents) {
+    copy_codes<T, kWidth, kThreads>(codes, static_cast<const T*>(p.codebook), quarters, first_code,
+                                    place_for_dot<kMine>);
+    copy_grads(begin);
+  }
+  float sums[kShare / 8][4] = {};
+  for (int first = begin; first < end; first += kRows) {
+    copy_async_wait<0>();
+    __syncthreads();  // this step's rows are there, and nobody reads the last step's, or its weights
+    if (with_latents && Shape::kStages == 2 && first + kRows < end) {
+      copy_grads(first + kRows);
     }
+    const char* grad = grads + (first - begin) / kRows % Shape::kStages * Shape::kGradBytes;
+
+    int row[2];
+    float x[2][4][kMine];  // logits, then their gradients
+    float lse_noisy[2], lse_clean[2], entropy[2], delta[2], grad_kl[2];
 #pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      float noise[4] = {};
-      if (p.noise) {
-        draw(noise, column + j, row);
-      }
+    for (int half = 0; half < 2; ++half) {
+      row[half] = first + warp * 16 + 8 * half + g;
+      const int from = row[half] < end ? row[half] : begin;
 #pragma unroll
       for (int q = 0; q < 4; ++q) {
-        y[q][j] = row < end ? exp2_fast((y[q][j] + noise[q]) * to_base_2 - lse) : 0.0f;
+        load_logits<T>(x[half][q], static_cast<const T*>(p.logits) + from * p.logits_stride, quarters, q, column,
+                       whole);
+      }
+      lse_noisy[half] = load(p.lse_noisy + from) * kLog2E;
+      lse_clean[half] = load(p.lse_clean + from);
+      entropy[half] = logf(static_cast<float>(p.codes)) - load(p.kl + from);
+      delta[half] = with_latents ? load(p.delta + from) : 0.0f;
+      grad_kl[half] = p.grad_kl == nullptr ? 0.0f : load(p.grad_kl + from);
+    }
+    // Four codes of each quarter at a time, so that d needs few registers.
+#pragma unroll
+    for (int t = 0; t < kMine / 4; ++t) {
+      float dot[4][2][4] = {};  // [quarter][u]: rows g, g + 8 against the lane's codes 4 t + 2 u + (0, 1)
+      if (with_latents) {
+        const char* a_from = grad + (warp * 16 + lane % 16) * kPitch<kWidth> + lane / 16 * 16;
+        const char* b_from =
+            codes + (16 * t + lane / 16 * 8 + lane % 8) * kPitch<kWidth> + lane / 8 % 2 * 16;
+#pragma unroll
+        for (int k = 0; k < kWidth / 16; ++k) {
+          uint32_t a[4];
+          load_matrix(a, a_from + 32 * k);
+#pragma unroll
+          for (int q = 0; q < 4; ++q) {
+            uint32_t b[4];
+            load_matrix(b, b_from + q * kCodes * kPitch<kWidth> + 32 * k);
+            mma<T>(dot[q][0], a, b[0], b[1]);
+            mma<T>(dot[q][1], a, b[2], b[3]);
+          }
+        }
+      }
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float y[4][4];  // [quarter][code]
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          float noise[4] = {};
+          if (p.noise) {
+            draw(noise, column + 4 * t + j, row[half]);
+          }
+#pragma unroll
+          for (int q = 0; q < 4; ++q) {
+            float& logit = x[half][q][4 * t + j];
+            const float weight = exp2_fast((logit + noise[q]) * (inverse * kLog2E) - lse_noisy[half]);
+            const float log_p = logit - lse_clean[half];
+            const float clean = exp2_fast(log_p * kLog2E);
+            const float kl = clean > 0.0f ? grad_kl[half] * clean * (log_p + entropy[half]) : 0.0f;
+            logit = weight * (dot[q][j / 2][2 * half + j % 2] - delta[half]) * inverse + kl;
+            y[q][j] = row[half] < end ? weight : 0.0f;
+          }
+        }
+        if (p.dcodebook != nullptr) {
+          char* to = weights + (warp * 16 + 8 * half + g) * kPitch<kBlock> + 2 * (kMine * c + 4 * t);
+#pragma unroll
+          for (int q = 0; q < 4; ++q) {
+            store(reinterpret_cast<uint2*>(to + 2 * q * kCodes),
+                  make_uint2(pack<T>(y[q][0], y[q][1]), pack<T>(y[q][2], y[q][3])));
+          }
+        }
       }
     }
-#pragma unroll
-    for (int q = 0; q < 4; ++q) {
-      store(reinterpret_cast<uint4*>(weight + mine * kPitch<kStepCodes> + 2 * (q * kCodes + 8 * c)),
-            make_uint4(pack<T>(y[q][0], y[q][1]), pack<T>(y[q][2], y[q][3]), pack<T>(y[q][4], y[q][5]),
-                       pack<T>(y[q][6], y[q][7])));
+    store_logits<T>(static_cast<T*>(p.dlogits), x, row, end, quarters, column);
+    if (p.dcodebook == nullptr) {
+      continue;
     }
-    copy_async_wait<0>();
-    __syncthreads();  // two stages: the next step's writes cannot meet this step's reads
-    // Operand A is weights^T: codes are its rows, so its matrices are read transposed.
-    const char* a_from = weight + (lane / 16 * 8 + lane % 8) * kPitch<kStepCodes> + 2 * (16 * warp + lane / 8 % 2 * 8);
-    const char* b_from = grad + lane % 16 * kPitch<kWidth> + lane / 16 * 16;
+
+    __syncthreads();  // y is whole
+    // Operand A is y^T: codes are its rows, so its matrices are read transposed.
+    const int codes_at = warp * 16 % kBlock;
+    const int columns_at = warp * 16 / kBlock * kShare;
+    const char* a_from = weights + (lane / 16 * 8 + lane % 8) * kPitch<kBlock> + 2 * (codes_at + lane / 8 % 2 * 8);
+    const char* b_from = grad + lane % 16 * kPitch<kWidth> + 2 * columns_at + lane / 16 * 16;
 #pragma unroll
-    for (int k = 0; k < kCodebookRows / 16; ++k) {
+    for (int k = 0; k < kRows / 16; ++k) {
       uint32_t a[4];
-      load_matrix_transposed(a, a_from + k * 16 * kPitch<kStepCodes>);
+      load_matrix_transposed(a, a_from + k * 16 * kPitch<kBlock>);
 #pragma unroll
-      for (int n = 0; n < kWidth / 16; ++n) {
+      for (int n = 0; n < kShare / 16; ++n) {
         uint32_t b[4];
         load_matrix_transposed(b, b_from + k * 16 * kPitch<kWidth> + n * 32);
         mma<T>(sums[2 * n], a, b[0], b[1]);
         mma<T>(sums[2 * n + 1], a, b[2], b[3]);
       }
     }
+    if (Shape::kStages == 1 && first + kRows < end) {
+      __syncthreads();  // nobody reads the rows that are overwritten
+      copy_grads(first + kRows);
+    }
+  }
+  if (p.dcodebook == nullptr) {
+    return;
   }
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int within = 16 * warp + 8 * half + g;  // of the block's 128 codes
+    const int within = warp * 16 % kBlock + 8 * half + g;  // of the block's codes
     const int code = quarters.code(within / kCodes, first_code + within % kCodes);
     if (code < 0) {
       continue;
     }
-    float* to = p.dcodebook + (static_cast<int64_t>(blockIdx.y) * p.codes + code) * kWidth + 2 * c;
+    float* to = p.dcodebook + (static_cast<int64_t>(blockIdx.y) * p.codes + code) * kWidth;
+    to += warp * 16 / kBlock * kShare + 2 * c;
 #pragma unroll
-    for (int n = 0; n < kWidth / 8; ++n) {
+    for (int n = 0; n < kShare / 8; ++n) {
       store(reinterpret_cast<float2*>(to + 8 * n), make_float2(sums[n][2 * half], sums[n][2 * half + 1]));
     }
   }
@@ -221,14 +232,9 @@ __global__ void __launch_bounds__(kCodebookThreads, 1)
 
 template <class T, int kWidth>
 void run(const GumbelBackward& p, void* stream) {
-  const auto blocks = static_cast<unsigned>((p.rows + kLogitsRows - 1) / kLogitsRows);
-  launch(gumbel_logits_kernel<T, kWidth>, dim3{blocks, 1, 1}, kLogitsThreads, 2 * kStepCodes * kPitch<kWidth>, stream,
-         p);
-  if (p.dcodebook != nullptr) {
-    const auto steps = static_cast<unsigned>(((p.codes + 3) / 4 + kCodes - 1) / kCodes);
-    launch(gumbel_codebook_kernel<T, kWidth>, dim3{steps, static_cast<unsigned>(p.parts), 1}, kCodebookThreads,
-           2 * kCodebookRows * (kPitch<kWidth> + kPitch<kStepCodes>), stream, p);
-  }
+  const int groups = ((p.codes + 3) / 4 + kGroup<kWidth> - 1) / kGroup<kWidth>;
+  launch(gumbel_backward_kernel<T, kWidth>, dim3{static_cast<unsigned>(groups), static_cast<unsigned>(p.parts), 1},
+         kThreads, Backward<T, kWidth>::kSharedBytes, stream, p);
 }
 
 template <class T>
@@ -240,6 +246,8 @@ void choose_width(const GumbelBackward& p, void* stream) {
       return run<T, 64>(p, stream);
     case 128:
       return run<T, 128>(p, stream);
+    case 256:
+      return run<T, 256>(p, stream);
   }
 }
 

@@ -17,9 +17,11 @@ constexpr int kForwardRows = kForwardThreads / 2;
 constexpr float kNothing = -1e38f;  // the largest of no scores: finite, so that differences are numbers
 
 template <class T, int kWidth>
-__global__ void __launch_bounds__(kForwardThreads, 2)
+__global__ void __launch_bounds__(kForwardThreads, kWidth <= 128 ? 2 : 1)
     gumbel_forward_kernel(const __grid_constant__ GumbelForward p) {
-  constexpr int kTileBytes = kStepCodes * kPitch<kWidth>;
+  constexpr int kCodes = kGroup<kWidth>;
+  constexpr int kMine = kPer<kWidth>;
+  constexpr int kTileBytes = kStepCodes<kWidth> * kPitch<kWidth>;
   const int lane = threadIdx.x % 32;
   const int g = lane / 4;
   const int c = lane % 4;
@@ -40,25 +42,25 @@ __global__ void __launch_bounds__(kForwardThreads, 2)
   float best[2] = {-kInfinity, -kInfinity};
   int best_code[2] = {};
 
-  const int steps = quarters.steps();
-  copy_codes<T, kWidth, kForwardThreads>(tiles, codebook, quarters, 0, place_for_sum);
+  const int steps = (quarters.quarter + kCodes - 1) / kCodes;
+  copy_codes<T, kWidth, kForwardThreads>(tiles, codebook, quarters, 0, place_for_sum<kMine>);
   copy_async_commit();
   for (int step = 0; step < steps; ++step) {
-    const int first = step * kCodes + 8 * c;
-    uint32_t weights[8][4];  // operand A of the eight products: 16 codes each
+    const int first = step * kCodes + kMine * c;
+    uint32_t weights[kMine][4];  // operand A of the products: 16 codes each
     float old[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = first_row + 8 * half;
       const bool valid = row < p.rows;
-      float score[4][8];
+      float score[4][kMine];
       float largest = clean_m[half];
 #pragma unroll
       for (int q = 0; q < 4; ++q) {
         load_logits<T>(score[q], static_cast<const T*>(p.logits) + (valid ? row : 0) * p.logits_stride, quarters, q,
                        first, whole);
 #pragma unroll
-        for (int j = 0; j < 8; ++j) {
+        for (int j = 0; j < kMine; ++j) {
           largest = fmaxf(largest, score[q][j] * kLog2E);
         }
       }
@@ -69,7 +71,7 @@ __global__ void __launch_bounds__(kForwardThreads, 2)
       clean_x[half] *= clean_old;
       float noisy_largest = noisy_m[half];
 #pragma unroll
-      for (int j = 0; j < 8; ++j) {
+      for (int j = 0; j < kMine; ++j) {
         float noise[4] = {};
         if (p.noise) {
           draw(noise, first + j, row);
@@ -97,14 +99,14 @@ __global__ void __launch_bounds__(kForwardThreads, 2)
 #pragma unroll
       for (int q = 0; q < 4; ++q) {
 #pragma unroll
-        for (int j = 0; j < 8; ++j) {
+        for (int j = 0; j < kMine; ++j) {
           score[q][j] = exp2_fast(score[q][j] - noisy_largest);
           noisy_l[half] += score[q][j];
         }
 #pragma unroll
-        for (int s = 0; s < 2; ++s) {
-          weights[2 * q + s][half] = pack<T>(score[q][4 * s], score[q][4 * s + 1]);
-          weights[2 * q + s][2 + half] = pack<T>(score[q][4 * s + 2], score[q][4 * s + 3]);
+        for (int s = 0; s < kMine / 4; ++s) {
+          weights[kMine / 4 * q + s][half] = pack<T>(score[q][4 * s], score[q][4 * s + 1]);
+          weights[kMine / 4 * q + s][2 + half] = pack<T>(score[q][4 * s + 2], score[q][4 * s + 3]);
         }
       }
     }
@@ -120,12 +122,12 @@ __global__ void __launch_bounds__(kForwardThreads, 2)
     __syncthreads();  // this step's codes are there, and nobody reads the last step's
     if (step + 1 < steps) {
       copy_codes<T, kWidth, kForwardThreads>(tiles + (step + 1) % 2 * kTileBytes, codebook, quarters,
-                                             (step + 1) * kCodes, place_for_sum);
+                                             (step + 1) * kCodes, place_for_sum<kMine>);
       copy_async_commit();
     }
     const char* mine = tiles + step % 2 * kTileBytes + lane % 16 * kPitch<kWidth> + lane / 16 * 16;
 #pragma unroll
-    for (int k = 0; k < 8; ++k) {
+    for (int k = 0; k < kMine; ++k) {
 #pragma unroll
       for (int n = 0; n < kWidth / 16; ++n) {
         uint32_t b[4];
@@ -190,8 +192,8 @@ __global__ void __launch_bounds__(kForwardThreads, 2)
 template <class T, int kWidth>
 void run(const GumbelForward& p, void* stream) {
   const auto blocks = static_cast<unsigned>((p.rows + kForwardRows - 1) / kForwardRows);
-  launch(gumbel_forward_kernel<T, kWidth>, dim3{blocks, 1, 1}, kForwardThreads, 2 * kStepCodes * kPitch<kWidth>, stream,
-         p);
+  launch(gumbel_forward_kernel<T, kWidth>, dim3{blocks, 1, 1}, kForwardThreads,
+         2 * kStepCodes<kWidth> * kPitch<kWidth>, stream, p);
 }
 
 template <class T>
@@ -203,6 +205,8 @@ void choose_width(const GumbelForward& p, void* stream) {
       return run<T, 64>(p, stream);
     case 128:
       return run<T, 128>(p, stream);
+    case 256:
+      return run<T, 256>(p, stream);
   }
 }
 

@@ -7,9 +7,8 @@ import torch
 from dalle_kernels import cuda_library
 from dalle_kernels.backends import Call
 
-_WIDTHS = (32, 64, 128)  # as csrc/codebook/gumbel_forward_kernel.cuh has them
-_CODES = 128  # a block of the codebook's gradient
-_ROWS = 256  # fewer are not worth another block
+_WIDTHS = (32, 64, 128, 256)  # as csrc/codebook/gumbel_forward_kernel.cuh has them
+_ROWS = 256  # of the table; fewer are not worth another block of the backward
 
 
 def refuse(call: Call) -> str | None:
@@ -69,13 +68,14 @@ def gumbel_backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     rows, codes = logits.shape
     delta = partial = None
+    # A block walks over its codes' column of the logits, or a share of its rows where columns are few.
+    group = 128 if codebook.shape[1] <= 128 else 64  # kStepCodes of csrc/codebook/codes.cuh
+    columns = -(-codes // group)
+    parts = max(1, min(cuda_library.multiprocessors(logits.device) // columns, rows // _ROWS))
     if grad_latents is not None:
         delta = (grad_latents.float() * (mixture if hard else latents)).sum(-1)
         if not hard:
-            blocks = -(-codes // _CODES)
-            parts = max(1, min(-(-cuda_library.multiprocessors(logits.device) // blocks), rows // _ROWS))
-            shape = (parts, *codebook.shape)
-            partial = torch.empty(shape, dtype=torch.float32, device=logits.device)
+            partial = torch.empty((parts, *codebook.shape), dtype=torch.float32, device=logits.device)
     dlogits = torch.empty((rows, codes), dtype=logits.dtype, device=logits.device)
     if rows:
         cuda_library.operations().gumbel_backward(
@@ -90,6 +90,7 @@ def gumbel_backward(
             lse_noisy,
             lse_clean,
             delta,
+            parts,
             dlogits,
             partial,
         )

@@ -50,7 +50,7 @@ def test_forward(emulated: Any, hard: bool, noise: bool, dtype: torch.dtype) -> 
     _check_forward(70, 160, 32, dtype, hard, noise)
 
 
-@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("width", [64, 128, 256])
 @pytest.mark.parametrize("codes", [1, 3, 127, 130, 256])
 def test_forward_of_any_number_of_codes(emulated: Any, width: int, codes: int) -> None:
     _check_forward(5, codes, width, torch.bfloat16, False, True)
@@ -89,13 +89,14 @@ def test_backward_of_one_output(emulated: Any, latents: bool, kl: bool) -> None:
     _check_backward(20, 64, 32, torch.bfloat16, False, True, latents, kl)
 
 
-@pytest.mark.parametrize(("codes", "width"), [(1, 32), (131, 64), (256, 128)])
+@pytest.mark.parametrize(("codes", "width"), [(1, 32), (131, 64), (256, 128), (3, 256), (131, 256), (256, 256)])
 def test_backward_shapes(emulated: Any, codes: int, width: int) -> None:
     _check_backward(9, codes, width, torch.bfloat16, False, True, latents=True, kl=True)
 
 
-def test_backward_in_shares_of_rows(emulated: Any) -> None:
-    _check_backward(600, 32, 32, torch.float16, False, True, latents=True, kl=False)
+@pytest.mark.parametrize("width", [32, 256])
+def test_backward_in_shares_of_rows(emulated: Any, width: int) -> None:
+    _check_backward(600, 32, width, torch.float16, False, True, latents=True, kl=False)
 
 
 def test_through_the_public_operation(emulated: Any) -> None:
@@ -123,7 +124,7 @@ def test_an_empty_batch(emulated: Any) -> None:
 
 def test_what_the_kernels_do_not_serve_is_refused(emulated: Any) -> None:
     logits, codebook, _, _ = _inputs(4, 64, 48, torch.float16)
-    with pytest.raises(ValueError, match="it takes codebook widths 32, 64, 128, not 48"):
+    with pytest.raises(ValueError, match="it takes codebook widths 32, 64, 128, 256, not 48"):
         gumbel_lookup(logits, codebook, 1.0, backend="cuda")
     with pytest.raises(ValueError, match="there is no cuda kernel for vq_lookup"):
         vq_lookup(codebook, codebook, backend="cuda")
