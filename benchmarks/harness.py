@@ -84,6 +84,21 @@ class Contender:
     prepare: Callable[[], Trial]
 
 
+def when_installed(make: Callable[[], Any], contenders: Callable[[Any], Iterable[Contender]]) -> Iterator[Contender]:
+    """The contenders for what `make` makes; where that cannot be imported, a row that says so."""
+    try:
+        made = make()
+    except ImportError as error:
+        reason = str(error)
+
+        def prepare() -> Trial:
+            raise UnavailableError(reason)
+
+        yield Contender("dalle_kernels", prepare)
+    else:
+        yield from contenders(made)
+
+
 @dataclass(frozen=True)
 class Work:
     """What a cell's computation amounts to, whoever performs it."""

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks import integrations_rudalle, integrations_transformers
 from benchmarks.choice import Choice
 from benchmarks.harness import Cell, Check, Contender, Trial, UnavailableError, Work, dtype_name
 
@@ -236,4 +237,8 @@ def _batch(model: Any, batch: int) -> tuple[Tensor, Tensor]:
 
 # --- Every peer: add yours here ---------------------------------------------------------------------------------------
 
-PEERS: tuple[Callable[[Choice], list[Cell]], ...] = (dalle_pytorch_cells,)
+PEERS: tuple[Callable[[Choice], list[Cell]], ...] = (
+    dalle_pytorch_cells,
+    lambda choice: integrations_rudalle.cells(choice.device, choice.quick),
+    lambda choice: integrations_transformers.cells(choice.device, choice.quick),
+)

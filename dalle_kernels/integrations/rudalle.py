@@ -185,10 +185,10 @@ class _Transformer(nn.Module):
             return "attention_mask hides keys, which decode_attention cannot"
         if use_cache and torch.is_grad_enabled():
             return "sampling with a cache has a gradient only there; call it under torch.no_grad()"
-        dropout = self.layers[0].attention.attention_dropout
-        if dropout.training and dropout.p > 0:
+        dropouts = [layer.attention.attention_dropout for layer in self.layers]
+        if rate := max((dropout.p for dropout in dropouts if dropout.training), default=0.0):
             return (
-                f"it drops attention at random, with attention_dropout_prob={dropout.p}; make the model with "
+                f"it drops attention at random, with attention_dropout_prob={rate}; make the model with "
                 "attention_dropout_prob=0.0 to train with ours"
             )
         return None

@@ -213,12 +213,16 @@ def test_whole_models_agree_with_the_same_models_on_sdpa() -> None:
 
 def test_peers_agree_before_and_after() -> None:
     from benchmarks import integrations as peers
+    from benchmarks import integrations_rudalle, integrations_transformers
 
+    sizes = {"grid": 4, "text": 8, "hidden": 64}
     cells = [
         *(peers.dalle_pytorch_module(CPU, kind, True, 4, 8, 1) for kind in peers.MIXED),
         peers.dalle_pytorch_training(CPU, 4, 8, 1),
         peers.dalle_pytorch_sampling(CPU, 2, 1.0, 5, 4, 8, 1),
         peers.dalle_pytorch_sampling(CPU, 1, 3.0, 5, 4, 8, 1),
+        *integrations_rudalle.cells(CPU, **sizes),
+        *integrations_transformers.cells(CPU, **sizes),
     ]
     for cell in cells:
         for contender in cell.contenders():

@@ -63,6 +63,8 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 @contextmanager
 def _standing_in() -> Iterator[None]:
+    # transformers remembers whether torchvision is there; it must not ask while something stands in for it.
+    importlib.import_module("transformers.utils.import_utils").is_torchvision_available()
     finder = _Finder()
     sys.meta_path.append(finder)  # last: what is installed is found first
     hub = importlib.import_module("huggingface_hub")

@@ -13,15 +13,21 @@ BLOCKS = {
     for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     if (found := re.search(r"from dalle_kernels\.integrations\.(\w+) import", block))
 }
+RESULTS = {
+    "dalle_pytorch": lambda names: names["images"].isfinite().all(),
+    "rudalle": lambda names: len(names["model"].transformer._patterns) == 2,
+    "transformers": lambda names: 257 <= names["tokens"].shape[1] <= 264,
+}
 
 
 def test_there_are_drop_ins():
-    assert "dalle_pytorch" in BLOCKS
+    assert set(BLOCKS) == set(RESULTS)
 
 
+@pytest.mark.usefixtures("attention_names")
 @pytest.mark.parametrize("name", BLOCKS)
 def test_drop_in(name):
     peer(name)
     names = {}
     exec(BLOCKS[name], names)
-    assert names["images"].isfinite().all()
+    assert RESULTS[name](names)

@@ -166,6 +166,14 @@ def test_gradient_checkpointing_gives_the_same_gradients():
     torch.testing.assert_close(*grads, rtol=0, atol=0)
 
 
+def test_one_mask_serves_a_batch():
+    theirs, ours = pair(torch.float64)
+    for mask in (causal(1, torch.float64), padded(torch.float64)[1:]):
+        with torch.no_grad():
+            got, wanted = ours(inputs(), mask)[0], theirs(inputs(), mask)[0]
+        torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10)
+
+
 # --- What ruDALL-E's own code serves ----------------------------------------------------------------------------------
 
 

@@ -1,0 +1,290 @@
+"""Hugging Face's own models with our attention, against theirs with the pattern's dense mask: SDPA where float64
+counts, since some eager attentions compute their softmax in float32, and eager for what they generate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    AttentionInterface,
+    AutoModelForCausalLM,
+    DynamicCache,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    StaticCache,
+)
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from dalle_kernels import (
+    AxialRow,
+    Causal,
+    Column,
+    Convolution,
+    MaskPattern,
+    Pattern,
+    Row,
+    TokenLayout,
+    dalle_pattern_schedule,
+)
+from dalle_kernels.integrations.transformers import register, register_patterns
+
+TEXT, VOCABULARY, LAYERS = 8, 40, 4
+LAYOUT = TokenLayout(TEXT, (5, 5))
+LENGTH = LAYOUT.length
+SINGLE = {
+    "dalle_causal": Causal(LAYOUT),
+    "dalle_row": Row(LAYOUT),
+    "dalle_column": Column(LAYOUT),
+    "dalle_axial_row": AxialRow(LAYOUT),
+    "dalle_convolution": Convolution(LAYOUT, 3),
+}
+PATTERNS = {"dalle": dalle_pattern_schedule(LAYERS, LAYOUT, 3)} | {
+    name: (pattern,) * LAYERS for name, pattern in SINGLE.items()
+}
+
+
+@pytest.fixture(autouse=True)
+def registered(attention_names: None) -> None:
+    """Each test begins with the names of one layout."""
+    assert set(register(LAYOUT, kernel_size=3)) == set(PATTERNS)
+
+
+def llama(**changes: Any) -> LlamaConfig:
+    """Two query heads to a key head."""
+    settings = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    common = {"num_hidden_layers": LAYERS, "vocab_size": VOCABULARY, "eos_token_id": None, "pad_token_id": 0}
+    # Larger weights than usual: sharp attention, and tokens that differ.
+    return LlamaConfig(**settings | common | {"initializer_range": 0.3} | changes)
+
+
+def gpt2(**changes: Any) -> GPT2Config:
+    settings = {"n_embd": 64, "n_head": 4, "n_layer": LAYERS, "n_positions": 64, "attn_pdrop": 0.0}
+    dropouts = {"embd_pdrop": 0.0, "resid_pdrop": 0.0, "scale_attn_by_inverse_layer_idx": True}
+    common = {"vocab_size": VOCABULARY, "bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
+    return GPT2Config(**settings | dropouts | common | {"initializer_range": 0.3} | changes)
+
+
+def make(config: Any, name: str, dtype: torch.dtype = torch.float64) -> Any:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=name).to(dtype).eval()
+    for holder in list(model.modules()):
+        for child, module in list(holder.named_children()):
+            if isinstance(module, LlamaRMSNorm):  # it computes in float32 whatever it gets; torch's does not
+                norm = torch.nn.RMSNorm(len(module.weight), module.variance_epsilon, dtype=dtype)
+                norm.weight = module.weight
+                setattr(holder, child, norm)
+    return model
+
+
+def tokens(batch: int = 2, length: int = LENGTH) -> Tensor:
+    return torch.randint(1, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(1))
+
+
+def shown(side: str, length: int = LENGTH) -> Tensor:
+    """An attention_mask whose second sample lacks three text tokens, on that side of the text."""
+    mask = torch.ones(2, length, dtype=torch.int64)
+    mask[1, slice(0, 3) if side == "left" else slice(TEXT - 3, TEXT)] = 0
+    return mask
+
+
+@contextmanager
+def masked(model: Any, patterns: Sequence[Pattern], mask: Tensor | None = None) -> Iterator[None]:
+    """The model's own attention sees each layer's dense mask, with the padding's keys taken out."""
+
+    def replace(module: Any, arguments: Any, named: dict[str, Any]) -> Any:
+        length = named["hidden_states"].shape[1] if "hidden_states" in named else arguments[0].shape[1]
+        seen = patterns[module.layer_idx].mask(length)[None, None]
+        if mask is not None:
+            seen = seen & mask.bool()[:, None, None, :length]
+        if model.config._attn_implementation == "eager":
+            dtype = next(module.parameters()).dtype
+            seen = torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
+        return arguments, named | {"attention_mask": seen}
+
+    layers = [module for module in model.modules() if hasattr(module, "layer_idx") and hasattr(module, "is_causal")]
+    assert len(layers) == len(patterns)
+    hooks = [layer.register_forward_pre_hook(replace, with_kwargs=True) for layer in layers]
+    yield
+    for hook in hooks:
+        hook.remove()
+
+
+def run(model: Any, ids: Tensor, mask: Tensor | None) -> Tensor:
+    """Logits without a cache; places count from the first token that is shown, as in `generate`."""
+    places = None if mask is None else (mask.cumsum(-1) - 1).clamp(min=0)
+    return model(ids, attention_mask=mask, position_ids=places, use_cache=False).logits
+
+
+def logits_and_grads(model: Any, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    real = torch.ones(2, LENGTH, dtype=torch.bool) if mask is None else mask.bool()
+    logits = run(model, tokens(), mask)[real]
+    model.zero_grad()
+    torch.nn.functional.cross_entropy(logits, tokens().flip(1)[real]).backward()
+    return logits.detach(), torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+
+
+@pytest.mark.parametrize("side", [None, "left", "right"])
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [*[(llama, name) for name in PATTERNS], (gpt2, "dalle")],
+    ids=lambda part: getattr(part, "__name__", part),
+)
+def test_outputs_and_gradients_in_float64(config, name, side):
+    mask = side and shown(side)
+    ours, theirs = make(config(), name).train(), make(config(), "sdpa").train()
+    with masked(theirs, PATTERNS[name], mask):
+        wanted = logits_and_grads(theirs, mask)
+    torch.testing.assert_close(logits_and_grads(ours, mask), wanted, rtol=1e-10, atol=1e-10)
+
+
+def test_outputs_and_gradients_in_float32_to_rounding():
+    exact, rough = make(llama(), "sdpa"), make(llama(), "sdpa").float()
+    found = []
+    for model in (exact, rough):
+        with masked(model, PATTERNS["dalle"]):
+            found.append(logits_and_grads(model, None))
+    found.append(logits_and_grads(make(llama(), "dalle").float(), None))
+    for wanted, theirs, got in zip(*found, strict=True):
+        assert (got - wanted).abs().max() <= 2 * (theirs - wanted).abs().max() + 1e-6 * wanted.abs().max()
+
+
+def test_gradient_checkpointing():
+    model = make(llama(), "dalle").train()
+    wanted = logits_and_grads(model, shown("left"))
+    model.activation_checkpointing_enable()
+    torch.testing.assert_close(logits_and_grads(model, shown("left")), wanted, rtol=0, atol=1e-14)
+
+
+def new_cache(kind: str, config: Any) -> Any:
+    return DynamicCache(config=config) if kind == "dynamic" else StaticCache(config=config, max_cache_len=LENGTH + 4)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("side", [None, "left", "right"])
+def test_prompt_and_steps_are_the_whole(kind, side):
+    config, ids, mask = llama(), tokens(), side and shown(side)
+    model, cache = make(config, "dalle"), new_cache(kind, llama())
+    with torch.no_grad():
+        whole = run(model, ids, mask)
+        stops = [TEXT, TEXT + 1, TEXT + 2, TEXT + 7, TEXT + 8, LENGTH]
+        for start, stop in zip([0, *stops], stops, strict=False):
+            places = None if mask is None else (mask.cumsum(-1) - 1).clamp(min=0)[:, start:stop]
+            seen = None if mask is None else mask[:, :stop]
+            got = model(ids[:, start:stop], attention_mask=seen, position_ids=places, past_key_values=cache).logits
+            real = slice(None) if seen is None else seen[:, start:].bool()
+            torch.testing.assert_close(got[real], whole[:, start:stop][real], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("side", [None, "left"])
+@pytest.mark.parametrize(("config", "name"), [(llama, "dalle"), (gpt2, "dalle"), (llama, "dalle_column")])
+def test_greedy_generation_token_for_token(config, name, side, cache):
+    prompt = shown(side, TEXT) if side else torch.ones(2, TEXT, dtype=torch.int64)
+    ids, new = tokens(length=TEXT) * prompt, LENGTH - TEXT
+    model, eager = make(config(), name, torch.float32), make(config(), "eager", torch.float32)
+    got = model.generate(
+        ids,
+        attention_mask=prompt,
+        max_new_tokens=new,
+        do_sample=False,
+        cache_implementation=cache,
+        disable_compile=True,
+    )
+    wanted, mask = ids, torch.cat([prompt, torch.ones(2, new, dtype=torch.int64)], 1)
+    with torch.no_grad(), masked(eager, PATTERNS[name], mask):
+        for length in range(TEXT, LENGTH):
+            logits = run(eager, wanted, mask[:, :length])
+            wanted = torch.cat([wanted, logits[:, -1].argmax(-1, keepdim=True)], 1)
+    assert len(wanted[:, TEXT:].unique()) > 4
+    assert torch.equal(got, wanted)
+
+
+def test_other_layouts_patterns_and_schedules_have_their_own_names():
+    wide = TokenLayout(TEXT, (3, 9))
+    assert register(wide, "wide") == (
+        "wide",
+        "wide_causal",
+        "wide_row",
+        "wide_column",
+        "wide_axial_row",
+        "wide_convolution",
+    )
+    mixed = (Convolution(LAYOUT, 3, "clamp"), Row(LAYOUT), MaskPattern(Column(LAYOUT).mask()), Causal(LAYOUT))
+    register_patterns("mixed", mixed)
+    register_patterns("torus", Convolution(LAYOUT, 3, "torus"))
+    for name, patterns in {
+        "wide": dalle_pattern_schedule(LAYERS, wide),
+        "mixed": mixed,
+        "torus": (Convolution(LAYOUT, 3, "torus"),) * LAYERS,
+    }.items():
+        model = make(llama(), "sdpa")
+        with torch.no_grad():
+            with masked(model, patterns):
+                wanted = run(model, tokens(), None)
+            model.set_attn_implementation(name)  # of a model that is there already
+            torch.testing.assert_close(run(model, tokens(), None), wanted, rtol=1e-10, atol=1e-10)
+
+
+def test_names_keep_their_meaning():
+    register(LAYOUT, kernel_size=3)  # the same again
+    with pytest.raises(ValueError, match="name: 'dalle' already stands for"):
+        register(LAYOUT, kernel_size=5)
+    register_patterns("one_row", Row(LAYOUT))
+    with pytest.raises(ValueError, match="name: 'one_row' already stands for"):
+        register_patterns("one_row", Column(LAYOUT))
+    with pytest.raises(ValueError, match="name: 'one_row' already stands for"):
+        register(TokenLayout(2, (2, 2)), "one")
+    assert "one" not in AttentionInterface()  # all names or none
+    for name in ("my_sdpa", "flash_row", "a/b", "Row", ""):
+        with pytest.raises(ValueError, match=f"name: got '{name}"):
+            register_patterns(name, Row(LAYOUT))
+    with pytest.raises(TypeError, match="layout: got tuple"):
+        register((8, 5, 5), "three")
+    with pytest.raises(TypeError, match="patterns: got"):
+        register_patterns("none", [])
+    with pytest.raises(ValueError, match="kernel_size: got 4"):
+        register(LAYOUT, "even", kernel_size=4)
+
+
+def test_what_cannot_be_served_is_refused():
+    ids, mask = tokens(), torch.ones(2, LENGTH, dtype=torch.int64)
+    with pytest.raises(
+        ValueError, match=r"dropout: got 0\.1, wanted 0\.0: dalle_row drops no attention; set attention_d"
+    ):
+        make(gpt2(attn_pdrop=0.1), "dalle_row").train()(ids)
+    model = make(llama(), "dalle_row")
+    with pytest.raises(
+        ValueError, match=r"attention_mask: got torch.float64 of shape \(2, 1, 33, 33\), wanted 0 and 1"
+    ):
+        model(ids, attention_mask=torch.zeros(2, 1, LENGTH, LENGTH, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"attention_mask: got torch.int32 of shape \(2, 1, 1, 1\), wanted 0 and 1"):
+        model(ids[:, :1], attention_mask=torch.ones(2, 1, 1, 1, dtype=torch.int32))
+    with pytest.raises(ValueError, match="attention_mask: this call asks for more than a causal mask"):
+        model(ids, position_ids=torch.arange(LENGTH).remainder(10)[None], use_cache=False)
+    with pytest.raises(ValueError, match="dalle_row: got 35 tokens, wanted at most 33, the length of Row"):
+        model(tokens(length=LENGTH + 2))
+    with pytest.raises(ValueError, match="output_attentions: got True, but dalle_row never makes the weights"):
+        model(ids, output_attentions=True)
+    sliding = MistralConfig(**llama().to_diff_dict() | {"sliding_window": 4, "model_type": "mistral"})
+    with pytest.raises(ValueError, match="attention_mask: this call asks for more than a causal mask"):
+        make(sliding, "dalle_row")(ids, attention_mask=mask)
+    q = torch.randn(1, 4, LENGTH, 16)
+    for argument in ("softcap", "s_aux", "position_bias", "cache", "cu_seq_lens_q"):
+        with pytest.raises(ValueError, match=f"{argument}: Module passes one, which dalle_row does not take"):
+            AttentionInterface()["dalle_row"](torch.nn.Module(), q, q, q, None, **{argument: 1.0})
+    with pytest.raises(ValueError, match="dalle_row: Module is not causal"):
+        AttentionInterface()["dalle_row"](torch.nn.Module(), q, q, q, None, is_causal=False)
+    register_patterns("three", (Row(LAYOUT),) * 3)
+    with pytest.raises(ValueError, match="three: got 3 patterns, wanted 4, one for each layer"):
+        make(llama(), "three")(ids)
+    later = torch.ones(LENGTH, LENGTH, dtype=torch.bool)
+    register_patterns("later", MaskPattern(later))
+    with pytest.raises(ValueError, match=r"pattern: .* lets a query see later keys, so it cannot generate"):
+        make(llama(), "later").generate(ids[:, :TEXT], max_new_tokens=2, do_sample=False)
