@@ -13,5 +13,4 @@ PYBIND11_MODULE(_native, module) {
   module.def("set_isa", &dalle::set_isa, pybind11::arg("name"),
              "Use a lower instruction set than the processor's best; ValueError for one it lacks.");
   module.def("supported_isas", &dalle::supported_isas, "The instruction sets this processor can run, lowest first.");
-  dalle::current_isa();  // a bad DALLE_KERNELS_CPU_ISA is an error at import, not in the middle of a computation
 }

@@ -1,8 +1,25 @@
-"""Where there is no GPU, Triton kernels run in Triton's interpreter; it must be chosen before they are imported."""
+"""What every room's tests share.
+
+Where there is no GPU, Triton kernels run in Triton's interpreter; it must be chosen before they are imported.
+"""
 
 import os
+from collections.abc import Iterator
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from dalle_kernels import native
+
+
+@pytest.fixture(params=native.NATIVE.supported_isas() if native.NATIVE else [])
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The test runs once for every instruction set that this processor has, with the CPU kernels set to it."""
+    assert native.NATIVE is not None
+    before = native.NATIVE.isa()
+    native.NATIVE.set_isa(request.param)
+    yield request.param
+    native.NATIVE.set_isa(before)

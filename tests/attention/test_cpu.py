@@ -23,7 +23,6 @@ from dalle_kernels.attention.patterns import (
 )
 from dalle_kernels.backends import Call
 
-ISAS = native.NATIVE.supported_isas() if native.NATIVE else []
 LAYOUT = TokenLayout(text_length=20, grid=(13, 9))
 RANDOM = torch.rand(130, 130, generator=torch.Generator().manual_seed(1))
 PATTERNS = [
@@ -47,15 +46,6 @@ LAYOUTS = [
     TokenLayout(64, (8, 8)),
     TokenLayout(130, (2, 3)),
 ]
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    assert native.NATIVE is not None
-    before = native.NATIVE.isa()
-    native.NATIVE.set_isa(request.param)
-    yield request.param
-    native.NATIVE.set_isa(before)
 
 
 @pytest.fixture

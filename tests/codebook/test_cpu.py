@@ -13,21 +13,11 @@ from dalle_kernels import gumbel_lookup, native, vq_lookup
 from dalle_kernels.codebook import cpu, reference
 from dalle_kernels.noise import GUMBEL_STREAM, gumbel_noise
 
-ISAS = native.NATIVE.supported_isas() if native.NATIVE is not None else []
 DTYPES = [torch.float32, torch.bfloat16]
 # Rows, codes, width: fewer codes than quarters, quarters that end early, widths with tails, more rows than a tile.
 SHAPES = [(1, 1, 1), (5, 2, 3), (3, 5, 17), (70, 333, 40), (130, 1030, 128), (9, 4096, 80)]
 # Each mode that gumbel_lookup has: hard, noise.
 MODES = [(False, True), (True, True), (True, False)]
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    assert native.NATIVE is not None
-    before = native.NATIVE.isa()
-    native.NATIVE.set_isa(request.param)
-    yield request.param
-    native.NATIVE.set_isa(before)
 
 
 @pytest.fixture

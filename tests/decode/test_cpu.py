@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
-from dalle_kernels import native
 from dalle_kernels.attention import reference as attention
 from dalle_kernels.attention.layout import TokenLayout
 from dalle_kernels.attention.patterns import (
@@ -25,7 +22,6 @@ from dalle_kernels.backends import Call
 from dalle_kernels.decode import cpu
 from dalle_kernels.decode.cache import KVCache
 
-ISAS = native.NATIVE.supported_isas() if native.NATIVE else []
 LAYOUT = TokenLayout(text_length=20, grid=(7, 9))
 PATTERNS = [
     Row(LAYOUT),
@@ -39,15 +35,6 @@ PATTERNS = [
     Fixed(60, 8, 2),
     MaskPattern(torch.rand(50, 50, generator=torch.Generator().manual_seed(1)).tril() > 0.7),  # some see no key
 ]
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    assert native.NATIVE is not None
-    before = native.NATIVE.isa()
-    native.NATIVE.set_isa(request.param)
-    yield request.param
-    native.NATIVE.set_isa(before)
 
 
 def decode(

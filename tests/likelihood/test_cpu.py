@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -11,17 +10,6 @@ from torch.library import opcheck
 
 from dalle_kernels import explain, logit_laplace_nll, native
 from dalle_kernels.likelihood import cpu
-
-ISAS = native.NATIVE.supported_isas() if native.NATIVE is not None else []
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    assert native.NATIVE is not None
-    before = native.NATIVE.isa()
-    native.NATIVE.set_isa(request.param)
-    yield request.param
-    native.NATIVE.set_isa(before)
 
 
 def plain(x: torch.Tensor, mu: torch.Tensor, log_b: torch.Tensor) -> torch.Tensor:

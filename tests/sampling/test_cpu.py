@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,17 +10,6 @@ from hypothesis import strategies as st
 from dalle_kernels import explain, native, sample_tokens
 from dalle_kernels.noise import SAMPLING_STREAM, gumbel_noise
 from dalle_kernels.sampling import cpu, reference
-
-ISAS = native.NATIVE.supported_isas() if native.NATIVE is not None else []
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    assert native.NATIVE is not None
-    before = native.NATIVE.isa()
-    native.NATIVE.set_isa(request.param)
-    yield request.param
-    native.NATIVE.set_isa(before)
 
 
 def agree(logits, unconditional, scale, temperature, top_k, top_p, seed) -> None:  # type: ignore[no-untyped-def]
