@@ -99,14 +99,15 @@ LAYERS = {"causal": "full", "axial_row": "axial_row", "column": "axial_col", "co
 
 
 def dalle_pytorch_cells(choice: Choice) -> list[Cell]:
-    """Each attention module with the model's rotary embedding; then, unless patterns are asked for, whole models."""
+    """Each attention module without and with its projections; then, unless patterns are asked for, whole models."""
     grid = (choice.grids or (32,))[0]
     names = choice.patterns or (("axial_row", "corner") if choice.quick else tuple(LAYERS))
     modules = [
-        dalle_pytorch_module(choice.device, LAYERS[name], backward, grid)
+        dalle_pytorch_module(choice.device, LAYERS[name], backward, projections, grid)
         for name in names
         if name in LAYERS
         for backward in ((False,) if choice.quick else (False, True))
+        for projections in ((False,) if choice.quick else (False, True))
     ]
     if choice.patterns:
         return modules
@@ -120,18 +121,31 @@ def dalle_pytorch_cells(choice: Choice) -> list[Cell]:
 
 
 def dalle_pytorch_module(
-    device: torch.device, kind: str, backward: bool, grid: int, text: int = LENGTH_OF_TEXT, heads: int = 8
+    device: torch.device,
+    kind: str,
+    backward: bool,
+    projections: bool,
+    grid: int,
+    text: int = LENGTH_OF_TEXT,
+    heads: int = 8,
 ) -> Cell:
-    """One of their attention modules: projections, rotary embedding, attention; fp32, batch 1."""
-    case = {"what": "module", "layer": kind, "pass": "forward + backward" if backward else "forward"}
+    """One of their attention modules, rotary embedding included; fp32, batch 1. Without its two projections, which are
+    the same matrix products on both sides, it is given what the first would leave."""
+    what = "module" if projections else "attention"
+    case = {"what": what, "layer": kind, "pass": "forward + backward" if backward else "forward"}
 
     def make() -> Sides:
         model = _dalle(device, grid, text, heads, (kind,))
         theirs = next(m for m in model.modules() if type(m).__module__ == "dalle_pytorch.attention")
         accelerated = _accelerated(model)
         ours = next(m for m in accelerated.modules() if hasattr(m, "pattern"))
-        x, grad = torch.randn(2, 1, text + grid * grid, heads * 64, device=device)
+        grad = torch.randn(1, text + grid * grid, heads * 64, device=device)
+        x = torch.randn(*grad.shape[:2], heads * 64 * (1 if projections else 3), device=device)
         angles = model.transformer.pos_emb
+        if not projections:
+            # Ours turns in place what the projection leaves, so here it pays for a copy; theirs pays for nothing.
+            ours.to_qkv, theirs.to_qkv = _Copy(), nn.Identity()
+            ours.to_out = theirs.to_out = nn.Identity()
 
         def answers(module: nn.Module, dtype: torch.dtype = torch.float32) -> list[Tensor]:
             leaf = x.to(dtype).requires_grad_(backward)
@@ -147,6 +161,11 @@ def dalle_pytorch_module(
 
     sizes = {"grid": grid, "text": text, "heads": heads, "batch": 1}
     return before_and_after("DALLE-pytorch", case | sizes, torch.float32, make)
+
+
+class _Copy(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.clone()
 
 
 MIXED = ("full", "axial_row", "axial_col", "conv_like")

@@ -217,7 +217,7 @@ def test_peers_agree_before_and_after() -> None:
 
     sizes = {"grid": 4, "text": 8, "hidden": 64}
     cells = [
-        *(peers.dalle_pytorch_module(CPU, kind, True, 4, 8, 1) for kind in peers.MIXED),
+        *(peers.dalle_pytorch_module(CPU, kind, True, kind == "full", 4, 8, 1) for kind in peers.MIXED),
         peers.dalle_pytorch_training(CPU, 4, 8, 1),
         peers.dalle_pytorch_sampling(CPU, 2, 1.0, 5, 4, 8, 1),
         peers.dalle_pytorch_sampling(CPU, 1, 3.0, 5, 4, 8, 1),

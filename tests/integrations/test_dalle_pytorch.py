@@ -176,6 +176,17 @@ def test_a_cache_continues_the_sequence(kind: str, options: dict[str, Any]) -> N
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-10, atol=1e-10)
 
 
+def test_angles_may_change() -> None:
+    one, other = pair("Attention", {"seq_len": LENGTH})
+    x, grad = torch.randn(2, 2, LENGTH, 24, dtype=torch.float64)
+    rotary = angles(LENGTH, 10)
+    with torch.inference_mode():
+        other(x, rotary_pos_emb=rotary)
+    for change in (lambda: None, lambda: rotary.mul_(2), lambda: rotary.set_(angles(LENGTH, 8))):
+        change()
+        assert_equal(run(other, x, grad, rotary_pos_emb=rotary), run(one, x, grad, rotary_pos_emb=rotary))
+
+
 @pytest.mark.parametrize(("kind", "options"), [MODULES[0], MODULES[1], MODULES[4], MODULES[7]], ids=name_of)
 def test_modules_compile(kind: str, options: dict[str, Any]) -> None:
     _, module = pair(kind, options)

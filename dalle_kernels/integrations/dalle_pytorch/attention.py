@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from dalle_kernels.attention import AxialRow, Causal, Column, Convolution, MaskPattern, Pattern, TokenLayout
 from dalle_kernels.attention.op import sparse_attention
@@ -82,7 +83,7 @@ class AnyAttention(nn.Module):
         offset = 0 if cache is None else cache.get("offset", 0)
         qkv = self.to_qkv(x).unflatten(-1, (3, self.heads, -1))
         if rotary_pos_emb is not None:
-            qkv = _rotate(qkv, _turns_at(rotary_pos_emb, qkv.shape[-1], offset, n, cache))
+            qkv = _rotate(qkv, _turns(rotary_pos_emb, qkv.shape[-1])[offset : offset + n])
         q, k, v = qkv.transpose(1, 3).unbind(2)
         if offset:
             assert cache is not None
@@ -354,23 +355,31 @@ def _block_layout(blocks: int, text_blocks: int, chosen: int, causal: bool) -> T
     return layout.masked_fill(seen & (column <= row) if causal else seen, 1)[None]
 
 
+_TURNS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # angles -> (their version, width, turns)
+
+
 def _turns(angles: Tensor, width: int) -> Tensor:
-    """angles [1, S, R], equal in pairs -> complex [S, 1, 1, width / 2], by which pairs of features are multiplied."""
+    """angles [1, S, R], equal in pairs -> complex [S, 1, 1, width / 2], by which pairs of features are multiplied.
+
+    Kept for as long as the angles live and are not written to: all layers of a model share them, in every step.
+    """
+    if torch.compiler.is_compiling() or angles.is_inference() or angles.requires_grad:
+        return _make_turns(angles, width)
+    version, kept_width, turns = _TURNS.get(angles, (None, None, None))
+    if (version, kept_width) != (angles._version, width):
+        with torch.inference_mode(False), torch.no_grad():
+            turns = _make_turns(angles, width)
+        _TURNS[angles] = angles._version, width, turns
+    return turns
+
+
+def _make_turns(angles: Tensor, width: int) -> Tensor:
     if width % 2 or angles.shape[-1] > width:
         raise ValueError(
             f"rotary_pos_emb: got {angles.shape[-1]} angles, wanted at most dim_head ({width}), itself even"
         )
     half = F.pad(widen(angles[0, :, ::2]), (0, (width - angles.shape[-1]) // 2))
     return torch.complex(half.cos(), half.sin())[:, None, None]
-
-
-def _turns_at(angles: Tensor, width: int, offset: int, n: int, cache: Cache | None) -> Tensor:
-    """The turns of positions offset .. offset + n - 1; a cache keeps them for all of its layers and steps."""
-    if cache is None:
-        return _turns(angles[:, :n], width)
-    if "turns" not in cache:
-        cache["turns"] = _turns(angles, width)
-    return cache["turns"][offset : offset + n]
 
 
 def _rotate(qkv: Tensor, turns: Tensor) -> Tensor:
