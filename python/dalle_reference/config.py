@@ -102,7 +102,7 @@ class TrainTransformerConfig:
 
     run: RunConfig
     dvae: Path
-    """Folder of a finished stage 1."""
+    """Folder of a finished stage 1, or a file of converted weights."""
     data: DataConfig = field(default_factory=DataConfig)
     one_per_concept: bool = False
     """Keep only the first picture of each concept (for OpenMoji: leave out the variants by skin tone)."""

@@ -6,14 +6,14 @@ The header's metadata (strings, as safetensors has it):
     kind      what was converted, "openai-dvae" for one
     model     which model of this package runs it, "dvae" or "transformer"; empty where none does
     config    JSON: the configuration of that model, or what the other project calls its own
-    sources   JSON: the files that were converted, each with its SHA-256
+    sources   JSON: the SHA-256 of each file that was converted, and its name
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ class Weights:
     model: str
     config: Mapping[str, Any]
     tensors: Mapping[str, torch.Tensor]
-    sources: Mapping[str, str]
+    sources: Mapping[str, str] = field(default_factory=dict)
 
 
 def write(path: Path, weights: Weights) -> None:

@@ -68,21 +68,26 @@ def convert(
         raise ValueError(f"kind: got {kind!r}, wanted one of {', '.join(KINDS)}")
     if dtype not in DTYPES:
         raise ValueError(f"dtype: got {dtype!r}, wanted one of {', '.join(DTYPES)}")
-    sources = [Source.open(path) for path in paths]
-    weights = _convert(sources, kind, heads)
+    if not paths:
+        raise ValueError("paths: got none, wanted at least one")
+    weights = _convert([Source.open(path) for path in paths], kind, heads)
+    if kind not in (None, weights.kind):
+        raise UserError(f"kind: got {kind}, but {paths[0]} is of kind {weights.kind}")
     if dtype != "keep":
         tensors = {
             name: tensor.to(_DTYPES[dtype]) if tensor.is_floating_point() else tensor
             for name, tensor in weights.tensors.items()
         }
         weights = replace(weights, tensors=tensors)
-    return replace(weights, sources={path.name: _sha256(path, progress) for path in paths})
+    return replace(weights, sources={_sha256(path, progress): path.name for path in paths})
 
 
 def _convert(sources: Sequence[Source], kind: str | None, heads: int | None) -> Weights:
     def is_of(family: ModuleType) -> bool:
         return kind in family.KINDS if kind else family.recognises(sources[0])
 
+    if heads is not None and not is_of(rudalle):
+        raise UserError(f"heads: got {heads}, but only ruDALL-E's weights do not tell it")
     if is_of(openai):
         return openai.convert(sources)
     if len(sources) != 1:

@@ -38,10 +38,10 @@ def convert(source: Source, kind: str | None) -> Weights:
     config: dict[str, Any] = {"hparams": _plain(hparams)}
     if kind == "dalle-pytorch-vae" or (kind is None and "vae_params" not in tree):
         source.check("DALLE-pytorch's DiscreteVAE", source.tensors, dict(_vae(source, config["hparams"])))
-        return Weights("dalle-pytorch-vae", "", config, source.tensors, {})
+        return Weights("dalle-pytorch-vae", "", config, source.tensors)
     config |= {name: _plain(tree[name]) for name in _BESIDE if name in tree}
     _check_dalle(source, config["hparams"])
-    return Weights("dalle-pytorch", "", config, source.tensors, {})
+    return Weights("dalle-pytorch", "", config, source.tensors)
 
 
 def _plain(value: Any, depth: int = 8) -> Any:

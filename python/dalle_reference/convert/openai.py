@@ -58,8 +58,8 @@ def convert(sources: Sequence[Source]) -> Weights:
         tensors |= ours
     kind = KINDS[any(".group.block_" in name for source in sources for name in source.tensors)]
     if "decoder" in halves:
-        return Weights(kind, "dvae", asdict(DVAEConfig(**config)), tensors, {})
-    return Weights(kind, "", config, tensors, {})
+        return Weights(kind, "dvae", asdict(DVAEConfig(**config)), tensors)
+    return Weights(kind, "", config, tensors)
 
 
 def _renamed(source: Source) -> Source:

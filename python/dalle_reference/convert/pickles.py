@@ -8,7 +8,7 @@ name together, and gets an inert stand-in for each; nothing is imported. Three w
 2. What runs finds stand-ins: classes become `Record`s, which keep arguments and state and do nothing; tensors become
    `StoredTensor`s, which say where in the file their numbers are.
 3. Numbers are views of the file, mapped into memory. Sizes, strides and offsets are checked against what the file
-   has, so no file makes this allocate more than its own size.
+   has, so false ones neither allocate anything nor reach beyond it.
 
 `torch.load(weights_only=True)` is not used, for two reasons: it refuses modules in the format from before torch 1.6,
 in which a class comes with its source, and there it allocates whatever size a file claims.
@@ -38,6 +38,9 @@ PROTO STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT BINU
 EMPTY_LIST APPEND APPENDS EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_DICT SETITEM SETITEMS
 BINGET LONG_BINGET BINPUT LONG_BINPUT GLOBAL REDUCE NEWOBJ BUILD BINPERSID
 """
+
+_MOST_TUPLES = 100_000
+"""Some ten times as many as a large checkpoint makes; a million within one another overflow the stack when hashed."""
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
@@ -284,7 +287,7 @@ class _File:
 
     def _run(self, program: bytes) -> Any:
         """Runs a pickle after a look at all of its instructions."""
-        stored, allowed = 0, set(_INSTRUCTIONS.split())
+        stored, tuples, allowed = 0, 0, set(_INSTRUCTIONS.split())
         for instruction, argument, _ in pickletools.genops(program):
             if instruction.name == "GLOBAL":
                 self.admit(*str(argument).split(" ", 1))
@@ -296,6 +299,10 @@ class _File:
                 if int(argument or 0) > stored:  # the unpickler's memo is an array as long as the largest index
                     raise self.refused("its pickle numbers objects out of order")
                 stored += 1
+            elif instruction.name.startswith("TUPLE"):
+                tuples += 1
+                if tuples > _MOST_TUPLES:
+                    raise self.refused(f"its pickle makes more than {_MOST_TUPLES} tuples")
         return _Unpickler(program, self).load()
 
     def _load_zip(self) -> Any:

@@ -63,7 +63,7 @@ def convert(source: Source, kind: str | None, heads: int | None) -> Weights:
 
     Args:
         source: the file.
-        kind: "rudalle-v3" or "rudalle-v2"; where not given, the masks in the file must tell.
+        kind: "rudalle-v3" or "rudalle-v2"; where not given, the masks in the file tell, if it has them.
         heads: attention heads, for sizes other than the published ones.
     """
     width, layers = source.size("image_embeddings.weight", 1), source.count("transformer.layers.{}.")
@@ -99,20 +99,25 @@ def convert(source: Source, kind: str | None, heads: int | None) -> Weights:
     config = variants[kind]
     tensors = dict(pair for name, tensor in source.tensors.items() for pair in _ours(name, tensor, config))
     source.check("a ruDALL-E transformer", tensors, shapes(DalleTransformer, config))
-    return Weights(kind, "transformer", to_json(config), tensors, {})
+    return Weights(kind, "transformer", to_json(config), tensors)
 
 
 def _generation(source: Source, kind: str | None, variants: Mapping[str, TransformerConfig]) -> str:
+    """What was asked for, unless the masks in the file are the other generation's; or what they are.
+
+    rudalle itself goes by the name of the model and never looks at masks in a file.
+    """
     masks = [source.tensors[name].bool() for name in _MASKS if name in source.tensors]
-    if len(masks) != len(_MASKS):
-        fitting = list(variants)
-    else:
-        fitting = [name for name, config in variants.items() if all(map(torch.equal, masks, _patterns(config)))]
-    if kind in fitting:
+    fitting = [
+        name
+        for name, config in variants.items()
+        if len(masks) == len(_MASKS) and all(map(torch.equal, masks, _patterns(config)))
+    ]
+    if kind is not None:
+        if fitting and kind not in fitting:
+            raise UserError(f"{source.path}: its masks are those of {fitting[0]}, not of {kind}")
         return kind
-    if kind or not fitting:
-        raise UserError(f"{source.path}: its masks are not those of {kind or 'ruDALL-E'}")
-    if len(fitting) > 1:
+    if len(fitting) != 1:
         raise UserError(
             f"{source.path}: does not tell its generation; give --kind rudalle-v3 (Malevich v3, Surrealist, Kandinsky)"
             " or --kind rudalle-v2 (Malevich v2, Emojich)"

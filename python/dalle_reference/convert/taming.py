@@ -41,7 +41,7 @@ def convert(source: Source) -> Weights:
         raise UserError(f"{source.path}: ruDALL-E's variant with a wavelet decoder, which is not converted")
     config = _config(source)
     source.check("a Gumbel VQGAN", kept, dict(_expected(config)))
-    return Weights(KINDS[0], "", config, kept, {})
+    return Weights(KINDS[0], "", config, kept)
 
 
 def _config(source: Source) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from dalle_reference.convert.rudalle import caption_tokens
 from dalle_reference.dvae import DiscreteVAE, DVAEConfig
 from dalle_reference.errors import UserError
 from dalle_reference.generate import generate
-from dalle_reference.train import load_dvae, load_transformer, load_transformer_alone
+from dalle_reference.train import _keep_dvae, load_dvae, load_transformer, load_transformer_alone
 from dalle_reference.transformer import DalleTransformer, TransformerConfig
 from omegaconf import OmegaConf
 from PIL import Image
@@ -130,6 +130,13 @@ def test_the_command_line_reconstructs_with_openais_dvae(
     assert (tmp_path / "sheet.png").stat().st_size > 1000
 
 
+def test_a_converted_dvae_goes_with_the_transformer_that_is_trained_on_it(openai: Any, tmp_path: Path) -> None:
+    _keep_dvae(openai[2] / "dvae.safetensors", tmp_path / "dvae")
+    kept, loaded = load_dvae(tmp_path / "dvae", CPU), load_dvae(openai[2] / "dvae.safetensors", CPU)
+    assert kept.config == loaded.config
+    assert all(map(torch.equal, kept.state_dict().values(), loaded.state_dict().values()))
+
+
 def test_the_header_says_what_the_file_holds(openai: tuple[Any, Any, Path]) -> None:
     folder = openai[2]
     with safe_open(folder / "dvae.safetensors", framework="pt") as file:
@@ -137,7 +144,7 @@ def test_the_header_says_what_the_file_holds(openai: tuple[Any, Any, Path]) -> N
     assert (header["format"], header["kind"], header["model"]) == ("dalle-reference 1", "openai-dvae", "dvae")
     assert json.loads(header["config"])["code_width"] == 32
     assert json.loads(header["sources"]) == {
-        name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in ("encoder.pkl", "decoder.pkl")
+        hashlib.sha256((folder / name).read_bytes()).hexdigest(): name for name in ("encoder.pkl", "decoder.pkl")
     }
 
 
@@ -288,9 +295,9 @@ def test_what_rudalle_cannot_have_converted_is_said(tmp_path: Path) -> None:
     state = rudalle(hf_version="v3").state_dict()
     assert "4 layers of width 48 are no published size; give --heads" in refusal(state)
     assert "heads: got 5, wanted a divisor of the width 48" in refusal(state, heads=5)
-    assert "its masks are not those of rudalle-v2" in refusal(state, heads=3, kind="rudalle-v2")
+    assert "its masks are those of rudalle-v3, not of rudalle-v2" in refusal(state, heads=3, kind="rudalle-v2")
     other = {**state, "transformer.row_mask": state["transformer.row_mask"].t()}
-    assert "its masks are not those of ruDALL-E" in refusal(other, heads=3)
+    assert "does not tell its generation" in refusal(other, heads=3)
     maskless = {name: tensor for name, tensor in state.items() if not name.endswith("_mask")}
     assert "does not tell its generation; give --kind rudalle-v3" in refusal(maskless, heads=3)
     torch.save(maskless, path)
@@ -469,10 +476,15 @@ def test_halves_that_do_not_belong_together(openai: Any, tmp_path: Path) -> None
     torch.save({"a": torch.ones(1)}, tmp_path / "a.pt")
     with pytest.raises(UserError, match="inputs: got 2 files, wanted one"):
         convert([tmp_path / "a.pt", folder / "encoder.pkl"])
+    with pytest.raises(UserError, match=r"kind: got flava-codebook, but .*encoder\.pkl is of kind openai-dvae"):
+        convert([folder / "encoder.pkl"], kind="flava-codebook")
+    with pytest.raises(UserError, match="heads: got 16, but only ruDALL-E's"):
+        convert([folder / "encoder.pkl"], heads=16)
 
 
 @pytest.mark.parametrize(
-    ("option", "message"), [({"kind": "clip"}, "kind: got 'clip'"), ({"dtype": "int8"}, "dtype: got")]
+    ("option", "message"),
+    [({"kind": "clip"}, "kind: got 'clip'"), ({"dtype": "int8"}, "dtype: got"), ({}, "paths: got none")],
 )
 def test_bad_options(option: dict[str, str], message: str) -> None:
     with pytest.raises(ValueError, match=message):

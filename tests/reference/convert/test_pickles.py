@@ -281,6 +281,7 @@ SIZES = {
     "a negative stride": (tensor(stride=b"J\xff\xff\xff\xff\x85"), "_rebuild_tensor_v2 of something else"),
     "sizes without strides": (tensor(stride=b")"), "_rebuild_tensor_v2 of something else"),
     "a memo of billions": (b"\x80\x02}r\xff\xff\xff\xff.", "numbers objects out of order"),
+    "tuples within tuples": (b"\x80\x02})" + b"\x85" * 10**6 + b"K\x01s.", "makes more than 100000 tuples"),
     "a string longer than the file": (b"\x80\x02X\xff\xff\xff\xffabc.", "damaged"),
     "another storage": (tensor().replace(string("0"), string("7")), "storage '7' is missing"),
     "two sizes": (
