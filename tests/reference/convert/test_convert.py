@@ -6,6 +6,9 @@ import copy
 import hashlib
 import json
 import math
+import re
+import shlex
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -33,6 +36,7 @@ from torch import Tensor, nn
 from tests.integrations.peers import peer
 
 CPU = torch.device("cpu")
+README = (Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8")
 
 
 def randomise(model: nn.Module, std: float = 0.1) -> nn.Module:
@@ -120,14 +124,24 @@ def test_openais_dvae_in_float64(openai: tuple[Any, Any, Path], monkeypatch: pyt
         torch.testing.assert_close(model._decode(latents, len(images)), statistics, rtol=1e-10, atol=1e-10)
 
 
-def test_the_command_line_reconstructs_with_openais_dvae(
-    openai: tuple[Any, Any, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    Image.new("RGB", (256, 256), (200, 30, 90)).save(tmp_path / "photo.png")
-    file = openai[2] / "dvae.safetensors"
-    run("reconstruct", tmp_path / "photo.png", "--model", file, "--out", tmp_path / "sheet.png", "--device", "cpu")
-    assert "PSNR" in capsys.readouterr().out
-    assert (tmp_path / "sheet.png").stat().st_size > 1000
+def test_the_readmes_example_runs(openai: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its Python and its last two commands as they stand there, on files of the published ones' kind."""
+    text = README[README.index("### Other projects' weights") :]
+    shell, code = re.search(r"```sh\n(.*?)```", text, re.DOTALL), re.search(r"```python\n(.*?)```", text, re.DOTALL)
+    for name in ("encoder.pkl", "decoder.pkl"):
+        shutil.copy(openai[2] / name, tmp_path / name)
+    Image.new("RGB", (300, 256), (200, 30, 90)).save(tmp_path / "photo.png")
+    monkeypatch.chdir(tmp_path)
+    download, *commands = shell[1].splitlines()
+    assert download.startswith("curl")
+    for command in commands:
+        program, *arguments = shlex.split(command)
+        assert program == "dalle-reference"
+        run(*arguments)
+    names: dict[str, Any] = {}
+    exec(code[1], names)
+    assert names["tokens"].shape == (1, 32, 32)
+    assert names["pictures"].shape == (1, 3, 256, 256)
 
 
 def test_a_converted_dvae_goes_with_the_transformer_that_is_trained_on_it(openai: Any, tmp_path: Path) -> None:
