@@ -42,6 +42,9 @@ BINGET LONG_BINGET BINPUT LONG_BINPUT GLOBAL REDUCE NEWOBJ BUILD BINPERSID
 _MOST_TUPLES = 100_000
 """Some ten times as many as a large checkpoint makes; a million within one another overflow the stack when hashed."""
 
+_HUGE = 1 << 48
+"""Sizes from here on could overflow where torch multiplies them, even those of tensors without elements."""
+
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
 
@@ -130,17 +133,21 @@ class _Rebuild:
         match arguments:
             case (_Storage() as storage, int() as offset, tuple() as size, tuple() as stride, *_) if len(size) == len(
                 stride
-            ) and all(type(n) is int and n >= 0 for n in (offset, *size, *stride)):
+            ) <= 8 and all(map(_is_count, (offset, *size, *stride))):
                 needed = math.prod(size)
                 last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
                 # A tensor of more elements than its storage repeats some: written out, it could have any size.
-                if needed and max(last + 1, needed) > storage.elements:
+                if (needed and max(last + 1, needed) > storage.elements) or math.prod(max(n, 1) for n in size) >= _HUGE:
                     raise storage.file.refused(
                         f"a tensor of shape {size} with strides {stride} at {offset} does not fit"
                         f" its storage of {storage.elements} elements"
                     )
                 return StoredTensor(storage, offset, size, stride)
         raise pickle.UnpicklingError(f"{self._name} of something else than a storage, an offset, sizes and strides")
+
+
+def _is_count(number: Any) -> bool:
+    return type(number) is int and 0 <= number < _HUGE
 
 
 def _record(module: str, name: str) -> type[Record]:

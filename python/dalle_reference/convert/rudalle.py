@@ -108,11 +108,7 @@ def _generation(source: Source, kind: str | None, variants: Mapping[str, Transfo
     rudalle itself goes by the name of the model and never looks at masks in a file.
     """
     masks = [source.tensors[name].bool() for name in _MASKS if name in source.tensors]
-    fitting = [
-        name
-        for name, config in variants.items()
-        if len(masks) == len(_MASKS) and all(map(torch.equal, masks, _patterns(config)))
-    ]
+    fitting = [name for name, config in variants.items() if _fit(masks, config)]
     if kind is not None:
         if fitting and kind not in fitting:
             raise UserError(f"{source.path}: its masks are those of {fitting[0]}, not of {kind}")
@@ -125,9 +121,12 @@ def _generation(source: Source, kind: str | None, variants: Mapping[str, Transfo
     return fitting[0]
 
 
-def _patterns(config: TransformerConfig) -> list[Tensor]:
+def _fit(masks: list[Tensor], config: TransformerConfig) -> bool:
     layout = config.layout
-    return [pattern.mask() for pattern in (Row(layout), Column(layout), config.patterns[-1])]
+    if [mask.shape for mask in masks] != [(layout.length, layout.length)] * len(_MASKS):
+        return False
+    patterns = (Row(layout), Column(layout), config.patterns[-1])
+    return all(torch.equal(mask, pattern.mask()) for mask, pattern in zip(masks, patterns, strict=True))
 
 
 def _ours(name: str, tensor: Tensor, config: TransformerConfig) -> list[tuple[str, Tensor]]:

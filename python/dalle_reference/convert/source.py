@@ -24,8 +24,8 @@ class Source:
 
     Attributes:
         path: the file.
-        tensors: by name, as views of the file; of the module, the state dict, or a checkpoint's "state_dict" or
-            "weights", whichever the file has.
+        tensors: by name (as views of the file, where torch wrote it): those of the module, of the state dict, or of a
+            checkpoint's "state_dict" or "weights", whichever the file has.
         tree: all that the file holds, as `pickles.load` gives it; the tensors again for safetensors.
     """
 

@@ -279,6 +279,10 @@ SIZES = {
     "strides past the end": (tensor(stride=b"K\x02\x85"), r"strides \(2,\) at 0 does not fit"),
     "an offset past the end": (tensor(offset=b"K\x01"), r"strides \(1,\) at 1 does not fit"),
     "a negative stride": (tensor(stride=b"J\xff\xff\xff\xff\x85"), "_rebuild_tensor_v2 of something else"),
+    "nothing, in sizes that overflow": (
+        tensor(size=HUGE + HUGE + b"K\x00\x87", stride=b"K\x01K\x01K\x01\x87"),
+        r"0\) with strides \(1, 1, 1\) at 0 does not fit",
+    ),
     "sizes without strides": (tensor(stride=b")"), "_rebuild_tensor_v2 of something else"),
     "a memo of billions": (b"\x80\x02}r\xff\xff\xff\xff.", "numbers objects out of order"),
     "tuples within tuples": (b"\x80\x02})" + b"\x85" * 10**6 + b"K\x01s.", "makes more than 100000 tuples"),
