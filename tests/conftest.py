@@ -23,3 +23,11 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     native.NATIVE.set_isa(request.param)
     yield request.param
     native.NATIVE.set_isa(before)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Triton's tests run on the CUDA device where there is one, so there `-m gpu` takes them too."""
+    if torch.cuda.is_available():
+        for item in items:
+            if item.path.name.startswith("test_triton"):
+                item.add_marker(pytest.mark.gpu)

@@ -1,4 +1,5 @@
-"""The CUDA kernels' own sources on the CPU: `backend="cuda"` served by the emulation for CPU tensors."""
+"""`backend="cuda"` for CPU tensors: the kernels' own sources run by the emulation and, where there is a GPU, the
+library itself on copies of the tensors there (those tests carry the `gpu` marker)."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from dalle_kernels import backends, cuda_library
+from tests.cuda.elsewhere import Elsewhere
 from tests.emulation.build import build
 
 
@@ -18,16 +20,23 @@ def emulated_operations() -> Any:
     return torch.ops.dalle_kernels_emulated
 
 
-@pytest.fixture
-def emulated(emulated_operations: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Serves `backend="cuda"` by the emulation, on memory that torch has filled with NaN."""
-    monkeypatch.setattr(cuda_library, "operations", lambda: emulated_operations)
+MACHINES = ["emulation", *([pytest.param("gpu", marks=pytest.mark.gpu)] if torch.cuda.is_available() else [])]
+
+
+@pytest.fixture(params=MACHINES)
+def emulated(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Serves `backend="cuda"` for CPU tensors, on memory that torch has filled with NaN."""
+    if request.param == "gpu":
+        operations = Elsewhere(cuda_library.operations(), torch.device("cuda"))
+    else:
+        operations = request.getfixturevalue("emulated_operations")
+    monkeypatch.setattr(cuda_library, "operations", lambda: operations)
     monkeypatch.setattr(cuda_library, "multiprocessors", lambda device: 4)
     monkeypatch.setattr(cuda_library, "shared_memory", lambda device, blocks: 100_000 // blocks)
     monkeypatch.setattr(cuda_library, "_refuse_device", lambda device: None)
     backends.forget_choices()
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)  # torch.empty then gives NaN and the largest integers
-    yield emulated_operations
+    yield operations
     torch.use_deterministic_algorithms(before)
     backends.forget_choices()

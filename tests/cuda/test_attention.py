@@ -21,6 +21,9 @@ from dalle_kernels.attention.patterns import (
     Pattern,
     Row,
 )
+from tests.cuda.elsewhere import Elsewhere
+
+SHARED_MEMORY = cuda_library.shared_memory  # before a test's machine replaces it
 
 LAYOUT = TokenLayout(text_length=70, grid=(9, 11))  # 169 tokens: two row tiles, three column tiles
 PATTERNS: list[Pattern] = [
@@ -189,6 +192,9 @@ def one_pass(emulated: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[in
 
     Gives the number of slots of each call, and fails where the two passes served.
     """
+    shared = 232_448
+    if isinstance(emulated, Elsewhere) and SHARED_MEMORY(emulated.device, 1) < shared:
+        pytest.skip(f"this GPU's blocks have less than {shared} bytes of shared memory")
     calls: list[int] = []
 
     class Spy:
@@ -200,7 +206,7 @@ def one_pass(emulated: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[in
 
     monkeypatch.setattr(cuda_library, "operations", Spy)
     monkeypatch.setattr(cuda_library, "multiprocessors", lambda device: 1)
-    monkeypatch.setattr(cuda_library, "shared_memory", lambda device, blocks: 232_448 // blocks)
+    monkeypatch.setattr(cuda_library, "shared_memory", lambda device, blocks: shared // blocks)
     yield calls
     assert calls
 

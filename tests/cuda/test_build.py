@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from benchmarks.cuda_build import ROOT, TABLE, build_cuda, collect
+from benchmarks.cuda_build import TABLE, build_cuda, collect
 
 Table = dict[str, Any]
 
@@ -82,32 +82,26 @@ def test_machine_code_holds_the_instructions_that_the_design_counts_on(built: Ta
                     assert row["instructions"]["LDG.128"] >= 8, f"{name}"  # logits of four quarters, two rows
 
 
-def test_the_library_needs_no_python_and_loads_without_a_gpu(library: Path, built: Table) -> None:
-    symbols = subprocess.run(["nm", "-D", str(library)], capture_output=True, text=True, check=True).stdout
-    names = [line.split()[-1] for line in symbols.splitlines()]
-    assert not [name for name in names if name.startswith(("Py", "_Py"))]
-    # The stable ABI is a C interface: nothing of torch's or c10's C++ may be left to resolve.
-    undefined = [line.split()[-1] for line in symbols.splitlines() if " U " in line]
-    assert not [name for name in undefined if "c10" in name or "3at" in name or "5torch" in name]
+def test_the_library_needs_nothing_of_torch_but_the_stable_abi(library: Path, built: Table) -> None:
+    listing = subprocess.run(
+        ["nm", "-D", "--undefined-only", str(library)], capture_output=True, text=True, check=True
+    ).stdout
+    # "U name" or "w name" (weak), with @VERSION where the system's libraries have it.
+    undefined = {line.split()[-1] for line in listing.splitlines() if " U " in line or "torch" in line}
+    system = re.compile(r".*@(GLIBC|GLIBCXX|CXXABI|GCC)_|_ZN[KRO]*S")  # the second: in namespace std
+    rest = {name for name in undefined if not system.match(name)}
+    assert any(name.startswith("aoti_torch_") for name in rest)
+    # Both are C interfaces. torch_* came with 2.10 and grows with each version, so its names are listed here.
+    assert {name for name in rest if not name.startswith("aoti_torch_")} <= {"torch_library_impl"}
+
+
+def test_the_library_loads_without_a_gpu(library: Path, built: Table) -> None:
     script = (
         f"import torch; torch.ops.load_library({str(library)!r});"
         "print(torch.ops.dalle_kernels_cuda.decode_attention.default._schema.name)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.stdout.strip() == "dalle_kernels_cuda::decode_attention", done.stderr
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.gpu
-def test_the_kernels_run_on_this_gpu(library: Path, built: Table) -> None:
-    script = (
-        f"import torch; from pathlib import Path; from dalle_kernels import cuda_library, KVCache, Row, TokenLayout,"
-        f" decode_attention; cuda_library.LIBRARY = Path({str(library)!r});"
-        "pattern = Row(TokenLayout(4, (4, 4))); x = torch.randn(1, 2, 1, 64, device='cuda').half();"
-        "cache = KVCache(pattern, 1, 2, 64, dtype=torch.float16, device='cuda');"
-        "out = decode_attention(x, x, x, cache, 0, backend='cuda'); torch.testing.assert_close(out, x)"
-    )
-    subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,100 @@
+"""What the Python side of a CUDA call asks of torch: nothing that waits for the device, copies from the host, or
+allocates anything but outputs and workspace. So every call can be captured in a CUDA graph once its plan is there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dalle_kernels import KVCache, Row, TokenLayout
+from dalle_kernels.attention import cuda as attention
+from dalle_kernels.codebook import cuda as codebook
+from dalle_kernels.decode import cuda as decode
+from dalle_kernels.sampling import cuda as sampling
+from tests.cuda.elsewhere import Elsewhere
+
+PATTERN = Row(TokenLayout(70, (9, 11)))
+SEED = torch.tensor(7)
+
+
+class Recorder(TorchDispatchMode):
+    """Names of the operations that run under it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(function.name().split(".")[0])
+        return function(*args, **(kwargs or {}))
+
+
+def _attention() -> None:
+    q = torch.ones(1, 2, PATTERN.length, 32, dtype=torch.bfloat16)
+    out, lse = attention.forward(q, q, q, None, 0.1, PATTERN)
+    attention.backward(out, None, q, q, q, out, lse, None, 0.1, PATTERN)
+
+
+def _decode() -> None:
+    q = torch.ones(1, 2, 1, 32)
+    cache = KVCache(PATTERN, 1, 2, 32, dtype=q.dtype)
+    decode.forward(q, q, q, cache.keys, cache.values, torch.tensor(5), 0.1, PATTERN)
+
+
+def _gumbel_forward() -> None:
+    codebook.gumbel_forward(*_gumbel_inputs(), False, True, SEED)
+
+
+def _gumbel_inputs() -> tuple[torch.Tensor, ...]:
+    return torch.ones(4, 64).half(), torch.ones(64, 32).half(), torch.tensor(1.0)
+
+
+def _sampling() -> None:
+    sampling.sample(torch.ones(4, 64), None, 1.0, 1.0, 5, 0.9, SEED)
+
+
+@pytest.mark.parametrize(
+    ("module", "functions", "names"),
+    [
+        (attention, ("forward", "backward"), {"aten::empty", "aten::empty_like"}),
+        (decode, ("forward",), {"aten::empty"}),
+        (codebook, ("gumbel_forward",), {"aten::empty", "aten::unbind"}),
+        (sampling, ("sample",), {"aten::empty"}),
+    ],
+    ids=["attention", "decode", "gumbel", "sampling"],
+)
+def test_the_host_only_allocates_and_launches(
+    emulated: Any, monkeypatch: pytest.MonkeyPatch, module: Any, functions: tuple[str, ...], names: set[str]
+) -> None:
+    call = {attention: _attention, decode: _decode, codebook: _gumbel_forward, sampling: _sampling}[module]
+    call()  # makes plans and tables, which are remembered
+    recorder = Recorder()
+    for name in functions:
+        monkeypatch.setattr(module, name, _under(recorder, getattr(module, name)))
+    call()
+    asked = {name for name in recorder.names if name.startswith("aten::")}
+    assert asked <= names
+    if not isinstance(emulated, Elsewhere):
+        assert any(name.startswith("dalle_kernels_emulated::") for name in recorder.names)
+
+
+def _under(recorder: Recorder, function: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args: Any) -> Any:
+        with recorder:
+            return function(*args)
+
+    return run
+
+
+def test_operations_run_elsewhere_give_what_they_give_here(emulated_operations: Any) -> None:
+    logits = torch.randn(6, 2, 100, generator=torch.Generator().manual_seed(1))[:, 1]  # strided, with an offset
+    here, elsewhere = torch.zeros(2, 6, dtype=torch.int64)
+    operations = Elsewhere(emulated_operations, torch.device("cpu"))
+    for run, tokens in ((emulated_operations, here), (operations, elsewhere)):
+        run.sample_tokens(logits, None, 1.0, 1.0, 40, 0.9, SEED, tokens)
+    assert here.equal(elsewhere)
+    assert here.any()
