@@ -33,7 +33,7 @@ demo: install
 	$(BIN)/dalle-reference demo
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: install
 	$(BIN)/ruff check .

@@ -7,6 +7,7 @@ and made again when a source, a header that it includes or a flag changed.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import sys
 import sysconfig
@@ -60,12 +61,18 @@ def _link(objects: list[Path], name: str, extra: list[str]) -> Path:
 
 
 def build(jobs: int = 2) -> Emulation:
-    """Compiles what changed and links both libraries.
+    """Compiles what changed and links both libraries; processes that build at the same time take turns.
 
     Raises:
         RuntimeError: the compiler's words, when it fails.
     """
     OUTPUT.mkdir(parents=True, exist_ok=True)
+    with (OUTPUT / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return _build(jobs)
+
+
+def _build(jobs: int) -> Emulation:
     kernels = sorted((ROOT / "csrc").rglob("*.cu"))
     glue = sorted((ROOT / "csrc").rglob("cuda_op.cpp"))
     machine_sources = [HERE / "emulator.cpp", HERE / "hopper.cpp"]
