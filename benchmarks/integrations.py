@@ -100,7 +100,7 @@ LAYERS = {"causal": "full", "axial_row": "axial_row", "column": "axial_col", "co
 
 def dalle_pytorch_cells(choice: Choice) -> list[Cell]:
     """Each attention module without and with its projections; then, unless patterns are asked for, whole models."""
-    grid = (choice.grids or (32,))[0]
+    grid = (choice.grids or ((16,) if choice.quick else (32,)))[0]
     names = choice.patterns or (("axial_row", "corner") if choice.quick else tuple(LAYERS))
     modules = [
         dalle_pytorch_module(choice.device, LAYERS[name], backward, projections, grid)
