@@ -15,13 +15,54 @@
 
 namespace {
 
-// Wide rows take the registers that a large group's scores would need.
-template <int kWidth>
-constexpr int kGroup = kWidth <= 128 ? 32 : 16;
-template <int kWidth>
-constexpr int kPer = kGroup<kWidth> / 4;  // codes of a group in a lane
-template <int kWidth>
-constexpr int kStepCodes = 4 * kGroup<kWidth>;
+// What a product's operands are made of. float32 values are sums of three bfloat16 terms, exactly but for their last
+// bit, and a product of two is the six products of terms that are not below float32's rounding.
+template <class T>
+struct Terms {
+  using Element = T;
+  static constexpr int kCount = 1;
+};
+template <>
+struct Terms<float> {
+  using Element = Bfloat16;
+  static constexpr int kCount = 3;
+};
+
+// Two values as the words of their terms.
+template <class T>
+DEVICE void split(uint32_t (&words)[Terms<T>::kCount], float low, float high) {
+  using Element = typename Terms<T>::Element;
+#pragma unroll
+  for (int i = 0; i < Terms<T>::kCount; ++i) {
+    words[i] = pack<Element>(low, high);
+    const float2 rounded = unpack<Element>(words[i]);
+    low -= rounded.x;
+    high -= rounded.y;
+  }
+}
+
+// c += A B, of operands in terms; `half` says which two words of b are B.
+template <class T>
+DEVICE void multiply_terms(float (&c)[4], const uint32_t (&a)[Terms<T>::kCount][4],
+                           const uint32_t (&b)[Terms<T>::kCount][4], int half) {
+#pragma unroll
+  for (int i = 0; i < Terms<T>::kCount; ++i) {
+#pragma unroll
+    for (int j = 0; i + j < Terms<T>::kCount; ++j) {
+      mma<typename Terms<T>::Element>(c, a[i], b[j][2 * half], b[j][2 * half + 1]);
+    }
+  }
+}
+
+// Wide rows and terms take the registers that a large group's scores would need.
+template <class T, int kWidth>
+constexpr int kGroup = kWidth <= 128 && sizeof(T) == 2 ? 32 : 16;
+template <class T, int kWidth>
+constexpr int kPer = kGroup<T, kWidth> / 4;  // codes of a group in a lane
+template <class T, int kWidth>
+constexpr int kStepCodes = 4 * kGroup<T, kWidth>;
+template <class T, int kWidth>
+constexpr int kTileBytes = kStepCodes<T, kWidth> * kPitch<kWidth>;  // a term of a step's rows of the codebook
 
 struct Quarters {
   int codes, quarter;
@@ -47,19 +88,53 @@ DEVICE int place_for_dot(int r) {
   return r % kPer / 2 * 8 + r / kPer * 2 + r % 2;
 }
 
-// Starts the copy of the codebook rows of a group of every quarter; `place` says where in its group a row goes. Zeros
-// past the end.
+// Starts the copy of the codebook rows of a group of every quarter, term after term; `place` says where in its group a
+// row goes. Zeros past the end.
 template <class T, int kWidth, int kThreads, class Place>
-DEVICE void copy_codes(char* tile, const T* codebook, const Quarters& quarters, int first, const Place& place) {
+DEVICE void copy_codes(char* tiles, const void* codebook_terms, const Quarters& quarters, int first,
+                       const Place& place) {
+  using Element = typename Terms<T>::Element;
   constexpr int kPieces = kWidth / 8;
-  constexpr int kCodes = kGroup<kWidth>;
+  constexpr int kCodes = kGroup<T, kWidth>;
 #pragma unroll 1
-  for (int i = threadIdx.x; i < kStepCodes<kWidth> * kPieces; i += kThreads) {
+  for (int i = threadIdx.x; i < kStepCodes<T, kWidth> * kPieces; i += kThreads) {
     const int row = static_cast<unsigned>(i) / kPieces;
     const int piece = static_cast<unsigned>(i) % kPieces;
     const int code = quarters.code(row / kCodes, first + row % kCodes);
-    const T* from = codebook + static_cast<int64_t>(code < 0 ? 0 : code) * kWidth + 8 * piece;
-    copy_async(tile + (row / kCodes * kCodes + place(row % kCodes)) * kPitch<kWidth> + 16 * piece, from, code >= 0);
+    const Element* from =
+        static_cast<const Element*>(codebook_terms) + static_cast<int64_t>(code < 0 ? 0 : code) * kWidth + 8 * piece;
+    char* to = tiles + (row / kCodes * kCodes + place(row % kCodes)) * kPitch<kWidth> + 16 * piece;
+#pragma unroll
+    for (int term = 0; term < Terms<T>::kCount; ++term) {
+      copy_async(to + term * kTileBytes<T, kWidth>, from + static_cast<int64_t>(term) * quarters.codes * kWidth,
+                 code >= 0);
+    }
+  }
+}
+
+// A matrix of each term, `bytes` apart.
+template <class T>
+DEVICE void load_terms(uint32_t (&words)[Terms<T>::kCount][4], const char* row, int bytes) {
+#pragma unroll
+  for (int term = 0; term < Terms<T>::kCount; ++term) {
+    load_matrix(words[term], row + term * bytes);
+  }
+}
+
+template <class T>
+DEVICE void load_terms_transposed(uint32_t (&words)[Terms<T>::kCount][4], const char* row, int bytes) {
+#pragma unroll
+  for (int term = 0; term < Terms<T>::kCount; ++term) {
+    load_matrix_transposed(words[term], row + term * bytes);
+  }
+}
+
+template <class T>
+DEVICE float as_float(T value) {
+  if constexpr (sizeof(T) == 4) {
+    return value;
+  } else {
+    return unpack<T>(value.bits).x;
   }
 }
 
@@ -70,7 +145,7 @@ DEVICE void load_logits(float (&logits)[kCount], const T* row, const Quarters& q
                         bool whole) {
   if (whole && first < quarters.quarter) {
     const T* from = row + q * quarters.quarter + first;
-    if constexpr (kCount == 8) {
+    if constexpr (kCount * sizeof(T) == 16) {
       widen<T>(load_once(reinterpret_cast<const uint4*>(from)), logits);
     } else {
       const uint2 piece = load(reinterpret_cast<const uint2*>(from));
@@ -86,13 +161,13 @@ DEVICE void load_logits(float (&logits)[kCount], const T* row, const Quarters& q
 #pragma unroll
   for (int j = 0; j < kCount; ++j) {
     const int code = whole ? -1 : quarters.code(q, first + j);
-    logits[j] = code < 0 ? -kInfinity : unpack<T>(load(row + code).bits).x;
+    logits[j] = code < 0 ? -kInfinity : as_float(load(row + code));
   }
 }
 
 template <class T>
 DEVICE bool whole_pieces(const void* logits, int64_t stride, int codes) {
-  return codes % 32 == 0 && stride % 8 == 0 && reinterpret_cast<uint64_t>(logits) % 16 == 0;
+  return codes % 32 == 0 && stride % kVector<T> == 0 && reinterpret_cast<uint64_t>(logits) % 16 == 0;
 }
 
 }  // namespace

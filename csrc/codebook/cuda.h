@@ -4,9 +4,12 @@
 
 #include <cstdint>
 
+// Tensors that end in _terms hold what products read: the tensor itself where it has 16 bits; for float32 three
+// bfloat16 tensors, one after the other, whose sum it is.
 struct GumbelForward {
   const void* logits;       // [N, K], rows contiguous
   const void* codebook;     // [K, D], contiguous, 16-byte rows
+  const void* codebook_terms;  // [terms, K, D]
   const float* temperature;  // one element
   const int64_t* seed;       // one element
   void* latents;             // [N, D]
@@ -21,10 +24,10 @@ struct GumbelForward {
 };
 
 struct GumbelBackward {
-  const void* grad_latents;  // [N, D], contiguous, or null
+  const void* grad_terms;  // [terms, N, D], contiguous, or null
   const float* grad_kl;      // [N], or null
   const void* logits;
-  const void* codebook;
+  const void* codebook_terms;  // [terms, K, D]
   const float* temperature;
   const int64_t* seed;
   const float* kl;
@@ -38,8 +41,10 @@ struct GumbelBackward {
   bool noise;
 };
 
-// One translation unit each. Widths: 32, 64, 128, 256.
+// One translation unit each. Widths: 32, 64, 128, and 256 where elements have 16 bits.
 void gumbel_forward_bfloat16(const GumbelForward& parameters, void* stream);
 void gumbel_forward_float16(const GumbelForward& parameters, void* stream);
+void gumbel_forward_float32(const GumbelForward& parameters, void* stream);
 void gumbel_backward_bfloat16(const GumbelBackward& parameters, void* stream);
 void gumbel_backward_float16(const GumbelBackward& parameters, void* stream);
+void gumbel_backward_float32(const GumbelBackward& parameters, void* stream);

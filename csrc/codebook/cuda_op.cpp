@@ -13,13 +13,14 @@ static T* optional_pointer(const std::optional<Tensor>& tensor) {
   return tensor.has_value() ? device_pointer<T>(*tensor) : nullptr;
 }
 
-static void gumbel_forward(Tensor logits, Tensor codebook, Tensor temperature, bool hard, bool noise, Tensor seed,
-                           Tensor latents, Tensor indices, Tensor kl, Tensor lse_noisy, Tensor lse_clean,
+static void gumbel_forward(Tensor logits, Tensor codebook, Tensor codebook_terms, Tensor temperature, bool hard,
+                           bool noise, Tensor seed, Tensor latents, Tensor indices, Tensor kl, Tensor lse_noisy, Tensor lse_clean,
                            Tensor mixture) {
   const DeviceGuard guard(logits.get_device());
   GumbelForward p;
   p.logits = device_pointer<const void>(logits);
   p.codebook = device_pointer<const void>(codebook);
+  p.codebook_terms = device_pointer<const void>(codebook_terms);
   p.temperature = device_pointer<const float>(temperature);
   p.seed = device_pointer<const int64_t>(seed);
   p.latents = device_pointer<void>(latents);
@@ -34,20 +35,26 @@ static void gumbel_forward(Tensor logits, Tensor codebook, Tensor temperature, b
   p.width = static_cast<int>(codebook.size(1));
   p.hard = hard;
   p.noise = noise;
-  const bool half = element_of(logits) == Element::float16;
-  (half ? gumbel_forward_float16 : gumbel_forward_bfloat16)(p, current_stream(logits));
+  switch (element_of(logits)) {
+    case Element::float32:
+      return gumbel_forward_float32(p, current_stream(logits));
+    case Element::bfloat16:
+      return gumbel_forward_bfloat16(p, current_stream(logits));
+    case Element::float16:
+      return gumbel_forward_float16(p, current_stream(logits));
+  }
 }
 
-static void gumbel_backward(std::optional<Tensor> grad_latents, std::optional<Tensor> grad_kl, Tensor logits,
-                            Tensor codebook, Tensor temperature, bool noise, Tensor seed, Tensor kl, Tensor lse_noisy,
+static void gumbel_backward(std::optional<Tensor> grad_terms, std::optional<Tensor> grad_kl, Tensor logits,
+                            Tensor codebook_terms, Tensor temperature, bool noise, Tensor seed, Tensor kl, Tensor lse_noisy,
                             Tensor lse_clean, std::optional<Tensor> delta, int64_t parts, Tensor dlogits,
                             std::optional<Tensor> dcodebook) {
   const DeviceGuard guard(logits.get_device());
   GumbelBackward p;
-  p.grad_latents = optional_pointer<const void>(grad_latents);
+  p.grad_terms = optional_pointer<const void>(grad_terms);
   p.grad_kl = optional_pointer<const float>(grad_kl);
   p.logits = device_pointer<const void>(logits);
-  p.codebook = device_pointer<const void>(codebook);
+  p.codebook_terms = device_pointer<const void>(codebook_terms);
   p.temperature = device_pointer<const float>(temperature);
   p.seed = device_pointer<const int64_t>(seed);
   p.kl = device_pointer<const float>(kl);
@@ -59,22 +66,28 @@ static void gumbel_backward(std::optional<Tensor> grad_latents, std::optional<Te
   p.logits_stride = logits.stride(0);
   p.rows = static_cast<int>(logits.size(0));
   p.codes = static_cast<int>(logits.size(1));
-  p.width = static_cast<int>(codebook.size(1));
+  p.width = static_cast<int>(codebook_terms.size(2));
   p.parts = static_cast<int>(parts);
   p.noise = noise;
-  const bool half = element_of(logits) == Element::float16;
-  (half ? gumbel_backward_float16 : gumbel_backward_bfloat16)(p, current_stream(logits));
+  switch (element_of(logits)) {
+    case Element::float32:
+      return gumbel_backward_float32(p, current_stream(logits));
+    case Element::bfloat16:
+      return gumbel_backward_bfloat16(p, current_stream(logits));
+    case Element::float16:
+      return gumbel_backward_float16(p, current_stream(logits));
+  }
 }
 
 }  // namespace dalle
 
 STABLE_TORCH_LIBRARY_FRAGMENT(DALLE_LIBRARY, m) {
   m.def(
-      "gumbel_forward(Tensor logits, Tensor codebook, Tensor temperature, bool hard, bool noise, Tensor seed,"
-      " Tensor(a!) latents, Tensor(b!) indices, Tensor(c!) kl, Tensor(d!) lse_noisy, Tensor(e!) lse_clean,"
+      "gumbel_forward(Tensor logits, Tensor codebook, Tensor codebook_terms, Tensor temperature, bool hard, bool noise,"
+      " Tensor seed, Tensor(a!) latents, Tensor(b!) indices, Tensor(c!) kl, Tensor(d!) lse_noisy, Tensor(e!) lse_clean,"
       " Tensor(f!) mixture) -> ()");
   m.def(
-      "gumbel_backward(Tensor? grad_latents, Tensor? grad_kl, Tensor logits, Tensor codebook, Tensor temperature,"
+      "gumbel_backward(Tensor? grad_terms, Tensor? grad_kl, Tensor logits, Tensor codebook_terms, Tensor temperature,"
       " bool noise, Tensor seed, Tensor kl, Tensor lse_noisy, Tensor lse_clean, Tensor? delta, int parts,"
       " Tensor(a!) dlogits, Tensor(b!)? dcodebook) -> ()");
 }

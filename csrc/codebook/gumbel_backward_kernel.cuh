@@ -17,11 +17,11 @@ constexpr int kRows = 16 * kWarps;  // a step; 16 to a warp
 
 template <class T, int kWidth>
 struct Backward {
-  static constexpr int kStages = kWidth <= 128 ? 2 : 1;  // of dL's rows
-  static constexpr int kCodeBytes = kStepCodes<kWidth> * kPitch<kWidth>;
-  static constexpr int kGradBytes = kRows * kPitch<kWidth>;
-  static constexpr int kWeightBytes = kRows * kPitch<kStepCodes<kWidth>>;
-  static constexpr int kSharedBytes = kCodeBytes + kStages * kGradBytes + kWeightBytes;
+  static constexpr int kTerms = Terms<T>::kCount;
+  static constexpr int kStages = kWidth <= 128 && kTerms == 1 ? 2 : 1;  // of dL's rows
+  static constexpr int kGradBytes = kRows * kPitch<kWidth>;             // a term of dL's rows
+  static constexpr int kWeightBytes = kRows * kPitch<kStepCodes<T, kWidth>>;  // a term of y
+  static constexpr int kSharedBytes = kTerms * (kTileBytes<T, kWidth> + kStages * kGradBytes + kWeightBytes);
 };
 
 // Gradients of codes `column` on of every quarter, of two rows before `end`.
@@ -38,13 +38,17 @@ DEVICE void store_logits(T* dlogits, const float (&x)[2][4][kMine], const int (&
     for (int q = 0; q < 4; ++q) {
       if (quarters.codes % 32 == 0) {  // as whole_pieces() has it; dlogits are contiguous
         if (column < quarters.quarter) {
-          uint32_t words[kMine / 2];
-#pragma unroll
-          for (int j = 0; j < kMine; j += 2) {
-            words[j / 2] = pack<T>(x[half][q][j], x[half][q][j + 1]);
-          }
           T* at = to + q * quarters.quarter + column;
-          if constexpr (kMine == 8) {
+          uint32_t words[kMine * sizeof(T) / 4];
+#pragma unroll
+          for (int i = 0; i < static_cast<int>(kMine * sizeof(T) / 4); ++i) {
+            if constexpr (sizeof(T) == 4) {
+              words[i] = __float_as_uint(x[half][q][i]);
+            } else {
+              words[i] = pack<T>(x[half][q][2 * i], x[half][q][2 * i + 1]);
+            }
+          }
+          if constexpr (kMine * sizeof(T) == 16) {
             store(reinterpret_cast<uint4*>(at), make_uint4(words[0], words[1], words[2], words[3]));
           } else {
             store(reinterpret_cast<uint2*>(at), make_uint2(words[0], words[1]));
@@ -56,7 +60,11 @@ DEVICE void store_logits(T* dlogits, const float (&x)[2][4][kMine], const int (&
       for (int j = 0; j < kMine; ++j) {
         const int code = quarters.code(q, column + j);
         if (code >= 0) {
-          store(to + code, T{static_cast<uint16_t>(pack<T>(x[half][q][j], 0.0f))});
+          if constexpr (sizeof(T) == 4) {
+            store(to + code, x[half][q][j]);
+          } else {
+            store(to + code, T{static_cast<uint16_t>(pack<T>(x[half][q][j], 0.0f))});
+          }
         }
       }
     }
@@ -66,9 +74,10 @@ DEVICE void store_logits(T* dlogits, const float (&x)[2][4][kMine], const int (&
 template <class T, int kWidth>
 __global__ void __launch_bounds__(kThreads, 1) gumbel_backward_kernel(const __grid_constant__ GumbelBackward p) {
   using Shape = Backward<T, kWidth>;
-  constexpr int kCodes = kGroup<kWidth>;
-  constexpr int kMine = kPer<kWidth>;
-  constexpr int kBlock = kStepCodes<kWidth>;
+  constexpr int kCodes = kGroup<T, kWidth>;
+  constexpr int kMine = kPer<T, kWidth>;
+  constexpr int kBlock = kStepCodes<T, kWidth>;
+  constexpr int kTerms = Shape::kTerms;
   constexpr int kShare = kWidth * kBlock / 128;  // columns of dcodebook that a warp sums, of 16 codes
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
@@ -78,31 +87,36 @@ __global__ void __launch_bounds__(kThreads, 1) gumbel_backward_kernel(const __gr
   const Noise draw(load(p.seed), 0);
   const float inverse = 1.0f / load(p.temperature);
   const bool whole = whole_pieces<T>(p.logits, p.logits_stride, p.codes);
-  const bool with_latents = p.grad_latents != nullptr;
-  char* codes = shared_memory();             // [kBlock][kPitch<kWidth>], placed for d
-  char* grads = codes + Shape::kCodeBytes;   // [kStages][kRows][kPitch<kWidth>]
-  char* weights = grads + Shape::kStages * Shape::kGradBytes;  // [kRows][kPitch<kBlock>], y
+  const bool with_latents = p.grad_terms != nullptr;
+  char* codes = shared_memory();  // [terms][kBlock][kPitch<kWidth>], placed for d
+  char* grads = codes + kTerms * kTileBytes<T, kWidth>;  // [kStages][terms][kRows][kPitch<kWidth>]
+  char* weights = grads + Shape::kStages * kTerms * Shape::kGradBytes;  // [terms][kRows][kPitch<kBlock>], y
   const int first_code = blockIdx.x * kCodes;  // of each quarter
   const int column = first_code + kMine * c;
   const int share = (p.rows + p.parts - 1) / p.parts;
   const int begin = blockIdx.y * share;
   const int end = begin + share < p.rows ? begin + share : p.rows;
   const auto copy_grads = [&](int first) {
-    char* to = grads + (first - begin) / kRows % Shape::kStages * Shape::kGradBytes;
+    using Element = typename Terms<T>::Element;
+    char* to = grads + (first - begin) / kRows % Shape::kStages * kTerms * Shape::kGradBytes;
 #pragma unroll 1
     for (int i = threadIdx.x; i < kRows * kWidth / 8; i += kThreads) {
       const int row = static_cast<unsigned>(i) / (kWidth / 8);
       const int piece = static_cast<unsigned>(i) % (kWidth / 8);
       const bool valid = first + row < end;
-      const T* from = static_cast<const T*>(p.grad_latents) + static_cast<int64_t>(valid ? first + row : 0) * kWidth;
-      copy_async(to + row * kPitch<kWidth> + 16 * piece, from + 8 * piece, valid);
+      const int64_t at = static_cast<int64_t>(valid ? first + row : 0) * kWidth + 8 * piece;
+#pragma unroll
+      for (int term = 0; term < kTerms; ++term) {
+        const int64_t before = static_cast<int64_t>(term) * p.rows * kWidth;
+        copy_async(to + term * Shape::kGradBytes + row * kPitch<kWidth> + 16 * piece,
+                   static_cast<const Element*>(p.grad_terms) + before + at, valid);
+      }
     }
     copy_async_commit();
   };
 
   if (with_latents) {
-    copy_codes<T, kWidth, kThreads>(codes, static_cast<const T*>(p.codebook), quarters, first_code,
-                                    place_for_dot<kMine>);
+    copy_codes<T, kWidth, kThreads>(codes, p.codebook_terms, quarters, first_code, place_for_dot<kMine>);
     copy_grads(begin);
   }
   float sums[kShare / 8][4] = {};
@@ -112,7 +126,7 @@ __global__ void __launch_bounds__(kThreads, 1) gumbel_backward_kernel(const __gr
     if (with_latents && Shape::kStages == 2 && first + kRows < end) {
       copy_grads(first + kRows);
     }
-    const char* grad = grads + (first - begin) / kRows % Shape::kStages * Shape::kGradBytes;
+    const char* grad = grads + (first - begin) / kRows % Shape::kStages * kTerms * Shape::kGradBytes;
 
     int row[2];
     float x[2][4][kMine];  // logits, then their gradients
@@ -142,14 +156,14 @@ __global__ void __launch_bounds__(kThreads, 1) gumbel_backward_kernel(const __gr
             codes + (16 * t + lane / 16 * 8 + lane % 8) * kPitch<kWidth> + lane / 8 % 2 * 16;
 #pragma unroll
         for (int k = 0; k < kWidth / 16; ++k) {
-          uint32_t a[4];
-          load_matrix(a, a_from + 32 * k);
+          uint32_t a[kTerms][4];
+          load_terms<T>(a, a_from + 32 * k, Shape::kGradBytes);
 #pragma unroll
           for (int q = 0; q < 4; ++q) {
-            uint32_t b[4];
-            load_matrix(b, b_from + q * kCodes * kPitch<kWidth> + 32 * k);
-            mma<T>(dot[q][0], a, b[0], b[1]);
-            mma<T>(dot[q][1], a, b[2], b[3]);
+            uint32_t b[kTerms][4];
+            load_terms<T>(b, b_from + q * kCodes * kPitch<kWidth> + 32 * k, kTileBytes<T, kWidth>);
+            multiply_terms<T>(dot[q][0], a, b, 0);
+            multiply_terms<T>(dot[q][1], a, b, 1);
           }
         }
       }
@@ -177,8 +191,15 @@ __global__ void __launch_bounds__(kThreads, 1) gumbel_backward_kernel(const __gr
           char* to = weights + (warp * 16 + 8 * half + g) * kPitch<kBlock> + 2 * (kMine * c + 4 * t);
 #pragma unroll
           for (int q = 0; q < 4; ++q) {
-            store(reinterpret_cast<uint2*>(to + 2 * q * kCodes),
-                  make_uint2(pack<T>(y[q][0], y[q][1]), pack<T>(y[q][2], y[q][3])));
+            uint32_t low[kTerms];
+            uint32_t high[kTerms];
+            split<T>(low, y[q][0], y[q][1]);
+            split<T>(high, y[q][2], y[q][3]);
+#pragma unroll
+            for (int term = 0; term < kTerms; ++term) {
+              store(reinterpret_cast<uint2*>(to + term * Shape::kWeightBytes + 2 * q * kCodes),
+                    make_uint2(low[term], high[term]));
+            }
           }
         }
       }
@@ -196,14 +217,14 @@ __global__ void __launch_bounds__(kThreads, 1) gumbel_backward_kernel(const __gr
     const char* b_from = grad + lane % 16 * kPitch<kWidth> + 2 * columns_at + lane / 16 * 16;
 #pragma unroll
     for (int k = 0; k < kRows / 16; ++k) {
-      uint32_t a[4];
-      load_matrix_transposed(a, a_from + k * 16 * kPitch<kBlock>);
+      uint32_t a[kTerms][4];
+      load_terms_transposed<T>(a, a_from + k * 16 * kPitch<kBlock>, Shape::kWeightBytes);
 #pragma unroll
       for (int n = 0; n < kShare / 16; ++n) {
-        uint32_t b[4];
-        load_matrix_transposed(b, b_from + k * 16 * kPitch<kWidth> + n * 32);
-        mma<T>(sums[2 * n], a, b[0], b[1]);
-        mma<T>(sums[2 * n + 1], a, b[2], b[3]);
+        uint32_t b[kTerms][4];
+        load_terms_transposed<T>(b, b_from + k * 16 * kPitch<kWidth> + n * 32, Shape::kGradBytes);
+        multiply_terms<T>(sums[2 * n], a, b, 0);
+        multiply_terms<T>(sums[2 * n + 1], a, b, 1);
       }
     }
     if (Shape::kStages == 1 && first + kRows < end) {
@@ -232,7 +253,7 @@ __global__ void __launch_bounds__(kThreads, 1) gumbel_backward_kernel(const __gr
 
 template <class T, int kWidth>
 void run(const GumbelBackward& p, void* stream) {
-  const int groups = ((p.codes + 3) / 4 + kGroup<kWidth> - 1) / kGroup<kWidth>;
+  const int groups = ((p.codes + 3) / 4 + kGroup<T, kWidth> - 1) / kGroup<T, kWidth>;
   launch(gumbel_backward_kernel<T, kWidth>, dim3{static_cast<unsigned>(groups), static_cast<unsigned>(p.parts), 1},
          kThreads, Backward<T, kWidth>::kSharedBytes, stream, p);
 }
@@ -247,7 +268,10 @@ void choose_width(const GumbelBackward& p, void* stream) {
     case 128:
       return run<T, 128>(p, stream);
     case 256:
-      return run<T, 256>(p, stream);
+      if constexpr (sizeof(T) == 2) {
+        run<T, 256>(p, stream);
+      }
+      return;
   }
 }
 

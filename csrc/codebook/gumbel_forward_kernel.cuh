@@ -17,11 +17,12 @@ constexpr int kForwardRows = kForwardThreads / 2;
 constexpr float kNothing = -1e38f;  // the largest of no scores: finite, so that differences are numbers
 
 template <class T, int kWidth>
-__global__ void __launch_bounds__(kForwardThreads, kWidth <= 128 ? 2 : 1)
+__global__ void __launch_bounds__(kForwardThreads, kWidth <= 128 && sizeof(T) == 2 ? 2 : 1)
     gumbel_forward_kernel(const __grid_constant__ GumbelForward p) {
-  constexpr int kCodes = kGroup<kWidth>;
-  constexpr int kMine = kPer<kWidth>;
-  constexpr int kTileBytes = kStepCodes<kWidth> * kPitch<kWidth>;
+  constexpr int kCodes = kGroup<T, kWidth>;
+  constexpr int kMine = kPer<T, kWidth>;
+  constexpr int kTerms = Terms<T>::kCount;
+  constexpr int kStepBytes = kTerms * kTileBytes<T, kWidth>;
   const int lane = threadIdx.x % 32;
   const int g = lane / 4;
   const int c = lane % 4;
@@ -31,7 +32,7 @@ __global__ void __launch_bounds__(kForwardThreads, kWidth <= 128 ? 2 : 1)
   const float to_base_2 = kLog2E / load(p.temperature);
   const T* codebook = static_cast<const T*>(p.codebook);
   const bool whole = whole_pieces<T>(p.logits, p.logits_stride, p.codes);
-  char* tiles = shared_memory();  // [2][kStepCodes][kPitch]
+  char* tiles = shared_memory();  // [2][terms][kStepCodes][kPitch]
 
   float acc[kWidth / 8][4] = {};
   float noisy_m[2] = {kNothing, kNothing};
@@ -43,11 +44,11 @@ __global__ void __launch_bounds__(kForwardThreads, kWidth <= 128 ? 2 : 1)
   int best_code[2] = {};
 
   const int steps = (quarters.quarter + kCodes - 1) / kCodes;
-  copy_codes<T, kWidth, kForwardThreads>(tiles, codebook, quarters, 0, place_for_sum<kMine>);
+  copy_codes<T, kWidth, kForwardThreads>(tiles, p.codebook_terms, quarters, 0, place_for_sum<kMine>);
   copy_async_commit();
   for (int step = 0; step < steps; ++step) {
     const int first = step * kCodes + kMine * c;
-    uint32_t weights[kMine][4];  // operand A of the products: 16 codes each
+    uint32_t weights[kMine][kTerms][4];  // operand A of the products: 16 codes each
     float old[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -105,8 +106,15 @@ __global__ void __launch_bounds__(kForwardThreads, kWidth <= 128 ? 2 : 1)
         }
 #pragma unroll
         for (int s = 0; s < kMine / 4; ++s) {
-          weights[kMine / 4 * q + s][half] = pack<T>(score[q][4 * s], score[q][4 * s + 1]);
-          weights[kMine / 4 * q + s][2 + half] = pack<T>(score[q][4 * s + 2], score[q][4 * s + 3]);
+#pragma unroll
+          for (int pair = 0; pair < 2; ++pair) {
+            uint32_t words[kTerms];
+            split<T>(words, score[q][4 * s + 2 * pair], score[q][4 * s + 2 * pair + 1]);
+#pragma unroll
+            for (int term = 0; term < kTerms; ++term) {
+              weights[kMine / 4 * q + s][term][2 * pair + half] = words[term];
+            }
+          }
         }
       }
     }
@@ -121,19 +129,19 @@ __global__ void __launch_bounds__(kForwardThreads, kWidth <= 128 ? 2 : 1)
     copy_async_wait<0>();
     __syncthreads();  // this step's codes are there, and nobody reads the last step's
     if (step + 1 < steps) {
-      copy_codes<T, kWidth, kForwardThreads>(tiles + (step + 1) % 2 * kTileBytes, codebook, quarters,
+      copy_codes<T, kWidth, kForwardThreads>(tiles + (step + 1) % 2 * kStepBytes, p.codebook_terms, quarters,
                                              (step + 1) * kCodes, place_for_sum<kMine>);
       copy_async_commit();
     }
-    const char* mine = tiles + step % 2 * kTileBytes + lane % 16 * kPitch<kWidth> + lane / 16 * 16;
+    const char* mine = tiles + step % 2 * kStepBytes + lane % 16 * kPitch<kWidth> + lane / 16 * 16;
 #pragma unroll
     for (int k = 0; k < kMine; ++k) {
 #pragma unroll
       for (int n = 0; n < kWidth / 16; ++n) {
-        uint32_t b[4];
-        load_matrix_transposed(b, mine + k * 16 * kPitch<kWidth> + n * 32);
-        mma<T>(acc[2 * n], weights[k], b[0], b[1]);
-        mma<T>(acc[2 * n + 1], weights[k], b[2], b[3]);
+        uint32_t b[kTerms][4];
+        load_terms_transposed<T>(b, mine + k * 16 * kPitch<kWidth> + n * 32, kTileBytes<T, kWidth>);
+        multiply_terms<T>(acc[2 * n], weights[k], b, 0);
+        multiply_terms<T>(acc[2 * n + 1], weights[k], b, 1);
       }
     }
   }
@@ -165,9 +173,15 @@ __global__ void __launch_bounds__(kForwardThreads, kWidth <= 128 ? 2 : 1)
     }
   }
   T* latents = static_cast<T*>(p.latents);
-  if (!p.hard) {
-    store_rows<T, kWidth>(latents, kWidth, acc, inverse, row, c);
-    return;
+  if constexpr (sizeof(T) == 2) {
+    if (!p.hard) {
+      store_rows<T, kWidth>(latents, kWidth, acc, inverse, row, c);
+      return;
+    }
+  }
+  float* mixture = p.mixture;
+  if constexpr (sizeof(T) == 4) {
+    mixture = p.hard ? p.mixture : latents;
   }
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -176,14 +190,16 @@ __global__ void __launch_bounds__(kForwardThreads, kWidth <= 128 ? 2 : 1)
     }
     const int64_t from = static_cast<int64_t>(best_code[half]) * kWidth;
     const int64_t to = static_cast<int64_t>(row[half]) * kWidth;
+    if (p.hard) {
 #pragma unroll 1
-    for (int piece = c; piece < kWidth / 8; piece += 4) {
-      store(reinterpret_cast<uint4*>(latents + to) + piece,
-            load(reinterpret_cast<const uint4*>(codebook + from) + piece));
+      for (int piece = c; piece < kWidth / kVector<T>; piece += 4) {
+        store(reinterpret_cast<uint4*>(latents + to) + piece,
+              load(reinterpret_cast<const uint4*>(codebook + from) + piece));
+      }
     }
 #pragma unroll
     for (int n = 0; n < kWidth / 8; ++n) {
-      store(reinterpret_cast<float2*>(p.mixture + to + 8 * n + 2 * c),
+      store(reinterpret_cast<float2*>(mixture + to + 8 * n + 2 * c),
             make_float2(acc[n][2 * half] * inverse[half], acc[n][2 * half + 1] * inverse[half]));
     }
   }
@@ -193,7 +209,7 @@ template <class T, int kWidth>
 void run(const GumbelForward& p, void* stream) {
   const auto blocks = static_cast<unsigned>((p.rows + kForwardRows - 1) / kForwardRows);
   launch(gumbel_forward_kernel<T, kWidth>, dim3{blocks, 1, 1}, kForwardThreads,
-         2 * kStepCodes<kWidth> * kPitch<kWidth>, stream, p);
+         2 * Terms<T>::kCount * kTileBytes<T, kWidth>, stream, p);
 }
 
 template <class T>
@@ -206,7 +222,10 @@ void choose_width(const GumbelForward& p, void* stream) {
     case 128:
       return run<T, 128>(p, stream);
     case 256:
-      return run<T, 256>(p, stream);
+      if constexpr (sizeof(T) == 2) {
+        run<T, 256>(p, stream);
+      }
+      return;
   }
 }
 

@@ -12,11 +12,37 @@ _ROWS = 256  # of the table; fewer are not worth another block of the backward
 
 
 def refuse(call: Call) -> str | None:
-    if reason := cuda_library.refuse(call.device, call.dtype, (torch.bfloat16, torch.float16)):
+    if reason := cuda_library.refuse(call.device, call.dtype, (torch.bfloat16, torch.float16, torch.float32)):
         return reason
-    if call.width not in _WIDTHS:
-        return f"it takes codebook widths {', '.join(map(str, _WIDTHS))}, not {call.width}"
+    widths = _WIDTHS[:3] if call.dtype == torch.float32 else _WIDTHS  # terms of wider rows leave no registers
+    if call.width not in widths:
+        return f"it takes {call.dtype} codebooks of widths {', '.join(map(str, widths))}, not {call.width}"
+    needed, there = _backward_bytes(call.width, call.dtype), cuda_library.shared_memory(call.device, 1)
+    if needed > there:
+        return f"its backward needs {needed} bytes of shared memory a block at this width and dtype, here are {there}"
     return None
+
+
+def _group(width: int, dtype: torch.dtype) -> int:
+    """Codes of a step: kStepCodes of csrc/codebook/codes.cuh."""
+    return 128 if width <= 128 and dtype.itemsize == 2 else 64
+
+
+def _backward_bytes(width: int, dtype: torch.dtype) -> int:
+    """Backward::kSharedBytes of csrc/codebook/gumbel_backward_kernel.cuh: codes, one or two tiles of dL's rows, y."""
+    codes, pitch = _group(width, dtype), 2 * width + 16
+    terms = 1 if dtype.itemsize == 2 else 3
+    stages = 2 if width <= 128 and terms == 1 else 1
+    return terms * (codes * pitch + stages * 128 * pitch + 128 * (2 * codes + 16))
+
+
+def _terms(tensor: torch.Tensor) -> torch.Tensor:
+    """[terms, ...], what products read: float32 as three bfloat16 tensors whose sum it is, others as they are."""
+    if tensor.dtype != torch.float32:
+        return tensor[None]
+    first = tensor.bfloat16()
+    second = (tensor - first).bfloat16()
+    return torch.stack([first, second, (tensor - first - second).bfloat16()])
 
 
 def gumbel_forward(
@@ -33,9 +59,11 @@ def gumbel_forward(
     kl, lse_noisy, lse_clean = torch.empty((3, rows), dtype=torch.float32, device=logits.device).unbind()
     mixture = torch.empty((rows, width) if hard else 0, dtype=torch.float32, device=logits.device)
     if rows:
+        codebook = cuda_library.aligned(codebook)
         cuda_library.operations().gumbel_forward(
             logits,
-            cuda_library.aligned(codebook),
+            codebook,
+            _terms(codebook),
             temperature,
             hard,
             noise,
@@ -69,8 +97,7 @@ def gumbel_backward(
     rows, codes = logits.shape
     delta = partial = None
     # A block walks over its codes' column of the logits, or a share of its rows where columns are few.
-    group = 128 if codebook.shape[1] <= 128 else 64  # kStepCodes of csrc/codebook/codes.cuh
-    columns = -(-codes // group)
+    columns = -(-codes // _group(codebook.shape[1], codebook.dtype))
     parts = max(1, min(cuda_library.multiprocessors(logits.device) // columns, rows // _ROWS))
     if grad_latents is not None:
         delta = (grad_latents.float() * (mixture if hard else latents)).sum(-1)
@@ -79,10 +106,10 @@ def gumbel_backward(
     dlogits = torch.empty((rows, codes), dtype=logits.dtype, device=logits.device)
     if rows:
         cuda_library.operations().gumbel_backward(
-            None if grad_latents is None else cuda_library.aligned(grad_latents),
+            None if grad_latents is None else _terms(cuda_library.aligned(grad_latents)),
             grad_kl,
             logits,
-            cuda_library.aligned(codebook),
+            _terms(cuda_library.aligned(codebook)),
             temperature,
             noise,
             seed,

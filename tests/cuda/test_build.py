@@ -70,12 +70,14 @@ def test_machine_code_holds_the_instructions_that_the_design_counts_on(built: Ta
                 assert row["instructions"]["HMMA"] == products, f"{name}"
                 assert row["instructions"]["LDGSTS"] >= 4, f"{name}"
             if name.startswith("gumbel"):
-                # A step of 128 codes, 64 for wide rows: y codebook sums over them forward; backward d has them as
-                # columns, and y^T dL sums 128 rows for a warp's 16 codes by its share of the width.
+                # A step of 128 codes, 64 for wide rows and float32: y codebook sums over them forward; backward d has
+                # them as columns, and y^T dL sums 128 rows for a warp's 16 codes by its share of the width.
                 width = int(name.rstrip(">").split(", ")[1])
-                codes = 128 if width <= 128 else 64
-                forward = codes // 16 * (width // 8)
-                backward = codes // 8 * (width // 16) + 8 * (width * codes // 128 // 8)
+                # float32's products are of three terms each, six products in all.
+                wide = "float," in name
+                codes = 128 if width <= 128 and not wide else 64
+                forward = codes // 16 * (width // 8) * (6 if wide else 1)
+                backward = (codes // 8 * (width // 16) + 8 * (width * codes // 128 // 8)) * (6 if wide else 1)
                 assert row["instructions"]["HMMA"] == (forward if "forward" in name else backward), f"{name}"
                 assert row["instructions"]["LDGSTS"] >= 1, f"{name}"
                 if width <= 128:

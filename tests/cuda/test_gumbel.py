@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -45,7 +46,7 @@ def _check_forward(rows: int, codes: int, width: int, dtype: torch.dtype, hard: 
 
 
 @pytest.mark.parametrize(("hard", "noise"), MODES)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_forward(emulated: Any, hard: bool, noise: bool, dtype: torch.dtype) -> None:
     _check_forward(70, 160, 32, dtype, hard, noise)
 
@@ -71,15 +72,24 @@ def _check_backward(
     want = reference.gumbel_backward(
         None if grad_latents is None else grad_latents.double(), grad_kl, *wide, temperature, hard, noise, seed, *exact
     )
-    # What float32 arithmetic on results rounded to the inputs' precision allows: y and dL enter products rounded.
+    # 16 bits: what float32 arithmetic on results rounded to them allows; y and dL enter products rounded.
+    # float32: an exponent of size E that is rounded a few times leaves y wrong by E eps of itself, and d - delta, which
+    # y multiplies, may cancel.
     unit = torch.finfo(dtype).eps
-    for ours, theirs in zip(got, want, strict=True):
+    floor, reach = 1e-6, [theirs.abs().max() for theirs in want]
+    if dtype == torch.float32:
+        noisy = logits + (gumbel_noise(seed, rows, codes, GUMBEL_STREAM) if noise else 0)
+        unit *= float((noisy / temperature).abs().max() / math.log(2)) / 4
+        floor = 0.0
+        if grad_latents is not None:
+            reach[0] += 2 * (grad_latents.double() @ codebook.double().T).abs().max() / temperature
+    for ours, theirs, largest in zip(got, want, reach, strict=True):
         assert ours.isfinite().all()
-        assert (ours.double() - theirs).abs().max() <= 4 * unit * theirs.abs().max() + 1e-6
+        assert (ours.double() - theirs).abs().max() <= 4 * unit * largest + floor
 
 
 @pytest.mark.parametrize(("hard", "noise"), MODES)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_backward(emulated: Any, hard: bool, noise: bool, dtype: torch.dtype) -> None:
     _check_backward(70, 160, 32, dtype, hard, noise, latents=True, kl=True)
 
@@ -92,6 +102,12 @@ def test_backward_of_one_output(emulated: Any, latents: bool, kl: bool) -> None:
 @pytest.mark.parametrize(("codes", "width"), [(1, 32), (131, 64), (256, 128), (3, 256), (131, 256), (256, 256)])
 def test_backward_shapes(emulated: Any, codes: int, width: int) -> None:
     _check_backward(9, codes, width, torch.bfloat16, False, True, latents=True, kl=True)
+
+
+@pytest.mark.parametrize(("codes", "width"), [(131, 64), (3, 128), (256, 128)])
+def test_float32_shapes(emulated: Any, codes: int, width: int) -> None:
+    _check_forward(70, codes, width, torch.float32, False, True)
+    _check_backward(150, codes, width, torch.float32, False, True, latents=True, kl=True)
 
 
 @pytest.mark.parametrize("width", [32, 256])
@@ -124,7 +140,13 @@ def test_an_empty_batch(emulated: Any) -> None:
 
 def test_what_the_kernels_do_not_serve_is_refused(emulated: Any) -> None:
     logits, codebook, _, _ = _inputs(4, 64, 48, torch.float16)
-    with pytest.raises(ValueError, match="it takes codebook widths 32, 64, 128, 256, not 48"):
+    with pytest.raises(ValueError, match=r"it takes torch\.float16 codebooks of widths 32, 64, 128, 256, not 48"):
+        gumbel_lookup(logits, codebook, 1.0, backend="cuda")
+    logits, codebook, _, _ = _inputs(4, 64, 256, torch.float32)
+    with pytest.raises(ValueError, match=r"it takes torch\.float32 codebooks of widths 32, 64, 128, not 256"):
+        gumbel_lookup(logits, codebook, 1.0, backend="cuda")
+    logits, codebook, _, _ = _inputs(4, 64, 128, torch.bfloat16)  # the emulated machine has 100,000 bytes
+    with pytest.raises(ValueError, match=r"needs 139264 bytes of shared memory a block.*here are 100000"):
         gumbel_lookup(logits, codebook, 1.0, backend="cuda")
     with pytest.raises(ValueError, match="there is no cuda kernel for vq_lookup"):
         vq_lookup(codebook, codebook, backend="cuda")

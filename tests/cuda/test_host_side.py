@@ -62,7 +62,7 @@ def _sampling() -> None:
     [
         (attention, ("forward", "backward"), {"aten::empty", "aten::empty_like"}),
         (decode, ("forward",), {"aten::empty"}),
-        (codebook, ("gumbel_forward",), {"aten::empty", "aten::unbind"}),
+        (codebook, ("gumbel_forward",), {"aten::empty", "aten::unbind", "aten::unsqueeze"}),
         (sampling, ("sample",), {"aten::empty"}),
     ],
     ids=["attention", "decode", "gumbel", "sampling"],
