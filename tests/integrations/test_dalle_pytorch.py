@@ -176,6 +176,20 @@ def test_a_cache_continues_the_sequence(kind: str, options: dict[str, Any]) -> N
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-10, atol=1e-10)
 
 
+def test_what_others_hold_is_left_alone() -> None:
+    one, other = pair("Attention", {"seq_len": LENGTH})
+    x, grad = torch.randn(2, 2, LENGTH, 24, dtype=torch.float64)
+    rotary, seen = angles(LENGTH, 10), []
+    for module in (one, other):
+        module.to_qkv.register_forward_hook(lambda module, inputs, output: seen.append(output))
+        run(module, x, grad, rotary_pos_emb=rotary)
+    assert_equal([seen[1].detach()], [seen[0].detach()])
+    other.to_qkv, packed = nn.Identity(), torch.randn(2, LENGTH, 96, dtype=torch.float64)
+    before = packed.clone()
+    other(packed, rotary_pos_emb=rotary)
+    assert torch.equal(packed, before)
+
+
 def test_angles_may_change() -> None:
     one, other = pair("Attention", {"seq_len": LENGTH})
     x, grad = torch.randn(2, 2, LENGTH, 24, dtype=torch.float64)

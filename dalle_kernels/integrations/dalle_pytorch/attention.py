@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from dalle_kernels.attention import AxialRow, Causal, Column, Convolution, MaskPattern, Pattern, TokenLayout
@@ -82,9 +83,12 @@ class AnyAttention(nn.Module):
         n = x.shape[1]
         offset = 0 if cache is None else cache.get("offset", 0)
         qkv = self.to_qkv(x).unflatten(-1, (3, self.heads, -1))
-        if rotary_pos_emb is not None:
-            qkv = _rotate(qkv, _turns(rotary_pos_emb, qkv.shape[-1])[offset : offset + n])
-        q, k, v = qkv.transpose(1, 3).unbind(2)
+        if rotary_pos_emb is None:
+            q, k, v = _heads(qkv)
+        else:
+            if type(self.to_qkv) is not nn.Linear or self.to_qkv._forward_hooks:
+                qkv = qkv.clone()  # somebody else may hold it
+            q, k, v = _rotated(qkv, _turns(rotary_pos_emb, qkv.shape[-1])[offset : offset + n])
         if offset:
             assert cache is not None
             out = decode_attention(q, k, v, cache[cache_key], offset, self.scale, self.backend)
@@ -382,9 +386,50 @@ def _make_turns(angles: Tensor, width: int) -> Tensor:
     return torch.complex(half.cos(), half.sin())[:, None, None]
 
 
-def _rotate(qkv: Tensor, turns: Tensor) -> Tensor:
-    """qkv [B, n, 3, H, D], a projection's output that nobody else holds, is turned in place: it is large, and fresh
-    memory costs more than the arithmetic."""
+def _heads(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """qkv [B, n, 3, H, D] -> q, k, v, views [B, H, n, D]."""
+    q, k, v = qkv.transpose(1, 3).unbind(2)
+    return q, k, v
+
+
+def _pairs(tensor: Tensor) -> Tensor:
+    """[..., D] -> complex [..., D / 2], a view where the tensor is float32 or float64."""
+    return torch.view_as_complex(widen(tensor).unflatten(-1, (-1, 2)))
+
+
+def _rotated(qkv: Tensor, turns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The heads of qkv [B, n, 3, H, D], turned; qkv is overwritten.
+
+    It is a projection's output, and large: fresh memory costs more than the arithmetic.
+    """
+    if torch.compiler.is_compiling():
+        return _heads(torch.view_as_real(_pairs(qkv) * turns).flatten(-2).to(qkv.dtype))
+    if torch.is_grad_enabled():
+        return _Rotation.apply(qkv, turns)
+    return _rotated_in_place(qkv, turns)
+
+
+def _rotated_in_place(qkv: Tensor, turns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     wide = widen(qkv)
-    torch.view_as_complex(wide.unflatten(-1, (-1, 2))).mul_(turns)
-    return wide.to(qkv.dtype)
+    _pairs(wide).mul_(turns)
+    return _heads(wide.to(qkv.dtype))
+
+
+class _Rotation(torch.autograd.Function):
+    """As autograd would do it, but the three gradients are turned straight into that of qkv, in one pass."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, turns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(turns)
+        return _rotated_in_place(qkv, turns)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (turns,) = ctx.saved_tensors
+        back = turns[:, 0].conj().resolve_conj()  # [n, 1, D / 2]
+        batch, heads, n, width = grads[0].shape
+        grad = widen(grads[0]).new_empty(batch, n, 3, heads, width)
+        for one, into in zip(grads, grad.unbind(2), strict=True):
+            torch.mul(_pairs(one.transpose(1, 2).contiguous()), back, out=_pairs(into))
+        return grad.to(grads[0].dtype), None
