@@ -37,7 +37,8 @@ def forward(
     # host does not look at.
     wanted = -(-2 * cuda_library.multiprocessors(q.device) // (batch * heads))
     splits = max(1, min(wanted, table.cache_length // _KEYS_A_BLOCK))
-    partial = torch.empty(batch * heads * splits * (width + 2) if splits > 1 else 0, device=q.device)
+    workspace = batch * heads * splits * (width + 2) if splits > 1 else 0
+    partial = torch.empty(workspace, dtype=torch.float32, device=q.device)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     cuda_library.operations().decode_attention(
         cuda_library.aligned(q),

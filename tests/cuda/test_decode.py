@@ -74,6 +74,19 @@ def test_split_over_keys_and_strided_inputs(emulated: Any) -> None:
     torch.testing.assert_close(early.double(), _want(pattern, q, k, v)[:, :, :2], atol=0.02, rtol=0.02)
 
 
+def test_torchs_default_dtype_has_no_say(emulated: Any) -> None:
+    pattern = Causal(TokenLayout(100, (10, 12)))  # split over keys, with a workspace
+    q, k, v = (torch.randn(1, 1, pattern.length, 32) for _ in range(3))
+    want = _want(pattern, q, k, v)[:, :, -1:]
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        got = _decode(pattern, q, k, v, prefill=pattern.length - 1)
+    finally:
+        torch.set_default_dtype(before)
+    torch.testing.assert_close(got.double(), want, atol=2e-6, rtol=2e-6)
+
+
 def test_a_query_that_sees_nothing_gives_zeros(emulated: Any) -> None:
     mask = torch.tril(torch.ones(6, 6, dtype=torch.bool))
     mask[3] = False
