@@ -47,7 +47,7 @@ def accelerate(model: nn.Module) -> nn.Module:
     Raises:
         TypeError: if there is no DalleModel in `model`.
     """
-    found = [module for module in model.modules() if _is_peer(module, "model", "DalleModel")]
+    found = [module for module in model.modules() if _is_dalle(module)]
     if not found:
         raise TypeError(f"model: got {type(model).__name__}, wanted a rudalle DalleModel or a module that holds one")
     for dalle in found:
@@ -56,8 +56,9 @@ def accelerate(model: nn.Module) -> nn.Module:
     return model
 
 
-def _is_peer(module: nn.Module, file: str, name: str) -> bool:
-    return any((kind.__module__, kind.__name__) == (f"rudalle.dalle.{file}", name) for kind in type(module).__mro__)
+def _is_dalle(module: nn.Module) -> bool:
+    kinds = type(module).__mro__
+    return any((kind.__module__, kind.__name__) == ("rudalle.dalle.model", "DalleModel") for kind in kinds)
 
 
 def _change(dalle: Any) -> None:

@@ -66,7 +66,7 @@ def register(
         TypeError, ValueError: for a bad argument, or a name that already stands for something else.
 
     Example:
-        >>> register(TokenLayout(text_length=4, grid=(3, 3)), prefix="tiny")  # doctest: +SKIP
+        >>> register(TokenLayout(text_length=4, grid=(3, 3)), prefix="tiny")
         ('tiny', 'tiny_causal', 'tiny_row', 'tiny_column', 'tiny_axial_row', 'tiny_convolution')
     """
     if not isinstance(layout, TokenLayout):
@@ -96,9 +96,9 @@ def register_patterns(name: str, patterns: Pattern | Sequence[Pattern], *, backe
 
     Example:
         >>> layout = TokenLayout(text_length=4, grid=(3, 3))
-        >>> register_patterns("clamped", Convolution(layout, 3, "clamp"))  # doctest: +SKIP
+        >>> register_patterns("clamped", Convolution(layout, 3, "clamp"))
     """
-    layers = (patterns,) if isinstance(patterns, Pattern) else tuple(patterns)
+    layers = tuple(patterns) if isinstance(patterns, Sequence) else (patterns,)
     if not layers or not all(isinstance(pattern, Pattern) for pattern in layers):
         raise TypeError(f"patterns: got {patterns!r}, wanted a Pattern or a sequence of them")
     _register([_Attention(name, layers, backend)])

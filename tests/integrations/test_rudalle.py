@@ -139,6 +139,10 @@ def test_the_same_weights_under_the_same_names():
     assert ours is theirs
     assert {name: tensor.data_ptr() for name, tensor in ours.state_dict().items()} == before
     assert isinstance(ours, peer("rudalle.dalle.model").DalleModel)
+    again = copy.deepcopy(ours)  # as for a moving average of the weights
+    del theirs
+    with torch.no_grad():
+        assert torch.equal(again(inputs(), causal())[0], ours(inputs(), causal())[0])
     kinds = [type(module) for module in ours.modules()]
     assert [type(module) for module in accelerate(ours).modules()] == kinds  # a second time changes nothing
 

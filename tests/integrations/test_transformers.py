@@ -247,8 +247,9 @@ def test_names_keep_their_meaning():
             register_patterns(name, Row(LAYOUT))
     with pytest.raises(TypeError, match="layout: got tuple"):
         register((8, 5, 5), "three")
-    with pytest.raises(TypeError, match="patterns: got"):
-        register_patterns("none", [])
+    for patterns in ([], 5, [Row(LAYOUT), "row"]):
+        with pytest.raises(TypeError, match="patterns: got"):
+            register_patterns("none", patterns)
     with pytest.raises(ValueError, match="kernel_size: got 4"):
         register(LAYOUT, "even", kernel_size=4)
 
