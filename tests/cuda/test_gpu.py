@@ -53,16 +53,17 @@ def test_decoding() -> None:
     torch.testing.assert_close(*steps, atol=0.02, rtol=0.02)
 
 
-@pytest.mark.parametrize("width", [32, 256])
-def test_gumbel_lookup(width: int) -> None:
-    logits, codebook = _normal(150, 256), _normal(256, width, seed=1)
+@pytest.mark.parametrize(("width", "dtype"), [(32, torch.bfloat16), (256, torch.bfloat16), (64, torch.float32)])
+def test_gumbel_lookup(width: int, dtype: torch.dtype) -> None:
+    logits, codebook = _normal(150, 256).to(dtype), _normal(256, width, seed=1).to(dtype)
     results = []
     for backend in BACKENDS:
         leaves = [tensor.detach().requires_grad_() for tensor in (logits, codebook)]
         latents, _, kl = gumbel_lookup(*leaves, 0.9, seed=3, backend=backend)
         results.append((latents, kl, *torch.autograd.grad(latents.float().sum() + kl.sum(), leaves)))
+    tolerance = 1e-4 if dtype == torch.float32 else 0.05
     for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs, atol=0.05, rtol=0.05)
+        torch.testing.assert_close(ours, theirs, atol=tolerance, rtol=tolerance)
 
 
 def test_sampling() -> None:
