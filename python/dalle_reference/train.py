@@ -196,9 +196,11 @@ def load_transformer_alone(run: Path, device: torch.device) -> DalleTransformer:
         UserError: as `load_transformer`.
     """
     saved = checkpoint.load(run, "transformer")
-    model = DalleTransformer(_config_of(TransformerConfig, saved))
+    with torch.device("meta"):  # initial weights, drawn only to be replaced, take a minute for a billion
+        model = DalleTransformer(_config_of(TransformerConfig, saved))
+    model.to_empty(device=device)
     checkpoint.restore(model, saved.group("ema"), saved.path)
-    return model.to(device).eval()
+    return model.eval()
 
 
 def _config_of(kind: type, saved: checkpoint.Checkpoint) -> Any:

@@ -255,6 +255,7 @@ def test_bad_tokens_are_refused(text: torch.Tensor, image: torch.Tensor, error: 
         ({"text_length": 1}, "text_length: got 1"),
         ({"grid": (4, 0)}, r"grid: got \(4, 0\)"),
         ({"vocab_image": -3}, "vocab_image: got -3"),
+        ({"convolution": "corner"}, "convolution: got 'corner'"),
     ],
 )
 def test_bad_configurations_are_refused(changes: dict, message: str) -> None:

@@ -254,6 +254,9 @@ def test_rudalles_transformer_runs_here_as_it_runs_there(tmp_path: Path, version
         start = 6 if version == "v2" else 5  # the last text position, which predicts the first cell
         torch.testing.assert_close(ours_image, wanted[:, start : start + 169, 36:], rtol=tolerance, atol=tolerance)
         torch.testing.assert_close(ours_text, wanted[:, :start, :30], rtol=tolerance, atol=tolerance)
+    if version == "v2":  # whose last cell has no place
+        with pytest.raises(ValueError, match=r"image_tokens: got shape \(3, 169\), wanted \[3, at most 168\]"):
+            ours.hidden(text, cells)
 
 
 @pytest.mark.parametrize("version", ["v2", "v3"])
