@@ -40,7 +40,7 @@ BINGET LONG_BINGET BINPUT LONG_BINPUT GLOBAL REDUCE NEWOBJ BUILD BINPERSID
 """
 
 _MOST_TUPLES = 100_000
-"""Some ten times as many as a large checkpoint makes; a million within one another overflow the stack when hashed."""
+"""Enough for 20,000 tensors, at four or five each; a million within one another overflow the stack when hashed."""
 
 _HUGE = 1 << 48
 """Sizes from here on could overflow where torch multiplies them, even those of tensors without elements."""
