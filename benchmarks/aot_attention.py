@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from benchmarks.aot import Case
+from benchmarks.aot import DTYPES, Case
 from dalle_kernels import launch
 from dalle_kernels.attention import triton_backend
 from dalle_kernels.attention.layout import TokenLayout
@@ -15,17 +15,14 @@ from dalle_kernels.decode import triton_kernel
 from dalle_kernels.decode.cache import KVCache
 
 LAYOUT = TokenLayout(text_length=256, grid=(32, 32))
-DTYPES = {16: torch.bfloat16, 32: torch.float32}
 
 
 def cases(arch: int) -> Iterator[Case]:
-    rows = [row for row in launch.rows() if row["kernel"] == "attention_forward"]
-    for bits, width in sorted({(row["bits"], row["width"]) for row in rows}):
+    for bits, width in launch.served("attention_forward", "attention_backward_keys", "attention_backward_queries"):
         yield f"attention/{bits}-bit/{width}", _attention(bits, width)
     yield "attention/16-bit/64/padded-prefix", _attention(16, 64, length=LAYOUT.length - 1, padded=True)
     yield "attention/16-bit/80", _attention(16, 80)
-    rows = [row for row in launch.rows() if row["kernel"] == "decode_forward"]
-    for bits, width in sorted({(row["bits"], row["width"]) for row in rows}):
+    for bits, width in launch.served("decode_forward"):
         yield f"decode/{bits}-bit/{width}", _decode(bits, width, heads=16)
     yield "decode/16-bit/64/one-split", _decode(16, 64, heads=256)
 

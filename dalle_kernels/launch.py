@@ -32,6 +32,11 @@ def rows() -> tuple[Mapping, ...]:
     return tuple(json.loads(TABLE.read_text()))
 
 
+def served(*kernels: str) -> list[tuple[int, int]]:
+    """(bits, width) of every row of these kernels, each once, whatever its architecture."""
+    return sorted({(row["bits"], row["width"]) for row in rows() if row["kernel"] in kernels})
+
+
 @functools.lru_cache(maxsize=64)
 def architecture(device: torch.device) -> int:
     """Compute capability of `device` as one number (8.0 is 80); `INTERPRETED` for tensors on the CPU."""

@@ -1,4 +1,8 @@
-"""Every Triton kernel of the launch table compiles for GPUs that are not here, without spills, as the table says."""
+"""Every Triton kernel compiles for GPUs that are not here, without spills, as the table says.
+
+This compiles the cases `benchmarks.aot.COMMON`; all of them, every row of the launch table among them, are compiled by
+`python -m benchmarks.aot`, whose outcome the table records.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +18,7 @@ import pytest
 pytest.importorskip("triton")
 
 from benchmarks import aot
+from dalle_kernels import launch
 
 ROOT = Path(__file__).resolve().parent.parent
 OLDEST = "3.6.0"
@@ -37,7 +42,7 @@ def survey(arch: int, *first_on_path: Path) -> dict:
     path = [str(folder) for folder in (*first_on_path, ROOT)]
     environment["PYTHONPATH"] = os.pathsep.join(path)
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.aot", "--json", "--arch", str(arch)],
+        [sys.executable, "-m", "benchmarks.aot", "--json", "--common", "--arch", str(arch)],
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -60,9 +65,38 @@ def test_machine_code(version: str, arch: int) -> None:
         assert OLDEST in recorded
     # Another Triton than those recorded makes other machine code; it is then judged by the complaints alone.
     if report["triton"] in recorded:
-        assert table == recorded[report["triton"]][f"sm_{arch}"], (
+        rows = recorded[report["triton"]][f"sm_{arch}"]
+        wanted = {name: row for name, row in rows.items() if name.rpartition("/")[0] in aot.COMMON}
+        assert table == wanted, (
             "the machine code changed: if it is meant to, run `python -m benchmarks.aot --write` with this Triton"
         )
+
+
+@pytest.mark.parametrize("arch", aot.ARCHITECTURES)
+def test_table_holds_the_common_cases_and_no_spill(arch: int) -> None:
+    for version, architectures in aot.recorded().items():
+        table = architectures[f"sm_{arch}"]
+        assert aot.complaints(arch, table) == [], version
+        assert {name.rpartition("/")[0] for name in table} >= set(aot.COMMON), version
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_table_holds_every_row_of_the_launch_table(arch: int) -> None:
+    """Under the newest Triton recorded."""
+    recorded = aot.recorded()
+    newest = max(recorded, key=lambda version: [int(part) for part in version.split(".")])
+    table = recorded[newest][f"sm_{arch}"]
+    assert {name.rpartition("/")[0] for name in table} == {name for name, _ in aot.all_cases(arch)}
+    for kernel in {row["kernel"] for row in launch.rows()}:
+        for bits, width in launch.served(kernel):
+            assert any(is_row(name, kernel, bits, width) for name in table), (kernel, bits, width)
+
+
+def is_row(name: str, kernel: str, bits: int, width: int) -> bool:
+    """Whether "case/kernel" is that row's: "gumbel_tails/16-bit/256/gumbel_forward_kernel" is gumbel_forward_tails'."""
+    case, _, function = name.rpartition("/")
+    tails = "_tails" if case.partition("/")[0].endswith("_tails") else ""
+    return function.partition("#")[0].removesuffix("_kernel") + tails == kernel and f"/{bits}-bit/{width}" in case
 
 
 def test_complaints_name_spills_and_shared_memory() -> None:

@@ -67,7 +67,7 @@ def attention_delta(
     delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
     if HAS_GRAD_LSE:
         GradLse += batch * stride_lb + head_in_batch * stride_lh
-        delta -= tl.load(GradLse + rows * stride_ls, mask=exists, other=0.0)
+        delta -= tl.load(GradLse + rows.to(tl.int64) * stride_ls, mask=exists, other=0.0)
     tl.store(Delta + head.to(tl.int64) * LENGTH + rows, delta, mask=exists)
 
 
@@ -145,7 +145,8 @@ def attention_backward_keys(
     dk *= scale
     if PADDED:
         # An ignored key touches no row but its own, whose weights may have overflowed: no log-sum-exp counts it.
-        ignored = (tl.load(padding + batch * stride_pb + rows * stride_ps, mask=exists, other=1) != 0)[:, None]
+        places = padding + batch * stride_pb + rows.to(tl.int64) * stride_ps
+        ignored = (tl.load(places, mask=exists, other=1) != 0)[:, None]
         dk = tl.where(ignored, 0.0, dk)
         dv = tl.where(ignored, 0.0, dv)
     if slot < 0:
@@ -207,7 +208,7 @@ def _accumulate_queries(
         if MASKED:
             weight = tl.where(visible(masks, tl.load(mask_ids + entry), QUERIES, KEYS), weight, 0.0)
         if PADDED:
-            ignored = tl.load(padding + rows * stride_p, mask=exists, other=1)
+            ignored = tl.load(padding + rows.to(tl.int64) * stride_p, mask=exists, other=1)
             weight = tl.where((ignored == 0)[None, :], weight, 0.0)
         dweight = dot(grad, tl.trans(v), tl.zeros([QUERIES, KEYS], tl.float32), PRECISION)
         dscore = weight * (dweight - delta[:, None])

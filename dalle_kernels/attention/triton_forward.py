@@ -42,7 +42,7 @@ def tokens_of(order, tile, SIZE: tl.constexpr, LENGTH, WHOLE: tl.constexpr):
 def load_rows(base, rows, exists, stride, D: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE: tl.constexpr):
     """Rows [len(rows), BLOCK_D] of a [S, D] matrix; rows that do not exist, and columns past D, read as 0."""
     columns = tl.arange(0, BLOCK_D)
-    pointers = base + rows[:, None] * stride + columns[None, :]
+    pointers = base + rows.to(tl.int64)[:, None] * stride + columns[None, :]
     if WHOLE and D == BLOCK_D:
         return tl.load(pointers)
     if WHOLE:
@@ -57,7 +57,7 @@ def store_rows(base, rows, exists, stride, value, D: tl.constexpr, BLOCK_D: tl.c
     """The opposite of `load_rows`: rows that do not exist, and columns past D, are not written."""
     columns = tl.arange(0, BLOCK_D)
     keep = exists[:, None] & (columns[None, :] < D)
-    tl.store(base + rows[:, None] * stride + columns[None, :], value.to(base.dtype.element_ty), mask=keep)
+    tl.store(base + rows.to(tl.int64)[:, None] * stride + columns[None, :], value.to(base.dtype.element_ty), mask=keep)
 
 
 @triton.jit
@@ -108,7 +108,7 @@ def _accumulate(
         if MASKED:
             score = tl.where(visible(masks, tl.load(mask_ids + entry), QUERIES, KEYS), score, float("-inf"))
         if PADDED:
-            ignored = tl.load(padding + rows * stride_p, mask=exists, other=1)
+            ignored = tl.load(padding + rows.to(tl.int64) * stride_p, mask=exists, other=1)
             score = tl.where((ignored == 0)[None, :], score, float("-inf"))
         new_maximum = tl.maximum(maximum, tl.max(score, 1) * exponent_scale)
         # Where a row has seen no key yet its maximum is -inf, and any finite number in its place gives 2^-inf = 0.

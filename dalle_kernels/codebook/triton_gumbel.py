@@ -10,8 +10,8 @@ kl = log K + ln 2 (A / S - log2 S) where S = sum 2^(t - m) and A = sum 2^(t - m)
 sums.
 
 A tile takes BLOCK_Q columns out of each quarter of the codebook, which one Philox counter serves (see triton_noise).
-The index of the best score is found in two steps: the pass keeps, per row, which tile held the largest score, and that
-tile is computed once more at the end, so the pass pays for a maximum and not for an argmax.
+The four tiles of a step enter one matrix product side by side, in the order that costs no exchange between threads:
+code j of the product is column j // 4 of quarter j % 4.
 
 Backward, with G the gradient of the latents, delta = sum over d of G latents, and h the gradient of kl:
 
@@ -31,15 +31,40 @@ import torch
 import triton
 import triton.language as tl
 
-from dalle_kernels.launch import architecture, settings_for
+from dalle_kernels import launch
 from dalle_kernels.noise import GUMBEL_STREAM
 from dalle_kernels.triton_common import dot, precision
 from dalle_kernels.triton_noise import GUMBEL2_CONSTANT, LN_2, LOG2_E, fast_log2, gumbel2, philox
 
 STREAM = tl.constexpr(GUMBEL_STREAM)
 ALIGNMENT = 128  # every BLOCK_Q divides a quarter of a codebook whose size this divides
-PIECE = 128  # dimensions of the latents that the backward pass takes at once
 NEGATIVE = tl.constexpr(-1e30)  # stands for minus infinity where a difference of two must not be NaN
+
+
+@triton.jit
+def together(x_0, x_1, x_2, x_3):
+    """Four tiles [n, BLOCK_Q], one of each quarter, as one [n, 4 BLOCK_Q] whose place is 4 column + quarter."""
+    both = tl.join(tl.join(x_0, x_2), tl.join(x_1, x_3))
+    return tl.reshape(both, [x_0.shape[0], 4 * x_0.shape[1]])
+
+
+@triton.jit
+def apart(x):
+    """The opposite of `together`."""
+    even, odd = tl.split(tl.reshape(x, [x.shape[0], x.shape[1] // 4, 2, 2]))
+    x_0, x_2 = tl.split(even)
+    x_1, x_3 = tl.split(odd)
+    return x_0, x_1, x_2, x_3
+
+
+@triton.jit
+def codes_of(start, K, quarter, BLOCK_Q: tl.constexpr):
+    """Codes [4 BLOCK_Q] in the order of `together`, and which of them exist; those that do not read as code 0."""
+    place = tl.arange(0, 4 * BLOCK_Q)
+    column = start + place // 4
+    code = column + place % 4 * quarter
+    valid = (column < quarter) & (code < K)
+    return tl.where(valid, code, 0), valid
 
 
 @triton.jit
@@ -55,14 +80,20 @@ def load_scores(logits_rows, columns, quarter_index: tl.constexpr, K, quarter, E
 
 
 @triton.jit
-def load_codes(codebook, columns, features, quarter_index: tl.constexpr, K, quarter, D, row_width, EVEN: tl.constexpr):
-    """Codebook rows [BLOCK_Q, BLOCK_D] of a quarter's columns [BLOCK_Q, 1], zero past the end."""
-    code = columns + quarter_index * quarter
-    pointers = codebook + code * row_width + features
+def load_codes(codebook, code, valid, D, row_width, EVEN: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Codebook rows [4 BLOCK_Q, BLOCK_D], zero past the end."""
+    feature = tl.arange(0, BLOCK_D)[None, :]
+    pointers = codebook + code.to(tl.int64)[:, None] * row_width + feature
     if EVEN:
         return tl.load(pointers)
-    valid = (columns < quarter) & (code < K) & (features < D)
-    return tl.load(pointers, mask=valid, other=0.0)
+    return tl.load(pointers, mask=valid[:, None] & (feature < D), other=0.0)
+
+
+@triton.jit
+def unkept(code, first, EVEN: tl.constexpr):
+    """`code`, looking as if it changed with the row `first`, which is never below 0. Masked loads need so many pointers
+    that a compiler which keeps them from step to step has no registers left."""
+    return code if EVEN else code + (first < 0)
 
 
 @triton.jit
@@ -74,47 +105,45 @@ def add_noise(t, word, NOISE: tl.constexpr):
 
 
 @triton.jit
-def observe(t, largest, first, maximum, winner, clean_sum, clean_moment):
-    """Enters one tile into the running statistics of its rows.
+def enter(
+    t_0, t_1, t_2, t_3, s_0, s_1, s_2, s_3, column, maximum, index, noisy_sum, clean_sum, clean_moment, mixture, codes,
+    inverse, K, quarter, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Enters four tiles into the running statistics of their rows and into the mixture [n, BLOCK_D], not normalised.
 
-    t: its clean scores; largest: its largest noisy score; first: the code that stands for it, its first or its best.
+    t: clean scores, s: noisy ones, codes [4 BLOCK_Q, BLOCK_D]. `index` is the first code of the largest noisy score.
     """
-    # Ties go to the first code: an equal maximum wins only from a tile of smaller codes.
-    winner = tl.where((largest > maximum) | ((largest == maximum) & (first < winner)), first, winner)
+    max_0, max_1, max_2, max_3 = tl.max(s_0, 1), tl.max(s_1, 1), tl.max(s_2, 1), tl.max(s_3, 1)
+    largest = tl.maximum(tl.maximum(max_0, max_1), tl.maximum(max_2, max_3))
+    # One quarter, the first that has the maximum, is searched for it.
+    place = tl.where(max_0 == largest, 0, tl.where(max_1 == largest, 1, tl.where(max_2 == largest, 2, 3)))
+    which = place[:, None]
+    s = tl.where(which < 2, tl.where(which == 0, s_0, s_1), tl.where(which == 2, s_2, s_3))
+    first = tl.min(tl.where(s == largest[:, None], column + which * quarter, K - 1), 1)
+    # An equal maximum wins only by a smaller code, which a later tile can have in an earlier quarter.
+    index = tl.where((largest > maximum) | ((largest == maximum) & (first < index)), first, index)
     larger = tl.maximum(maximum, largest)
+
     shift = maximum - larger
     scale = tl.exp2(shift)
-    t -= larger[:, None]
-    weight = tl.exp2(t)
-    clean_moment = (clean_moment + shift * clean_sum) * scale + tl.sum(weight * t, 1)
-    clean_sum = clean_sum * scale + tl.sum(weight, 1)
-    return larger, winner, clean_sum, clean_moment
+    t_0 -= larger[:, None]
+    t_1 -= larger[:, None]
+    t_2 -= larger[:, None]
+    t_3 -= larger[:, None]
+    p_0, p_1, p_2, p_3 = tl.exp2(t_0), tl.exp2(t_1), tl.exp2(t_2), tl.exp2(t_3)
+    moment = tl.sum((p_0 * t_0 + p_1 * t_1) + (p_2 * t_2 + p_3 * t_3), 1)
+    clean_moment = (clean_moment + shift * clean_sum) * scale + moment
+    clean_sum = clean_sum * scale + tl.sum((p_0 + p_1) + (p_2 + p_3), 1)
 
-
-@triton.jit
-def mix(
-    s_0, s_1, s_2, s_3, previous, maximum, inverse, noisy_sum, mixture, codebook, code, feature, K, quarter, D,
-    EVEN: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Adds four tiles of noisy scores to the unnormalised mixture [n, BLOCK_D] and to the sum of its weights."""
-    base = (maximum * inverse)[:, None]
-    w_0 = tl.exp2(s_0 * inverse - base)
-    w_1 = tl.exp2(s_1 * inverse - base)
-    w_2 = tl.exp2(s_2 * inverse - base)
-    w_3 = tl.exp2(s_3 * inverse - base)
-    scale = tl.exp2((previous - maximum) * inverse)
-    noisy_sum = noisy_sum * scale + tl.sum((w_0 + w_1) + (w_2 + w_3), 1)
-    mixture *= scale[:, None]
-    dtype = codebook.dtype.element_ty
-    codes = load_codes(codebook, code, feature, 0, K, quarter, D, D, EVEN)
-    mixture = dot(w_0.to(dtype), codes, mixture, PRECISION)
-    codes = load_codes(codebook, code, feature, 1, K, quarter, D, D, EVEN)
-    mixture = dot(w_1.to(dtype), codes, mixture, PRECISION)
-    codes = load_codes(codebook, code, feature, 2, K, quarter, D, D, EVEN)
-    mixture = dot(w_2.to(dtype), codes, mixture, PRECISION)
-    codes = load_codes(codebook, code, feature, 3, K, quarter, D, D, EVEN)
-    mixture = dot(w_3.to(dtype), codes, mixture, PRECISION)
-    return noisy_sum, mixture
+    base = (larger * inverse)[:, None]
+    scale = tl.exp2(shift * inverse)
+    y_0, y_1 = tl.exp2(s_0 * inverse - base), tl.exp2(s_1 * inverse - base)
+    y_2, y_3 = tl.exp2(s_2 * inverse - base), tl.exp2(s_3 * inverse - base)
+    noisy_sum = noisy_sum * scale + tl.sum((y_0 + y_1) + (y_2 + y_3), 1)
+    dtype = codes.dtype
+    weights = together(y_0.to(dtype), y_1.to(dtype), y_2.to(dtype), y_3.to(dtype))
+    mixture = dot(weights, codes, mixture * scale[:, None], PRECISION)
+    return larger, index, noisy_sum, clean_sum, clean_moment, mixture
 
 
 @triton.jit
@@ -159,7 +188,7 @@ def gumbel_forward_kernel(
     feature = tl.arange(0, BLOCK_D)[None, :]
 
     maximum = tl.full([BLOCK_N], NEGATIVE, tl.float32)
-    tile = tl.zeros([BLOCK_N], tl.int32)  # first code of the tile that holds the maximum
+    index = tl.zeros([BLOCK_N], tl.int32)
     noisy_sum = tl.zeros([BLOCK_N], tl.float32)
     clean_sum = tl.zeros([BLOCK_N], tl.float32)
     clean_moment = tl.zeros([BLOCK_N], tl.float32)
@@ -167,50 +196,19 @@ def gumbel_forward_kernel(
 
     for start in range(0, quarter, BLOCK_Q):
         column = start + tl.arange(0, BLOCK_Q)[None, :]
-        code = start + tl.arange(0, BLOCK_Q)[:, None]
-        previous = maximum
-        # No tile starts below 0: the term only ties the noise to the tile's layout (see `philox`).
-        word_0, word_1, word_2, word_3 = philox(column.to(tl.uint32), (row + (tile < 0))[:, None], key, STREAM)
-        t = load_scores(rows, column, 0, K, quarter, EVEN)
-        s_0 = add_noise(t, word_0, NOISE)
-        maximum, tile, clean_sum, clean_moment = observe(
-            t, tl.max(s_0, 1), start, maximum, tile, clean_sum, clean_moment
-        )
-        first = start + quarter
-        t = load_scores(rows, column, 1, K, quarter, EVEN)
-        s_1 = add_noise(t, word_1, NOISE)
-        maximum, tile, clean_sum, clean_moment = observe(
-            t, tl.max(s_1, 1), first, maximum, tile, clean_sum, clean_moment
-        )
-        first += quarter
-        t = load_scores(rows, column, 2, K, quarter, EVEN)
-        s_2 = add_noise(t, word_2, NOISE)
-        maximum, tile, clean_sum, clean_moment = observe(
-            t, tl.max(s_2, 1), first, maximum, tile, clean_sum, clean_moment
-        )
-        first += quarter
-        t = load_scores(rows, column, 3, K, quarter, EVEN)
-        s_3 = add_noise(t, word_3, NOISE)
-        maximum, tile, clean_sum, clean_moment = observe(
-            t, tl.max(s_3, 1), first, maximum, tile, clean_sum, clean_moment
-        )
-
-        noisy_sum, mixture = mix(
-            s_0, s_1, s_2, s_3, previous, maximum, inverse, noisy_sum, mixture,
-            codebook, code, feature, K, quarter, D, EVEN, PRECISION,
+        # No code lies below 0: the term only ties the noise to the tile's layout (see `philox`).
+        word_0, word_1, word_2, word_3 = philox(column.to(tl.uint32), (row + (index < 0))[:, None], key, STREAM)
+        t_0 = load_scores(rows, column, 0, K, quarter, EVEN)
+        t_1 = load_scores(rows, column, 1, K, quarter, EVEN)
+        t_2 = load_scores(rows, column, 2, K, quarter, EVEN)
+        t_3 = load_scores(rows, column, 3, K, quarter, EVEN)
+        s_0, s_1 = add_noise(t_0, word_0, NOISE), add_noise(t_1, word_1, NOISE)
+        s_2, s_3 = add_noise(t_2, word_2, NOISE), add_noise(t_3, word_3, NOISE)
+        code, valid = codes_of(start, K, quarter, BLOCK_Q)
+        maximum, index, noisy_sum, clean_sum, clean_moment, mixture = enter(
+            t_0, t_1, t_2, t_3, s_0, s_1, s_2, s_3, column, maximum, index, noisy_sum, clean_sum, clean_moment, mixture,
+            load_codes(codebook, code, valid, D, D, EVEN, BLOCK_D), inverse, K, quarter, PRECISION,
         )  # fmt: skip
-
-    # The winning tile once more, each row its own.
-    winner = (tile // quarter)[:, None]
-    code = tile[:, None] + tl.arange(0, BLOCK_Q)[None, :]
-    column = code - winner * quarter
-    valid = (column < quarter) & (code < K)
-    score = tl.load(rows + code, mask=valid, other=float("-inf")).to(tl.float32) * LOG2_E
-    if NOISE:
-        word_0, word_1, word_2, word_3 = philox(column.to(tl.uint32), row[:, None], key, STREAM)
-        word = tl.where(winner < 2, tl.where(winner == 0, word_0, word_1), tl.where(winner == 2, word_2, word_3))
-        score += gumbel2(word)
-    index = tl.min(tl.where(score == tl.max(score, 1)[:, None], code, K - 1), 1)
 
     store_rows(
         latents, indices, kl, lse_noisy, lse_clean, mean, codebook, row, inside, feature, index, maximum, inverse,
@@ -241,58 +239,81 @@ def sum_parts_kernel(parts, out, total, PARTS: tl.constexpr, BLOCK: tl.constexpr
 
 
 @triton.jit
-def code_products(
-    grad, codebook, code, feature, quarter_index: tl.constexpr, K, quarter, D, row_width,
-    LATENTS: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+def gradient_of(
+    t, dy, word, code, index, inverse, base, delta, clean, slope, offset,
+    LATENTS: tl.constexpr, KL: tl.constexpr, HARD: tl.constexpr, NOISE: tl.constexpr,
 ):  # fmt: skip
-    """G codebook^T [n, BLOCK_Q] of a quarter's columns; the codes come from cache each time, no registers hold them."""
-    if LATENTS:
-        codes = load_codes(codebook, code, feature, quarter_index, K, quarter, D, row_width, EVEN)
-        return dot(grad, tl.trans(codes), tl.zeros([grad.shape[0], code.shape[0]], tl.float32), PRECISION)
-    else:
-        return None
+    """(dlogits, what dcodebook weighs G with) of one quarter's tile of scores t [n, BLOCK_Q].
 
-
-@triton.jit
-def backward_tile(
-    t, dy, word, column, quarter_index: tl.constexpr, K, quarter, inside, dcodes, grad, dlogits_rows, index, inverse,
-    base, delta, lse_clean, slope, offset,
-    MORE: tl.constexpr, LATENTS: tl.constexpr, KL: tl.constexpr, HARD: tl.constexpr, NOISE: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Stores one tile of dlogits [n, BLOCK_Q], or adds it to what an earlier piece stored where there is MORE.
-
-    dy: the tile of G codebook^T. Returns dcodes [BLOCK_D, BLOCK_Q] with these rows' share added.
+    dy: the quarter's part of G codebook^T; code: its codes [1, BLOCK_Q].
     """
-    code = column + quarter_index * quarter
+    chosen, gradient = None, tl.zeros(t.shape, tl.float32)
     if LATENTS:
         y = tl.exp2(add_noise(t, word, NOISE) * inverse - base)
         gradient = y * (dy * inverse - delta)
-        chosen = (tl.where(index == code, 1.0, 0.0) if HARD else y).to(grad.dtype)
-        dcodes = dot(tl.trans(grad), chosen, dcodes, PRECISION)
-    else:
-        gradient = tl.zeros(t.shape, tl.float32)
+        chosen = tl.where(index == code, 1.0, 0.0) if HARD else y
     if KL:
-        log_p = t - lse_clean
+        log_p = t - clean
         gradient += tl.exp2(log_p) * (slope * log_p + offset)
+    return gradient, chosen
+
+
+@triton.jit
+def store_gradient(dlogits_rows, gradient, column, quarter_index: tl.constexpr, K, quarter, inside, MORE: tl.constexpr):
+    """Stores one quarter's tile of dlogits, or adds it to what an earlier piece stored where there is MORE."""
+    code = column + quarter_index * quarter
     kept = inside[:, None] & (column < quarter) & (code < K)
     if MORE:
         gradient += tl.load(dlogits_rows + code, mask=kept, other=0.0).to(tl.float32)
     tl.store(dlogits_rows + code, gradient.to(dlogits_rows.dtype.element_ty), mask=kept)
+
+
+@triton.jit
+def backward_step(
+    t_0, t_1, t_2, t_3, row, inside, column, codes, dcodes, grad, dlogits_rows, index, inverse, base, delta, clean,
+    slope, offset, key, K, quarter,
+    MORE: tl.constexpr, LATENTS: tl.constexpr, KL: tl.constexpr, HARD: tl.constexpr, NOISE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Stores four tiles of dlogits [n, BLOCK_Q]; returns dcodes [4 BLOCK_Q, BLOCK_D] with these rows' share added."""
+    dy_0, dy_1, dy_2, dy_3 = None, None, None, None
+    word_0, word_1, word_2, word_3 = None, None, None, None
+    if LATENTS:
+        dy = dot(grad, tl.trans(codes), tl.zeros([grad.shape[0], codes.shape[0]], tl.float32), PRECISION)
+        dy_0, dy_1, dy_2, dy_3 = apart(dy)
+        if NOISE:
+            # No product is this large: the term only ties the noise to the tile's layout (see `philox`).
+            tied = (row + (tl.max(dy_0, 1) > 3.4e38))[:, None]
+            word_0, word_1, word_2, word_3 = philox(column.to(tl.uint32), tied, key, STREAM)
+    gradient, chosen_0 = gradient_of(
+        t_0, dy_0, word_0, column, index, inverse, base, delta, clean, slope, offset, LATENTS, KL, HARD, NOISE
+    )
+    store_gradient(dlogits_rows, gradient, column, 0, K, quarter, inside, MORE)
+    gradient, chosen_1 = gradient_of(
+        t_1, dy_1, word_1, column + quarter, index, inverse, base, delta, clean, slope, offset, LATENTS, KL, HARD, NOISE
+    )
+    store_gradient(dlogits_rows, gradient, column, 1, K, quarter, inside, MORE)
+    gradient, chosen_2 = gradient_of(
+        t_2, dy_2, word_2, column + 2 * quarter, index, inverse, base, delta, clean, slope, offset,
+        LATENTS, KL, HARD, NOISE,
+    )  # fmt: skip
+    store_gradient(dlogits_rows, gradient, column, 2, K, quarter, inside, MORE)
+    gradient, chosen_3 = gradient_of(
+        t_3, dy_3, word_3, column + 3 * quarter, index, inverse, base, delta, clean, slope, offset,
+        LATENTS, KL, HARD, NOISE,
+    )  # fmt: skip
+    store_gradient(dlogits_rows, gradient, column, 3, K, quarter, inside, MORE)
+    if LATENTS:
+        dtype = grad.dtype
+        chosen = together(chosen_0.to(dtype), chosen_1.to(dtype), chosen_2.to(dtype), chosen_3.to(dtype))
+        dcodes = dot(tl.trans(chosen), grad, dcodes, PRECISION)
     return dcodes
 
 
 @triton.jit
-def store_codes(
-    part, dcodes, start, quarter_index: tl.constexpr, K, quarter, D, row_width,
-    BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Writes dcodes [BLOCK_D, BLOCK_Q] to the rows of `part` that belong to one quarter's columns."""
-    column = start + tl.arange(0, BLOCK_Q)[:, None]
-    code = column + quarter_index * quarter
-    feature = tl.arange(0, BLOCK_D)[None, :]
-    kept = (column < quarter) & (code < K) & (feature < D)
-    tl.store(part + code * row_width + feature, tl.trans(dcodes), mask=kept)
+def code_places(code, row_width, BLOCK_D: tl.constexpr):
+    """Where the elements [4 BLOCK_Q, BLOCK_D] of these codes lie in a part of dcodebook."""
+    return code.to(tl.int64)[:, None] * row_width + tl.arange(0, BLOCK_D)[None, :]
 
 
 @triton.jit
@@ -306,7 +327,7 @@ def load_row_gradients(
         grad = tl.load(
             grad_latents + row[:, None] * row_width + feature, mask=inside[:, None] & (feature < D), other=0.0
         )
-        index = tl.load(indices + row)[:, None]
+        index = tl.load(indices + row).to(tl.int32)[:, None]
         constant = GUMBEL2_CONSTANT if NOISE else 0.0
         base = (tl.load(lse_noisy + row) * LOG2_E + constant * inverse)[:, None]
         delta = (tl.load(deltas + row) * inverse)[:, None]
@@ -329,12 +350,9 @@ def gumbel_backward_kernel(
     key = tl.load(seed)
     start = tl.program_id(0) * BLOCK_Q
     column = start + tl.arange(0, BLOCK_Q)[None, :]
-    code = start + tl.arange(0, BLOCK_Q)[:, None]
+    code, valid = codes_of(start, K, quarter, BLOCK_Q)
     feature = tl.arange(0, BLOCK_D)[None, :]
-    dcodes_0 = tl.zeros([BLOCK_D, BLOCK_Q], tl.float32)
-    dcodes_1 = tl.zeros([BLOCK_D, BLOCK_Q], tl.float32)
-    dcodes_2 = tl.zeros([BLOCK_D, BLOCK_Q], tl.float32)
-    dcodes_3 = tl.zeros([BLOCK_D, BLOCK_Q], tl.float32)
+    dcodes = tl.zeros([4 * BLOCK_Q, BLOCK_D], tl.float32)
 
     stop = tl.minimum(N, (tl.program_id(1) + 1) * share)
     for first in range(tl.program_id(1) * share, stop, BLOCK_N):
@@ -348,42 +366,22 @@ def gumbel_backward_kernel(
             grad_latents, grad_kl, indices, deltas, kl, lse_noisy, lse_clean, row, inside, feature, inverse, K, D,
             row_width, LATENTS, KL, NOISE,
         )  # fmt: skip
-        dy_0 = code_products(grad, codebook, code, feature, 0, K, quarter, D, row_width, LATENTS, EVEN, PRECISION)
-        word_0, word_1, word_2, word_3 = None, None, None, None
-        if LATENTS and NOISE:
-            # No product is this large: the term only ties the noise to the tile's layout (see `philox`).
-            tied = (row + (tl.max(dy_0, 1) > 3.4e38))[:, None]
-            word_0, word_1, word_2, word_3 = philox(column.to(tl.uint32), tied, key, STREAM)
         t_0 = load_scores(rows, column, 0, K, quarter, EVEN)
-        dcodes_0 = backward_tile(
-            t_0, dy_0, word_0, column, 0, K, quarter, inside, dcodes_0, grad, dlogits_rows, index, inverse, base, delta,
-            clean, slope, offset, MORE, LATENTS, KL, HARD, NOISE, PRECISION,
-        )  # fmt: skip
-        dy_1 = code_products(grad, codebook, code, feature, 1, K, quarter, D, row_width, LATENTS, EVEN, PRECISION)
         t_1 = load_scores(rows, column, 1, K, quarter, EVEN)
-        dcodes_1 = backward_tile(
-            t_1, dy_1, word_1, column, 1, K, quarter, inside, dcodes_1, grad, dlogits_rows, index, inverse, base, delta,
-            clean, slope, offset, MORE, LATENTS, KL, HARD, NOISE, PRECISION,
-        )  # fmt: skip
-        dy_2 = code_products(grad, codebook, code, feature, 2, K, quarter, D, row_width, LATENTS, EVEN, PRECISION)
         t_2 = load_scores(rows, column, 2, K, quarter, EVEN)
-        dcodes_2 = backward_tile(
-            t_2, dy_2, word_2, column, 2, K, quarter, inside, dcodes_2, grad, dlogits_rows, index, inverse, base, delta,
-            clean, slope, offset, MORE, LATENTS, KL, HARD, NOISE, PRECISION,
-        )  # fmt: skip
-        dy_3 = code_products(grad, codebook, code, feature, 3, K, quarter, D, row_width, LATENTS, EVEN, PRECISION)
         t_3 = load_scores(rows, column, 3, K, quarter, EVEN)
-        dcodes_3 = backward_tile(
-            t_3, dy_3, word_3, column, 3, K, quarter, inside, dcodes_3, grad, dlogits_rows, index, inverse, base, delta,
-            clean, slope, offset, MORE, LATENTS, KL, HARD, NOISE, PRECISION,
+        # The codes come from cache each time: no registers hold them.
+        codes = None
+        if LATENTS:
+            codes = load_codes(codebook, unkept(code, first, EVEN), valid, D, row_width, EVEN, BLOCK_D)
+        dcodes = backward_step(
+            t_0, t_1, t_2, t_3, row, inside, column, codes, dcodes, grad, dlogits_rows, index, inverse, base,
+            delta, clean, slope, offset, key, K, quarter, MORE, LATENTS, KL, HARD, NOISE, PRECISION,
         )  # fmt: skip
 
     if LATENTS:
         part = parts + tl.program_id(1).to(tl.int64) * K * row_width
-        store_codes(part, dcodes_0, start, 0, K, quarter, D, row_width, BLOCK_Q, BLOCK_D)
-        store_codes(part, dcodes_1, start, 1, K, quarter, D, row_width, BLOCK_Q, BLOCK_D)
-        store_codes(part, dcodes_2, start, 2, K, quarter, D, row_width, BLOCK_Q, BLOCK_D)
-        store_codes(part, dcodes_3, start, 3, K, quarter, D, row_width, BLOCK_Q, BLOCK_D)
+        tl.store(part + code_places(code, row_width, BLOCK_D), dcodes, mask=valid[:, None] & (feature < D))
 
 
 @functools.lru_cache(maxsize=256)
@@ -397,8 +395,9 @@ def plan(
     block_d = max(16, triton.next_power_of_2(width))
     even = codes % ALIGNMENT == 0 and width == block_d and whole
     name = kernel if even else f"{kernel}_tails"
-    settings = settings_for(name, architecture(device), 8 * dtype.itemsize, width)
-    return MappingProxyType({**settings, "BLOCK_D": block_d, "EVEN": even, "PRECISION": precision(dtype)})
+    settings = launch.settings_for(name, launch.architecture(device), 8 * dtype.itemsize, width)
+    constants = {"BLOCK_D": block_d, "EVEN": even, "PRECISION": precision(dtype), "enable_fp_fusion": True}
+    return MappingProxyType({**settings, **constants})
 
 
 def gumbel_forward(
@@ -445,16 +444,9 @@ def gumbel_backward(
     dlogits = logits.new_empty(rows, codes)
     if not rows:
         return dlogits, torch.zeros_like(codebook)
-    settings = dict(
-        plan(
-            "gumbel_backward",
-            logits.device,
-            logits.dtype,
-            codes,
-            min(width, PIECE),
-            width <= PIECE or width % PIECE == 0,
-        )
-    )
+    piece = piece_width(logits.dtype)
+    whole = width <= piece or width % piece == 0
+    settings = dict(plan("gumbel_backward", logits.device, logits.dtype, codes, min(width, piece), whole))
     quarter = triton.cdiv(codes, 4)
     tiles = triton.cdiv(quarter, settings["BLOCK_Q"])
     # Rows are split until there are programs enough, each with a whole number of tiles.
@@ -463,28 +455,34 @@ def gumbel_backward(
     share = triton.cdiv(steps, parts) * settings["BLOCK_N"]
     parts = triton.cdiv(rows, share)
     partial = None if grad_latents is None else logits.new_empty(parts, codes, width, dtype=torch.float32)
-    for first, piece in pieces(width, grad_latents):
+    for first, size in pieces(width, logits.dtype, grad_latents):
         grads, rest, part, deltas = slice_piece(
-            first, piece, grad_latents, codebook, partial, mixture if hard else latents
+            first, size, grad_latents, codebook, partial, mixture if hard else latents
         )
         gumbel_backward_kernel[(tiles, parts)](
             grads, grad_kl, logits, rest, temperature, seed, indices, deltas, kl, lse_noisy, lse_clean, dlogits, part,
-            rows, codes, quarter, piece, width, logits.stride(0), share,
+            rows, codes, quarter, size, width, logits.stride(0), share,
             MORE=first > 0, LATENTS=grad_latents is not None, KL=grad_kl is not None and first == 0,
             HARD=hard, NOISE=noise, **settings,
         )  # fmt: skip
     return dlogits, torch.zeros_like(codebook) if partial is None else sum_parts(partial, codebook.dtype)
 
 
-def pieces(width: int, grad_latents: torch.Tensor | None) -> list[tuple[int, int]]:
+def piece_width(dtype: torch.dtype) -> int:
+    """Dimensions of the latents that the backward pass takes at once: 256 bytes."""
+    return 256 // dtype.itemsize
+
+
+def pieces(width: int, dtype: torch.dtype, grad_latents: torch.Tensor | None) -> list[tuple[int, int]]:
     """(first, size) of the pieces of a codebook's rows that the backward pass takes one after another.
 
     dlogits is a sum over the latents' dimensions, so a wide codebook's can be made piece by piece, each at the price of
     another pass over the logits; the sums of a whole wide row would not fit the registers.
     """
+    piece = piece_width(dtype)
     if grad_latents is None:
-        return [(0, min(width, PIECE))]
-    return [(first, min(PIECE, width - first)) for first in range(0, width, PIECE)]
+        return [(0, min(width, piece))]
+    return [(first, min(piece, width - first)) for first in range(0, width, piece)]
 
 
 def slice_piece(
@@ -508,7 +506,9 @@ def row_product(a: torch.Tensor, b: torch.Tensor, size: int) -> torch.Tensor:
     out = a.new_empty(rows, dtype=torch.float32)
     block = triton.next_power_of_2(size)
     grid = (triton.cdiv(rows, 32),)
-    row_product_kernel[grid](a, b, out, rows, size, a.stride(0), BLOCK_N=32, BLOCK_D=block, num_warps=4)
+    row_product_kernel[grid](
+        a, b, out, rows, size, a.stride(0), BLOCK_N=32, BLOCK_D=block, num_warps=4, enable_fp_fusion=True
+    )
     return out
 
 
@@ -516,5 +516,7 @@ def sum_parts(parts: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The sum over the first dimension of fp32 `parts`, in order, rounded to `dtype` once."""
     out = parts.new_empty(parts.shape[1:], dtype=dtype)
     grid = (triton.cdiv(out.numel(), 1024),)
-    sum_parts_kernel[grid](parts, out, out.numel(), PARTS=parts.shape[0], BLOCK=1024, num_warps=4)
+    sum_parts_kernel[grid](
+        parts, out, out.numel(), PARTS=parts.shape[0], BLOCK=1024, num_warps=4, enable_fp_fusion=True
+    )
     return out

@@ -1,8 +1,6 @@
 """Gumbel-softmax lookup from features in Triton: the logits exist one tile at a time and never leave the chip.
 
-Forward: as in triton_gumbel, with the tile of logits made by a matrix product. One product of BLOCK_N rows with
-4 x BLOCK_Q codes, taken in turn from the four quarters, fills four tiles: code j of the product is column j // 4 of
-quarter j % 4.
+Forward: as in triton_gumbel, with the four tiles of logits made by one matrix product.
 
 Backward: rows are taken in strips. A kernel makes a strip's logits again and turns them into dlogits while they are on
 the chip; dcodebook is summed as in triton_gumbel. dfeatures and dweight are then two plain matrix products of the
@@ -19,20 +17,22 @@ import triton.language as tl
 from dalle_kernels.backends import Call
 from dalle_kernels.codebook.triton_gumbel import (
     NEGATIVE,
-    PIECE,
     STREAM,
     add_noise,
-    backward_tile,
-    code_products,
+    apart,
+    backward_step,
+    code_places,
+    codes_of,
+    enter,
+    load_codes,
     load_row_gradients,
-    mix,
-    observe,
+    piece_width,
     pieces,
     plan,
     slice_piece,
-    store_codes,
     store_rows,
     sum_parts,
+    unkept,
 )
 from dalle_kernels.triton_common import dot, obstacle
 from dalle_kernels.triton_noise import LOG2_E, philox
@@ -43,19 +43,14 @@ STRIP_BYTES = 64 * 1024 * 1024
 
 @triton.jit
 def project(
-    features_rows, weight, bias, start, C, K, quarter,
+    features_rows, weight, bias, code, valid, C,
     BIAS: tl.constexpr, EVEN: tl.constexpr, EVEN_C: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Clean scores of four tiles [BLOCK_N, BLOCK_Q], one of each quarter, NEGATIVE past the codebook."""
-    place = tl.arange(0, 4 * BLOCK_Q)
-    column = start + place // 4
-    code = column + place % 4 * quarter
-    valid = (column < quarter) & (code < K)
-    code = tl.where(valid, code, 0)
     weight_rows = weight + code.to(tl.int64)[:, None] * C
     channel = tl.arange(0, BLOCK_C)[None, :]
-    logits = tl.zeros([BLOCK_N, 4 * BLOCK_Q], tl.float32)
+    logits = tl.zeros([BLOCK_N, code.shape[0]], tl.float32)
     for first in range(0, C, BLOCK_C):
         if EVEN_C:
             f = tl.load(features_rows + first + channel)
@@ -69,16 +64,7 @@ def project(
     t = tl.maximum(logits * LOG2_E, NEGATIVE, propagate_nan=tl.PropagateNan.ALL)
     if not EVEN:
         t = tl.where(valid[None, :], t, NEGATIVE)
-    even, odd = tl.split(tl.reshape(t, [BLOCK_N, BLOCK_Q, 2, 2]))
-    t_0, t_2 = tl.split(even)
-    t_1, t_3 = tl.split(odd)
-    return t_0, t_1, t_2, t_3
-
-
-@triton.jit
-def first_best(s, largest, column, quarter_index: tl.constexpr, K, quarter):
-    """The first code of each row's largest score in one quarter's tile."""
-    return tl.min(tl.where(s == largest[:, None], column + quarter_index * quarter, K - 1), 1)
+    return apart(t)
 
 
 @triton.jit
@@ -106,57 +92,25 @@ def projection_forward_kernel(
 
     for start in range(0, quarter, BLOCK_Q):
         column = start + tl.arange(0, BLOCK_Q)[None, :]
-        code = start + tl.arange(0, BLOCK_Q)[:, None]
-        previous = maximum
+        code, valid = codes_of(start, K, quarter, BLOCK_Q)
         t_0, t_1, t_2, t_3 = project(
-            rows, weight, bias, start, C, K, quarter, BIAS, EVEN, EVEN_C, PRECISION, BLOCK_N, BLOCK_Q, BLOCK_C
+            rows, weight, bias, code, valid, C, BIAS, EVEN, EVEN_C, PRECISION, BLOCK_N, BLOCK_C
         )
         word_0, word_1, word_2, word_3 = None, None, None, None
         if NOISE:
             # No code lies below 0: the term only ties the noise to the tile's layout (see `philox`).
             word_0, word_1, word_2, word_3 = philox(column.to(tl.uint32), (row + (index < 0))[:, None], key, STREAM)
-        s_0 = add_noise(t_0, word_0, NOISE)
-        largest = tl.max(s_0, 1)
-        first = first_best(s_0, largest, column, 0, K, quarter)
-        maximum, index, clean_sum, clean_moment = observe(t_0, largest, first, maximum, index, clean_sum, clean_moment)
-        s_1 = add_noise(t_1, word_1, NOISE)
-        largest = tl.max(s_1, 1)
-        first = first_best(s_1, largest, column, 1, K, quarter)
-        maximum, index, clean_sum, clean_moment = observe(t_1, largest, first, maximum, index, clean_sum, clean_moment)
-        s_2 = add_noise(t_2, word_2, NOISE)
-        largest = tl.max(s_2, 1)
-        first = first_best(s_2, largest, column, 2, K, quarter)
-        maximum, index, clean_sum, clean_moment = observe(t_2, largest, first, maximum, index, clean_sum, clean_moment)
-        s_3 = add_noise(t_3, word_3, NOISE)
-        largest = tl.max(s_3, 1)
-        first = first_best(s_3, largest, column, 3, K, quarter)
-        maximum, index, clean_sum, clean_moment = observe(t_3, largest, first, maximum, index, clean_sum, clean_moment)
-
-        noisy_sum, mixture = mix(
-            s_0, s_1, s_2, s_3, previous, maximum, inverse, noisy_sum, mixture,
-            codebook, code, feature, K, quarter, D, EVEN, PRECISION,
+        s_0, s_1 = add_noise(t_0, word_0, NOISE), add_noise(t_1, word_1, NOISE)
+        s_2, s_3 = add_noise(t_2, word_2, NOISE), add_noise(t_3, word_3, NOISE)
+        maximum, index, noisy_sum, clean_sum, clean_moment, mixture = enter(
+            t_0, t_1, t_2, t_3, s_0, s_1, s_2, s_3, column, maximum, index, noisy_sum, clean_sum, clean_moment, mixture,
+            load_codes(codebook, code, valid, D, D, EVEN, BLOCK_D), inverse, K, quarter, PRECISION,
         )  # fmt: skip
 
     store_rows(
         latents, indices, kl, lse_noisy, lse_clean, mean, codebook, row, inside, feature, index, maximum, inverse,
         noisy_sum, clean_sum, clean_moment, mixture, K, D, HARD, NOISE,
     )  # fmt: skip
-
-
-@triton.jit
-def load_part(
-    part, start, quarter_index: tl.constexpr, K, quarter, D, row_width,
-    ACCUMULATE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """What earlier strips summed of dcodebook, transposed [BLOCK_D, BLOCK_Q], or zeros."""
-    if ACCUMULATE:
-        column = start + tl.arange(0, BLOCK_Q)[None, :]
-        feature = tl.arange(0, BLOCK_D)[:, None]
-        code = column + quarter_index * quarter
-        kept = (column < quarter) & (code < K) & (feature < D)
-        return tl.load(part + code * row_width + feature, mask=kept, other=0.0)
-    else:
-        return tl.zeros([BLOCK_D, BLOCK_Q], tl.float32)
 
 
 @triton.jit
@@ -172,15 +126,13 @@ def projection_backward_kernel(
     key = tl.load(seed)
     start = tl.program_id(0) * BLOCK_Q
     column = start + tl.arange(0, BLOCK_Q)[None, :]
-    code = start + tl.arange(0, BLOCK_Q)[:, None]
+    code, valid = codes_of(start, K, quarter, BLOCK_Q)
     feature = tl.arange(0, BLOCK_D)[None, :]
-    part = parts + tl.program_id(1).to(tl.int64) * K * row_width if LATENTS else parts
-    dcodes_0, dcodes_1, dcodes_2, dcodes_3 = None, None, None, None
-    if LATENTS:
-        dcodes_0 = load_part(part, start, 0, K, quarter, D, row_width, ACCUMULATE, BLOCK_Q, BLOCK_D)
-        dcodes_1 = load_part(part, start, 1, K, quarter, D, row_width, ACCUMULATE, BLOCK_Q, BLOCK_D)
-        dcodes_2 = load_part(part, start, 2, K, quarter, D, row_width, ACCUMULATE, BLOCK_Q, BLOCK_D)
-        dcodes_3 = load_part(part, start, 3, K, quarter, D, row_width, ACCUMULATE, BLOCK_Q, BLOCK_D)
+    dcodes = tl.zeros([4 * BLOCK_Q, BLOCK_D], tl.float32)
+    if LATENTS and ACCUMULATE:
+        part = parts + tl.program_id(1).to(tl.int64) * K * row_width
+        places = code_places(code, row_width, BLOCK_D)
+        dcodes = tl.load(part + places, mask=valid[:, None] & (feature < D), other=0.0)
 
     begin = low + tl.program_id(1) * share
     stop = tl.minimum(high, begin + share)
@@ -195,40 +147,20 @@ def projection_backward_kernel(
             grad_latents, grad_kl, indices, deltas, kl, lse_noisy, lse_clean, row, inside, feature, inverse, K, D,
             row_width, LATENTS, KL, NOISE,
         )  # fmt: skip
+        again = unkept(code, first, EVEN)
         t_0, t_1, t_2, t_3 = project(
-            rows, weight, bias, start, C, K, quarter, BIAS, EVEN, EVEN_C, PRECISION, BLOCK_N, BLOCK_Q, BLOCK_C
+            rows, weight, bias, again, valid, C, BIAS, EVEN, EVEN_C, PRECISION, BLOCK_N, BLOCK_C
         )
-        dy_0 = code_products(grad, codebook, code, feature, 0, K, quarter, D, row_width, LATENTS, EVEN, PRECISION)
-        word_0, word_1, word_2, word_3 = None, None, None, None
-        if LATENTS and NOISE:
-            # No product is this large: the term only ties the noise to the tile's layout (see `philox`).
-            tied = (row + (tl.max(dy_0, 1) > 3.4e38))[:, None]
-            word_0, word_1, word_2, word_3 = philox(column.to(tl.uint32), tied, key, STREAM)
-        dcodes_0 = backward_tile(
-            t_0, dy_0, word_0, column, 0, K, quarter, inside, dcodes_0, grad, dlogits_rows, index, inverse, base, delta,
-            clean, slope, offset, MORE, LATENTS, KL, HARD, NOISE, PRECISION,
-        )  # fmt: skip
-        dy_1 = code_products(grad, codebook, code, feature, 1, K, quarter, D, row_width, LATENTS, EVEN, PRECISION)
-        dcodes_1 = backward_tile(
-            t_1, dy_1, word_1, column, 1, K, quarter, inside, dcodes_1, grad, dlogits_rows, index, inverse, base, delta,
-            clean, slope, offset, MORE, LATENTS, KL, HARD, NOISE, PRECISION,
-        )  # fmt: skip
-        dy_2 = code_products(grad, codebook, code, feature, 2, K, quarter, D, row_width, LATENTS, EVEN, PRECISION)
-        dcodes_2 = backward_tile(
-            t_2, dy_2, word_2, column, 2, K, quarter, inside, dcodes_2, grad, dlogits_rows, index, inverse, base, delta,
-            clean, slope, offset, MORE, LATENTS, KL, HARD, NOISE, PRECISION,
-        )  # fmt: skip
-        dy_3 = code_products(grad, codebook, code, feature, 3, K, quarter, D, row_width, LATENTS, EVEN, PRECISION)
-        dcodes_3 = backward_tile(
-            t_3, dy_3, word_3, column, 3, K, quarter, inside, dcodes_3, grad, dlogits_rows, index, inverse, base, delta,
-            clean, slope, offset, MORE, LATENTS, KL, HARD, NOISE, PRECISION,
+        codes = load_codes(codebook, again, valid, D, row_width, EVEN, BLOCK_D) if LATENTS else None
+        dcodes = backward_step(
+            t_0, t_1, t_2, t_3, row, inside, column, codes, dcodes, grad, dlogits_rows, index, inverse, base,
+            delta, clean, slope, offset, key, K, quarter, MORE, LATENTS, KL, HARD, NOISE, PRECISION,
         )  # fmt: skip
 
     if LATENTS:
-        store_codes(part, dcodes_0, start, 0, K, quarter, D, row_width, BLOCK_Q, BLOCK_D)
-        store_codes(part, dcodes_1, start, 1, K, quarter, D, row_width, BLOCK_Q, BLOCK_D)
-        store_codes(part, dcodes_2, start, 2, K, quarter, D, row_width, BLOCK_Q, BLOCK_D)
-        store_codes(part, dcodes_3, start, 3, K, quarter, D, row_width, BLOCK_Q, BLOCK_D)
+        part = parts + tl.program_id(1).to(tl.int64) * K * row_width
+        places = code_places(unkept(code, stop, EVEN), row_width, BLOCK_D)
+        tl.store(part + places, dcodes, mask=valid[:, None] & (feature < D))
 
 
 def refuse(call: Call) -> str | None:
@@ -288,8 +220,9 @@ def projection_backward(
     dbias = None if bias is None else bias.new_zeros(codes, dtype=torch.float32)
     parts = None
     if rows:
-        whole = width <= PIECE or width % PIECE == 0
-        settings = dict(plan("projection_backward", features.device, features.dtype, codes, min(width, PIECE), whole))
+        piece = piece_width(features.dtype)
+        whole = width <= piece or width % piece == 0
+        settings = dict(plan("projection_backward", features.device, features.dtype, codes, min(width, piece), whole))
         block = settings["BLOCK_N"]
         quarter = triton.cdiv(codes, 4)
         tiles = triton.cdiv(quarter, settings["BLOCK_Q"])
@@ -301,7 +234,7 @@ def projection_backward(
             parts = features.new_zeros(triton.cdiv(strip_steps * block, share), codes, width, dtype=torch.float32)
         sliced = [
             (first, size, *slice_piece(first, size, grad_latents, codebook, parts, mixture if hard else latents))
-            for first, size in pieces(width, grad_latents)
+            for first, size in pieces(width, features.dtype, grad_latents)
         ]
         for low in range(0, rows, strip_steps * block):
             high = min(rows, low + strip_steps * block)

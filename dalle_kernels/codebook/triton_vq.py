@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from dalle_kernels.launch import architecture, settings_for
+from dalle_kernels import launch
 from dalle_kernels.triton_common import dot, precision
 
 CHUNK = 32  # sorted rows a program
@@ -30,35 +30,50 @@ def half_norm_kernel(codebook, norms, K, D, BLOCK_K: tl.constexpr, BLOCK_D: tl.c
     code = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     feature = tl.arange(0, BLOCK_D)[None, :]
     kept = (code < K)[:, None] & (feature < D)
-    row = tl.load(codebook + code[:, None] * D + feature, mask=kept, other=0.0).to(tl.float32)
+    row = tl.load(codebook + code.to(tl.int64)[:, None] * D + feature, mask=kept, other=0.0).to(tl.float32)
     tl.store(norms + code, tl.sum(row * row, 1) * 0.5, mask=code < K)
+
+
+@triton.jit
+def load_features(base, rows, stride, first, D, BLOCK: tl.constexpr):
+    """The features first .. first + BLOCK - 1 of rows [n], as [n, BLOCK]; zero from D on."""
+    feature = first + tl.arange(0, BLOCK)[None, :]
+    return tl.load(base + rows[:, None] * stride + feature, mask=feature < D, other=0.0)
 
 
 @triton.jit
 def vq_forward_kernel(
     features, codebook, norms, indices, distances, N, K, D, stride,
-    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = row < N
     row = tl.minimum(row, N - 1)
-    feature = tl.arange(0, BLOCK_D)
-    f = tl.load(features + row[:, None] * stride + feature[None, :], mask=(feature < D)[None, :], other=0.0)
+    if BLOCK_C == BLOCK_D:
+        f = load_features(features, row, stride, 0, D, BLOCK_D)
     best = tl.full([BLOCK_N], float("-inf"), tl.float32)
     index = tl.zeros([BLOCK_N], tl.int32)
     for start in range(0, K, BLOCK_K):
         code = start + tl.arange(0, BLOCK_K)
-        kept = (code < K)[:, None] & (feature < D)[None, :]
-        codes = tl.load(codebook + code[:, None] * D + feature[None, :], mask=kept, other=0.0)
-        # A row past the end is infinitely long, hence never the nearest.
+        # A row past the end reads as code 0, but is infinitely long, hence never the nearest.
         norm = tl.load(norms + code, mask=code < K, other=float("inf"))
-        score = dot(f, tl.trans(codes), tl.zeros([BLOCK_N, BLOCK_K], tl.float32), PRECISION) - norm[None, :]
+        place = tl.where(code < K, code, 0).to(tl.int64)
+        score = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+        if BLOCK_C == BLOCK_D:
+            score = dot(f, tl.trans(load_features(codebook, place, D, 0, D, BLOCK_D)), score, PRECISION)
+        else:  # fp32 rows, each held as three sums, would fill the registers
+            for first in range(0, D, BLOCK_C):
+                part = load_features(features, row, stride, first, D, BLOCK_C)
+                codes = load_features(codebook, place, D, first, D, BLOCK_C)
+                score = dot(part, tl.trans(codes), score, PRECISION)
+        score -= norm[None, :]
         largest = tl.max(score, 1)
         first = tl.min(tl.where(score == largest[:, None], code[None, :], K - 1), 1)
         index = tl.where(largest > best, first, index)
         best = tl.maximum(best, largest)
-    nearest = tl.load(codebook + index[:, None] * D + feature[None, :], mask=(feature < D)[None, :], other=0.0)
-    difference = f.to(tl.float32) - nearest.to(tl.float32)
+    nearest = load_features(codebook, index.to(tl.int64), D, 0, D, BLOCK_D).to(tl.float32)
+    difference = load_features(features, row, stride, 0, D, BLOCK_D).to(tl.float32) - nearest
     tl.store(indices + row, index.to(tl.int64), mask=inside)
     tl.store(distances + row, tl.sum(difference * difference, 1), mask=inside)
 
@@ -89,7 +104,8 @@ def vq_backward_kernel(
     before = tl.load(sorted_codes + first - 1, mask=first > 0, other=-1)
     begun = (code == before)[:, None]
     tl.store(dcodebook + code[:, None] * D + feature, total, mask=last & (begun == 0))
-    tl.store(heads + tl.program_id(0) * D + feature + tl.zeros([CHUNK, 1], tl.int32), total, mask=last & begun)
+    head = heads + tl.program_id(0).to(tl.int64) * D + feature + tl.zeros([CHUNK, 1], tl.int32)
+    tl.store(head, total, mask=last & begun)
 
 
 @triton.jit
@@ -104,7 +120,7 @@ def vq_heads_kernel(
     following = tl.load(sorted_codes + stop, mask=stop < N, other=-2)
     if (code != before) & (code == following):
         feature = tl.arange(0, BLOCK_D)
-        chunk = tl.program_id(0) + 1 + tl.arange(0, HEADS)
+        chunk = tl.program_id(0).to(tl.int64) + 1 + tl.arange(0, HEADS)
         target = dcodebook + code * D + feature
         total = tl.load(target, mask=feature < D, other=0.0)
         going = 1
@@ -119,8 +135,10 @@ def vq_heads_kernel(
 
 @functools.lru_cache(maxsize=256)
 def _plan(device: torch.device, dtype: torch.dtype, width: int) -> dict[str, Any]:
-    settings = dict(settings_for("vq_forward", architecture(device), 8 * dtype.itemsize, width))
-    return {**settings, "BLOCK_D": _block(width), "PRECISION": precision(dtype)}
+    settings = dict(launch.settings_for("vq_forward", launch.architecture(device), 8 * dtype.itemsize, width))
+    block = _block(width)
+    settings["BLOCK_C"] = min(settings["BLOCK_C"], block)
+    return {**settings, "BLOCK_D": block, "PRECISION": precision(dtype), "enable_fp_fusion": True}
 
 
 def _block(width: int) -> int:
@@ -136,7 +154,7 @@ def vq_forward(features: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Te
         plan = _plan(features.device, features.dtype, width)
         norms = features.new_empty(codes, dtype=torch.float32)
         half_norm_kernel[(triton.cdiv(codes, 32),)](
-            codebook, norms, codes, width, BLOCK_K=32, BLOCK_D=plan["BLOCK_D"], num_warps=4
+            codebook, norms, codes, width, BLOCK_K=32, BLOCK_D=plan["BLOCK_D"], num_warps=4, enable_fp_fusion=True
         )
         vq_forward_kernel[(triton.cdiv(rows, plan["BLOCK_N"]),)](
             features, codebook, norms, indices, distances, rows, codes, width, features.stride(0), **plan
@@ -158,9 +176,11 @@ def vq_backward(
         block = _block(width)
         vq_backward_kernel[(chunks,)](
             grad_squared_distance, features, codebook, sorted_codes, order, dfeatures, dcodebook, heads,
-            rows, width, features.stride(0), CHUNK=CHUNK, BLOCK_D=block, num_warps=4,
+            rows, width, features.stride(0), CHUNK=CHUNK, BLOCK_D=block, num_warps=max(4, block // 32),
+            enable_fp_fusion=True,
         )  # fmt: skip
         vq_heads_kernel[(chunks,)](
-            sorted_codes, heads, dcodebook, rows, width, CHUNK=CHUNK, HEADS=HEADS, BLOCK_D=block, num_warps=4
-        )
+            sorted_codes, heads, dcodebook, rows, width, CHUNK=CHUNK, HEADS=HEADS, BLOCK_D=block, num_warps=4,
+            enable_fp_fusion=True,
+        )  # fmt: skip
     return dfeatures, dcodebook.to(codebook.dtype)

@@ -57,7 +57,7 @@ def decode_forward(
     Values += batch * stride_values_b + head_in_batch * stride_values_h
 
     here = tl.load(position)
-    own_slot = tl.load(slot_of + here)
+    own_slot = tl.load(slot_of + here).to(tl.int64)
     if split == 0:
         tl.store(Keys + own_slot * stride_keys_s + column, new_key, mask=inside)
         tl.store(Values + own_slot * stride_values_s + column, new_value, mask=inside)
@@ -76,7 +76,7 @@ def decode_forward(
         number = first + tl.arange(0, KEYS)
         exists = number < stop
         listed = tl.load(slots + listed_from + number - leading, mask=exists & (number >= leading), other=0)
-        slot = tl.where(number < leading, number, listed)
+        slot = tl.where(number < leading, number, listed).to(tl.int64)
         own = (slot == own_slot)[:, None]
         keep = exists[:, None] & inside[None, :]
         k = tl.load(Keys + slot[:, None] * stride_keys_s + column[None, :], mask=keep, other=0.0)

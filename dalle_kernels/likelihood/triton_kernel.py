@@ -53,7 +53,9 @@ def forward(pixels: torch.Tensor, mu: torch.Tensor, log_b: torch.Tensor) -> torc
     x, location, log_scale = pixels.contiguous(), mu.contiguous(), log_b.contiguous()
     nll = torch.empty_like(x, dtype=torch.float32)
     if total := nll.numel():
-        forward_kernel[(triton.cdiv(total, BLOCK),)](x, location, log_scale, nll, total, BLOCK=BLOCK, num_warps=4)
+        forward_kernel[(triton.cdiv(total, BLOCK),)](
+            x, location, log_scale, nll, total, BLOCK=BLOCK, num_warps=4, enable_fp_fusion=True
+        )
     return _laid_out_as(pixels, nll)
 
 
@@ -64,7 +66,9 @@ def backward(
     inputs = [tensor.contiguous() for tensor in (grad, pixels, mu, log_b)]
     dmu, dlog_b = torch.empty_like(inputs[2]), torch.empty_like(inputs[3])
     if total := grad.numel():
-        backward_kernel[(triton.cdiv(total, BLOCK),)](*inputs, dmu, dlog_b, total, BLOCK=BLOCK, num_warps=4)
+        backward_kernel[(triton.cdiv(total, BLOCK),)](
+            *inputs, dmu, dlog_b, total, BLOCK=BLOCK, num_warps=4, enable_fp_fusion=True
+        )
     return _laid_out_as(mu, dmu), _laid_out_as(log_b, dlog_b)
 
 

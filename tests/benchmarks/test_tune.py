@@ -6,11 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
 from benchmarks import tune
 from dalle_kernels import launch
+from dalle_kernels.codebook import triton_gumbel, triton_vq
 
 
 def task_of(times: dict[int, float]) -> tune.Task:
@@ -56,3 +58,29 @@ def test_table_is_found_by_architecture_and_width() -> None:
     for row in launch.rows():
         found = launch.settings_for(row["kernel"], row["arch"], row["bits"], row["width"])
         assert found == row["settings"]
+
+
+def test_every_row_of_the_table_has_a_task() -> None:
+    tasks = {(task.kernel, task.bits, task.width): task for task in tune.all_tasks()}
+    assert tasks.keys() == {(row["kernel"], row["bits"], row["width"]) for row in launch.rows()}
+    for task in tasks.values():
+        settings = launch.settings_for(task.kernel, 90, task.bits, task.width)
+        assert all(change.keys() <= settings.keys() for change in task.candidates), task.kernel
+
+
+def test_candidates_reach_every_plan() -> None:
+    seen = []
+
+    def prepare():  # type: ignore[no-untyped-def]
+        cpu = torch.device("cpu")
+        return lambda: seen.append(
+            (
+                triton_gumbel.plan("gumbel_forward", cpu, torch.bfloat16, 256, 128)["num_warps"],
+                triton_vq._plan(cpu, torch.bfloat16, 128)["num_warps"],
+            )
+        )
+
+    for kernel in ("gumbel_forward", "vq_forward"):
+        task = tune.Task(kernel, 16, 128, tune.product(num_warps=(1, 2)), prepare)
+        tune.tune(task, 90, 0.02, lambda call: call() or 1.0)
+    assert seen == [(8, 8), (1, 8), (2, 8), (8, 8), (8, 1), (8, 2)]

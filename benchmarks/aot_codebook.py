@@ -1,0 +1,85 @@
+"""The codebook kernels' cases for `benchmarks.aot`: one per row of the launch table, and the other kinds of call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from unittest import mock
+
+import torch
+
+from benchmarks.aot import DTYPES, Case
+from dalle_kernels import launch
+from dalle_kernels.codebook import triton_kernels, triton_projection
+
+ROWS, CODES, CHANNELS = 512, 8192, 256
+
+
+def cases(arch: int) -> Iterator[Case]:
+    for tails, codes, less in (("", CODES, 0), ("_tails", CODES - 3, 5)):
+        for bits, width in launch.served(f"gumbel_forward{tails}"):
+            yield f"gumbel{tails}/{bits}-bit/{width}", gumbel_forward(bits, width - less, codes)
+        for bits, width in launch.served(f"gumbel_backward{tails}"):
+            yield f"gumbel{tails}/{bits}-bit/{width}/backward", gumbel_backward(bits, width - less, codes)
+        for bits, width in launch.served(f"projection_forward{tails}"):
+            yield f"projection{tails}/{bits}-bit/{width}", projection_forward(bits, width - less, codes)
+        for bits, width in launch.served(f"projection_backward{tails}"):
+            yield f"projection{tails}/{bits}-bit/{width}/backward", projection_backward(bits, width - less, codes)
+    yield "gumbel/16-bit/128/hard", gumbel_forward(16, 128, CODES, hard=True)
+    yield "gumbel/16-bit/128/hard/backward", gumbel_backward(16, 128, CODES, hard=True)
+    yield "gumbel/16-bit/256/backward", gumbel_backward(16, 256, CODES)  # in two pieces
+    yield "projection/16-bit/128/backward/strips", projection_backward(16, 128, CODES, strip_bytes=1)
+    for bits, width in launch.served("vq_forward"):
+        yield f"vq/{bits}-bit/{width}", vq(bits, width)
+
+
+def settings(hard: bool) -> tuple[torch.Tensor, bool, bool, torch.Tensor]:
+    return torch.ones(()), hard, True, torch.tensor(1)
+
+
+def results(latents: torch.Tensor, hard: bool) -> list[torch.Tensor]:
+    """What a forward pass leaves besides the latents."""
+    of_rows = torch.empty(ROWS)
+    mixture = torch.empty(latents.shape if hard else (0,))
+    return [torch.zeros(ROWS, dtype=torch.int64), of_rows, of_rows, of_rows, mixture]
+
+
+def gumbel_forward(bits: int, width: int, codes: int, hard: bool = False) -> Callable[[], object]:
+    logits, codebook = torch.empty(ROWS, codes, dtype=DTYPES[bits]), torch.empty(codes, width, dtype=DTYPES[bits])
+    return lambda: triton_kernels.gumbel_forward(logits, codebook, *settings(hard))
+
+
+def gumbel_backward(bits: int, width: int, codes: int, hard: bool = False) -> Callable[[], object]:
+    logits, codebook = torch.empty(ROWS, codes, dtype=DTYPES[bits]), torch.empty(codes, width, dtype=DTYPES[bits])
+    latents = torch.empty(ROWS, width, dtype=DTYPES[bits])
+    saved = *settings(hard), latents, *results(latents, hard)
+    return lambda: triton_kernels.gumbel_backward(latents, torch.empty(ROWS), logits, codebook, *saved)
+
+
+def layer(bits: int, width: int, codes: int) -> list[torch.Tensor]:
+    """Features, weight, bias and codebook."""
+    shapes = (ROWS, CHANNELS), (codes, CHANNELS), (codes,), (codes, width)
+    return [torch.zeros(shape, dtype=DTYPES[bits]) for shape in shapes]
+
+
+def projection_forward(bits: int, width: int, codes: int) -> Callable[[], object]:
+    return lambda: triton_projection.projection_forward(*layer(bits, width, codes), *settings(False))
+
+
+def projection_backward(bits: int, width: int, codes: int, strip_bytes: int | None = None) -> Callable[[], object]:
+    def call() -> None:
+        latents = torch.empty(ROWS, width, dtype=DTYPES[bits])
+        saved = *settings(False), latents, *results(latents, False)
+        limit = triton_projection.STRIP_BYTES if strip_bytes is None else strip_bytes
+        with mock.patch.object(triton_projection, "STRIP_BYTES", limit):
+            triton_projection.projection_backward(latents, torch.empty(ROWS), *layer(bits, width, codes), *saved)
+
+    return call
+
+
+def vq(bits: int, width: int) -> Callable[[], object]:
+    def call() -> None:
+        features, codebook = (torch.empty(rows, width, dtype=DTYPES[bits]) for rows in (ROWS, CODES))
+        triton_kernels.vq_forward(features, codebook)
+        triton_kernels.vq_backward(torch.empty(ROWS), features, codebook, torch.zeros(ROWS, dtype=torch.int64))
+
+    return call

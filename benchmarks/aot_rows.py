@@ -1,0 +1,30 @@
+"""Cases for `benchmarks.aot` of the kernels that the launch table does not hold: sampling and the likelihood."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+from benchmarks.aot import DTYPES, Case
+from dalle_kernels.likelihood import triton_kernel as likelihood
+from dalle_kernels.sampling import triton_kernel as sampling
+
+
+def cases(arch: int) -> Iterator[Case]:
+    # The longest row of a DALL-E: 16,384 text tokens, 128 of padding and 8,192 image tokens; and the image's alone.
+    yield "sampling/16-bit/24704/guided", sample(16, 24704, guided=True)
+    yield "sampling/16-bit/8192", sample(16, 8192)
+    yield f"sampling/32-bit/{sampling.LARGEST}/guided", sample(32, sampling.LARGEST, guided=True)
+    for bits in DTYPES:
+        yield f"likelihood/{bits}-bit", nll(bits)
+
+
+def sample(bits: int, tokens: int, guided: bool = False) -> Callable[[], object]:
+    logits = torch.empty(4, tokens, dtype=DTYPES[bits])
+    return lambda: sampling.sample(logits, logits if guided else None, 3.0, 0.9, 100, 0.95, torch.tensor(1))
+
+
+def nll(bits: int) -> Callable[[], object]:
+    x, grad = torch.empty(4096, dtype=DTYPES[bits]), torch.empty(4096)
+    return lambda: (likelihood.forward(x, x, x), likelihood.backward(grad, x, x, x))

@@ -1,0 +1,61 @@
+"""What `benchmarks.tune` tries for the codebook's kernels: 8192 rows and codes (three codes fewer for tails)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+from benchmarks.aot import DTYPES
+from benchmarks.tune import Task, product
+from dalle_kernels import launch
+from dalle_kernels.codebook import triton_kernels, triton_projection
+
+ROWS, CODES, CHANNELS = 8192, 8192, 256
+TILES = {"BLOCK_N": (32, 64, 128), "BLOCK_Q": (8, 16, 32), "num_warps": (4, 8, 16), "num_stages": (1, 2, 3)}
+CANDIDATES = {
+    "gumbel_forward": product(**TILES),
+    "gumbel_backward": product(**TILES, programs=(132, 264, 528)),
+    "projection_forward": product(**TILES, BLOCK_C=(32, 64)),
+    "projection_backward": product(**TILES, BLOCK_C=(32, 64)),
+    "vq_forward": product(
+        BLOCK_N=(64, 128), BLOCK_K=(32, 64, 128), BLOCK_C=(32, 256), num_warps=(4, 8), num_stages=(1, 2, 3)
+    ),
+}
+
+
+def tasks() -> Iterator[Task]:
+    for row in {(row["kernel"], row["bits"], row["width"]): row for row in launch.rows()}.values():
+        kernel, bits, width = row["kernel"], row["bits"], row["width"]
+        name = kernel.removesuffix("_tails")
+        if name in CANDIDATES:
+            tails = name != kernel
+            yield Task(
+                kernel, bits, width, CANDIDATES[name],
+                lambda name=name, bits=bits, width=width, tails=tails: prepare(name, bits, width, tails),
+            )  # fmt: skip
+
+
+def prepare(kernel: str, bits: int, width: int, tails: bool) -> Callable[[], object]:
+    """The call to time, on inputs of its own."""
+    codes, width = (CODES - 3, width - 5) if tails else (CODES, width)
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device="cuda", dtype=DTYPES[bits])
+
+    codebook = randn(codes, width)
+    if kernel == "vq_forward":
+        features = randn(ROWS, width)
+        return lambda: triton_kernels.vq_forward(features, codebook)
+    settings = torch.ones((), device="cuda"), False, True, torch.tensor(1, device="cuda")
+    if kernel.startswith("gumbel"):
+        tensors = randn(ROWS, codes), codebook
+        forward, backward = triton_kernels.gumbel_forward, triton_kernels.gumbel_backward
+    else:
+        tensors = randn(ROWS, CHANNELS), randn(codes, CHANNELS) / CHANNELS**0.5, randn(codes), codebook
+        forward, backward = triton_projection.projection_forward, triton_projection.projection_backward
+    if kernel.endswith("forward"):
+        return lambda: forward(*tensors, *settings)
+    outputs = forward(*tensors, *settings)
+    grads = randn(ROWS, width), torch.ones(ROWS, device="cuda")
+    return lambda: backward(*grads, *tensors, *settings, *outputs)

@@ -1,0 +1,128 @@
+"""Triton kernels find elements that lie 2^31 elements and more from the first of their tensor.
+
+Each tensor in turn is a view of storage that is only touched where its rows lie, so it takes addresses and no memory.
+The same numbers close together give the same bits.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from dalle_kernels import KVCache, Row, TokenLayout
+from dalle_kernels.attention import triton_backend
+from dalle_kernels.codebook import triton_kernels, triton_projection
+from dalle_kernels.decode import triton_kernel as decode_kernel
+from dalle_kernels.sampling import triton_kernel as sampling_kernel
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+PATTERN = Row(TokenLayout(20, (3, 6)))
+
+
+def far_apart(tensor: torch.Tensor, dimension: int) -> torch.Tensor:
+    """The same elements with the last along `dimension` at least 2^31 elements from the first."""
+    strides = list(tensor.stride())
+    strides[dimension] = (2**31 // (tensor.shape[dimension] - 1) // 16 + 1) * 16
+    size = 1 + sum((count - 1) * stride for count, stride in zip(tensor.shape, strides, strict=True))
+    spread = torch.empty(size, dtype=tensor.dtype, device=tensor.device).as_strided(tensor.shape, strides)
+    return spread.copy_(tensor)
+
+
+def halves(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, device=DEVICE).half()
+
+
+def assert_same(got: object, wanted: object) -> None:
+    for one, other in zip(got, wanted, strict=True):  # type: ignore[call-overload]
+        assert (one is None) == (other is None)
+        assert one is None or torch.equal(one, other)
+
+
+@pytest.mark.parametrize("dimension", [0, 1, 2])
+def test_attention(dimension: int) -> None:
+    torch.manual_seed(0)
+    near = [halves(2, 2, PATTERN.length, 16) for _ in range(4)]
+
+    def run(q, k, v, grad):  # type: ignore[no-untyped-def]
+        out, lse = triton_backend.forward(q, k, v, None, 0.25, PATTERN)
+        return out, lse, *triton_backend.backward(grad, None, q, k, v, out, lse, None, 0.25, PATTERN)
+
+    assert_same(run(*(far_apart(tensor, dimension) for tensor in near)), run(*near))
+
+
+@pytest.mark.parametrize("dimension", [0, 1])
+def test_attention_padding_and_gradient_of_the_log_sum_exp(dimension: int) -> None:
+    torch.manual_seed(1)
+    q, k, v, grad = (halves(2, 2, PATTERN.length, 16) for _ in range(4))
+    padding = torch.rand(2, PATTERN.length, device=DEVICE) < 0.2
+    grad_lse = torch.randn(2, 2, PATTERN.length, device=DEVICE)
+
+    def run(padding, grad_lse):  # type: ignore[no-untyped-def]
+        out, lse = triton_backend.forward(q, k, v, padding, 0.25, PATTERN)
+        return out, lse, *triton_backend.backward(grad, grad_lse, q, k, v, out, lse, padding, 0.25, PATTERN)
+
+    far = far_apart(padding, dimension), far_apart(grad_lse, 2 * dimension)
+    assert_same(run(*far), run(padding, grad_lse))
+
+
+@pytest.mark.parametrize("dimension", [0, 1, 2])
+def test_decoding(dimension: int) -> None:
+    torch.manual_seed(2)
+    cache = KVCache(PATTERN, 2, 2, 16, dtype=torch.float16, device=DEVICE)
+    cache.keys.normal_()
+    cache.values.normal_()
+    q, k, v = (halves(2, 2, 1, 16) for _ in range(3))
+    position = torch.tensor(PATTERN.length - 1, device=DEVICE)
+    results = []
+    for place in (far_apart, lambda tensor, _: tensor.clone()):
+        keys, values = place(cache.keys, dimension), place(cache.values, dimension)
+        out = decode_kernel.forward(q, k, v, keys, values, position, 0.25, PATTERN)
+        results.append((out, keys, values))
+    assert_same(*results)
+
+
+def test_gumbel() -> None:
+    torch.manual_seed(3)
+    logits, codebook, tau, seed = halves(3, 40), halves(40, 16), torch.ones((), device=DEVICE), torch.tensor(1)
+    results = []
+    for table in (far_apart(logits, 0), logits):
+        settings = table, codebook, tau, False, True, seed.to(DEVICE)
+        outputs = triton_kernels.gumbel_forward(*settings)
+        gradients = triton_kernels.gumbel_backward(outputs[0], outputs[2], *settings, *outputs)
+        results.append((*outputs, *gradients))
+    assert_same(*results)
+
+
+def test_projection() -> None:
+    torch.manual_seed(4)
+    features, weight, codebook = halves(3, 16), halves(40, 16), halves(40, 16)
+    results = []
+    for table in (far_apart(features, 0), features):
+        tensors = table, weight, None, codebook
+        settings = torch.ones((), device=DEVICE), False, True, torch.tensor(1, device=DEVICE)
+        outputs = triton_projection.projection_forward(*tensors, *settings)
+        gradients = triton_projection.projection_backward(outputs[0], outputs[2], *tensors, *settings, *outputs)
+        results.append((*outputs, *gradients))
+    assert_same(*results)
+
+
+def test_vq() -> None:
+    torch.manual_seed(5)
+    features, codebook, grad = halves(3, 16), halves(40, 16), torch.ones(3, device=DEVICE)
+    results = []
+    for table in (far_apart(features, 0), features):
+        indices, distances = triton_kernels.vq_forward(table, codebook)
+        results.append((indices, distances, *triton_kernels.vq_backward(grad, table, codebook, indices)))
+    assert_same(*results)
+
+
+def test_sampling() -> None:
+    torch.manual_seed(6)
+    logits, base, seed = halves(3, 50), halves(3, 50), torch.tensor(1, device=DEVICE)
+
+    def draw(logits, base):  # type: ignore[no-untyped-def]
+        return sampling_kernel.sample(logits, base, 2.0, 0.9, 10, 0.9, seed)
+
+    assert torch.equal(draw(far_apart(logits, 0), far_apart(base, 0)), draw(logits, base))
