@@ -55,5 +55,11 @@ constexpr int kOnePassWidth = 64;
 // One translation unit each, so that they compile side by side. Widths: 16, 32, 64, 80, 96, 128.
 void attention_forward_bfloat16(const AttentionForward& parameters, void* stream);
 void attention_forward_float16(const AttentionForward& parameters, void* stream);
+// The kernel for sm_90a; dalle_kernels/attention/cuda_plan.py, Sm90aPlan, makes what it takes beside the others' walk.
+// Its row tiles have 256 rows up to width 64, 128 beyond; `blocks` share the heads.
+void attention_forward_sm90a_bfloat16(const AttentionForward& parameters, const int32_t* runs, int blocks,
+                                      void* stream);
+void attention_forward_sm90a_float16(const AttentionForward& parameters, const int32_t* runs, int blocks,
+                                     void* stream);
 void attention_backward_bfloat16(const AttentionBackward& parameters, void* stream);
 void attention_backward_float16(const AttentionBackward& parameters, void* stream);

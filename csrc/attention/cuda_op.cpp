@@ -29,10 +29,9 @@ static Walk walk_of(const Tensor& order, const Tensor& part_tiles, const Tensor&
   return walk;
 }
 
-static void forward(Tensor q, Tensor k, Tensor v, std::optional<Tensor> padding, Tensor order, Tensor part_tiles,
-                    Tensor tile_steps, Tensor steps, Tensor masks, int64_t slots, double scale, Tensor out,
-                    Tensor lse) {
-  const DeviceGuard guard(q.get_device());
+static AttentionForward forward_of(const Tensor& q, const Tensor& k, const Tensor& v,
+                                   const std::optional<Tensor>& padding, const Walk& walk, double scale,
+                                   const Tensor& out, const Tensor& lse) {
   AttentionForward p;
   p.q = rows_of<const void>(q);
   p.k = rows_of<const void>(k);
@@ -40,14 +39,36 @@ static void forward(Tensor q, Tensor k, Tensor v, std::optional<Tensor> padding,
   p.out = rows_of<void>(out);
   p.lse = device_pointer<float>(lse);
   p.padding = padding.has_value() ? device_pointer<const bool>(*padding) : nullptr;
-  p.walk = walk_of(order, part_tiles, tile_steps, steps, masks, slots);
+  p.walk = walk;
   p.batch = static_cast<int>(q.size(0));
   p.heads = static_cast<int>(q.size(1));
   p.width = static_cast<int>(q.size(3));
   p.scale = static_cast<float>(scale);
+  return p;
+}
+
+static void forward(Tensor q, Tensor k, Tensor v, std::optional<Tensor> padding, Tensor order, Tensor part_tiles,
+                    Tensor tile_steps, Tensor steps, Tensor masks, int64_t slots, double scale, Tensor out,
+                    Tensor lse) {
+  const DeviceGuard guard(q.get_device());
+  const Walk walk = walk_of(order, part_tiles, tile_steps, steps, masks, slots);
+  const AttentionForward p = forward_of(q, k, v, padding, walk, scale, out, lse);
   const bool half = element_of(q) == Element::float16;
   (half ? attention_forward_float16 : attention_forward_bfloat16)(p, current_stream(q));
 }
+
+#ifdef DALLE_SM90A
+static void forward_sm90a(Tensor q, Tensor k, Tensor v, std::optional<Tensor> padding, Tensor order,
+                          Tensor part_tiles, Tensor tile_steps, Tensor steps, Tensor masks, int64_t slots, Tensor runs,
+                          int64_t blocks, double scale, Tensor out, Tensor lse) {
+  const DeviceGuard guard(q.get_device());
+  const Walk walk = walk_of(order, part_tiles, tile_steps, steps, masks, slots);
+  const AttentionForward p = forward_of(q, k, v, padding, walk, scale, out, lse);
+  const bool half = element_of(q) == Element::float16;
+  (half ? attention_forward_sm90a_float16 : attention_forward_sm90a_bfloat16)(
+      p, device_pointer<const int32_t>(runs), static_cast<int>(blocks), current_stream(q));
+}
+#endif
 
 // All but the walks.
 static AttentionBackward backward_of(const Tensor& grad_out, const std::optional<Tensor>& grad_lse, const Tensor& q,
@@ -111,6 +132,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(DALLE_LIBRARY, m) {
   m.def(
       "attention_forward(Tensor q, Tensor k, Tensor v, Tensor? padding, Tensor order, Tensor part_tiles,"
       " Tensor tile_steps, Tensor steps, Tensor masks, int slots, float scale, Tensor(a!) out, Tensor(b!) lse) -> ()");
+#ifdef DALLE_SM90A
+  m.def(
+      "attention_forward_sm90a(Tensor q, Tensor k, Tensor v, Tensor? padding, Tensor order, Tensor part_tiles,"
+      " Tensor tile_steps, Tensor steps, Tensor masks, int slots, Tensor runs, int blocks, float scale,"
+      " Tensor(a!) out, Tensor(b!) lse) -> ()");
+#endif
   m.def(
       "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
       " Tensor? padding, Tensor order, Tensor query_part_tiles, Tensor query_tile_steps, Tensor query_steps,"
@@ -125,6 +152,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(DALLE_LIBRARY, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(DALLE_LIBRARY, DALLE_DISPATCH_KEY, m) {
   m.impl("attention_forward", TORCH_BOX(&dalle::forward));
+#ifdef DALLE_SM90A
+  m.impl("attention_forward_sm90a", TORCH_BOX(&dalle::forward_sm90a));
+#endif
   m.impl("attention_backward", TORCH_BOX(&dalle::backward));
   m.impl("attention_backward_one_pass", TORCH_BOX(&dalle::backward_one_pass));
 }

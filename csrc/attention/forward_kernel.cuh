@@ -1,19 +1,16 @@
 // Attention forward for sm_80 and later: out = softmax(scale q k^T) v over the visible pairs, and its log-sum-exp.
 //
 // A block serves a part of one head's query tiles, one after another. For every query tile it walks the key tiles of
-// the schedule with the online softmax, in base 2: with s = scale log2(e) q k^T,
-//   m' = max(m, max s),  l' = 2^(m - m') l + sum 2^(s - m'),  acc' = 2^(m - m') acc + 2^(s - m') v;
-// out = acc / l, lse = ln 2 (m + log2 l). A warp that sees nothing of a tile skips its products.
+// the schedule with the online softmax (softmax.cuh). A warp that sees nothing of a tile skips its products.
 
 #pragma once
 
-#include "attention/tiles.cuh"
+#include "attention/softmax.cuh"
 #include "cuda/launch.cuh"
 
 namespace {
 
 constexpr int kColumns = 64;  // keys a tile
-constexpr float kNothing = -1e38f;  // the largest score of no keys: finite, so that differences are numbers
 
 // Two blocks a multiprocessor where a thread's sums are few enough for 128 registers.
 template <class T, int kWidth>
@@ -38,8 +35,7 @@ __global__ void __launch_bounds__(kThreads, kWidth <= 64 ? 2 : 1)
     uint32_t query[kWidth / 16][4];
     load_rows<T, kWidth>(query, q, token, place.c);
     float acc[kWidth / 8][4] = {};
-    float m[2] = {kNothing, kNothing};
-    float l[2] = {0.0f, 0.0f};  // this lane's columns only, until the end
+    OnlineSoftmax softmax;
 
     const int end = load(walk.tile_steps + tile + 1);
     for (int index = load(walk.tile_steps + tile); index < end; ++index) {
@@ -52,55 +48,13 @@ __global__ void __launch_bounds__(kThreads, kWidth <= 64 ? 2 : 1)
       const char* keys = slots + step.slot * 2 * kTileBytes;
       float score[kColumns / 8][4] = {};
       multiply_transposed<T, kWidth, kColumns>(score, query, keys, place.lane);
-
-      float largest[2] = {m[0], m[1]};
-#pragma unroll
-      for (int n = 0; n < kColumns / 8; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          score[n][i] *= to_base_2;
-          if (masked && !visible.sees(n, place.c, i)) {
-            score[n][i] = -kInfinity;
-          }
-          largest[i / 2] = fmaxf(largest[i / 2], score[n][i]);
-        }
-      }
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        largest[half] = largest_of_quad(largest[half]);
-        const float old = exp2_fast(m[half] - largest[half]);  // 0 with the first visible key
-        m[half] = largest[half];
-        l[half] *= old;
-#pragma unroll
-        for (int n = 0; n < kWidth / 8; ++n) {
-          acc[n][2 * half] *= old;
-          acc[n][2 * half + 1] *= old;
-        }
-      }
-#pragma unroll
-      for (int n = 0; n < kColumns / 8; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          score[n][i] = exp2_fast(score[n][i] - m[i / 2]);
-          l[i / 2] += score[n][i];
-        }
-      }
+      softmax.step(score, acc, visible, masked, to_base_2, place.c);
       multiply<T, kWidth, kColumns>(acc, score, keys + kTileBytes, place.lane);
     }
 
     // Read again rather than kept: the walk needs every register.
     tokens_of(token, walk, tile, place);
-    float inverse[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      l[half] = sum_of_quad(l[half]);
-      inverse[half] = l[half] > 0.0f ? 1.0f / l[half] : 0.0f;
-      if (token[half] >= 0 && place.c == 0) {
-        const float lse = l[half] > 0.0f ? kLn2 * (m[half] + log2_fast(l[half])) : -kInfinity;
-        store(p.lse + static_cast<int64_t>(blockIdx.x) * walk.length + token[half], lse);
-      }
-    }
-    store_rows<T, kWidth>(head_data<T>(p.out, place), p.out.strides[2], acc, inverse, token, place.c);
+    softmax.finish<T, kWidth>(p, acc, token, place);
   }
   copy_async_wait<0>();
 }

@@ -58,31 +58,41 @@ DEVICE void copy_box(void* shared, const TensorMap& map, int x, int y, int z, in
 }
 
 // ---------------------------------------------------------------------------------------------------------------
-// Products by a warpgroup: four warps, the first a multiple of four. Warp w holds rows 16 w to 16 w + 15 of A and of the
-// sums in the fragments of m16n8k16 (device.cuh); B lies in shared memory. They run by themselves between
-// warpgroup_commit() and the warpgroup_wait() for their group: until then their registers and B must be left alone.
+// Products by a warpgroup: four warps, the first a multiple of four. Warp w holds rows 16 w to 16 w + 15 of A and of
+// the sums in the fragments of m16n8k16 (device.cuh); B lies in shared memory. They run by themselves until the
+// warpgroup_wait() for the group that warpgroup_commit() closed: so long their registers and B must be left alone.
 
-// Every warp calls it before its first product, and when it has touched registers that the next product uses. It names
-// them so that the compiler leaves no change of theirs for later.
+// Fragments as they stand here: the compiler moves no change of them past this point.
 template <int n>
-DEVICE void warpgroup_fence(float (&sums)[n][4]) {
+DEVICE void pin(float (&fragments)[n][4]) {
 #pragma unroll
   for (int i = 0; i < n; ++i) {
-    asm volatile("" : "+f"(sums[i][0]), "+f"(sums[i][1]), "+f"(sums[i][2]), "+f"(sums[i][3])::"memory");
+    asm volatile("" : "+f"(fragments[i][0]), "+f"(fragments[i][1]), "+f"(fragments[i][2]), "+f"(fragments[i][3]));
   }
+}
+
+template <int n>
+DEVICE void pin(uint32_t (&fragments)[n][4]) {
+#pragma unroll
+  for (int i = 0; i < n; ++i) {
+    asm volatile("" : "+r"(fragments[i][0]), "+r"(fragments[i][1]), "+r"(fragments[i][2]), "+r"(fragments[i][3]));
+  }
+}
+
+// Every warp calls it before its first product, and when it has touched registers that the next product uses: these.
+template <class... Fragments>
+DEVICE void warpgroup_fence(Fragments&... used) {
+  (pin(used), ...);
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
 
 DEVICE void warpgroup_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
-// Waits until at most `pending` of the latest groups still run; `sums` may be used then, if no running group adds to it.
+// Waits until at most `pending` of the latest groups still run; `sums` may be used then, if none of these adds to it.
 template <int pending, int n>
 DEVICE void warpgroup_wait(float (&sums)[n][4]) {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
-#pragma unroll
-  for (int i = 0; i < n; ++i) {
-    asm volatile("" : "+f"(sums[i][0]), "+f"(sums[i][1]), "+f"(sums[i][2]), "+f"(sums[i][3])::"memory");
-  }
+  pin(sums);
 }
 
 #define SUMS1(i) "+f"(sums[i][0]), "+f"(sums[i][1]), "+f"(sums[i][2]), "+f"(sums[i][3])
@@ -92,13 +102,13 @@ DEVICE void warpgroup_wait(float (&sums)[n][4]) {
 #define WORDS2 "%0, %1, %2, %3, %4, %5, %6, %7"
 #define WORDS4 WORDS2 ", %8, %9, %10, %11, %12, %13, %14, %15"
 #define WORDS8 WORDS4 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define PRODUCT(element, columns, sum_words, sum_operands, a0, a1, a2, a3, b, adding, transposed)                       \
-  asm volatile("{ .reg .pred adds; setp.ne.b32 adds, %" adding                                                         \
-               ", 0; wgmma.mma_async.sync.aligned.m64n" columns "k16.f32." element "." element " {" sum_words          \
-               "}, {%" a0 ", %" a1 ", %" a2 ", %" a3 "}, %" b ", adds, 1, 1, %" transposed "; }"                       \
-               : sum_operands                                                                                          \
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_descriptor),                    \
-                 "r"(adds ? 1 : 0), "n"(kTransposed ? 1 : 0))
+#define PRODUCT(element, columns, sum_words, sum_operands, a0, a1, a2, a3, b, adding, transposed)                   \
+  asm volatile(                                                                                                    \
+      "{ .reg .pred adds; setp.ne.b32 adds, %" adding ", 0; wgmma.mma_async.sync.aligned.m64n" columns             \
+      "k16.f32." element "." element " {" sum_words "}, {%" a0 ", %" a1 ", %" a2 ", %" a3 "}, %" b                 \
+      ", adds, 1, 1, %" transposed "; }"                                                                           \
+      : sum_operands                                                                                               \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_descriptor), "r"(adds ? 1 : 0), "n"(kTransposed ? 1 : 0))
 #define PRODUCTS(element)                                                                              \
   if constexpr (kColumns == 64) {                                                                      \
     PRODUCT(element, "64", WORDS8, SUMS8(0), "32", "33", "34", "35", "36", "37", "38");                \

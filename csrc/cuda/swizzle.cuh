@@ -14,9 +14,9 @@ constexpr int kPanelPitch = 2 * kPanelColumns;
 // Bytes from a panel's start to piece `piece` of row `row`.
 DEVICE int swizzled(int row, int piece) { return row * kPanelPitch + (piece ^ row % 8) * 16; }
 
-// Names a panel, or what is left of it from some row on (a multiple of 8) or from some column on (a multiple of 16, 2
-// bytes each), as operand B of a warpgroup's product (PTX ISA, "Matrix descriptor"): groups of eight rows are 1024 bytes
-// apart. The other distance, between panels side by side, is never used.
+// Names a panel, or what is left of it from some row on (a multiple of 8) or from some column on (a multiple of 16), as
+// operand B of a warpgroup's product (PTX ISA, "Matrix descriptor"): groups of eight rows are 1024 bytes apart. The
+// other distance, between panels side by side, is never used.
 DEVICE uint64_t panel_descriptor(const void* start) {
   constexpr uint64_t kSwizzle128 = 1;
   constexpr uint64_t kEightRows = 8 * kPanelPitch / 16;

@@ -1,10 +1,14 @@
-"""Sparse attention by the CUDA kernels of csrc/attention: mma.sync and cp.async, for sm_80 and later."""
+"""Sparse attention by the CUDA kernels of csrc/attention: mma.sync and cp.async, for sm_80 and later.
+
+The forward of sm_90a has a kernel of its own (cuda_sm90a.py), which serves what it can there.
+"""
 
 from __future__ import annotations
 
 import torch
 
 from dalle_kernels import cuda_library
+from dalle_kernels.attention import cuda_sm90a
 from dalle_kernels.attention.cuda_plan import SMALLEST, Plan, plan_for, sums_plan_for
 from dalle_kernels.attention.patterns import Pattern
 from dalle_kernels.backends import Call
@@ -79,18 +83,15 @@ def forward(
     scale: float,
     pattern: Pattern,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    plan = _plan(q, pattern, columns=64, blocks=2 if q.shape[-1] <= 64 else 1)
     outputs, targets = _outputs(q)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    cuda_library.operations().attention_forward(
-        *map(cuda_library.aligned, (q, k, v)),
-        _padding(key_padding_mask),
-        plan.order,
-        *plan.walk,
-        scale,
-        *targets,
-        lse,
-    )
+    q, k, v = map(cuda_library.aligned, (q, k, v))
+    padding = _padding(key_padding_mask)
+    if cuda_sm90a.refuse(q, k, v) is None:
+        cuda_sm90a.forward(q, k, v, padding, scale, pattern, targets[0], lse)
+    else:
+        plan = _plan(q, pattern, columns=64, blocks=2 if q.shape[-1] <= 64 else 1)
+        cuda_library.operations().attention_forward(q, k, v, padding, plan.order, *plan.walk, scale, *targets, lse)
     return _return(outputs, targets)[0], lse
 
 

@@ -163,20 +163,24 @@ def _place(walk: list[int], slots: int, ahead: int = AHEAD) -> list[tuple[int, b
         uses.setdefault(tile, []).append(step)  # the next use is the last of the list
     holds: dict[int, int] = {}  # slot -> tile
     where: dict[int, int] = {}  # tile -> slot
+    idle_since = [-1] * slots
     placed: list[tuple[int, bool]] = []
     for step, tile in enumerate(walk):
         uses[tile].pop()
-        if tile in where:
-            placed.append((where[tile], False))
-            continue
-        # A load runs beside the `ahead` steps before its own, so their slots are taken.
-        busy = {slot for slot, _ in placed[max(step - ahead, 0) : step]}
-        free = [slot for slot in range(slots) if slot not in busy]
-        slot = max(free, key=lambda slot: _next_use(uses, holds.get(slot)))
-        if slot in holds:
-            del where[holds[slot]]
-        holds[slot], where[tile] = tile, slot
-        placed.append((slot, True))
+        loads = tile not in where
+        if loads:
+            # A load runs beside the `ahead` steps before its own, so their slots are taken. Of tiles that are done with
+            # the first that was makes room, so that loads can start early; with none ahead the first slot, so that
+            # few are used.
+            busy = {slot for slot, _ in placed[max(step - ahead, 0) : step]}
+            free = [slot for slot in range(slots) if slot not in busy]
+            since = idle_since if ahead else list(range(slots))
+            slot = max(free, key=lambda slot: (_next_use(uses, holds.get(slot)), -since[slot]))
+            if slot in holds:
+                del where[holds[slot]]
+            holds[slot], where[tile] = tile, slot
+        idle_since[where[tile]] = step
+        placed.append((where[tile], loads))
     return placed
 
 

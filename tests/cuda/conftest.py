@@ -33,6 +33,7 @@ def emulated(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(cuda_library, "operations", lambda: operations)
     monkeypatch.setattr(cuda_library, "multiprocessors", lambda device: 4)
     monkeypatch.setattr(cuda_library, "shared_memory", lambda device, blocks: 100_000 // blocks)
+    monkeypatch.setattr(cuda_library, "has_sm90a", lambda device: False)
     monkeypatch.setattr(cuda_library, "_refuse_device", lambda device: None)
     backends.forget_choices()
     before = torch.are_deterministic_algorithms_enabled()

@@ -69,6 +69,15 @@ def test_machine_code_holds_the_instructions_that_the_design_counts_on(built: Ta
                 products = 2 * 4 * (width // 16) + 2 * (width // 8) + 8 * (share // 8)
                 assert row["instructions"]["HMMA"] == products, f"{name}"
                 assert row["instructions"]["LDGSTS"] >= 4, f"{name}"
+            if name.startswith("forward_sm90a"):
+                # m64n64k16 (or what is left of the width) per 16 columns of width and per 16 keys of a panel.
+                width = int(name.rstrip(">").split(", ")[1])
+                panels = -(-width // 64)
+                assert architecture == "sm_90a"
+                assert row["instructions"]["HGMMA"] == width // 16 + 4 * panels, f"{name}"
+                assert row["instructions"]["UTMALDG"] >= 2 * 2 * panels, f"{name}"  # queries; keys and values
+                assert row["instructions"]["LDGSTS"] >= 2, f"{name}"  # rows that are no run
+                assert row["instructions"]["USETMAXREG"] == 2, f"{name}"
             if name.startswith("gumbel"):
                 # A step of 128 codes, 64 for wide rows and float32: y codebook sums over them forward; backward d has
                 # them as columns, and y^T dL sums 128 rows for a warp's 16 codes by its share of the width.
@@ -118,9 +127,9 @@ def test_architecture_list(architectures: str, flags: list[str]) -> None:
     assert build_cuda.architecture_flags(architectures)[1::2] == flags
 
 
-def test_sources_with_an_architectures_own_instructions_are_compiled_for_each() -> None:
-    flags = build_cuda.architecture_flags("8.0+PTX;9.0a", own=True)[1::2]
-    assert flags == ["arch=compute_80,code=[sm_80,compute_80]", "arch=compute_90a,code=[sm_90a]"]
+def test_sources_for_one_architecture_are_compiled_for_that_alone() -> None:
+    assert build_cuda.architecture_flags("8.0+PTX;9.0a", only="90a")[1::2] == ["arch=compute_90a,code=[sm_90a]"]
+    assert build_cuda.architecture_flags("8.0;9.0", only="90a") == []
 
 
 @pytest.mark.parametrize("architectures", ["7.5", "sm_80", "8.0;ninety"])

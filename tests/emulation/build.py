@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT / "csrc" / "cuda"))
 import object_cache  # noqa: E402  (csrc/cuda/object_cache.py)
 
 FLAGS = ["-O2", "-std=c++20", "-fPIC", "-Wall", "-Werror", "-Wno-unknown-pragmas"]
-FLAGS += ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
+FLAGS += ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DDALLE_SM90A"]
 INCLUDES = [HERE / "include", ROOT / "csrc", pybind11.get_include(), sysconfig.get_paths()["include"]]
 SYSTEM_INCLUDES = cpp_extension.include_paths()
 

@@ -218,7 +218,7 @@ void Machine::meet(uint32_t mask, const char* instruction, void* operand,
 }
 
 void join(Clock& clock, const Clock& other) {
-  clock.resize(other.size(), 0);
+  clock.resize(std::max(clock.size(), other.size()), 0);
   for (size_t i = 0; i < other.size(); ++i) {
     clock[i] = std::max(clock[i], other[i]);
   }
@@ -526,3 +526,6 @@ uint16_t to_half(float value) {
 }
 
 }  // namespace emulation
+
+// For whoever has loaded a library of kernels: the order of `Machine::set_order`.
+extern "C" void emulation_set_order(uint64_t seed) { emulation::machine().set_order(seed); }

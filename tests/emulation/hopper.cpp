@@ -10,10 +10,10 @@ namespace emulation {
 
 namespace {
 
-constexpr int kPiece = 16;                  // bytes that the copy engine and the swizzle move together
+constexpr int kPiece = 16;                     // bytes that the copy engine and the swizzle move together
 constexpr int64_t kMostBytes = (1 << 20) - 1;  // that a phase can wait for
-constexpr int kWarpgroup = 4;               // warps
-constexpr int kDepth = 16;                  // columns of A and rows of B in a product
+constexpr int kWarpgroup = 4;                  // warps
+constexpr int kDepth = 16;                     // columns of A and rows of B in a product
 const float kRunning = std::bit_cast<float>(0x7fc0dead);  // NaN that stands in sums whose product still runs
 
 // Where the byte at `address` lies when bits 4 on get the `bits` bits from 7 on added.
@@ -29,7 +29,7 @@ bool same(float value, float other) { return std::bit_cast<uint32_t>(value) == s
 void Machine::phase_barrier_init(uint64_t address, int arrivals, Where where) {
   const int index = static_cast<int>(phase_barriers_.size());
   if (index == kPhaseBarriers || arrivals < 1 || arrivals > kMostBytes) {
-    fault("a barrier for " + std::to_string(arrivals) + " arrivals, the block's number " + std::to_string(index), where);
+    fault("barrier " + std::to_string(index) + " of the block, for " + std::to_string(arrivals) + " arrivals", where);
   }
   std::memset(resolve(address, 8, true, where), 0, 8);
   const uint64_t unit = (address - kSharedBase) / kUnit;

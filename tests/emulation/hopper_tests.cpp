@@ -40,7 +40,8 @@ py::array_t<uint16_t> boxes(py::array_t<uint16_t> tensor, std::array<int, 4> pla
   for (int i = 0; i < 4; ++i) {
     sizes[i] = tensor.shape(3 - i);
   }
-  const TensorMap map = map_of(visible<const uint16_t>(tensor, false), sizes, {box[0], box[1], box[2], box[3]}, swizzle);
+  const auto* data = visible<const uint16_t>(tensor, false);
+  const TensorMap map = map_of(data, sizes, {box[0], box[1], box[2], box[3]}, swizzle);
   auto* po = visible<uint32_t>(out);
   run(1, 32, bytes + 8, [=] {
     auto* barrier = reinterpret_cast<uint64_t*>(at(bytes));
@@ -153,6 +154,22 @@ py::array_t<float> pipeline(py::array_t<float> rows, int slots) {
     if (threadIdx.x >= 32) {
       store(po + threadIdx.x - 32, sum);
     }
+  });
+  return out;
+}
+
+py::array_t<float> knowledge(py::array_t<float> values) {
+  // Values handed round the block, with a wait that has nothing to wait for in between: it must not forget the barrier.
+  py::array_t<float> out(128);
+  auto* in = visible<const float>(values, false);
+  auto* po = visible<float>(out);
+  run(1, 128, 1024, [=] {
+    auto* words = reinterpret_cast<float*>(at(0));
+    auto* barrier = reinterpret_cast<uint64_t*>(at(512));
+    store(words + threadIdx.x, load(in + threadIdx.x));
+    make_barriers(barrier, 1);
+    barrier_wait(barrier, 1);
+    store(po + threadIdx.x, load(words + (threadIdx.x + 32) % 128));
   });
   return out;
 }
@@ -469,6 +486,7 @@ void bind_hopper(py::module_& module) {
   module.def("product_float16", &choose_columns<Float16>);
   module.def("early", &early);
   module.def("pipeline", &pipeline);
+  module.def("knowledge", &knowledge);
   module.def("broken_hopper", &broken);
   module.def("half_a_warpgroup", &half_a_warpgroup);
 }

@@ -100,6 +100,11 @@ def test_a_ring_of_slots_hands_rows_from_warp_to_warp(machine: ModuleType, order
         machine.set_order(0)
 
 
+def test_a_wait_that_returns_at_once_forgets_nothing(machine: ModuleType) -> None:
+    values = np.arange(128, dtype=np.float32)
+    assert (machine.knowledge(values) == np.roll(values, -32)).all()
+
+
 def test_sums_are_nan_until_they_are_waited_for(machine: ModuleType) -> None:
     before, after = machine.early(np.ones(1, np.float32))
     assert np.isnan(before).all()

@@ -29,9 +29,9 @@ inline void copy_box(void* shared, const TensorMap& map, int x, int y, int z, in
                                 reinterpret_cast<uint64_t>(barrier), where);
 }
 
-template <int n>
-void warpgroup_fence(float (&)[n][4], emulation::Where where = emulation::Where::current()) {
-  emulation::machine().warpgroup_fence(where);
+template <class... Fragments>
+void warpgroup_fence(Fragments&...) {
+  emulation::machine().warpgroup_fence(emulation::Where::current());
 }
 
 inline void warpgroup_commit(emulation::Where where = emulation::Where::current()) {
