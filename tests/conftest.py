@@ -14,6 +14,7 @@ if not torch.cuda.is_available():
 # pytest-xdist's processes share the cores; threads of all of them on each core would wait for one another.
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+    os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # for the processes that tests start
 
 from dalle_kernels import native
 

@@ -223,7 +223,8 @@ def test_a_hostile_pickle_is_refused_by_name_and_nothing_of_it_runs(
         load(path)
     assert str(path) in str(caught.value)
     assert not mark.exists()
-    assert set(sys.modules) == before
+    imported = set(sys.modules) - before
+    assert all(module.startswith("encodings.") for module in imported)  # of names in a zip archive
 
 
 @pytest.mark.parametrize("name", ["a shell command", "eval", "a module that is imported to find it"])
