@@ -102,11 +102,11 @@ def section(machine: str, records: Sequence[Record], plots: Path, root: Path) ->
 
 
 def operation_table(rows: Sequence[Record]) -> list[str]:
-    """Per operation outside attention: our time, and each contender's ratio to it."""
+    """Per operation outside attention and the table of aims: our time, and each contender's ratio to it."""
     lines = ["| operation | ours, ms | how many times as long the others take |", "|---|---|---|"]
     cells: dict[tuple[Any, ...], list[Record]] = {}
     for row in rows:
-        if row["suite"] not in ("attention", "shapes") and row["status"] == "ok":
+        if row["suite"] != "attention" and row["facts"]["command"] != "cpu" and row["status"] == "ok":
             cells.setdefault(_case_key(row)[:2], []).append(row)
     for group in cells.values():
         ours = next((row for row in group if row["contender"].split(",")[0] == OURS), None)

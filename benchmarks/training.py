@@ -20,7 +20,9 @@ from benchmarks.models import attention_by, nothing, sdpa_causal, sdpa_masked
 
 def cells(choice: Choice) -> list[Cell]:
     """A step of a transformer over 256 text tokens and a grid; bf16 is autocast, as training is."""
-    dtypes = choice.dtypes or ((torch.bfloat16,) if choice.gpu or choice.quick else (torch.float32, torch.bfloat16))
+    dtypes = choice.dtypes or (
+        (torch.bfloat16,) if choice.gpu else (torch.float32,) if choice.quick else (torch.float32, torch.bfloat16)
+    )
     grids, texts = choice.grids or (32,), choice.texts or (256,)
     return [cell(choice.device, text, grid, dtype) for grid in grids for text in texts for dtype in dtypes]
 
