@@ -20,7 +20,7 @@ def cells(choice: Choice) -> list[Cell]:
     batches = (1, 16) if choice.gpu else (1,) if choice.quick else (1, 4)
     grids, texts = choice.grids or (32,), choice.texts or (256,)
     return [
-        cell(choice.device, text, grid, dtype, batch)
+        cell(choice.device, text, grid, dtype, batch, tokens=8 if choice.quick and not choice.gpu else None)
         for grid in grids
         for text in texts
         for dtype in dtypes
