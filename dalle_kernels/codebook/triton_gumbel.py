@@ -322,7 +322,8 @@ def load_row_gradients(
     LATENTS: tl.constexpr, KL: tl.constexpr, NOISE: tl.constexpr,
 ):  # fmt: skip
     """What the backward pass knows of its rows: G [n, BLOCK_D], zero where not `inside`, and columns [n, 1]."""
-    grad, index, base, delta, slope, offset, clean = None, None, None, None, None, None, None
+    # Never read where a flag is off; Triton 3.6 cannot return None.
+    grad, index, base, delta, slope, offset, clean = 0.0, 0, 0.0, 0.0, 0.0, 0.0, 0.0
     if LATENTS:
         grad = tl.load(
             grad_latents + row[:, None] * row_width + feature, mask=inside[:, None] & (feature < D), other=0.0
