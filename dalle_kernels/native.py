@@ -17,7 +17,8 @@ try:
 
     if _loaded.torch_version.split(".")[:2] == torch.__version__.split(".")[:2]:
         NATIVE = _loaded
-        NATIVE.isa()  # a bad DALLE_KERNELS_CPU_ISA is an error here, not in the middle of a computation
+        # A bad DALLE_KERNELS_CPU_ISA or _KEEP_MB is an error here, not in the middle of a computation.
+        NATIVE.isa(), NATIVE.kept_limit()
     else:
         _absence = f"the native library was built for torch {_loaded.torch_version}, this is {torch.__version__}"
 except ImportError as error:

@@ -29,6 +29,17 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     native.NATIVE.set_isa(before)
 
 
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """Every fresh float holds NaN, every fresh integer its largest value: what a kernel forgets to write shows."""
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Triton's tests run on the CUDA device where there is one, so there `-m gpu` takes them too."""
     if torch.cuda.is_available():

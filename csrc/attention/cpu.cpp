@@ -10,8 +10,9 @@
 #include <vector>
 
 #include "attention/kernels.h"
-#include "isa.h"
 #include "attention/threads.h"
+#include "isa.h"
+#include "memory.h"
 
 namespace dalle::attention {
 namespace {
@@ -77,6 +78,12 @@ bool in_order(const Plan& plan) {
 // A tensor whose rows can be read: unit stride along D.
 Tensor with_rows(const Tensor& tensor) { return tensor.stride(-1) == 1 ? tensor : tensor.contiguous(); }
 
+// A result in the layout of `tensor`, unless its rows could not be written then.
+Tensor result_like(const Tensor& tensor) {
+  Tensor result = new_tensor_like(tensor);
+  return result.stride(-1) == 1 ? result : new_tensor(tensor.sizes(), tensor.options());
+}
+
 Array array_of(const Tensor& tensor) {
   return {const_cast<void*>(tensor.const_data_ptr()), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
 }
@@ -110,8 +117,7 @@ std::tuple<Tensor, Tensor> attention_forward(const Tensor& q_in, const Tensor& k
   const Plan plan = view(plan_tensors);
   check(q_in, plan, {k_in, v_in});
   const Tensor q = with_rows(q_in), k = with_rows(k_in), v = with_rows(v_in);
-  Tensor out = at::empty_like(q_in);
-  if (out.stride(-1) != 1) out = at::empty_like(q_in, at::MemoryFormat::Contiguous);
+  Tensor out = result_like(q_in);
   Tensor lse = at::empty({q.size(0), q.size(1), q.size(2)}, q.options().dtype(at::kFloat));
   if (q.numel() == 0) return {out, lse};
   const Padding padding(key_padding_mask, q);
@@ -139,11 +145,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(
   check(q_in, plan, {k_in, v_in, out_in, grad_out_in});
   const Tensor q = with_rows(q_in), k = with_rows(k_in), v = with_rows(v_in), out = with_rows(out_in);
   const Tensor grad_out = with_rows(grad_out_in);
-  const auto like = [](const Tensor& tensor) {
-    Tensor empty = at::empty_like(tensor);
-    return empty.stride(-1) == 1 ? empty : at::empty_like(tensor, at::MemoryFormat::Contiguous);
-  };
-  Tensor dq = like(q_in), dk = like(k_in), dv = like(v_in);
+  Tensor dq = result_like(q_in), dk = result_like(k_in), dv = result_like(v_in);
   if (q.numel() == 0) return {dq, dk, dv};
   const Padding padding(key_padding_mask, q);
   const Tensor lse = lse_in.contiguous();
@@ -165,7 +167,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(
   const std::vector<int32_t> cuts = even_cuts(plan.tiles, ranges, [&](int32_t t) { return tile_cost(plan.by_query, t); });
   const Ranges shared = share_keys(plan, cuts);
   const int64_t slot = 2 * kTile * kernels.rounded_width(problem.width), slots = shared.slot_offsets.back();
-  const Tensor partial = at::empty({heads * slots * slot}, q.options().dtype(at::kFloat));
+  const Tensor partial = new_tensor({heads * slots * slot}, q.options().dtype(at::kFloat));
   float* partial_data = partial.mutable_data_ptr<float>();
   share_out(heads * ranges, floats, [&](int64_t piece, Scratch& scratch) {
     const int64_t head = piece / ranges, range = piece % ranges;

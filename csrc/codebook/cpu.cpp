@@ -4,7 +4,6 @@
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
-#include <sys/mman.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -12,6 +11,7 @@
 
 #include "codebook/kernels.h"
 #include "isa.h"
+#include "memory.h"
 #include "scratch.h"
 
 namespace dalle {
@@ -25,15 +25,6 @@ const CodebookKernels& kernels_for(const Tensor& tensor) {
   TORCH_CHECK_TYPE(tensor.scalar_type() == at::kFloat || tensor.scalar_type() == at::kBFloat16,
                    "the CPU kernels take float32 and bfloat16, not ", tensor.scalar_type());
   return tensor.scalar_type() == at::kFloat ? table.f32 : table.bf16;
-}
-
-// A table of N x K gradients is fresh memory every time. Faulting it in by 4 KB pages takes longer than computing it,
-// so the kernel is asked for large ones; where it has none to give, nothing is lost.
-void prefer_large_pages(const Tensor& tensor) {
-  constexpr uintptr_t kPage = uintptr_t(2) << 20;
-  const uintptr_t begin = (uintptr_t(tensor.data_ptr()) + kPage - 1) / kPage * kPage;
-  const uintptr_t end = (uintptr_t(tensor.data_ptr()) + tensor.nbytes()) / kPage * kPage;
-  if (begin < end) madvise((void*)begin, end - begin, MADV_HUGEPAGE);
 }
 
 template <class T>
@@ -55,16 +46,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gumbel_forward(const 
                                                                           bool noise, const Tensor& seed) {
   const Gumbel problem = gumbel_problem(logits, codebook, temperature, noise, seed);
   const auto wide = logits.options().dtype(at::kFloat);
-  Tensor latents = at::empty({problem.rows, problem.width}, logits.options());
+  Tensor latents = new_tensor({problem.rows, problem.width}, logits.options());
   Tensor indices = at::empty({problem.rows}, logits.options().dtype(at::kLong));
   Tensor kl = at::empty({problem.rows}, wide), lse_noisy = at::empty_like(kl), lse_clean = at::empty_like(kl);
-  Tensor mixture = hard ? at::empty({problem.rows, problem.width}, wide) : at::empty({0}, wide);
+  Tensor mixture = hard ? new_tensor({problem.rows, problem.width}, wide) : at::empty({0}, wide);
   GumbelForward forward{problem, latents.data_ptr(), hard ? mixture.data_ptr<float>() : nullptr,
                         indices.data_ptr<int64_t>(), kl.data_ptr<float>(), lse_noisy.data_ptr<float>(),
                         lse_clean.data_ptr<float>(), nullptr};
-  const Tensor packed = at::empty({forward.packed_words()}, logits.options().dtype(at::kInt));
+  const Tensor packed = new_tensor({forward.packed_words()}, logits.options().dtype(at::kInt));
   forward.packed = (uint32_t*)packed.data_ptr();
-  prefer_large_pages(packed);
   const CodebookKernels& kernels = kernels_for(logits);
   at::parallel_for(0, problem.tiles(), 1,
                    [&](int64_t tile, int64_t end) { kernels.gumbel_pack(forward, tile, end); });
@@ -101,10 +91,9 @@ std::tuple<Tensor, Tensor> gumbel_backward(const std::optional<Tensor>& grad_lat
   // Without a gradient of the latents nothing asks for the noise, and codes can be walked in their own order.
   const Gumbel problem = gumbel_problem(logits, codebook, temperature, noise && has_latents, seed);
   const int64_t columns = padded(problem.width), rows = problem.rows;
-  Tensor grad_logits = at::empty({rows, problem.codes}, logits.options());
-  prefer_large_pages(grad_logits);
+  Tensor grad_logits = new_tensor({rows, problem.codes}, logits.options());
   const bool through_mixture = has_latents && !hard;
-  Tensor grad_codebook = through_mixture ? at::empty_like(codebook) : at::zeros_like(codebook);
+  Tensor grad_codebook = through_mixture ? new_tensor_like(codebook) : at::zeros_like(codebook);
 
   GumbelBackward backward{problem};
   backward.grad_latents = pointer<void>(grad_latents);
@@ -123,8 +112,8 @@ std::tuple<Tensor, Tensor> gumbel_backward(const std::optional<Tensor>& grad_lat
   const auto words = logits.options().dtype(at::kInt), wide = logits.options().dtype(at::kFloat);
   Tensor by_rows, packed, delta, partial;
   if (has_latents) {
-    by_rows = at::empty({rows, columns}, words);
-    packed = at::empty({rows, columns}, words);
+    by_rows = new_tensor({rows, columns}, words);
+    packed = new_tensor({rows, columns}, words);
     delta = at::empty({rows}, wide);
     backward.grad_by_rows = (uint32_t*)by_rows.data_ptr();
     backward.grad_packed = (uint32_t*)packed.data_ptr();
@@ -133,7 +122,7 @@ std::tuple<Tensor, Tensor> gumbel_backward(const std::optional<Tensor>& grad_lat
                      [&](int64_t tile, int64_t end) { kernels.gumbel_prepare(backward, tile, end); });
   }
   if (through_mixture && backward.splits > 1) {
-    partial = at::empty({backward.splits, problem.codes, columns}, wide);
+    partial = new_tensor({backward.splits, problem.codes, columns}, wide);
     backward.partial = partial.data_ptr<float>();
   }
   at::parallel_for(0, problem.tiles() * backward.splits, 1, [&](int64_t task, int64_t end) {
@@ -174,7 +163,7 @@ std::tuple<Tensor, Tensor> vq_backward(const Tensor& grad, const Tensor& feature
   const CodebookKernels& kernels = kernels_for(features);
   const int64_t rows = features.size(0), codes = codebook.size(0), width = codebook.size(1);
   const Tensor dense = features.contiguous();
-  Tensor grad_features = at::empty_like(dense), grad_codebook = at::empty_like(codebook);
+  Tensor grad_features = new_tensor_like(dense), grad_codebook = new_tensor_like(codebook);
   const auto [starts, members] = members_of_codes(indices, codes);
   const VqBackward backward{grad.data_ptr<float>(), dense.data_ptr(), codebook.data_ptr(), rows, codes, width,
                             indices.data_ptr<int64_t>(), grad_features.data_ptr(), grad_codebook.data_ptr(),

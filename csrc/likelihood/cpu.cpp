@@ -11,6 +11,7 @@
 
 #include "isa.h"
 #include "likelihood/kernels.h"
+#include "memory.h"
 
 namespace dalle {
 namespace {
@@ -87,7 +88,7 @@ void check(const Tensor& pixels) {
 
 Tensor laplace_forward(const Tensor& pixels, const Tensor& mu, const Tensor& log_b) {
   check(pixels);
-  Tensor nll = at::empty_like(pixels, pixels.options().dtype(at::kFloat));
+  Tensor nll = new_tensor_like(pixels, at::kFloat);
   auto iterator = at::TensorIteratorConfig().check_all_same_dtype(false).resize_outputs(false)
                       .add_output(nll).add_const_input(pixels).add_const_input(mu).add_const_input(log_b).build();
   pixels.scalar_type() == at::kFloat ? forward<float>(iterator) : forward<bf16>(iterator);
@@ -98,7 +99,7 @@ std::tuple<Tensor, Tensor> laplace_backward(const Tensor& grad, const Tensor& pi
                                             const Tensor& log_b) {
   check(pixels);
   TORCH_CHECK_TYPE(grad.scalar_type() == at::kFloat, "grad: got ", grad.scalar_type(), ", wanted float32");
-  Tensor dmu = at::empty_like(mu), dlog_b = at::empty_like(log_b);
+  Tensor dmu = new_tensor_like(mu), dlog_b = new_tensor_like(log_b);
   auto iterator = at::TensorIteratorConfig().check_all_same_dtype(false).resize_outputs(false)
                       .add_output(dmu).add_output(dlog_b).add_const_input(grad).add_const_input(pixels)
                       .add_const_input(mu).add_const_input(log_b).build();

@@ -23,6 +23,8 @@ from dalle_kernels.attention.patterns import (
 )
 from dalle_kernels.backends import Call
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
 LAYOUT = TokenLayout(text_length=20, grid=(13, 9))
 RANDOM = torch.rand(130, 130, generator=torch.Generator().manual_seed(1))
 PATTERNS = [
@@ -69,17 +71,9 @@ def tensors(
     return q, k, v, grad, grad_lse
 
 
-def poison() -> None:
-    """Leaves NaN in the memory that the next allocations and the kernels' scratch are likely to reuse."""
-    blocks = [torch.full((2**n,), torch.nan) for n in range(6, 21) for _ in range(3)]
-    del blocks
-
-
 def run(module, q, k, v, grad, grad_lse, padding, scale, pattern):
     """out, lse, dq, dk, dv."""
-    poison()
     out, lse = module.forward(q, k, v, padding, scale, pattern)
-    poison()
     return out, lse, *module.backward(grad, grad_lse, q, k, v, out, lse, padding, scale, pattern)
 
 

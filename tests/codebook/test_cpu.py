@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,17 +17,6 @@ DTYPES = [torch.float32, torch.bfloat16]
 SHAPES = [(1, 1, 1), (5, 2, 3), (3, 5, 17), (70, 333, 40), (130, 1030, 128), (9, 4096, 80)]
 # Each mode that gumbel_lookup has: hard, noise.
 MODES = [(False, True), (True, True), (True, False)]
-
-
-@pytest.fixture
-def poisoned_memory() -> Iterator[None]:
-    """Every fresh float holds NaN, every fresh integer its largest value: what a kernel forgets to write shows."""
-    fill = torch.utils.deterministic.fill_uninitialized_memory
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-    torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
 def draw(rows: int, codes: int, width: int, dtype: torch.dtype, seed: int = 0) -> tuple[torch.Tensor, ...]:

@@ -1,0 +1,22 @@
+// Memory of large outputs and workspaces, kept from call to call. A fresh table of gradients costs a page fault for
+// every 4 KB, which takes longer than computing what is written there; malloc gives such blocks back to the system as
+// soon as they are freed, so every training step would pay again.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <optional>
+
+namespace dalle {
+
+// As at::empty and at::empty_like (the same shapes, dtypes and strides), out of what was freed before where it fits.
+// At most kept_limit() bytes of freed blocks are kept, the oldest leaves first.
+at::Tensor new_tensor(at::IntArrayRef sizes, at::TensorOptions options);
+at::Tensor new_tensor_like(const at::Tensor& tensor, std::optional<at::ScalarType> dtype = std::nullopt);
+
+// The environment variable DALLE_KERNELS_CPU_KEEP_MB, in bytes; 256 MB without it.
+// Throws std::invalid_argument where it is no number.
+int64_t kept_limit();
+int64_t kept_bytes();
+
+}  // namespace dalle
