@@ -32,19 +32,27 @@
 
 #if defined(DALLE_ISA_AVX512_BF16)
 #define DALLE_ISA avx512_bf16
-#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
 #elif defined(DALLE_ISA_AVX512)
 #define DALLE_ISA avx512
-#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")
 #elif defined(DALLE_ISA_AVX2)
 #define DALLE_ISA avx2
-#pragma GCC target("avx2,fma")
 #else
 #error "define DALLE_ISA_AVX2, DALLE_ISA_AVX512 or DALLE_ISA_AVX512_BF16 before including simd.h"
 #endif
 
 #define DALLE_INLINE static inline __attribute__((always_inline))
 #define DALLE_UNROLL _Pragma("GCC unroll 32")
+
+#if defined(DALLE_ISA_AVX2) || defined(DALLE_EMULATE_AVX512)
+#pragma GCC target("avx2,fma")
+#if !defined(DALLE_ISA_AVX2)
+#include "tests/avx512.h"
+#endif
+#elif defined(DALLE_ISA_AVX512)
+#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")
+#else
+#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
+#endif
 
 namespace dalle::DALLE_ISA {
 

@@ -1,5 +1,5 @@
 // Runs every codebook, likelihood and sampling kernel of every instruction set on buffers of exactly the size it is entitled to,
-// for the address and undefined-behaviour sanitizers (tests/codebook/test_cpu.py builds and runs it), and checks the
+// for the address and undefined-behaviour sanitizers (tests/test_sanitizers.py builds and runs it), and checks the
 // results against plain double loops.
 
 #include <array>
