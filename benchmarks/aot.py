@@ -11,7 +11,8 @@ function `cases(arch)` that yields (name, call).
     PYTHONPATH=where/triton-3.6/lives python -m benchmarks.aot --write
 
 Per kernel the table lists registers, bytes of shared memory, instructions that move spilled registers, instructions in
-all, and how many of them are matrix instructions of which kind: mma (sm_80 on), wgmma (sm_90), tcgen05 (sm_100).
+all, and how many of them are matrix instructions of which kind: mma (sm_80 on), wgmma (sm_90), tcgen05 (sm_100). A
+kernel that wants more tensor memory than there is has no row: it ends the run.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from dalle_kernels import launch
 ARCHITECTURES = (80, 90, 100)
 # Most shared memory of one block: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+TENSOR_MEMORY = 512  # columns of one multiprocessor of sm_100
 RESULTS = Path(__file__).with_name("results") / "triton_aot.json"
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 DTYPES = {16: torch.bfloat16, 32: torch.float32}
@@ -104,7 +106,14 @@ def recording(arch: int) -> Iterator[dict[str, object]]:
 
 
 def describe(kernel) -> dict[str, int]:
-    """Registers, shared memory, spills and instruction counts of a compiled kernel, read back from its machine code."""
+    """Registers, shared memory, spills and instruction counts of a compiled kernel, read back from its machine code.
+
+    Raises:
+        RuntimeError: there is no code to speak of. Triton compiles what wants too much tensor memory to a trap alone.
+    """
+    columns = getattr(kernel.metadata, "tmem_size", None) or 0
+    if columns > TENSOR_MEMORY:
+        raise RuntimeError(f"{kernel.metadata.name} wants {columns} columns of tensor memory, of {TENSOR_MEMORY}")
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(kernel.asm["cubin"])
         cubin.flush()

@@ -196,6 +196,8 @@ def plan_for(kernel: str, pattern: Pattern, length: int, device: torch.device, d
         "num_stages": stages,
         "enable_fp_fusion": True,
     }
+    if "maxnreg" in settings:  # without it ptxas may keep to fewer registers than the block has, and spill
+        constants["maxnreg"] = settings["maxnreg"]
     return Plan(schedule_for(pattern, tile, length, device), constants)
 
 
