@@ -12,19 +12,19 @@ from bisect import bisect_left
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any
 
 import torch
 
 from dalle_kernels.attention.patterns import Pattern
 from dalle_kernels.attention.schedule import schedule_for
+from dalle_kernels.device import OnDevice
 
 AHEAD = 2  # a tile is loaded this many steps before it is used; csrc/attention/tiles.cuh has the same number
 SMALLEST = AHEAD + 1  # slots: one in use, AHEAD being loaded
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
+class Plan(OnDevice):
     """A schedule's walk for `parts` blocks a head and `slots` tiles of shared memory. Tensors are int32 on one device.
 
     Attributes:
@@ -80,11 +80,7 @@ def _remembered(
     pattern: Pattern, rows: int, columns: int, transposed: bool, length: int, slots: int, parts: int, device: str
 ) -> Plan:
     if device != "cpu":
-        plan = _remembered(pattern, rows, columns, transposed, length, slots, parts, "cpu")
-        moved: dict[str, Any] = {
-            name: getattr(plan, name).to(device) for name in ("order", "part_tiles", "tile_steps", "steps", "masks")
-        }
-        return Plan(**moved, slots=slots)
+        return _remembered(pattern, rows, columns, transposed, length, slots, parts, "cpu").to(device)
     if slots < SMALLEST:
         raise ValueError(f"slots: got {slots}, wanted at least {SMALLEST}")
     schedule = schedule_for(pattern, (columns, rows) if transposed else (rows, columns), length)
@@ -137,14 +133,15 @@ def _remembered_sums(pattern: Pattern, rows: int, columns: int, length: int, slo
         (tile, slot, mask, first + 2 * (last[tile] == step))
         for step, (tile, (slot, first), mask) in enumerate(zip(tiles, placed, mask_ids, strict=True))
     ]
-    return Plan(
-        order=schedule.order.to(device),
-        part_tiles=torch.tensor([0, len(schedule.key_offsets) - 1], dtype=torch.int32, device=device),
-        tile_steps=schedule.key_offsets.to(device),
-        steps=torch.tensor(steps, dtype=torch.int32, device=device),
-        masks=schedule.masks.to(device),
+    plan = Plan(
+        order=schedule.order,
+        part_tiles=torch.tensor([0, len(schedule.key_offsets) - 1], dtype=torch.int32),
+        tile_steps=schedule.key_offsets,
+        steps=torch.tensor(steps, dtype=torch.int32),
+        masks=schedule.masks,
         slots=1 + max(slot for slot, _ in placed),
     )
+    return plan.to(device)
 
 
 def _share(offsets: list[int], parts: int) -> list[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
 
@@ -11,6 +11,7 @@ import torch
 from dalle_kernels import cuda_library
 from dalle_kernels.attention import cuda_plan
 from dalle_kernels.attention.patterns import Pattern
+from dalle_kernels.device import OnDevice
 
 COLUMNS = 64  # keys a tile, and rows that are copied together: kColumns there
 MOST_SLOTS = 32  # kMostSlots there
@@ -19,7 +20,7 @@ _BARRIER_BYTES = 1024  # kBarrierBytes there
 
 
 @dataclass(frozen=True, eq=False)
-class Sm90aPlan:
+class Sm90aPlan(OnDevice):
     """A `cuda_plan.Plan` with what this kernel asks beyond it.
 
     Attributes:
@@ -50,15 +51,7 @@ def _remembered(pattern: Pattern, rows: int, length: int, slots: int, parts: int
     for group in range(rows // COLUMNS):
         steps[:, 3] += (masks[:, group] != 0).any(1)[used] * (FIRST_SEES << group)
         steps[:, 3] += (masks[:, group] != -1).any(1)[used] * (FIRST_MASKED << group)
-    walk = cuda_plan.Plan(
-        order=plan.order.to(device),
-        part_tiles=plan.part_tiles.to(device),
-        tile_steps=plan.tile_steps.to(device),
-        steps=steps.to(device),
-        masks=plan.masks.to(device),
-        slots=slots,
-    )
-    return Sm90aPlan(walk, _runs(plan.order, rows).to(device))
+    return Sm90aPlan(replace(plan, steps=steps), _runs(plan.order, rows)).to(device)
 
 
 def _last_uses(plan: cuda_plan.Plan) -> torch.Tensor:

@@ -9,21 +9,22 @@ proportional to the visible pairs that `Pattern.pairs` yields, plus one flag a t
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from math import isqrt
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from dalle_kernels.attention.patterns import IntArray, Pattern, check_length
+from dalle_kernels.device import OnDevice
 
 WORD_BITS = 32
 
 
 @dataclass(frozen=True, eq=False)
-class Schedule:
+class Schedule(OnDevice):
     """What kernels walk, for one pattern, tile and length. All tensors are int32 on one device.
 
     Attributes:
@@ -98,13 +99,6 @@ class Schedule:
                 raise ValueError(f"order: the first {fixed} tokens, leading keys of some query, must stay in place")
             grid = _Grid.over(order, leading, pairs, tile)
         return _compile(pattern, grid, leading, pairs)
-
-    def to(self, device: torch.device | str) -> Schedule:
-        """The same schedule with its tensors on `device`."""
-        moved: dict[str, Any] = {
-            name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)
-        }
-        return replace(self, **moved)
 
 
 def schedule_for(

@@ -8,18 +8,18 @@ text plus 5 W + 6 for an 11 x 11 convolution.
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 import torch
 
 from dalle_kernels.attention.patterns import Pattern
+from dalle_kernels.device import OnDevice
 
 
 @dataclass(frozen=True, eq=False)
-class DecodeTable:
+class DecodeTable(OnDevice):
     """The slots of every position, on one device.
 
     Attributes:
@@ -65,13 +65,6 @@ class DecodeTable:
             slots=torch.from_numpy(slot[key[by_query]]),
             max_list=int(counts.max()),
         )
-
-    def to(self, device: torch.device | str) -> DecodeTable:
-        """The same table with its tensors on `device`."""
-        moved: dict[str, Any] = {
-            name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)
-        }
-        return replace(self, **moved)
 
 
 def decode_table_for(pattern: Pattern, device: torch.device | str = "cpu") -> DecodeTable:
