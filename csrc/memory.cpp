@@ -3,13 +3,14 @@
 #include <ATen/Context.h>
 #include <ATen/EmptyTensor.h>
 #include <ATen/ExpandUtils.h>
+#include <c10/core/CPUAllocator.h>
+#include <c10/core/impl/alloc_cpu.h>
 #include <sys/mman.h>
 
 #include <cstdlib>
 #include <cstring>
 #include <deque>
 #include <mutex>
-#include <new>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -28,19 +29,18 @@ struct alignas(64) Block {
   void* data() { return this + 1; }
 };
 
-Block* fresh(size_t bytes) {
-  // One part in eight at most is left over, so that a block fits what is a little larger or smaller next time.
+// One part in eight at most is left over, so that a block fits what is a little larger or smaller next time.
+size_t with_slack(size_t bytes) {
   size_t step = 4096;
   while (step * 16 <= bytes) step *= 2;
-  bytes = (bytes + sizeof(Block) + step - 1) / step * step;
-  auto* block = static_cast<Block*>(std::aligned_alloc(alignof(Block), bytes));
-  if (block == nullptr) throw std::bad_alloc();
-  // Fewer and cheaper faults the first time; where the system has no large pages to give, nothing is lost.
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(block) + kHugePage - 1) / kHugePage * kHugePage;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(block) + bytes) / kHugePage * kHugePage;
+  return (bytes + sizeof(Block) + step - 1) / step * step;
+}
+
+// Fewer and cheaper faults the first time; where the system has no large pages to give, nothing is lost.
+void prefer_large_pages(void* data, size_t bytes) {
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kHugePage * kHugePage;
   if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-  block->bytes = bytes - sizeof(Block);
-  return block;
 }
 
 int64_t limit_from_environment() {
@@ -58,8 +58,10 @@ class Keeper final : public at::Allocator {
   at::DataPtr allocate(size_t bytes) override {
     Block* block = take(bytes);
     if (block == nullptr) block = fresh(bytes);
-    return {block->data(), block, &give_back, at::Device(at::kCPU)};
+    c10::profiledCPUMemoryReporter().New(block->data(), block->bytes);
+    return {block->data(), block->data(), &give_back, at::Device(at::kCPU)};
   }
+  at::DeleterFnPtr raw_deleter() const override { return &give_back; }
   void copy_data(void* to, const void* from, size_t bytes) const override { std::memcpy(to, from, bytes); }
 
   int64_t kept() {
@@ -68,8 +70,8 @@ class Keeper final : public at::Allocator {
   }
 
  private:
-  // Neither waits for the other: a thread that finds the lock taken (perhaps by a thread that a fork left behind) goes
-  // to the system instead.
+  // Taking and keeping never wait: a thread that finds the lock taken (perhaps by a thread that a fork left behind) goes
+  // to torch's allocator instead.
   Block* take(size_t bytes) {
     const std::unique_lock lock(mutex_, std::try_to_lock);
     if (!lock) return nullptr;
@@ -83,18 +85,37 @@ class Keeper final : public at::Allocator {
     kept_ -= int64_t(block->bytes);
     return block;
   }
+  Block* fresh(size_t bytes) {
+    const size_t total = with_slack(bytes);
+    Block* block = nullptr;
+    try {
+      block = static_cast<Block*>(c10::alloc_cpu(total));
+    } catch (const c10::Error&) {  // what is kept may be what is missing
+      shrink(0);
+      block = static_cast<Block*>(c10::alloc_cpu(total));
+    }
+    prefer_large_pages(block, total);
+    block->bytes = total - sizeof(Block);
+    return block;
+  }
   void keep(Block* block) {
+    {
+      const std::unique_lock lock(mutex_, std::try_to_lock);
+      if (!lock || int64_t(block->bytes) > kept_limit()) return c10::free_cpu(block);
+      blocks_.push_back(block);
+      kept_ += int64_t(block->bytes);
+    }
+    shrink(kept_limit());
+  }
+  void shrink(int64_t limit) {
     const std::unique_lock lock(mutex_, std::try_to_lock);
-    if (!lock || int64_t(block->bytes) > kept_limit()) return std::free(block);
-    blocks_.push_back(block);
-    kept_ += int64_t(block->bytes);
-    while (kept_ > kept_limit()) {
+    while (lock && kept_ > limit) {
       kept_ -= int64_t(blocks_.front()->bytes);
-      std::free(blocks_.front());
+      c10::free_cpu(blocks_.front());
       blocks_.pop_front();
     }
   }
-  static void give_back(void* block);
+  static void give_back(void* data);
 
   std::mutex mutex_;
   std::deque<Block*> blocks_;  // oldest first
@@ -107,7 +128,10 @@ Keeper& keeper() {
   return *keeper;
 }
 
-void Keeper::give_back(void* block) { keeper().keep(static_cast<Block*>(block)); }
+void Keeper::give_back(void* data) {
+  c10::profiledCPUMemoryReporter().Delete(data);
+  keeper().keep(static_cast<Block*>(data) - 1);
+}
 
 // torch fills fresh memory where it is asked for deterministic results, and small blocks are no trouble.
 bool leave_to_torch(size_t bytes) {

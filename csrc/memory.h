@@ -14,6 +14,11 @@ namespace dalle {
 at::Tensor new_tensor(at::IntArrayRef sizes, at::TensorOptions options);
 at::Tensor new_tensor_like(const at::Tensor& tensor, std::optional<at::ScalarType> dtype = std::nullopt);
 
+// Rows that lie one element after another; where a row has one element, or there is none, strides say nothing.
+inline bool has_rows(const at::Tensor& tensor) {
+  return tensor.stride(-1) == 1 || tensor.size(-1) == 1 || tensor.numel() == 0;
+}
+
 // The environment variable DALLE_KERNELS_CPU_KEEP_MB, in bytes; 256 MB without it.
 // Throws std::invalid_argument where it is no number.
 int64_t kept_limit();

@@ -19,6 +19,26 @@ def define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) ->
     torch.library.register_fake(f"dalle_kernels::{name}", fake, lib=_LIBRARY)
 
 
+class _Once(torch.autograd.Function):
+    """A gradient as it is, whose own derivative is an error where it would otherwise be taken for zero."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, gradient: torch.Tensor, *_saved: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        ctx.name = name
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError(f"{ctx.name}: asked for a second derivative, which it does not have")
+
+
 def differentiate(name: str, setup_context: Callable[..., None], backward: Callable[..., Any]) -> None:
-    """Gives the operation its derivative; `backward` calls another operation of this library."""
-    torch.library.register_autograd(f"dalle_kernels::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
+    """Gives the operation its first derivative; `backward` calls another operation of this library."""
+
+    def first(ctx: Any, *grads: Any) -> Any:
+        gradients = backward(ctx, *grads)
+        if not torch.is_grad_enabled():
+            return gradients
+        return tuple(x if x is None else _Once.apply(name, x, *ctx.saved_tensors) for x in gradients)
+
+    torch.library.register_autograd(f"dalle_kernels::{name}", first, setup_context=setup_context, lib=_LIBRARY)

@@ -155,7 +155,7 @@ struct Backward {
         DALLE_UNROLL for (int j = 0; j < 2; j++)
           DALLE_UNROLL for (int w = 0; w < N; w++) {
             const int at = (i + j) * kLd + lane + w * kLanes;
-            p[j][w] = exponential<kPairs>(load(scores + at), slope, lse[j]);
+            p[j][w] = share<kPairs>(load(scores + at), slope, lse[j]);
             d[j][w] = p[j][w] * (load(inner + at) - mean[j]);
             if constexpr (kMasked) {
               const Mask seen = from_bits(uint32_t(pairs[i / 2].bits[j]) >> (lane + w * kLanes));

@@ -68,7 +68,7 @@ struct Forward {
     attach(q, arrays.q);
     attach(k, arrays.k);
     attach(v, arrays.v);
-    scale = problem.scale * kUnits<kPairs>;
+    scale = problem.scale;
     if (scratch.owner == head) return;
     scratch.owner = head;
     const Plan& plan = *problem.plan;
@@ -92,8 +92,9 @@ struct Forward {
   template <bool kMasked>
   DALLE_METHOD void weigh(float* s, float* p, int ld, int count, const Pair* pairs, int first_bit, float* highest,
                           float* top, float* total, float* rescale) {
-    const F slope = set(scale), before = load(top), now = max(load(highest) * slope, before);
-    const F decay = power((before - now) * set(kLog2E / kUnits<kPairs>));
+    const F slope = set(scale * kLog2E), before = load(top), now = max(top_of<kPairs>(load(highest), slope), before);
+    const F drop = kPairs ? before - now : (before - now) * slope;
+    const F decay = power(max(set(kZeroExponent), drop));
     store(rescale, decay);
     store(top, now);
     F sums[2] = {zero(), zero()};
@@ -261,7 +262,8 @@ struct Forward {
       const F total = load(sum + i);
       const Mask seen = ~equal(total, zero());
       store(factor + i, select(seen, set(1.f) / total, zero()));
-      store(maximum + i, select(seen, fma(load(running + i), set(1.f / kUnits<kPairs>), log(total)), set(-INFINITY)));
+      const F lse = fma(load(running + i), set(kPairs ? 1.f / kLog2E : scale), log(total));
+      store(maximum + i, select(is_nan(total), total, select(seen, lse, set(-INFINITY))));
     }
     T* base = (T*)arrays.out.data + b * arrays.out.batch + h * arrays.out.head;
     for (int i = 0; i < kTile && tile * kTile + i < plan.length; i++) {

@@ -21,7 +21,7 @@ using namespace dalle::attention;
 
 constexpr int kVectors = kGroup / kLanes;                 // vectors in a group of 16 positions
 constexpr int kWide = kLanes == 16 ? 4 : 2;               // vectors side by side in the registers of a wide product
-constexpr float kNothing = -1e30f;                        // running maximum of a query that has seen no key
+constexpr float kNothing = -1e38f;                        // running maximum of a query that has seen no key
 constexpr float kLog2E = 0x1.715476p0f;
 
 template <int N>
@@ -63,14 +63,26 @@ DALLE_INLINE F power_coarse(F x) {
   return scale_by_power(p, whole);
 }
 
-// exp(slope score - top). In float32 slope and top are in natural units and the difference is turned into powers of 2, so
-// that large scores stay as exact as they can be; where bfloat16 follows, both come times log2(e), a product less.
+// exp(scale (score - top)) with slope = scale log2(e). In float32 a query's maximum is kept as it is, so that the
+// difference of large scores is as exact as they are; where bfloat16 follows, it comes times the slope, an instruction less.
+template <bool kCoarse>
+DALLE_INLINE F top_of(F highest, F slope) {
+  return kCoarse ? highest * slope : highest;
+}
+template <bool kCoarse>
+DALLE_INLINE F exponential(F score, F slope, F top) {
+  if constexpr (kCoarse) return power_coarse(fma(slope, score, zero() - top));
+  return power((score - top) * slope);
+}
+
+// exp(scale score - lse), for the backward pass, with slope and lse in kUnits of their natural ones. A log-sum-exp is
+// rounded to its own size, which for large scores is much; no weight may come out above 1 for that. NaN stays NaN.
 template <bool kCoarse>
 constexpr float kUnits = kCoarse ? kLog2E : 1.f;
 
 template <bool kCoarse>
-DALLE_INLINE F exponential(F score, F slope, F top) {
-  const F x = fma(slope, score, zero() - top);
+DALLE_INLINE F share(F score, F slope, F lse) {
+  const F x = min(zero(), fma(slope, score, zero() - lse));
   if constexpr (kCoarse) return power_coarse(x);
   return power(x * set(kLog2E));
 }

@@ -34,7 +34,7 @@ T* pointer(const std::optional<Tensor>& tensor) {
 
 Gumbel gumbel_problem(const Tensor& logits, const Tensor& codebook, const Tensor& temperature, bool noise,
                       const Tensor& seed) {
-  TORCH_CHECK_VALUE(logits.dim() == 2 && logits.stride(1) == 1 && codebook.dim() == 2 && codebook.is_contiguous() &&
+  TORCH_CHECK_VALUE(logits.dim() == 2 && has_rows(logits) && codebook.dim() == 2 && codebook.is_contiguous() &&
                         logits.size(1) == codebook.size(0) && logits.scalar_type() == codebook.scalar_type(),
                     "gumbel: wanted logits [N, K] with contiguous rows and a contiguous codebook [K, D] of their dtype");
   return {logits.data_ptr(), codebook.data_ptr(), logits.size(0), logits.size(1), codebook.size(1), logits.stride(0),

@@ -16,7 +16,7 @@
 namespace dalle::DALLE_ISA {
 
 constexpr float kLog2E = 0x1.715476p+0f, kLn2 = 0x1.62e430p-1f;
-constexpr float kLowestLogit = -1e30f;      // a row without a greater one has no distribution: its kl is NaN
+constexpr float kLowestLogit = -FLT_MAX;    // a row with none as great has no distribution: its kl is NaN
 constexpr int kTileVectors = int(kCounterTile) / kLanes;
 constexpr int kNoiseVectors = kLanes == 16 ? 2 : 1;  // as many as registers hold
 constexpr uint32_t kGumbelStream = 0;
@@ -64,12 +64,12 @@ DALLE_INLINE void load_scores(const T* logits, const Tile& tile, const NoiseKeys
   }
 }
 
-// What a row has gathered so far: sums per lane of 2^(noisy - shift), of 2^(clean - shift) and of that times its own
-// exponent (for the entropy); the maximum of the scores, and where it is first reached.
+// What a row has gathered so far: sums per lane of e^((noisy - top) / tau), of e^(clean - top) and of that times its own
+// exponent, to base 2 (for the entropy); the maximum of the scores, and where it is first reached.
 struct alignas(64) RowState {
   F noisy, clean, moment;
-  float top, noisy_shift, clean_shift;
-  int64_t best;  // `codes` until some score is above kLowestLogit
+  float top;
+  int64_t best;  // `codes` until some score is at least kLowestLogit
 };
 static_assert(sizeof(RowState) <= 256);
 
@@ -96,14 +96,13 @@ struct GumbelForwardKernel {
   // The row's maximum grew: everything summed so far is rescaled to the new one.
   void raise(RowState& state, float* sum, const Tile& tile, const F noisy[4][kTileVectors], float top) {
     if (top > state.top) {
-      const float noisy_shift = top * scale, clean_shift = top * kLog2E;
-      const F noisy_factor = exp2(set(state.noisy_shift - noisy_shift));
-      const F drop = set(state.clean_shift - clean_shift), clean_factor = exp2(drop);
+      const F noisy_factor = exp2(set((state.top - top) * scale));
+      const F drop = set((state.top - top) * kLog2E), clean_factor = exp2(drop);
       state.noisy = state.noisy * noisy_factor;
       state.moment = clean_factor * fma(max(drop, set(kZeroExponent)), state.clean, state.moment);
       state.clean = state.clean * clean_factor;
       for (int64_t j = 0; j < columns; j += kLanes) store(sum + j, load(sum + j) * noisy_factor);
-      state.top = top, state.noisy_shift = noisy_shift, state.clean_shift = clean_shift;
+      state.top = top;
       state.best = p.codes;
     }
     for (int l = 0; l < 4; l++)
@@ -125,20 +124,20 @@ struct GumbelForwardKernel {
       DALLE_UNROLL for (int l = 0; l < 4; l++)
         DALLE_UNROLL for (int j = 0; j < kTileVectors; j++) top = max(top, noisy[l][j]);
       // Tiles with noise do not come in the order of codes, so an equal score may be the first one after all.
-      const F limit = set(state.top);
-      if (__builtin_expect(any(Noise ? greater_equal(top, limit) : greater(top, limit)), 0))
+      if (__builtin_expect(any(greater_equal(top, set(state.top))), 0))
         raise(state, sums + r * columns, tile, noisy, largest(top));
 
-      const F noisy_shift = set(-state.noisy_shift), clean_shift = set(-state.clean_shift);
+      // Differences first: products of large scores, or with a large 1 / tau, would be rounded by more than they differ.
+      const F shift = set(state.top);
       F noisy_sum = state.noisy, clean_sum = state.clean, moment = state.moment;
       DALLE_UNROLL for (int l = 0; l < 4; l++)
         DALLE_UNROLL for (int j = 0; j < kTileVectors; j++) {
-          const F weight = exp2_or_zero(fma(noisy[l][j], set(scale), noisy_shift));
+          const F weight = exp2_or_zero((noisy[l][j] - shift) * set(scale));
           noisy_sum = noisy_sum + weight;
           const int64_t at = r * kCodeTile + l * kCounterTile + j * kLanes;
           if constexpr (P::kDepth == 1) store(probabilities + at, weight);
           else store((bf16*)probabilities + at, weight);
-          const F exponent = max(set(kZeroExponent), fma(clean[l][j], set(kLog2E), clean_shift));
+          const F exponent = max(set(kZeroExponent), (clean[l][j] - shift) * set(kLog2E));
           const F share = exp2_bounded(exponent);
           clean_sum = clean_sum + share;
           moment = fma(share, exponent, moment);
@@ -159,8 +158,8 @@ struct GumbelForwardKernel {
       const float noisy = empty ? NAN : sum(state.noisy), clean = empty ? NAN : sum(state.clean);
       const int64_t n = row + r, best = empty ? 0 : state.best;
       p.indices[n] = best;
-      p.lse_noisy[n] = kLn2 * state.noisy_shift + __builtin_logf(noisy);
-      p.lse_clean[n] = kLn2 * state.clean_shift + __builtin_logf(clean);
+      p.lse_noisy[n] = state.top / p.temperature + __builtin_logf(noisy);
+      p.lse_clean[n] = state.top + __builtin_logf(clean);
       p.kl[n] = __builtin_logf(float(p.codes)) + kLn2 * (sum(state.moment) / clean) - __builtin_logf(clean);
       const F factor = set(1.f / noisy);
       const T* sampled = (const T*)p.codebook + best * p.width;
@@ -178,9 +177,7 @@ struct GumbelForwardKernel {
     for (; row < row_end; row += kRowTile) {
       const int count = int(row_end - row < kRowTile ? row_end - row : kRowTile);
       std::memset(sums, 0, size_t(count) * size_t(columns) * sizeof(float));
-      const float lowest = kLowestLogit * scale;  // finite, so that -inf logits less this are -inf, not NaN
-      const RowState fresh{zero(), zero(), zero(), kLowestLogit, lowest < -FLT_MAX ? -FLT_MAX : lowest,
-                           kLowestLogit * kLog2E, p.codes};
+      const RowState fresh{zero(), zero(), zero(), kLowestLogit, p.codes};
       for (int r = 0; r < count; r++) states[r] = fresh;
       for (int64_t t = 0; t < p.tiles(); t++) {
         const Tile tile(p, t);
@@ -293,13 +290,14 @@ struct GumbelBackwardKernel {
         F gradient = zero();
         y[l][j] = zero();
         if constexpr (Latents) {
-          const F weight = exp2_or_zero(fma(noisy[l][j], set(scale), noisy_shift));
+          // A log-sum-exp is rounded to its own size; no weight may come out above 1 for that.
+          const F weight = exp2_or_zero(min(zero(), fma(noisy[l][j], set(scale), noisy_shift)));
           const F difference = load(product_row + l * kCounterTile + j * kLanes) - delta;
           gradient = weight * inverse * difference;
           y[l][j] = weight;
         }
         if constexpr (Kl) {
-          const F exponent = max(set(kZeroExponent), fma(clean[l][j], set(kLog2E), clean_shift));
+          const F exponent = max(set(kZeroExponent), min(zero(), fma(clean[l][j], set(kLog2E), clean_shift)));
           gradient = fma(exp2_bounded(exponent), fma(exponent, slope, offset), gradient);
         }
         T* to = out + tile.first[l] + j * kLanes;

@@ -35,21 +35,26 @@ Tensor decode_forward(const Tensor& q, const Tensor& k, const Tensor& v, Tensor&
   for (const Tensor& tensor : {k, v, keys, values})
     TORCH_CHECK(tensor.scalar_type() == q.scalar_type(), "got dtype ", tensor.scalar_type(), ", wanted that of q");
   for (const Tensor& tensor : {q, k, v, keys, values})
-    TORCH_CHECK(tensor.stride(3) == 1, "wanted tensors with unit stride along D");
+    TORCH_CHECK(tensor.dim() == 4 && tensor.size(0) == batch && tensor.size(1) == heads && tensor.size(3) == width &&
+                    tensor.stride(3) == 1,
+                "got shape ", tensor.sizes(), ", wanted the B, H and D of q, ", q.sizes(), ", and unit stride along D");
   const int64_t here = *position.const_data_ptr<int64_t>();
   TORCH_CHECK(here >= 0 && here < slot.numel(), "position: got ", here, ", wanted 0 to ", slot.numel() - 1);
   Tensor out = at::empty_like(q);
   if (out.stride(3) != 1) out = at::empty_like(q, at::MemoryFormat::Contiguous);
   const int64_t to = slot.const_data_ptr<int32_t>()[here];
+  const int64_t* ends = offsets.const_data_ptr<int64_t>() + here;
+  const Visible visible{prefix.const_data_ptr<int32_t>()[here], int32_t(ends[1] - ends[0]),
+                        slots.const_data_ptr<int32_t>() + ends[0]};
+  const int64_t last = std::max<int64_t>({to, visible.prefix - 1, visible.listed ? visible.slots[visible.listed - 1] : 0});
+  for (const Tensor& cache : {keys, values})
+    TORCH_CHECK(last < cache.size(2), "cache: got ", cache.size(2), " slots, wanted at least ", last + 1);
   for (int64_t b = 0; b < batch; b++)
     for (int64_t h = 0; h < heads; h++) {
       std::memcpy(const_cast<char*>(row_of(keys, b, h, to)), row_of(k, b, h, 0), size_t(width * element));
       std::memcpy(const_cast<char*>(row_of(values, b, h, to)), row_of(v, b, h, 0), size_t(width * element));
     }
 
-  const int64_t* ends = offsets.const_data_ptr<int64_t>() + here;
-  const Visible visible{prefix.const_data_ptr<int32_t>()[here], int32_t(ends[1] - ends[0]),
-                        slots.const_data_ptr<int32_t>() + ends[0]};
   const int32_t count = visible.prefix + visible.listed;
   // Few heads: the keys are cut into parts, as many as the shape says and never the number of threads.
   const int64_t queries = batch * heads;

@@ -6,6 +6,7 @@
 #include <torch/library.h>
 
 #include "isa.h"
+#include "memory.h"
 #include "sampling/kernels.h"
 #include "scratch.h"
 
@@ -16,10 +17,10 @@ using at::Tensor;
 
 Tensor sample(const Tensor& logits, const std::optional<Tensor>& unconditional, double guidance_scale,
               double temperature, int64_t top_k, double top_p, const Tensor& seed) {
-  TORCH_CHECK_VALUE(logits.dim() == 2 && logits.stride(1) == 1 &&
+  TORCH_CHECK_VALUE(logits.dim() == 2 && has_rows(logits) &&
                         (!unconditional.has_value() || (unconditional->sizes() == logits.sizes() &&
                                                         unconditional->scalar_type() == logits.scalar_type() &&
-                                                        unconditional->stride(1) == 1)),
+                                                        has_rows(*unconditional))),
                     "sample: wanted logits [B, V] with contiguous rows, and unconditional logits alike");
   TORCH_CHECK_TYPE(logits.scalar_type() == at::kFloat || logits.scalar_type() == at::kBFloat16,
                    "the CPU kernels take float32 and bfloat16, not ", logits.scalar_type());

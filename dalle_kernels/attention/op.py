@@ -189,6 +189,8 @@ define(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
     q, k, v, key_padding_mask, *ctx.constants = inputs
+    _, spec, _ = ctx.constants
+    ctx.pattern = Pattern.parse(spec)  # a MaskPattern lives as long as someone holds it
     ctx.save_for_backward(q, k, v, *output, key_padding_mask)
     ctx.set_materialize_grads(False)
 

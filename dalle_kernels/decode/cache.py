@@ -21,7 +21,7 @@ class KVCache:
         dtype, device: of the tensors to come; torch's defaults where None.
 
     Attributes:
-        keys, values: [B, H, L, D], L slots.
+        keys, values: [B, H, L, D], L slots. Others of that L may take their place, as for a new order of the batch.
 
     Raises:
         ValueError: for sizes below 1, a dtype that is not floating point, or a pattern that is not causal.
@@ -48,9 +48,22 @@ class KVCache:
         if dtype is not None and dtype not in FLOATS:
             raise ValueError(f"dtype: got {dtype}, wanted a floating-point dtype")
         self.pattern = pattern
-        shape = (batch, heads, decode_table_for(pattern).cache_length, head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self._slots = decode_table_for(pattern).cache_length
+        self.keys = torch.zeros((batch, heads, self._slots, head_dim), dtype=dtype, device=device)
         self.values = torch.zeros_like(self.keys)
+
+    def check(self) -> None:
+        """Keys and values are still a pair that `pattern` can use.
+
+        Raises:
+            TypeError, ValueError: if tensors in their place differ in shape, dtype or device, or lack slots.
+        """
+        keys, values = self.keys, self.values
+        if keys.dim() != 4 or keys.shape[2] != self._slots:
+            raise ValueError(f"cache.keys: got shape {tuple(keys.shape)}, wanted [B, H, {self._slots}, D]")
+        if values.shape != keys.shape:
+            raise ValueError(f"cache.values: got shape {tuple(values.shape)}, wanted {tuple(keys.shape)} as keys has")
+        check_alike("cache.values", values, "cache.keys", keys)
 
     def prefill(self, k: torch.Tensor, v: torch.Tensor) -> None:
         """Takes the keys and values of positions 0 to n - 1: what decoding those tokens one by one would leave.
@@ -58,6 +71,7 @@ class KVCache:
         Args:
             k, v: [B, H, n, D], dtype and device of the cache.
         """
+        self.check()
         for name, tensor in (("k", k), ("v", v)):
             check_tensor(name, tensor, rank=4)
             check_alike(name, tensor, "the cache", self.keys)

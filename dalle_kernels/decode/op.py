@@ -66,6 +66,7 @@ def decode_attention(
     """
     if not isinstance(cache, KVCache):
         raise TypeError(f"cache: got {type(cache).__name__}, wanted a KVCache")
+    cache.check()
     batch, heads, _, width = cache.keys.shape
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         check_tensor(name, tensor, rank=4)

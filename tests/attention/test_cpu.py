@@ -191,6 +191,37 @@ def test_no_gradient_of_the_log_sum_exp(isa: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(without, zero, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [300.0, 3e3, 1e5])
+def test_huge_scores(isa: str, size: float, dtype: torch.dtype) -> None:
+    """Scores whose rounding is far more than 1: the forward keeps their differences, and no gradient explodes."""
+    pattern = Causal(TokenLayout(16, (8, 8)))
+    q, k, v, grad, _ = tensors(pattern, 1, 2, 128, dtype)
+    q, k = (t * size for t in (q, k))
+    scale = 128**-0.5
+    out, lse = cpu.forward(q, k, v, None, scale, pattern)
+    want_out, want_lse = reference.forward(q.double(), k.double(), v.double(), None, scale, pattern)
+    torch.testing.assert_close(out.double(), want_out, rtol=1e-2, atol=1e-5)
+    # What a sum of 128 products in float32 can lose.
+    terms = (q.double().abs() @ k.double().abs().mT).amax(-1) * scale
+    assert ((lse - want_lse).abs() <= 128 * torch.finfo(torch.float32).eps * terms).all()
+    for name, gradient in zip("qkv", cpu.backward(grad, None, q, k, v, out, lse, None, scale, pattern), strict=True):
+        bound = grad.double().abs().sum(-2).max() * (1 if name == "v" else 4 * 128 * size * v.double().abs().max())
+        assert gradient.isfinite().all(), name
+        assert gradient.abs().max() <= bound, name
+
+
+def test_nan_reaches_every_result_of_the_rows_that_see_it(isa: str) -> None:
+    pattern = Causal(LAYOUT)
+    q, k, v, *_ = tensors(pattern, 1, 1, 32, torch.float32)
+    q[0, 0, 3], k[0, 0, -2] = torch.nan, torch.nan
+    out, lse = cpu.forward(q, k, v, None, 0.2, pattern)
+    touched = torch.zeros(pattern.length, dtype=torch.bool)
+    touched[[3, -2, -1]] = True
+    assert torch.equal(lse[0, 0].isnan(), touched)
+    assert torch.equal(out[0, 0].isnan().all(-1), touched)
+
+
 @pytest.mark.parametrize(
     ("call", "word"),
     [

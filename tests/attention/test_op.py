@@ -151,6 +151,25 @@ def test_bad_input_is_refused(arguments, options, error, message: str) -> None: 
         sparse_attention(*arguments, **{"pattern": Row(LAYOUT), **options})
 
 
+def test_a_second_derivative_is_an_error() -> None:
+    q = Q.clone().requires_grad_()
+    out = sparse_attention(q, q, q, Row(LAYOUT))
+    (gradient,) = torch.autograd.grad(out.sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="attention_forward: asked for a second derivative"):
+        (out.sum() + gradient.square().sum()).backward()
+
+
+def test_the_graph_keeps_its_mask_alive() -> None:
+    q = torch.randn(1, 1, 5, 16, requires_grad=True)
+    generator = torch.Generator().manual_seed(0)
+    masks = (MaskPattern(torch.rand(5, 5, generator=generator) < 0.5) for _ in range(400))
+    out = sparse_attention(q, q, q, next(masks))
+    for mask in masks:  # more than any cache of ours remembers
+        sparse_attention(q.detach(), q.detach(), q.detach(), mask)
+    out.sum().backward()
+    assert q.grad is not None
+
+
 def test_explain_answers_for_the_call() -> None:
     float64 = explain(sparse_attention, Q.double(), Q.double(), Q.double(), Row(LAYOUT))
     assert float64.backend == "reference"

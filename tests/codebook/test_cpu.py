@@ -226,8 +226,35 @@ def test_rows_further_apart_and_no_rows(isa: str) -> None:
         strict=True,
     ):
         assert torch.equal(one, other)
+    assert gumbel_lookup(torch.randn(4, 2)[:, ::2], torch.randn(1, 3), 1.0, backend="cpu")[0].shape == (4, 3)
+    assert gumbel_lookup(torch.randn(0, 8)[:, ::2], torch.randn(4, 3), 1.0, backend="cpu")[0].shape == (0, 3)
     latents, indices, kl = gumbel_lookup(torch.empty(0, 257), codebook, 1.0, seed=1, backend="cpu")
     assert (latents.shape, indices.shape, kl.shape) == ((0, 16), (0,), (0,))
+
+
+@pytest.mark.parametrize(("size", "temperature"), [(1.0, 3e-9), (1e4, 1e-5), (1e30, 1.0)])
+@pytest.mark.parametrize("noise", [True, False])
+def test_scores_far_apart(isa: str, noise: bool, size: float, temperature: float) -> None:
+    logits, codebook, grad_latents, grad_kl = draw(20, 333, 32, torch.float32)
+    settings = torch.tensor(temperature), False, noise, torch.tensor(4)
+    got = cpu.gumbel_forward(size * logits, codebook, *settings)
+    want = reference.gumbel_forward((size * logits).double(), codebook.double(), *settings)
+    assert torch.equal(got[0].double(), want[0])  # one code takes all
+    torch.testing.assert_close(got[3].double(), want[3], rtol=1e-6, atol=0)
+    gradients = cpu.gumbel_backward(grad_latents, grad_kl, size * logits, codebook, *settings, *got)
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+@pytest.mark.parametrize("noise", [True, False])
+@pytest.mark.parametrize("floor", [-2e30, torch.finfo(torch.float32).min])
+def test_rows_at_the_floor_are_uniform(isa: str, floor: float, noise: bool) -> None:
+    codebook = torch.randn(40, 8)
+    latents, indices, kl, *_ = cpu.gumbel_forward(
+        torch.full((3, 40), floor), codebook, torch.tensor(1.0), False, noise, torch.tensor(1)
+    )
+    torch.testing.assert_close(latents, codebook.mean(0).expand(3, -1))
+    assert torch.equal(indices, torch.zeros(3, dtype=torch.int64))
+    torch.testing.assert_close(kl, torch.zeros(3), rtol=0, atol=1e-6)
 
 
 def test_automatic_choice_is_native() -> None:

@@ -148,3 +148,27 @@ def test_bad_caches_are_refused() -> None:
         decode_attention(Q, Q, Q, Q, 0)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="k: got 30 tokens, wanted at most 29"):
         KVCache(Row(LAYOUT), 1, 1, 8).prefill(torch.zeros(1, 1, 30, 8), torch.zeros(1, 1, 30, 8))
+
+
+def test_caches_that_lost_their_shape_are_refused() -> None:
+    """Their tensors may be exchanged, as beam search does; what does not fit must not be written to."""
+    pattern = Row(TokenLayout(4, (3, 3)))
+    token = torch.randn(2, 2, 1, 16)
+
+    def cache() -> KVCache:
+        return KVCache(pattern, 1, 2, 16)
+
+    one_grown, shorter, other_dtype, both_grown = cache(), cache(), cache(), cache()
+    one_grown.keys = one_grown.keys.repeat(2, 1, 1, 1)
+    with pytest.raises(
+        ValueError, match=r"cache.values: got shape \(1, 2, 8, 16\), wanted \(2, 2, 8, 16\) as keys has"
+    ):
+        decode_attention(token, token, token, one_grown, 0)
+    shorter.keys, shorter.values = shorter.keys[:, :, :4], shorter.values[:, :, :4]
+    with pytest.raises(ValueError, match=r"cache.keys: got shape \(1, 2, 4, 16\), wanted \[B, H, 8, D\]"):
+        shorter.prefill(token[:1], token[:1])
+    other_dtype.values = other_dtype.values.bfloat16()
+    with pytest.raises(TypeError, match=r"cache.values: got torch\.bfloat16, wanted torch\.float32 as cache.keys has"):
+        decode_attention(token[:1], token[:1], token[:1], other_dtype, 0)
+    both_grown.keys, both_grown.values = both_grown.keys.repeat(2, 1, 1, 1), both_grown.values.repeat(2, 1, 1, 1)
+    assert decode_attention(token, token, token, both_grown, 0).shape == token.shape
