@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+import numbers
 
 import torch
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+# The least and the largest number that round to a float32 above 0 and below infinity, which is what kernels compute in.
+LEAST, LARGEST = math.nextafter(2.0**-150, 1), math.nextafter(2.0**128 - 2.0**103, 0)
 
 
 def check_tensor(name: str, value: object, rank: int | None = None) -> None:
@@ -27,20 +31,41 @@ def check_alike(name: str, value: torch.Tensor, other_name: str, other: torch.Te
         raise ValueError(f"{name}: got a tensor on {value.device}, wanted {other.device} where {other_name} is")
 
 
+def check_number(
+    name: str, value: object, wanted: str, least: float = -LARGEST, most: float = LARGEST, or_zero: bool = False
+) -> float:
+    """`value` as a float: a real number of any type, NumPy's too, from `least` to `most`, or 0 if that is allowed.
+
+    Where it would round to the largest float32 it is that float32: torch converts nothing beyond.
+    """
+    number = math.nan
+    if isinstance(value, numbers.Real):
+        try:
+            number = float(value)
+        except OverflowError:  # of an int or a fraction
+            number = math.inf
+    if not (least <= number <= most or (or_zero and number == 0)):
+        raise ValueError(f"{name}: got {value!r}, wanted {wanted}")
+    highest = torch.finfo(torch.float32).max
+    return max(-highest, min(number, highest))
+
+
 def check_scale(scale: float | None) -> None:
-    if scale is not None and not (isinstance(scale, (int, float)) and math.isfinite(scale)):
-        raise ValueError(f"scale: got {scale!r}, wanted a finite number or None")
+    if scale is not None:
+        check_number("scale", scale, "a finite number in float32, or None")
+
+
+def check_temperature(temperature: object) -> float:
+    return check_number("temperature", temperature, "a finite number above 0 in float32", least=LEAST)
 
 
 def positive_temperature(temperature: float | torch.Tensor, device: torch.device) -> torch.Tensor:
-    """`temperature` as a 0-dim float32 tensor on `device`; a number, or a tensor on the CPU, must be above 0."""
+    """`temperature` as a 0-dim float32 tensor on `device`; a number must be above 0 there, and finite."""
     if isinstance(temperature, torch.Tensor):
         if temperature.numel() != 1:
             raise ValueError(f"temperature: got shape {tuple(temperature.shape)}, wanted one number")
         return temperature.detach().reshape(()).to(device, torch.float32)
-    if not isinstance(temperature, (int, float)) or not 0 < temperature < math.inf:
-        raise ValueError(f"temperature: got {temperature!r}, wanted a finite number above 0")
-    return torch.full((), temperature, dtype=torch.float32, device=device)
+    return torch.full((), check_temperature(temperature), dtype=torch.float32, device=device)
 
 
 def seed_tensor(seed: int | torch.Tensor | None, device: torch.device) -> torch.Tensor:
@@ -51,9 +76,9 @@ def seed_tensor(seed: int | torch.Tensor | None, device: torch.device) -> torch.
         if seed.numel() != 1 or seed.dtype != torch.int64:
             raise ValueError(f"seed: got {seed.dtype} of shape {tuple(seed.shape)}, wanted one int64")
         return seed.reshape(()).to(device)
-    if not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
+    if not isinstance(seed, numbers.Integral) or not -(2**63) <= seed < 2**63:
         raise ValueError(f"seed: got {seed!r}, wanted an int of 64 bits")
-    return torch.full((), seed, dtype=torch.int64, device=device)
+    return torch.full((), int(seed), dtype=torch.int64, device=device)
 
 
 def autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:

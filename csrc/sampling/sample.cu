@@ -43,6 +43,7 @@ struct Row {
     if (unconditional != nullptr) {
       const float base = element(unconditional + token);
       value = base + guidance_scale * (value - base);
+      value = fmaxf(value, -kInfinity);  // NaN, of tokens that are ruled out, becomes -inf: it would have a key
     }
     return temperature == 0.0f ? value : value / temperature;
   }

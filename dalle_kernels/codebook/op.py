@@ -10,6 +10,7 @@ from dalle_kernels.backends import Call, Operation, register
 from dalle_kernels.checks import (
     autocast,
     check_alike,
+    check_temperature,
     check_tensor,
     positive_temperature,
     rows_contiguous,
@@ -163,8 +164,8 @@ def _gumbel_forward(
     seed: torch.Tensor,
     backend: str,
 ) -> tuple[torch.Tensor, ...]:
-    if logits.device.type == "cpu" and not float(temperature) > 0:
-        raise ValueError(f"temperature: got {float(temperature)}, wanted a number above 0")
+    if logits.device.type == "cpu":
+        check_temperature(float(temperature))
     module = GUMBEL.choose(backend, Call(logits.device, logits.dtype, codebook.shape[1]))
     result = module.gumbel_forward(logits, codebook, temperature, hard, noise, seed)
     _refuse_nan("logits", logits, result[2])

@@ -10,6 +10,7 @@ from dalle_kernels.backends import Call, Operation, register
 from dalle_kernels.checks import (
     autocast,
     check_alike,
+    check_temperature,
     check_tensor,
     positive_temperature,
     rows_contiguous,
@@ -124,8 +125,8 @@ def _forward(
     seed: torch.Tensor,
     backend: str,
 ) -> tuple[torch.Tensor, ...]:
-    if features.device.type == "cpu" and not float(temperature) > 0:
-        raise ValueError(f"temperature: got {float(temperature)}, wanted a number above 0")
+    if features.device.type == "cpu":
+        check_temperature(float(temperature))
     module = OPERATION.choose(backend, Call(features.device, features.dtype, codebook.shape[1]))
     latents, *rest = module.projection_forward(features, weight, bias, codebook, temperature, hard, noise, seed)
     return latents.to(features.dtype), *rest

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
+import numbers
 from typing import Any
 
 import torch
 
 from dalle_kernels.backends import Call, Operation, register
-from dalle_kernels.checks import check_alike, check_tensor, rows_contiguous, seed_tensor
+from dalle_kernels.checks import LEAST, check_alike, check_number, check_tensor, rows_contiguous, seed_tensor
 from dalle_kernels.library import define
 
 
@@ -44,18 +44,20 @@ def sample_tokens(
 
     Args:
         logits: [B, V], float16, bfloat16, float32 or float64.
-        temperature: what the logits are divided by; 0 takes the most likely token.
+        temperature: what the logits are divided by; 0 takes the most likely token. It, `top_p` and `guidance_scale`
+            are real numbers of any type, in the range given once rounded to float32.
         top_k: keep the `top_k` largest logits, and any equal to the smallest of them; None keeps all.
         top_p: keep a token while the tokens strictly likelier than it hold less than `top_p` of the probability (after
             top-k), 0 < top_p <= 1; None keeps all.
         seed: a 64-bit int or one-element int64 tensor; None draws one from torch's generator. Row n takes row n of
             the noise that `dalle_kernels.noise` defines.
-        unconditional_logits: [B, V], for guidance: u + guidance_scale (logits - u).
-        guidance_scale: 1 is the conditional model itself.
+        unconditional_logits: [B, V], for guidance: u + guidance_scale (logits - u). A token that is -inf in `logits`,
+            in u or in both is never drawn, whatever the scale.
+        guidance_scale: 1 is the conditional model itself, but for tokens that only u rules out.
         backend: "auto", "reference", "cpu", "triton" or "cuda"; see `explain`.
 
     Returns:
-        int64 [B].
+        int64 [B]; 0 for a row of -inf alone, which leaves nothing to draw.
 
     Raises:
         TypeError, ValueError: for wrong shapes, dtypes, devices or ranges, or, on the CPU, NaN among the logits.
@@ -67,14 +69,14 @@ def sample_tokens(
     check_tensor("logits", logits, rank=2)
     if logits.shape[1] < 1:
         raise ValueError(f"logits: got shape {tuple(logits.shape)}, wanted at least one token a row")
-    if not isinstance(temperature, (int, float)) or not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature: got {temperature!r}, wanted a finite number >= 0")
-    if top_k is not None and (not isinstance(top_k, int) or top_k < 1):
+    temperature = check_number(
+        "temperature", temperature, "0 or a finite number above 0 in float32", least=LEAST, or_zero=True
+    )
+    if top_k is not None and (not isinstance(top_k, numbers.Integral) or top_k < 1):
         raise ValueError(f"top_k: got {top_k!r}, wanted an int >= 1 or None")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p: got {top_p!r}, wanted 0 < top_p <= 1 or None")
-    if not isinstance(guidance_scale, (int, float)) or not math.isfinite(guidance_scale):
-        raise ValueError(f"guidance_scale: got {guidance_scale!r}, wanted a finite number")
+    if top_p is not None:
+        top_p = check_number("top_p", top_p, "0 < top_p <= 1 in float32, or None", least=LEAST, most=1.0)
+    guidance_scale = check_number("guidance_scale", guidance_scale, "a finite number in float32")
     if unconditional_logits is None:
         if guidance_scale != 1:
             raise ValueError(f"unconditional_logits: got None, wanted logits to guide by {guidance_scale}")
@@ -88,10 +90,10 @@ def sample_tokens(
     return torch.ops.dalle_kernels.sample_tokens(
         rows_contiguous(logits.detach()),
         unconditional_logits,
-        float(guidance_scale),
-        float(temperature),
-        top_k or 0,
-        1.0 if top_p is None else float(top_p),
+        guidance_scale,
+        temperature,
+        0 if top_k is None else min(int(top_k), 2**31 - 1),  # no row is longer, and no int64 too small for it
+        1.0 if top_p is None else top_p,
         seed_tensor(seed, logits.device),
         backend,
     )
@@ -117,6 +119,10 @@ def _sample(
             if tensor is not None and tensor.sum().isnan() and tensor.isnan().any():
                 row = int(tensor.isnan().any(-1).nonzero()[0])
                 raise ValueError(f"{name}: row {row} holds NaN, wanted numbers")
+    if unconditional is not None and guidance_scale < 0:
+        # The kernels drop what the formula makes -inf or NaN, as it does of every token that either side rules out, but
+        # for this: away from -inf is inf.
+        unconditional = unconditional.masked_fill(logits.isneginf(), -torch.inf)
     module = OPERATION.choose(backend, Call(logits.device, logits.dtype, logits.shape[1]))
     return module.sample(logits, unconditional, guidance_scale, temperature, top_k, top_p, seed)
 

@@ -26,7 +26,10 @@ def sample(
     wide = widen(logits)
     if unconditional is not None:
         base = unconditional.to(wide.dtype)
-        wide = base + guidance_scale * (wide - base)
+        guided = base + guidance_scale * (wide - base)
+        # Infinities that are no number together, two of -inf first of all, rule a token out as -inf on one side does.
+        ruled_out = wide.isneginf() | base.isneginf() | guided.isnan()
+        wide = guided.masked_fill(ruled_out, -torch.inf)
     if temperature == 0:
         return wide.argmax(-1)
     scaled = wide / temperature

@@ -38,6 +38,7 @@ def load_quarter(
     if GUIDED:
         base = tl.load(unconditional + token, mask=valid, other=0.0).to(tl.float32)
         x = base + guidance * (x - base)
+        x = tl.maximum(x, float("-inf"))  # NaN, of tokens that are ruled out, becomes -inf
     if not GREEDY:
         x = tl.div_rn(x, temperature + tl.zeros_like(x))
     return tl.where(valid, x, float("-inf"))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -146,6 +148,25 @@ def test_vq_is_the_nearest_row_straight_through() -> None:
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_temperatures_of_any_type(backend: str) -> None:
+    torch.manual_seed(4)
+    logits, codebook = torch.randn(3, 8), torch.randn(8, 4)
+    want = gumbel_lookup(logits, codebook, 0.5, seed=1, backend=backend)[0]
+    for real in (np.float16, np.float32, np.float64, Fraction, torch.tensor):
+        assert torch.equal(gumbel_lookup(logits, codebook, real(0.5), seed=1, backend=backend)[0], want)
+    # Beyond the largest float32, but not once rounded.
+    largest, beyond = (gumbel_lookup(logits, codebook, t, seed=1)[0] for t in (2.0**128 - 2.0**104, 3.40282355e38))
+    assert torch.equal(largest, beyond)
+
+
+def test_one_code_or_no_rows_at_any_stride() -> None:
+    latents, indices, kl = gumbel_lookup(torch.randn(4, 2)[:, ::2], torch.ones(1, 3), 1.0, backend="reference")
+    assert (latents.tolist(), indices.tolist(), kl.tolist()) == ([[1.0] * 3] * 4, [0] * 4, [0.0] * 4)
+    latents, indices, kl = gumbel_lookup(torch.randn(0, 8)[:, ::2], torch.randn(4, 3), 1.0, backend="reference")
+    assert (latents.shape, indices.shape, kl.shape) == ((0, 3), (0,), (0,))
+
+
 LOGITS, CODEBOOK = torch.zeros(3, 8), torch.zeros(8, 4)
 NAN = LOGITS.clone().index_fill_(0, torch.tensor([1]), torch.nan)
 
@@ -161,7 +182,12 @@ NAN = LOGITS.clone().index_fill_(0, torch.tensor([1]), torch.nan)
         ((LOGITS, CODEBOOK.double(), 1.0), TypeError, "codebook: got torch.float64, wanted torch.float32"),
         ((LOGITS, CODEBOOK.to("meta"), 1.0), ValueError, "codebook: got a tensor on meta"),
         ((LOGITS, CODEBOOK, -1.0), ValueError, "temperature: got -1.0, wanted a finite number above 0"),
-        ((LOGITS, CODEBOOK, torch.tensor(-1.0)), ValueError, "temperature: got -1.0, wanted a number above 0"),
+        ((LOGITS, CODEBOOK, 1e300), ValueError, r"temperature: got 1e\+300, wanted a finite number above 0 in float32"),
+        ((LOGITS, CODEBOOK, 1e-46), ValueError, "temperature: got 1e-46, wanted a finite number above 0 in float32"),
+        ((LOGITS, CODEBOOK, 10**400), ValueError, "temperature: got 1000"),
+        ((LOGITS, CODEBOOK, "1"), ValueError, "temperature: got '1'"),
+        ((LOGITS, CODEBOOK, torch.tensor(-1.0)), ValueError, "temperature: got -1.0, wanted a finite number above 0"),
+        ((LOGITS, CODEBOOK, torch.tensor(torch.inf)), ValueError, "temperature: got inf, wanted a finite number"),
         ((LOGITS, CODEBOOK, torch.ones(2)), ValueError, r"temperature: got shape \(2,\)"),
         ((LOGITS, CODEBOOK, 1.0, False, True, 2**64), ValueError, "seed: got 18446744073709551616"),
         ((LOGITS, CODEBOOK, 1.0, False, True, torch.tensor(0.5)), ValueError, "seed: got torch.float32"),

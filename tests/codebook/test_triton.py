@@ -310,6 +310,20 @@ def test_projection_is_a_well_made_operation(backend: str) -> None:
         torch.testing.assert_close(result, true)
 
 
+def test_one_code_or_no_rows_at_any_stride() -> None:
+    torch.manual_seed(15)
+    logits, codebook = randn(4, 2).requires_grad_(), randn(1, 3).requires_grad_()
+    latents, indices, kl = gumbel_lookup(logits[:, ::2], codebook, 1.0, seed=1, backend="triton")
+    assert indices.tolist() == [0] * 4
+    torch.testing.assert_close(kl, torch.zeros_like(kl), atol=1e-6, rtol=0)
+    torch.testing.assert_close(latents, codebook.expand(4, 3))
+    dlogits, dcodebook = torch.autograd.grad(latents.sum() + kl.sum(), [logits, codebook])
+    torch.testing.assert_close(dlogits, torch.zeros_like(logits), atol=1e-6, rtol=0)
+    torch.testing.assert_close(dcodebook, torch.full_like(codebook, 4))
+    latents, indices, kl = gumbel_lookup(randn(0, 8)[:, ::2], randn(4, 3), 1.0, backend="triton")
+    assert (latents.shape, indices.shape, kl.shape) == ((0, 3), (0,), (0,))
+
+
 def test_projection_refuses_bad_input() -> None:
     features, weight, codebook = torch.zeros(3, 4), torch.zeros(5, 4), torch.zeros(5, 8)
     with pytest.raises(ValueError, match="weight: got 3 channels, wanted 4"):

@@ -138,6 +138,22 @@ def test_an_empty_batch(emulated: Any) -> None:
     assert (torch.autograd.grad(latents.sum(), codebook)[0] == 0).all()
 
 
+def test_one_code_or_no_rows_at_any_stride(emulated: Any) -> None:
+    wide, codebook, _, seed = _inputs(4, 2, 32, torch.float16)
+    wide.requires_grad_()
+    codebook = codebook[:1].requires_grad_()
+    latents, indices, kl = gumbel_lookup(wide[:, ::2], codebook, 1.0, seed=seed, backend="cuda")
+    assert indices.tolist() == [0] * 4
+    torch.testing.assert_close(kl, torch.zeros_like(kl), atol=1e-6, rtol=0)
+    torch.testing.assert_close(latents, codebook.expand(4, 32))
+    dlogits, dcodebook = torch.autograd.grad(latents.sum() + kl.sum(), (wide, codebook))
+    torch.testing.assert_close(dlogits, torch.zeros_like(wide), atol=1e-5, rtol=0)
+    torch.testing.assert_close(dcodebook, torch.full_like(codebook, 4))
+    logits, codebook, _, seed = _inputs(0, 8, 32, torch.float16)
+    latents, indices, kl = gumbel_lookup(logits[:, ::2], codebook[:4], 1.0, seed=seed, backend="cuda")
+    assert (latents.shape, indices.shape, kl.shape) == ((0, 32), (0,), (0,))
+
+
 def test_what_the_kernels_do_not_serve_is_refused(emulated: Any) -> None:
     logits, codebook, _, _ = _inputs(4, 64, 48, torch.float16)
     with pytest.raises(ValueError, match=r"it takes torch\.float16 codebooks of widths 32, 64, 128, 256, not 48"):

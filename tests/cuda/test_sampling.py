@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dalle_kernels import sample_tokens
+from tests.sampling import masked
 
 
 def _logits(rows: int, vocabulary: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
@@ -66,5 +67,19 @@ def test_tokens_that_are_ruled_out_are_never_drawn(emulated: Any) -> None:
     assert sample_tokens(nothing, seed=9, backend="cuda").tolist() == [0, 0]
 
 
-def test_an_empty_batch(emulated: Any) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale", masked.SCALES)
+@pytest.mark.parametrize("settings", masked.SETTINGS, ids=str)
+def test_guidance_never_draws_what_either_side_rules_out(
+    emulated: Any, settings: dict[str, Any], scale: float, dtype: torch.dtype
+) -> None:
+    for logits, unconditional in (masked.guided(dtype)[:2], masked.nothing_to_draw()):
+        options = {"seed": 7, "unconditional_logits": unconditional, "guidance_scale": scale, **settings}
+        drawn = sample_tokens(logits, backend="cuda", **options)
+        assert drawn.equal(sample_tokens(logits, backend="reference", **options))
+
+
+def test_an_empty_batch_and_one_token(emulated: Any) -> None:
     assert sample_tokens(_logits(0, 64, torch.float32), seed=1, backend="cuda").shape == (0,)
+    assert sample_tokens(_logits(0, 8, torch.float32)[:, ::2], seed=1, backend="cuda").shape == (0,)
+    assert sample_tokens(_logits(4, 2, torch.float32)[:, ::2], seed=1, backend="cuda").tolist() == [0] * 4

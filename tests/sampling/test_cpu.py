@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from dalle_kernels import explain, native, sample_tokens
 from dalle_kernels.noise import SAMPLING_STREAM, gumbel_noise
 from dalle_kernels.sampling import cpu, reference
+from tests.sampling import masked
 
 
 def agree(logits, unconditional, scale, temperature, top_k, top_p, seed) -> None:  # type: ignore[no-untyped-def]
@@ -77,6 +78,16 @@ def test_any_logits(data: st.DataObject) -> None:
         data.draw(st.sampled_from([1.0, 0.95, 0.5, 0.1])),
         data.draw(st.integers(-(2**63), 2**63 - 1)),
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", masked.SCALES)
+def test_guidance_never_draws_what_either_side_rules_out(isa: str, scale: float, dtype: torch.dtype) -> None:
+    logits, unconditional, _ = masked.guided(dtype)
+    for setting in masked.SETTINGS:
+        options = {"seed": 7, "unconditional_logits": unconditional, "guidance_scale": scale, **setting}
+        got, want = (sample_tokens(logits, backend=backend, **options) for backend in ("cpu", "reference"))
+        assert torch.equal(got, want)
 
 
 def test_equal_logits_are_kept_together(isa: str) -> None:

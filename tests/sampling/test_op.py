@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
+import numpy as np
 import pytest
 import torch
 from torch.library import opcheck
 
 from dalle_kernels import sample_tokens
 from dalle_kernels.noise import SAMPLING_STREAM, gumbel_noise
+from tests.sampling import masked
 
 
 def logits(rows: int = 4, tokens: int = 50) -> torch.Tensor:
@@ -58,6 +62,49 @@ def test_guidance(backend: str) -> None:
     assert torch.equal(got, (free + 2.5 * (conditional - free)).argmax(-1))
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("scale", masked.SCALES)
+@pytest.mark.parametrize("settings", masked.SETTINGS, ids=str)
+def test_guidance_never_draws_what_either_side_rules_out(settings, scale: float, backend: str) -> None:  # type: ignore[no-untyped-def]
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        conditional, free, allowed = masked.guided(dtype)
+        got = sample_tokens(
+            conditional, seed=7, unconditional_logits=free, guidance_scale=scale, backend=backend, **settings
+        )
+        wide, base = (side if dtype == torch.float64 else side.float() for side in (conditional, free))
+        scores = torch.where(allowed, base + scale * (wide - base), -torch.inf)
+        assert torch.equal(got, sample_tokens(scores, seed=7, backend="reference", **settings))
+        assert allowed[:-1].gather(1, got[:-1, None]).all()
+        assert got[-1] == 0
+
+
+@pytest.mark.parametrize("scale", masked.SCALES)
+@pytest.mark.parametrize("settings", masked.SETTINGS, ids=str)
+def test_a_row_that_guidance_leaves_empty(settings, scale: float) -> None:  # type: ignore[no-untyped-def]
+    conditional, free = masked.nothing_to_draw()
+    options = {"seed": 7, "unconditional_logits": free, "guidance_scale": scale, **settings}
+    assert sample_tokens(conditional, backend="reference", **options).tolist() == [0]
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_one_token_or_no_rows_at_any_stride(backend: str) -> None:
+    assert sample_tokens(torch.randn(4, 2)[:, ::2], seed=1, backend=backend).tolist() == [0] * 4
+    assert sample_tokens(torch.randn(0, 8)[:, ::2], seed=1, backend=backend).shape == (0,)
+
+
+def test_numbers_of_any_type() -> None:
+    table = logits()
+    options = {"unconditional_logits": table.flip(0), "backend": "reference"}
+    want = sample_tokens(table, 0.5, 7, 0.75, 3, guidance_scale=2.5, **options)
+    for real in (np.float16, np.float32, np.float64, Fraction):
+        got = sample_tokens(table, real(0.5), np.int64(7), real(0.75), np.int64(3), guidance_scale=real(2.5), **options)
+        assert torch.equal(got, want)
+    assert torch.equal(sample_tokens(table, top_k=2**80, seed=1), sample_tokens(table, seed=1))
+    assert sample_tokens(table, np.float32(0)).equal(table.argmax(-1))
+    # Beyond the largest float32, but not once rounded.
+    assert torch.equal(sample_tokens(table, 3.40282355e38, seed=1), sample_tokens(table, 3e38, seed=1))
+
+
 def test_opcheck_and_compile() -> None:
     table, seed = logits(), torch.tensor(3)
     opcheck(torch.ops.dalle_kernels.sample_tokens.default, (table, None, 1.0, 0.9, 5, 0.9, seed, "auto"))
@@ -69,10 +116,20 @@ def test_opcheck_and_compile() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"temperature": -1.0}, "temperature: got -1.0, wanted a finite number >= 0"),
+        ({"temperature": -1.0}, "temperature: got -1.0, wanted 0 or a finite number above 0 in float32"),
+        ({"temperature": 1e300}, r"temperature: got 1e\+300, wanted 0 or a finite number above 0 in float32"),
+        ({"temperature": 1e-46}, "temperature: got 1e-46, wanted 0 or a finite number above 0 in float32"),
+        ({"temperature": 10**400}, "temperature: got 1000"),
+        ({"temperature": "1"}, "temperature: got '1'"),
         ({"top_k": 0}, "top_k: got 0"),
+        ({"top_k": 2.0}, "top_k: got 2.0"),
         ({"top_p": 0.0}, "top_p: got 0.0"),
+        ({"top_p": 1e-46}, "top_p: got 1e-46, wanted 0 < top_p <= 1 in float32, or None"),
         ({"top_p": 1.5}, "top_p: got 1.5"),
+        ({"top_p": "0.5"}, "top_p: got '0.5'"),
+        ({"seed": 2**63}, "seed: got 9223372036854775808"),
+        ({"guidance_scale": 1e300}, r"guidance_scale: got 1e\+300, wanted a finite number in float32"),
+        ({"guidance_scale": float("nan")}, "guidance_scale: got nan"),
         ({"guidance_scale": 3.0}, "unconditional_logits: got None, wanted logits to guide by 3.0"),
         ({"unconditional_logits": torch.zeros(4, 3)}, r"unconditional_logits: got shape \(4, 3\)"),
         ({"unconditional_logits": torch.full((4, 50), torch.nan)}, "unconditional_logits: row 0 holds NaN"),

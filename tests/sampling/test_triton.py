@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 from dalle_kernels import sample_tokens
 from dalle_kernels.backends import Call
 from dalle_kernels.sampling import triton_kernel
+from tests.sampling import masked
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SETTINGS: list[dict[str, Any]] = [
@@ -70,9 +71,25 @@ def test_ruled_out_tokens_are_never_drawn() -> None:
         assert set(sample_tokens(logits, seed=4, backend="triton", **settings).tolist()) <= {2, 8}
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("scale", masked.SCALES)
+@pytest.mark.parametrize("settings", masked.SETTINGS, ids=str)
+def test_guidance_never_draws_what_either_side_rules_out(
+    settings: dict[str, Any], scale: float, dtype: torch.dtype
+) -> None:
+    logits, unconditional, _ = masked.guided(dtype, 3, DEVICE)
+    drawn, true = both(logits, seed=7, unconditional_logits=unconditional, guidance_scale=scale, **settings)
+    assert drawn == true
+    logits, unconditional = masked.nothing_to_draw(DEVICE)
+    drawn, true = both(logits, seed=7, unconditional_logits=unconditional, guidance_scale=scale, **settings)
+    assert drawn == true == [0]
+
+
 def test_one_token_and_strided_rows() -> None:
     torch.manual_seed(2)
     assert both(torch.zeros(3, 1, device=DEVICE), seed=1) == ([0, 0, 0], [0, 0, 0])
+    assert both(torch.randn(4, 2, device=DEVICE)[:, ::2], seed=1) == ([0] * 4, [0] * 4)
+    assert both(torch.randn(0, 8, device=DEVICE)[:, ::2], seed=1) == ([], [])
     drawn, true = both(torch.randn(6, 80, device=DEVICE)[::2, :50], seed=1, top_k=5)
     assert drawn == true
     assert sample_tokens(torch.zeros(0, 7, device=DEVICE), backend="triton").shape == (0,)
