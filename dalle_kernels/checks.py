@@ -9,8 +9,8 @@ import torch
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-# The least and the largest number that round to a float32 above 0 and below infinity, which is what kernels compute in.
-LEAST, LARGEST = math.nextafter(2.0**-150, 1), math.nextafter(2.0**128 - 2.0**103, 0)
+# Kernels compute in float32: the least number whose inverse it holds, and the largest that does not round to infinity.
+LEAST, LARGEST = torch.finfo(torch.float32).tiny, math.nextafter(2.0**128 - 2.0**103, 0)
 
 
 def check_tensor(name: str, value: object, rank: int | None = None) -> None:
@@ -56,7 +56,7 @@ def check_scale(scale: float | None) -> None:
 
 
 def check_temperature(temperature: object) -> float:
-    return check_number("temperature", temperature, "a finite number above 0 in float32", least=LEAST)
+    return check_number("temperature", temperature, f"a finite number of at least {LEAST:.2g}", least=LEAST)
 
 
 def positive_temperature(temperature: float | torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -57,7 +57,7 @@ struct Sampler {
       F x = n == kLanes ? load(logits + j) : load(logits + j, n);
       if (base != nullptr) {
         const F u = n == kLanes ? load(base + j) : load(base + j, n);
-        x = fma(guidance, x - u, u);
+        x = max(fma(guidance, x - u, u), set(-INFINITY));  // NaN where both are -inf: not to be drawn
       }
       x = x * inverse;
       if (n < kLanes) x = select(first(n), x, set(-INFINITY));

@@ -37,7 +37,7 @@ from dalle_kernels.attention.triton_forward import (
     tokens_of,
     visible,
 )
-from dalle_kernels.triton_common import dot
+from dalle_kernels.triton_common import ceil_div, dot
 
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
@@ -345,7 +345,7 @@ def backward(
     if work.slots:
         partial = torch.empty((in_all, work.slots, 2, keys, block), dtype=torch.float32, device=q.device)
 
-    attention_delta[(in_all, triton.cdiv(length, delta_rows))](
+    attention_delta[(in_all, ceil_div(length, delta_rows))](
         out, grad_out, delta if grad_lse is None else grad_lse, delta,
         *out.stride()[:3], *grad_out.stride()[:3], *(delta if grad_lse is None else grad_lse).stride(),
         heads, length,
@@ -366,7 +366,7 @@ def backward(
             D=width, BLOCK_D=block, KEYS=keys, ROWS=16, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
     schedule = by_query.schedule
-    attention_backward_queries[(in_all * triton.cdiv(length, schedule.tile[0]),)](
+    attention_backward_queries[(in_all * ceil_div(length, schedule.tile[0]),)](
         q, k, v, grad_out, lse, delta, dq, padding,
         schedule.order, schedule.key_offsets, schedule.key_tiles, schedule.mask_ids, schedule.full_counts,
         schedule.masks,

@@ -23,7 +23,7 @@ import triton.language as tl
 from dalle_kernels import launch
 from dalle_kernels.attention.patterns import Pattern
 from dalle_kernels.attention.schedule import Schedule, schedule_for
-from dalle_kernels.triton_common import dot, precision
+from dalle_kernels.triton_common import ceil_div, dot, precision
 
 WIDEST = 128  # head dimension; wider accumulators would spill
 LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
@@ -232,7 +232,7 @@ def forward(
     schedule = plan.schedule
     power, negated = exponent_scale(scale)
     padding, padding_strides = padding_bytes(key_padding_mask, q)
-    tiles = triton.cdiv(length, schedule.tile[0])
+    tiles = ceil_div(length, schedule.tile[0])
     attention_forward[(batch * heads * tiles,)](
         q, k, v, out, lse, padding,
         schedule.order, schedule.key_offsets, schedule.key_tiles, schedule.mask_ids, schedule.full_counts,

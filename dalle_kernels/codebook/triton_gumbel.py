@@ -33,7 +33,7 @@ import triton.language as tl
 
 from dalle_kernels import launch
 from dalle_kernels.noise import GUMBEL_STREAM
-from dalle_kernels.triton_common import dot, precision
+from dalle_kernels.triton_common import ceil_div, dot, precision
 from dalle_kernels.triton_noise import GUMBEL2_CONSTANT, LN_2, LOG2_E, fast_log2, gumbel2, philox
 
 STREAM = tl.constexpr(GUMBEL_STREAM)
@@ -417,9 +417,9 @@ def gumbel_forward(
     mixture = logits.new_empty((rows, width) if hard else (0,), dtype=torch.float32)
     if rows:
         settings = plan("gumbel_forward", logits.device, logits.dtype, codes, width)
-        gumbel_forward_kernel[(triton.cdiv(rows, settings["BLOCK_N"]),)](
+        gumbel_forward_kernel[(ceil_div(rows, settings["BLOCK_N"]),)](
             logits, codebook, temperature, seed, latents, indices, kl, lse_noisy, lse_clean, mixture,
-            rows, codes, triton.cdiv(codes, 4), width, logits.stride(0), HARD=hard, NOISE=noise, **settings,
+            rows, codes, ceil_div(codes, 4), width, logits.stride(0), HARD=hard, NOISE=noise, **settings,
         )  # fmt: skip
     return latents, indices, kl, lse_noisy, lse_clean, mixture
 
@@ -448,13 +448,13 @@ def gumbel_backward(
     piece = piece_width(logits.dtype)
     whole = width <= piece or width % piece == 0
     settings = dict(plan("gumbel_backward", logits.device, logits.dtype, codes, min(width, piece), whole))
-    quarter = triton.cdiv(codes, 4)
-    tiles = triton.cdiv(quarter, settings["BLOCK_Q"])
+    quarter = ceil_div(codes, 4)
+    tiles = ceil_div(quarter, settings["BLOCK_Q"])
     # Rows are split until there are programs enough, each with a whole number of tiles.
-    steps = triton.cdiv(rows, settings["BLOCK_N"])
+    steps = ceil_div(rows, settings["BLOCK_N"])
     parts = max(1, min(steps, settings.pop("programs") // tiles))
-    share = triton.cdiv(steps, parts) * settings["BLOCK_N"]
-    parts = triton.cdiv(rows, share)
+    share = ceil_div(steps, parts) * settings["BLOCK_N"]
+    parts = ceil_div(rows, share)
     partial = None if grad_latents is None else logits.new_empty(parts, codes, width, dtype=torch.float32)
     for first, size in pieces(width, logits.dtype, grad_latents):
         grads, rest, part, deltas = slice_piece(
@@ -506,7 +506,7 @@ def row_product(a: torch.Tensor, b: torch.Tensor, size: int) -> torch.Tensor:
     rows = a.shape[0]
     out = a.new_empty(rows, dtype=torch.float32)
     block = triton.next_power_of_2(size)
-    grid = (triton.cdiv(rows, 32),)
+    grid = (ceil_div(rows, 32),)
     row_product_kernel[grid](
         a, b, out, rows, size, a.stride(0), BLOCK_N=32, BLOCK_D=block, num_warps=4, enable_fp_fusion=True
     )
@@ -516,7 +516,7 @@ def row_product(a: torch.Tensor, b: torch.Tensor, size: int) -> torch.Tensor:
 def sum_parts(parts: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The sum over the first dimension of fp32 `parts`, in order, rounded to `dtype` once."""
     out = parts.new_empty(parts.shape[1:], dtype=dtype)
-    grid = (triton.cdiv(out.numel(), 1024),)
+    grid = (ceil_div(out.numel(), 1024),)
     sum_parts_kernel[grid](
         parts, out, out.numel(), PARTS=parts.shape[0], BLOCK=1024, num_warps=4, enable_fp_fusion=True
     )

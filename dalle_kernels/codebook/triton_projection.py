@@ -34,7 +34,7 @@ from dalle_kernels.codebook.triton_gumbel import (
     sum_parts,
     unkept,
 )
-from dalle_kernels.triton_common import dot, obstacle
+from dalle_kernels.triton_common import ceil_div, dot, obstacle
 from dalle_kernels.triton_noise import LOG2_E, philox
 
 WIDEST = 256
@@ -187,9 +187,9 @@ def projection_forward(
     mixture = features.new_empty((rows, width) if hard else (0,), dtype=torch.float32)
     if rows:
         settings = plan("projection_forward", features.device, features.dtype, codes, width)
-        projection_forward_kernel[(triton.cdiv(rows, settings["BLOCK_N"]),)](
+        projection_forward_kernel[(ceil_div(rows, settings["BLOCK_N"]),)](
             features, weight, bias, codebook, temperature, seed, latents, indices, kl, lse_noisy, lse_clean, mixture,
-            rows, channels, codes, triton.cdiv(codes, 4), width, features.stride(0),
+            rows, channels, codes, ceil_div(codes, 4), width, features.stride(0),
             BIAS=bias is not None, HARD=hard, NOISE=noise, EVEN_C=channels % settings["BLOCK_C"] == 0, **settings,
         )  # fmt: skip
     return latents, indices, kl, lse_noisy, lse_clean, mixture
@@ -224,14 +224,14 @@ def projection_backward(
         whole = width <= piece or width % piece == 0
         settings = dict(plan("projection_backward", features.device, features.dtype, codes, min(width, piece), whole))
         block = settings["BLOCK_N"]
-        quarter = triton.cdiv(codes, 4)
-        tiles = triton.cdiv(quarter, settings["BLOCK_Q"])
-        strip_steps = min(triton.cdiv(rows, block), max(1, STRIP_BYTES // (codes * features.element_size() * block)))
-        share = triton.cdiv(strip_steps, max(1, settings.pop("programs") // tiles)) * block
+        quarter = ceil_div(codes, 4)
+        tiles = ceil_div(quarter, settings["BLOCK_Q"])
+        strip_steps = min(ceil_div(rows, block), max(1, STRIP_BYTES // (codes * features.element_size() * block)))
+        share = ceil_div(strip_steps, max(1, settings.pop("programs") // tiles)) * block
         strip = features.new_empty(min(rows, strip_steps * block), codes)
         if grad_latents is not None:
             # Zeros: a short last strip does not reach every part, and the first may be it.
-            parts = features.new_zeros(triton.cdiv(strip_steps * block, share), codes, width, dtype=torch.float32)
+            parts = features.new_zeros(ceil_div(strip_steps * block, share), codes, width, dtype=torch.float32)
         sliced = [
             (first, size, *slice_piece(first, size, grad_latents, codebook, parts, mixture if hard else latents))
             for first, size in pieces(width, features.dtype, grad_latents)
@@ -239,7 +239,7 @@ def projection_backward(
         for low in range(0, rows, strip_steps * block):
             high = min(rows, low + strip_steps * block)
             for first, size, grads, rest, part, deltas in sliced:
-                projection_backward_kernel[(tiles, triton.cdiv(high - low, share))](
+                projection_backward_kernel[(tiles, ceil_div(high - low, share))](
                     features, weight, bias, grads, grad_kl, rest, temperature, seed, indices, deltas, kl, lse_noisy,
                     lse_clean, strip, part, low, high, channels, codes, quarter, size, width, features.stride(0), share,
                     BIAS=bias is not None, ACCUMULATE=low > 0, MORE=first > 0, LATENTS=grad_latents is not None,

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from dalle_kernels import launch
-from dalle_kernels.triton_common import dot, precision
+from dalle_kernels.triton_common import ceil_div, dot, precision
 
 CHUNK = 32  # sorted rows a program
 HEADS = 16  # heads added at once
@@ -153,10 +153,10 @@ def vq_forward(features: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Te
     if rows:
         plan = _plan(features.device, features.dtype, width)
         norms = features.new_empty(codes, dtype=torch.float32)
-        half_norm_kernel[(triton.cdiv(codes, 32),)](
+        half_norm_kernel[(ceil_div(codes, 32),)](
             codebook, norms, codes, width, BLOCK_K=32, BLOCK_D=plan["BLOCK_D"], num_warps=4, enable_fp_fusion=True
         )
-        vq_forward_kernel[(triton.cdiv(rows, plan["BLOCK_N"]),)](
+        vq_forward_kernel[(ceil_div(rows, plan["BLOCK_N"]),)](
             features, codebook, norms, indices, distances, rows, codes, width, features.stride(0), **plan
         )
     return indices, distances
@@ -171,7 +171,7 @@ def vq_backward(
     dcodebook = codebook.new_zeros(codebook.shape, dtype=torch.float32)
     if rows:
         sorted_codes, order = torch.sort(indices, stable=True)
-        chunks = triton.cdiv(rows, CHUNK)
+        chunks = ceil_div(rows, CHUNK)
         heads = features.new_empty(chunks, width, dtype=torch.float32)
         block = _block(width)
         vq_backward_kernel[(chunks,)](

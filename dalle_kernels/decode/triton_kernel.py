@@ -21,7 +21,7 @@ from dalle_kernels import launch
 from dalle_kernels.attention.patterns import Pattern
 from dalle_kernels.backends import Call
 from dalle_kernels.decode.table import DecodeTable, decode_table_for
-from dalle_kernels.triton_common import obstacle
+from dalle_kernels.triton_common import ceil_div, obstacle
 
 WIDEST = 256  # head dimension
 
@@ -141,8 +141,8 @@ def plan_for(pattern: Pattern, device: torch.device, dtype: torch.dtype, width: 
     table = decode_table_for(pattern, device)
     longest = int(table.prefix.max()) + table.max_list
     # Enough programs to fill the GPU, each with at least one tile of keys at the last, longest step.
-    wanted = triton.cdiv(settings.pop("programs"), heads)
-    splits = max(1, min(wanted, triton.cdiv(longest, settings["KEYS"])))
+    wanted = ceil_div(settings.pop("programs"), heads)
+    splits = max(1, min(wanted, ceil_div(longest, settings["KEYS"])))
     block = max(16, triton.next_power_of_2(width))
     return Plan(table, splits, block, {"D": width, "BLOCK_D": block, "SPLITS": splits, **settings})
 

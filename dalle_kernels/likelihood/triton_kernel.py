@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from dalle_kernels.backends import Call
-from dalle_kernels.triton_common import obstacle
+from dalle_kernels.triton_common import ceil_div, obstacle
 
 LN_2 = tl.constexpr(0.6931471805599453)
 BLOCK = 1024
@@ -53,7 +53,7 @@ def forward(pixels: torch.Tensor, mu: torch.Tensor, log_b: torch.Tensor) -> torc
     x, location, log_scale = pixels.contiguous(), mu.contiguous(), log_b.contiguous()
     nll = torch.empty_like(x, dtype=torch.float32)
     if total := nll.numel():
-        forward_kernel[(triton.cdiv(total, BLOCK),)](
+        forward_kernel[(ceil_div(total, BLOCK),)](
             x, location, log_scale, nll, total, BLOCK=BLOCK, num_warps=4, enable_fp_fusion=True
         )
     return _laid_out_as(pixels, nll)
@@ -66,7 +66,7 @@ def backward(
     inputs = [tensor.contiguous() for tensor in (grad, pixels, mu, log_b)]
     dmu, dlog_b = torch.empty_like(inputs[2]), torch.empty_like(inputs[3])
     if total := grad.numel():
-        backward_kernel[(triton.cdiv(total, BLOCK),)](
+        backward_kernel[(ceil_div(total, BLOCK),)](
             *inputs, dmu, dlog_b, total, BLOCK=BLOCK, num_warps=4, enable_fp_fusion=True
         )
     return _laid_out_as(mu, dmu), _laid_out_as(log_b, dlog_b)

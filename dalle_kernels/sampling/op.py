@@ -70,7 +70,7 @@ def sample_tokens(
     if logits.shape[1] < 1:
         raise ValueError(f"logits: got shape {tuple(logits.shape)}, wanted at least one token a row")
     temperature = check_number(
-        "temperature", temperature, "0 or a finite number above 0 in float32", least=LEAST, or_zero=True
+        "temperature", temperature, f"0 or a finite number of at least {LEAST:.2g}", least=LEAST, or_zero=True
     )
     if top_k is not None and (not isinstance(top_k, numbers.Integral) or top_k < 1):
         raise ValueError(f"top_k: got {top_k!r}, wanted an int >= 1 or None")

@@ -19,7 +19,7 @@ import triton.language as tl
 
 from dalle_kernels.backends import Call
 from dalle_kernels.noise import SAMPLING_STREAM
-from dalle_kernels.triton_common import obstacle
+from dalle_kernels.triton_common import ceil_div, obstacle
 from dalle_kernels.triton_noise import LN_2, LOG2_E, gumbel2, philox
 
 STREAM = tl.constexpr(SAMPLING_STREAM)
@@ -197,7 +197,7 @@ def sample(
     rows, tokens = logits.shape
     out = logits.new_empty(rows, dtype=torch.int64)
     if rows:
-        quarter = triton.cdiv(tokens, 4)
+        quarter = ceil_div(tokens, 4)
         block = max(128, triton.next_power_of_2(quarter))
         greedy = temperature == 0
         sample_kernel[(rows,)](
