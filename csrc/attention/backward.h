@@ -133,10 +133,11 @@ struct Backward {
     for (int lane = 0; lane < kLd; lane += N * kLanes)
       for_rows<M>(count, [&](auto m, int i) __attribute__((always_inline)) {
         constexpr int kRows = m.value;
-        dot_rows<Dot, kRows, N, kChains>(rows + i, transposed + lane, kTile, units,
+        dot_rows<Dot, kRows, N, kChains>(rows + i, transposed + lane, units,
                                          [&](const F(&sums)[kRows][N]) __attribute__((always_inline)) {
+          float* const to = out + i * kLd + lane;
           DALLE_UNROLL for (int j = 0; j < kRows; j++)
-            DALLE_UNROLL for (int w = 0; w < N; w++) store(out + (i + j) * kLd + lane + w * kLanes, sums[j][w]);
+            DALLE_UNROLL for (int w = 0; w < N; w++) store(to + j * kLd + w * kLanes, sums[j][w]);
         });
       });
   }
@@ -146,7 +147,12 @@ struct Backward {
   DALLE_METHOD void weigh(int count, const int* positions, const Pair* pairs) {
     constexpr int N = kLd >= 2 * kLanes ? 2 : 1;
     const F slope = set(scale);
-    for (int i = 0; i < count; i += 2) {
+    // Locals: for all the compiler knows, a store might change a member.
+    const float *s = scores, *t = inner;
+    float *p_to = weights, *d_to = slopes;
+    bf16* rows_to = (bf16*)slope_rows;
+    for (int i = 0; i < count; i += 2, s += 2 * kLd, t += 2 * kLd, p_to += 2 * kLd / Dot::kPer,
+             d_to += 2 * kLd / Dot::kPer, rows_to += 2 * kLd) {
       const int first = positions[i], second = positions[i + 1];
       const F lse[2] = {set(normaliser[first]), set(normaliser[second])};
       const F mean[2] = {set(delta[first]), set(delta[second])};
@@ -154,30 +160,30 @@ struct Backward {
         F p[2][N], d[2][N];
         DALLE_UNROLL for (int j = 0; j < 2; j++)
           DALLE_UNROLL for (int w = 0; w < N; w++) {
-            const int at = (i + j) * kLd + lane + w * kLanes;
-            p[j][w] = share<kPairs>(load(scores + at), slope, lse[j]);
-            d[j][w] = p[j][w] * (load(inner + at) - mean[j]);
+            const int at = j * kLd + lane + w * kLanes;
+            p[j][w] = share<kPairs>(load(s + at), slope, lse[j]);
+            d[j][w] = p[j][w] * (load(t + at) - mean[j]);
             if constexpr (kMasked) {
-              const Mask seen = from_bits(uint32_t(pairs[i / 2].bits[j]) >> (lane + w * kLanes));
+              const Mask seen = from_bits(uint32_t(pairs->bits[j]) >> (lane + w * kLanes));
               p[j][w] = select(seen, p[j][w], zero());
               d[j][w] = select(seen, d[j][w], zero());
             }
           }
         DALLE_UNROLL for (int w = 0; w < N; w++) {
           if constexpr (kPairs) {
-            const int at = i / 2 * kLd + lane + w * kLanes;
-            store(weights + at, as_float(pair(p[0][w], p[1][w])));
-            store(slopes + at, as_float(pair(d[0][w], d[1][w])));
+            store(p_to + lane + w * kLanes, as_float(pair(p[0][w], p[1][w])));
+            store(d_to + lane + w * kLanes, as_float(pair(d[0][w], d[1][w])));
           } else {
             DALLE_UNROLL for (int j = 0; j < 2; j++) {
-              store(weights + (i + j) * kLd + lane + w * kLanes, p[j][w]);
-              store(slopes + (i + j) * kLd + lane + w * kLanes, d[j][w]);
+              store(p_to + j * kLd + lane + w * kLanes, p[j][w]);
+              store(d_to + j * kLd + lane + w * kLanes, d[j][w]);
             }
           }
         }
         if constexpr (kPairs)
-          DALLE_UNROLL for (int j = 0; j < 2; j++) store_bf16<N>((bf16*)slope_rows + (i + j) * kLd + lane, d[j]);
+          DALLE_UNROLL for (int j = 0; j < 2; j++) store_bf16<N>(rows_to + j * kLd + lane, d[j]);
       }
+      if constexpr (kMasked) pairs++;
     }
   }
 
@@ -201,8 +207,8 @@ struct Backward {
       query_rows[u] = q.mixed(tile * kRows + u);
       grad_rows[u] = grad.mixed(tile * kRows + u);
     }
-    mix<Dot, Start::add>(weights, kTile, grad_rows, kRows, kTile, dv, rounded, nullptr);
-    mix<Dot, Start::add>(slopes, kTile, query_rows, kRows, kTile, dk, rounded, nullptr);
+    mix<Dot, Start::add, kTile>(weights, grad_rows, kRows, dv, rounded, nullptr);
+    mix<Dot, Start::add, kTile>(slopes, query_rows, kRows, dk, rounded, nullptr);
     accumulate<Dot, kRows>(slope_rows, keys, rounded, kRows, kTile, dq_rows);
   }
 
@@ -213,7 +219,7 @@ struct Backward {
     int positions[2 * kListedQueries];
     for (int i = 0; i < 2 * n; i++) {
       const int p = 2 * pairs[i / 2].index + i % 2;
-      if (i % 2 == 0) reach(arrays, head, p / kTile);
+      if (i % 2 == 0) reach(arrays, head, int(unsigned(p) / kTile));
       positions[i] = p;
       query_rows[i] = q.units(p);
       grad_rows[i] = grad.units(p);
@@ -228,9 +234,9 @@ struct Backward {
       query_rows[u] = q.mixed(row);
       grad_rows[u] = grad.mixed(row);
     }
-    mix<Dot, Start::add>(weights, kGroup, grad_rows, 2 * n / Dot::kPer, kGroup, dv + lane * int64_t(rounded), rounded,
+    mix<Dot, Start::add, kGroup>(weights, grad_rows, 2 * n / Dot::kPer, dv + lane * int64_t(rounded), rounded,
                          nullptr);
-    mix<Dot, Start::add>(slopes, kGroup, query_rows, 2 * n / Dot::kPer, kGroup, dk + lane * int64_t(rounded), rounded,
+    mix<Dot, Start::add, kGroup>(slopes, query_rows, 2 * n / Dot::kPer, dk + lane * int64_t(rounded), rounded,
                          nullptr);
     accumulate<Dot, kGroup / Dot::kPer>(slope_rows, keys + lane / Dot::kPer * int64_t(rounded), rounded,
                                         kGroup / Dot::kPer, 2 * n, dq_rows);

@@ -90,27 +90,35 @@ struct Forward {
   // The softmax step of the queries in lanes `lane` .. lane + kLanes - 1 over `count` rows of scores (in place, or
   // packed in pairs into `p`): pairs is null where every row is visible. `highest` is the largest raw score.
   template <bool kMasked>
-  DALLE_METHOD void weigh(float* s, float* p, int ld, int count, const Pair* pairs, int first_bit, float* highest,
-                          float* top, float* total, float* rescale) {
+  DALLE_METHOD void weigh(const float* s, float* p, ptrdiff_t ld, int count, const Pair* pairs, int first_bit,
+                          float* highest, float* top, float* total, float* rescale) {
     const F slope = set(scale * kLog2E), before = load(top), now = max(top_of<kPairs>(load(highest), slope), before);
     const F drop = kPairs ? before - now : (before - now) * slope;
     const F decay = power(max(set(kZeroExponent), drop));
     store(rescale, decay);
     store(top, now);
     F sums[2] = {zero(), zero()};
-    for (int row = 0; row < count; row += 2) {
-      F e[2];
-      DALLE_UNROLL for (int j = 0; j < 2; j++) {
-        e[j] = exponential<kPairs>(load(s + (row + j) * ld), slope, now);
-        if constexpr (kMasked) e[j] = select(from_bits(uint32_t(pairs[row / 2].bits[j]) >> first_bit), e[j], zero());
-        sums[j] += e[j];
+    const auto walk = [&](auto is_far) __attribute__((always_inline)) {
+      for (int row = 0; row < count; row += 2, s += 2 * ld, p += ld * 2 / Dot::kPer) {
+        F e[2];
+        DALLE_UNROLL for (int j = 0; j < 2; j++) {
+          e[j] = exponential<kPairs, is_far.value>(load(s + j * ld), slope, now);
+          if constexpr (kMasked) e[j] = select(from_bits(uint32_t(pairs->bits[j]) >> first_bit), e[j], zero());
+          sums[j] += e[j];
+        }
+        if constexpr (kMasked) pairs++;
+        if constexpr (kPairs) {
+          store(p, as_float(pair(e[0], e[1])));
+        } else {
+          store(p, e[0]);
+          store(p + ld, e[1]);
+        }
       }
-      if constexpr (kPairs) {
-        store(p + row / 2 * ld, as_float(pair(e[0], e[1])));
-      } else {
-        store(p + row * ld, e[0]);
-        store(p + (row + 1) * ld, e[1]);
-      }
+    };
+    if (far<kPairs>(now)) {
+      walk(Int<1>{});
+    } else {
+      walk(Int<0>{});
     }
     store(total, fma(load(total), decay, sums[0] + sums[1]));
   }
@@ -125,15 +133,16 @@ struct Forward {
     for (int lane = 0; lane < kTile; lane += kWide * kLanes)
       for_rows<6>(kTile, [&](auto m, int i) __attribute__((always_inline)) {
         constexpr int M = m.value;
-        dot_rows<Dot, M, kWide, 1>(rows + i, transposed_q + lane, kTile, units,
+        dot_rows<Dot, M, kWide, 1>(rows + i, transposed_q + lane, units,
                                    [&](const F(&sums)[M][kWide]) __attribute__((always_inline)) {
+          float *const to = scores + i * kTile + lane, *const highest = maximum + lane;
           DALLE_UNROLL for (int w = 0; w < kWide; w++) {
-            F high = load(maximum + lane + w * kLanes);
+            F high = load(highest + w * kLanes);
             DALLE_UNROLL for (int j = 0; j < M; j++) {
-              store(scores + (i + j) * kTile + lane + w * kLanes, sums[j][w]);
+              store(to + j * kTile + w * kLanes, sums[j][w]);
               high = max(high, sums[j][w]);
             }
-            store(maximum + lane + w * kLanes, high);
+            store(highest + w * kLanes, high);
           }
         });
       });
@@ -142,9 +151,9 @@ struct Forward {
                    factor + lane);
     for (int u = 0; u < kTile / Dot::kPer; u++) rows[u] = v.mixed(tile * (kTile / Dot::kPer) + u);
     if (fresh) {
-      mix<Dot, Start::zero>(weights, kTile, rows, kTile / Dot::kPer, kTile, out, rounded, nullptr);
+      mix<Dot, Start::zero, kTile>(weights, rows, kTile / Dot::kPer, out, rounded, nullptr);
     } else {
-      mix<Dot, Start::scale>(weights, kTile, rows, kTile / Dot::kPer, kTile, out, rounded, factor);
+      mix<Dot, Start::scale, kTile>(weights, rows, kTile / Dot::kPer, out, rounded, factor);
     }
   }
 
@@ -153,8 +162,9 @@ struct Forward {
     const float *key_rows[2 * kListed], *value_rows[2 * kListed];
     for (int i = 0; i < n; i++) {
       const int index = pairs[i].index;
-      k.prepare(index / (kTile / 2));
-      v.prepare(index / (kTile / 2));
+      const int tile = int(unsigned(index) / (kTile / 2));
+      k.prepare(tile);
+      v.prepare(tile);
       key_rows[2 * i] = k.units(2 * index);
       key_rows[2 * i + 1] = k.units(2 * index + 1);
       if constexpr (kPairs) {
@@ -168,16 +178,18 @@ struct Forward {
     for (int i = 0; i < kGroup; i += kLanes) store(maximum + lane + i, set(-3e38f));
     for_rows<kListRows>(2 * n, [&](auto m, int i) __attribute__((always_inline)) {
       constexpr int M = m.value;
-      dot_rows<Dot, M, kVectors, kListChains>(key_rows + i, transposed_q + lane, kTile, units,
+      dot_rows<Dot, M, kVectors, kListChains>(key_rows + i, transposed_q + lane, units,
                                               [&](const F(&sums)[M][kVectors]) __attribute__((always_inline)) {
+        float *const to = scores + i * kGroup, *const highest = maximum + lane;
+        const Pair* const pair = pairs + unsigned(i) / 2;
         DALLE_UNROLL for (int w = 0; w < kVectors; w++) {
-          F high = load(maximum + lane + w * kLanes);
+          F high = load(highest + w * kLanes);
           DALLE_UNROLL for (int j = 0; j < M; j++) {
-            store(scores + (i + j) * kGroup + w * kLanes, sums[j][w]);
-            const Mask seen = from_bits(uint32_t(pairs[(i + j) / 2].bits[j % 2]) >> (w * kLanes));
+            store(to + j * kGroup + w * kLanes, sums[j][w]);
+            const Mask seen = from_bits(uint32_t(pair[j / 2].bits[j % 2]) >> (w * kLanes));
             high = select(seen, max(high, sums[j][w]), high);
           }
-          store(maximum + lane + w * kLanes, high);
+          store(highest + w * kLanes, high);
         }
       });
     });
@@ -186,9 +198,9 @@ struct Forward {
                   sum + lane + i, factor + lane + i);
     float* rows_out = out + int64_t(lane) * rounded;
     if (fresh) {
-      mix<Dot, Start::zero>(weights, kGroup, value_rows, 2 * n / Dot::kPer, kGroup, rows_out, rounded, nullptr);
+      mix<Dot, Start::zero, kGroup>(weights, value_rows, 2 * n / Dot::kPer, rows_out, rounded, nullptr);
     } else {
-      mix<Dot, Start::scale>(weights, kGroup, value_rows, 2 * n / Dot::kPer, kGroup, rows_out, rounded, factor + lane);
+      mix<Dot, Start::scale, kGroup>(weights, value_rows, 2 * n / Dot::kPer, rows_out, rounded, factor + lane);
     }
   }
 

@@ -64,14 +64,19 @@ DALLE_INLINE F power_coarse(F x) {
 }
 
 // exp(scale (score - top)) with slope = scale log2(e). In float32 a query's maximum is kept as it is, so that the
-// difference of large scores is as exact as they are; where bfloat16 follows, it comes times the slope, an instruction less.
+// difference of large scores is as exact as they are; where bfloat16 follows, it comes times the slope, an instruction
+// less. That product was rounded: where it is `far` from 0 by more than matters, those of the scores must be too.
 template <bool kCoarse>
 DALLE_INLINE F top_of(F highest, F slope) {
   return kCoarse ? highest * slope : highest;
 }
 template <bool kCoarse>
+DALLE_INLINE bool far(F top) {
+  return kCoarse && any(greater(max(top, zero() - top), set(0x1p20f)));
+}
+template <bool kCoarse, bool kFar>
 DALLE_INLINE F exponential(F score, F slope, F top) {
-  if constexpr (kCoarse) return power_coarse(fma(slope, score, zero() - top));
+  if constexpr (kCoarse) return power_coarse(kFar ? score * slope - top : fma(slope, score, zero() - top));
   return power((score - top) * slope);
 }
 
@@ -152,19 +157,19 @@ DALLE_INLINE void transpose(F* r) {
 
 // --------------------------------------------------------------------------------------------------- the products
 
-// emit(sums) takes F sums[M][N]. Several chains of sums hide the latency where M N is small.
+// b is [units, kTile]; emit(sums) takes F sums[M][N]. Several chains of sums hide the latency where M N is small.
 template <class Dot, int M, int N, int kChains, class Emit>
-DALLE_INLINE void dot_rows(const float* const* rows, const float* b, int ldb, int units, const Emit& emit) {
+DALLE_INLINE void dot_rows(const float* const* rows, const float* b, int units, const Emit& emit) {
   const float* a[M];
   F chains[kChains][M][N], sums[M][N];
   DALLE_UNROLL for (int i = 0; i < M; i++) a[i] = rows[i];
   DALLE_UNROLL for (int c = 0; c < kChains; c++)
     DALLE_UNROLL for (int i = 0; i < M; i++)
       DALLE_UNROLL for (int v = 0; v < N; v++) chains[c][i][v] = zero();
-  for (int u = 0; u < units; u += 2) {  // D is a multiple of 8, so there is an even number of units
+  for (ptrdiff_t u = 0; u < units; u += 2, b += 2 * kTile) {  // D is a multiple of 8, so units are even
     DALLE_UNROLL for (int c = 0; c < 2; c++) {
       F vectors[N];
-      DALLE_UNROLL for (int v = 0; v < N; v++) vectors[v] = load(b + (u + c) * ldb + v * kLanes);
+      DALLE_UNROLL for (int v = 0; v < N; v++) vectors[v] = load(b + c * kTile + v * kLanes);
       DALLE_UNROLL for (int i = 0; i < M; i++) {
         const F x = broadcast(a[i] + u + c);
         DALLE_UNROLL for (int v = 0; v < N; v++)
@@ -182,9 +187,9 @@ DALLE_INLINE void dot_rows(const float* const* rows, const float* b, int ldb, in
 
 enum class Start { zero, add, scale };  // what a sum starts from: 0, c, or factor[i] c
 
-template <class Dot, int M, int N, Start kStart>
-DALLE_INLINE void mix_rows(const float* a, int lda, const float* const* rows, int column, int count, float* c,
-                           int ldc, const float* factor) {
+template <class Dot, int M, int N, Start kStart, int kLda>
+DALLE_INLINE void mix_rows(const float* a, const float* const* rows, ptrdiff_t column, int count, float* c, ptrdiff_t ldc,
+                           const float* factor) {
   F sums[M][N];
   DALLE_UNROLL for (int i = 0; i < M; i++)
     DALLE_UNROLL for (int v = 0; v < N; v++) {
@@ -193,12 +198,12 @@ DALLE_INLINE void mix_rows(const float* a, int lda, const float* const* rows, in
       if constexpr (kStart == Start::scale) sums[i][v] = set(factor[i]) * load(c + i * ldc + v * kLanes);
     }
 #pragma GCC unroll 2
-  for (int u = 0; u < count; u++) {
+  for (ptrdiff_t u = 0; u < count; u++, a += kLda) {
     const float* row = rows[u] + column;
     F vectors[N];
     DALLE_UNROLL for (int v = 0; v < N; v++) vectors[v] = load(row + v * kLanes);
     DALLE_UNROLL for (int i = 0; i < M; i++) {
-      const F x = broadcast(a + u * lda + i);
+      const F x = broadcast(a + i);
       DALLE_UNROLL for (int v = 0; v < N; v++) sums[i][v] = Dot::mac(x, vectors[v], sums[i][v]);
     }
   }
@@ -207,14 +212,16 @@ DALLE_INLINE void mix_rows(const float* a, int lda, const float* const* rows, in
 }
 
 template <class Dot, int M, int N, int kLda>
-DALLE_INLINE void accumulate_rows(const float* a, const float* b, int ldb, int count, float* const* c, int column) {
+DALLE_INLINE void accumulate_rows(const float* a, const float* b, ptrdiff_t ldb, int count, float* const* c,
+                                  ptrdiff_t column) {
   F sums[M][N];
   DALLE_UNROLL for (int i = 0; i < M; i++)
     DALLE_UNROLL for (int v = 0; v < N; v++) sums[i][v] = load(c[i] + column + v * kLanes);
+  b += column;
 #pragma GCC unroll 2
-  for (int u = 0; u < count; u++) {
+  for (ptrdiff_t u = 0; u < count; u++, b += ldb) {
     F vectors[N];
-    DALLE_UNROLL for (int v = 0; v < N; v++) vectors[v] = load(b + u * ldb + column + v * kLanes);
+    DALLE_UNROLL for (int v = 0; v < N; v++) vectors[v] = load(b + v * kLanes);
     DALLE_UNROLL for (int i = 0; i < M; i++) {
       const F x = broadcast(a + i * kLda + u);
       DALLE_UNROLL for (int v = 0; v < N; v++) sums[i][v] = Dot::mac(x, vectors[v], sums[i][v]);
@@ -255,16 +262,23 @@ DALLE_INLINE void for_columns(int vectors, const Body& body) {
 template <int N>
 constexpr int kBlockRows = N >= 4 || kLanes == 8 ? 6 : 8;
 
-// c[row][0 .. width) = start + sum_u a[u][row] rows[u], over `rows_out` rows.
-template <class Dot, Start kStart>
-static void mix(const float* a, int lda, const float* const* rows, int count, int rows_out, float* c, int ldc,
-                const float* factor) {
+// c[row][0 .. width) = start + sum_u a[u][row] rows[u], over kLda rows: a is [count, kLda].
+template <class Dot, Start kStart, int kLda>
+DALLE_INLINE void mix_at(const float* a, const float* const* rows, int count, float* c, int ldc, const float* factor) {
   for_columns(ldc / kLanes, [&](auto n, int lane) __attribute__((always_inline)) {
-    for_rows<kBlockRows<n.value>>(rows_out, [&](auto m, int i) __attribute__((always_inline)) {
-      mix_rows<Dot, m.value, n.value, kStart>(a + i, lda, rows, lane, count, c + i * int64_t(ldc) + lane, ldc,
-                                              kStart == Start::scale ? factor + i : nullptr);
+    for_rows<kBlockRows<n.value>>(kLda, [&](auto m, int i) __attribute__((always_inline)) {
+      mix_rows<Dot, m.value, n.value, kStart, kLda>(a + i, rows, lane, count, c + i * int64_t(ldc) + lane, ldc,
+                                                    kStart == Start::scale ? factor + i : nullptr);
     });
   });
+}
+template <class Dot, Start kStart, int kLda>
+static void mix(const float* a, const float* const* rows, int count, float* c, int ldc, const float* factor) {
+  if (ldc == 64) {  // the usual head: rows lie at distances that the instructions hold
+    mix_at<Dot, kStart, kLda>(a, rows, count, c, 64, factor);
+  } else {
+    mix_at<Dot, kStart, kLda>(a, rows, count, c, ldc, factor);
+  }
 }
 
 // c[row] += sum_u a[row][u] b[u], over `rows_out` rows.
