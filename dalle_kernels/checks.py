@@ -60,7 +60,10 @@ def check_temperature(temperature: object) -> float:
 
 
 def positive_temperature(temperature: float | torch.Tensor, device: torch.device) -> torch.Tensor:
-    """`temperature` as a 0-dim float32 tensor on `device`; a number must be above 0 there, and finite."""
+    """`temperature` as a 0-dim float32 tensor on `device`; a number must be above 0 there, and finite.
+
+    A tensor is taken as it is: to look at one on a GPU, the host would have to wait.
+    """
     if isinstance(temperature, torch.Tensor):
         if temperature.numel() != 1:
             raise ValueError(f"temperature: got shape {tuple(temperature.shape)}, wanted one number")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,9 +15,23 @@ def define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) ->
     """Defines the operation of `schema`, served on CPU and CUDA by `kernel` and on fake tensors by `fake`."""
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    for device in ("CPU", "CUDA"):
-        _LIBRARY.impl(name, kernel, device)
+    _LIBRARY.impl(name, kernel, "CPU")
+    _LIBRARY.impl(name, _where_the_tensors_are(kernel), "CUDA")
     torch.library.register_fake(f"dalle_kernels::{name}", fake, lib=_LIBRARY)
+
+
+def _where_the_tensors_are(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """`kernel` with its first tensor's device current: that is where launches go, whatever they are given."""
+
+    @functools.wraps(kernel)
+    def guarded(*args: Any) -> Any:
+        device = next(arg.device for arg in args if isinstance(arg, torch.Tensor))
+        if device.index == torch.cuda.current_device():
+            return kernel(*args)
+        with torch.cuda.device(device):
+            return kernel(*args)
+
+    return guarded
 
 
 class _Once(torch.autograd.Function):

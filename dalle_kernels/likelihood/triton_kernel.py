@@ -74,5 +74,6 @@ def backward(
 
 def _laid_out_as(original: torch.Tensor, made: torch.Tensor) -> torch.Tensor:
     """`made`, contiguous, with the strides that the door promises: those of `empty_like(original)`."""
-    out = torch.empty_like(original, dtype=made.dtype)
-    return made if out.is_contiguous() else out.copy_(made)
+    if torch.empty_like(original, device="meta").is_contiguous():
+        return made
+    return torch.empty_like(original, dtype=made.dtype).copy_(made)
