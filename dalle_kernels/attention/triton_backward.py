@@ -16,8 +16,8 @@ fp32, and a third kernel adds them in order.
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ import triton.language as tl
 
 from dalle_kernels import launch
 from dalle_kernels.attention.patterns import Pattern
-from dalle_kernels.attention.schedule import Schedule
+from dalle_kernels.attention.schedule import Schedule, schedule_for
 from dalle_kernels.attention.triton_forward import (
     exponent_scale,
     head_and_item,
@@ -37,6 +37,7 @@ from dalle_kernels.attention.triton_forward import (
     tokens_of,
     visible,
 )
+from dalle_kernels.device import OnDevice
 from dalle_kernels.triton_common import ceil_div, dot
 
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
@@ -259,7 +260,8 @@ def attention_backward_queries(
     store_rows(DQ, rows, exists, stride_dqs, dq * scale, D, BLOCK_D)
 
 
-class Work(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Work(OnDevice):
     """The transposed lists cut into pieces, all int32 on one device.
 
     Attributes:
@@ -275,9 +277,9 @@ class Work(NamedTuple):
 
     @staticmethod
     def cut(schedule: Schedule, longest: int) -> Work:
-        """Pieces of at most `longest` entries, those of one tile of nearly equal length."""
-        offsets = schedule.query_offsets.cpu().numpy()
-        full = schedule.query_full_counts.cpu().numpy()
+        """Pieces of at most `longest` entries of a schedule on the CPU, those of one tile of nearly equal length."""
+        offsets = schedule.query_offsets.numpy()
+        full = schedule.query_full_counts.numpy()
         items: list[tuple[int, int, int, int, int]] = []
         split_tiles, split_offsets = [], [0]
         for tile, (first, last) in enumerate(pairwise(offsets.tolist())):
@@ -293,8 +295,7 @@ class Work(NamedTuple):
                 split_offsets.append(slot)
         items.sort(key=lambda item: item[1] - item[3])
         pieces_of, tiles, slots = (
-            torch.from_numpy(np.array(values, np.int32)).to(schedule.order.device)
-            for values in (items, split_tiles, split_offsets)
+            torch.from_numpy(np.array(values, np.int32)) for values in (items, split_tiles, split_offsets)
         )
         return Work(pieces_of, tiles, slots, split_offsets[-1])
 
@@ -307,9 +308,10 @@ def work_for(pattern: Pattern, length: int, device: torch.device, dtype: torch.d
     of the `programs` that run at a time has to do in all.
     """
     settings = launch.settings_for("attention_backward_keys", launch.architecture(device), 8 * dtype.itemsize, width)
-    schedule = plan_for("attention_backward_keys", pattern, length, device, dtype, width).schedule
+    tile = plan_for("attention_backward_keys", pattern, length, device, dtype, width).schedule.tile
+    schedule = schedule_for(pattern, tile, length)  # on the CPU: to read the device's, the host would have to wait
     longest = heads * schedule.query_tiles.numel() // (2 * settings["programs"])
-    return Work.cut(schedule, max(longest, settings["shortest_piece"]))
+    return Work.cut(schedule, max(longest, settings["shortest_piece"])).to(device)
 
 
 def backward(
