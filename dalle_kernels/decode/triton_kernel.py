@@ -91,6 +91,9 @@ def decode_forward(
         accumulator = accumulator * decay + tl.sum(weight[:, None] * v, 0)
         maximum = new_maximum
 
+    # A query that sees no key gets zeros: 0 / 1 here, and in `decode_combine` nothing but finite exponents.
+    total = tl.where(count == 0, 1.0, total)
+    maximum = tl.where(count == 0, 0.0, maximum)
     if SPLITS == 1:
         out = (accumulator / total).to(Out.dtype.element_ty)
         tl.store(Out + batch * stride_ob + head_in_batch * stride_oh + column, out, mask=inside)
@@ -106,7 +109,7 @@ def decode_combine(
     Partial, Out, stride_ob, stride_oh, HEADS,
     D: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """Adds a head's splits in ascending order; grid (B H,). The first split is never empty, a later one may be."""
+    """Adds a head's splits in ascending order; grid (B H,). The largest exponent is -inf only in a later, empty one."""
     head = tl.program_id(0)
     column = tl.arange(0, BLOCK_D)
     Partial += head.to(tl.int64) * SPLITS * (BLOCK_D + 2)

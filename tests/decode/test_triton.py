@@ -9,7 +9,18 @@ import torch
 
 pytest.importorskip("triton")
 
-from dalle_kernels import AxialRow, Column, Convolution, KVCache, Pattern, Row, Strided, TokenLayout, decode_attention
+from dalle_kernels import (
+    AxialRow,
+    Column,
+    Convolution,
+    KVCache,
+    MaskPattern,
+    Pattern,
+    Row,
+    Strided,
+    TokenLayout,
+    decode_attention,
+)
 from dalle_kernels.backends import Call
 from dalle_kernels.decode import triton_kernel
 from tests.oracles import attention
@@ -68,6 +79,19 @@ def _fresh_plans() -> Iterator[None]:
 def test_every_step(pattern: Pattern, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     force_splits(monkeypatch, splits, heads=2)
     check(pattern, 1, 2, 16, torch.float32, range(pattern.length))
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("blind", [0, 20])
+def test_a_query_that_sees_no_key_gets_zeros(blind: int, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    force_splits(monkeypatch, splits, heads=2)
+    mask = torch.ones(40, 40, dtype=torch.bool).tril()
+    mask[blind] = False
+    pattern = MaskPattern(mask)
+    check(pattern, 1, 2, 16, torch.float32, range(40))
+    now = [torch.randn(1, 2, 1, 16, device=DEVICE) for _ in range(3)]
+    cache = KVCache(pattern, 1, 2, 16, device=DEVICE)
+    assert not decode_attention(*now, cache, blind, backend="triton").any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
