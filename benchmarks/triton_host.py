@@ -1,30 +1,48 @@
-"""Microseconds of host time that a call of a Triton backend costs, measured without a GPU.
+"""Microseconds of host time that a call of a Triton backend costs, alone and through the door, without a GPU.
 
     python -m benchmarks.triton_host
+    python -m benchmarks.triton_host --json host.json
+
+The door is the public function with `backend="triton"`: its checks, torch's dispatcher and the choice of a backend come
+on top, and for a gradient the autograd engine.
 
 Kernels are compiled once and then never launched: what is timed is this library's Python (output allocation, cached
-plans) and Triton's (argument binding, specialization, kernel lookup), but not the driver's launch itself.
+plans) and Triton's (argument binding, specialization, kernel lookup), but not the driver's launch itself. Tensors are
+on the CPU, where the door also reads a position, a temperature and `sample_tokens` its logits in search of NaN; a GPU
+call is spared those microseconds.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
 
 import torch
+import triton
 
 from benchmarks.aot import recording
+from dalle_kernels import backends
 from dalle_kernels.attention import triton_backend
 from dalle_kernels.attention.layout import TokenLayout
+from dalle_kernels.attention.op import sparse_attention
 from dalle_kernels.attention.patterns import Row
+from dalle_kernels.codebook import op as codebook_op
 from dalle_kernels.codebook import triton_kernels
+from dalle_kernels.codebook.op import gumbel_lookup
 from dalle_kernels.decode import triton_kernel
 from dalle_kernels.decode.cache import KVCache
+from dalle_kernels.decode.op import decode_attention
 from dalle_kernels.sampling import triton_kernel as sampling
+from dalle_kernels.sampling.op import sample_tokens
 
 PATTERN = Row(TokenLayout(256, (32, 32)))
+Pair = tuple[Callable[[], object], Callable[[], object]]
 
 
 def microseconds(call: Callable[[], object], calls: int = 200, repeats: int = 9) -> float:
@@ -40,30 +58,78 @@ def microseconds(call: Callable[[], object], calls: int = 200, repeats: int = 9)
     return statistics.median(times)
 
 
-def main() -> int:
-    q, k, v = (torch.empty(1, 2, PATTERN.length, 64, dtype=torch.bfloat16) for _ in range(3))
-    token = torch.empty(1, 2, 1, 64, dtype=torch.bfloat16)
+def pairs() -> dict[str, Pair]:
+    """By name, the calls of a backend's function and of the public one; to be made where launches are recorded."""
+    q, k, v = (torch.zeros(1, 2, PATTERN.length, 64, dtype=torch.bfloat16) for _ in range(3))
+    token = torch.zeros(1, 2, 1, 64, dtype=torch.bfloat16)
     cache = KVCache(PATTERN, 1, 2, 64, dtype=torch.bfloat16)
-    position = torch.zeros((), dtype=torch.int64)
-    logits, codebook = torch.empty(64, 512, dtype=torch.bfloat16), torch.empty(512, 128, dtype=torch.bfloat16)
-    seed = torch.zeros((), dtype=torch.int64)
-    settings = logits, codebook, torch.ones(()), False, True, seed
-    with recording(90):
-        out, lse = triton_backend.forward(q, k, v, None, 0.125, PATTERN)
-        outputs = triton_kernels.gumbel_forward(*settings)
-        grads = outputs[0], outputs[2]
-        calls: dict[str, Callable[[], object]] = {
-            "forward (1 kernel)": lambda: triton_backend.forward(q, k, v, None, 0.125, PATTERN),
-            "backward (4 kernels)": lambda: triton_backend.backward(out, None, q, k, v, out, lse, None, 0.125, PATTERN),
-            "decode (2 kernels)": lambda: triton_kernel.forward(
-                token, token, token, cache.keys, cache.values, position, 0.125, PATTERN
-            ),
-            "Gumbel lookup (1 kernel)": lambda: triton_kernels.gumbel_forward(*settings),
-            "its backward (3 kernels)": lambda: triton_kernels.gumbel_backward(*grads, *settings, *outputs),
-            "sampling (1 kernel)": lambda: sampling.sample(logits, None, 1.0, 1.0, 0, 1.0, seed),
-        }
-        for name, call in calls.items():
-            print(f"{name}: {microseconds(call):.1f} us of host time, the launch itself left out")
+    position, seed = torch.zeros((), dtype=torch.int64), torch.zeros((), dtype=torch.int64)
+    logits, codebook = torch.zeros(64, 512, dtype=torch.bfloat16), torch.zeros(512, 128, dtype=torch.bfloat16)
+    temperature = torch.ones(())
+    settings = logits, codebook, temperature, False, True, seed
+    out, lse = triton_backend.forward(q, k, v, None, 0.125, PATTERN)
+    outputs = triton_kernels.gumbel_forward(*settings)
+    grads = outputs[0], outputs[2]
+
+    leaves = q.clone().requires_grad_(), k.clone().requires_grad_(), v.clone().requires_grad_()
+    attended = sparse_attention(*leaves, PATTERN, backend="triton")
+    looked = logits.clone().requires_grad_(), codebook.clone().requires_grad_()
+    latents, _, kl = gumbel_lookup(*looked, temperature, seed=seed, backend="triton")
+    return {
+        "attention (1 kernel)": (
+            lambda: triton_backend.forward(q, k, v, None, 0.125, PATTERN),
+            lambda: sparse_attention(q, k, v, PATTERN, backend="triton"),
+        ),
+        "attention, backward (4 kernels)": (
+            lambda: triton_backend.backward(out, None, q, k, v, out, lse, None, 0.125, PATTERN),
+            lambda: torch.autograd.grad(attended, leaves, out, retain_graph=True),
+        ),
+        "decoding (2 kernels)": (
+            lambda: triton_kernel.forward(token, token, token, cache.keys, cache.values, position, 0.125, PATTERN),
+            lambda: decode_attention(token, token, token, cache, position, backend="triton"),
+        ),
+        "Gumbel lookup (1 kernel)": (
+            lambda: triton_kernels.gumbel_forward(*settings),
+            lambda: gumbel_lookup(logits, codebook, temperature, seed=seed, backend="triton"),
+        ),
+        "Gumbel lookup, backward (3 kernels)": (
+            lambda: triton_kernels.gumbel_backward(*grads, *settings, *outputs),
+            lambda: torch.autograd.grad((latents, kl), looked, grads, retain_graph=True),
+        ),
+        "sampling (1 kernel)": (
+            lambda: sampling.sample(logits, None, 1.0, 1.0, 0, 1.0, seed),
+            lambda: sample_tokens(logits, seed=seed, backend="triton"),
+        ),
+    }
+
+
+def _look_at_nothing(*_: object) -> None:
+    """A constant `return_value` would be a Mock, which takes longer than what it stands for."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--json", type=Path, help="also write the figures there")
+    options = parser.parse_args(arguments)
+    figures = {}
+    backends.forget_choices()
+    # The door asks a backend once whether it serves such a call; of CPU tensors this one would say no. Nor may it look
+    # for NaN in results that no kernel has filled.
+    with (
+        recording(90),
+        mock.patch.object(backends.Operation, "refusal", return_value=None),
+        mock.patch.object(codebook_op, "_refuse_nan", _look_at_nothing),
+    ):
+        try:
+            print(f"{'us of host time, launches left out':36s} {'backend':>8s} {'door':>8s}")
+            for name, (backend, door) in pairs().items():
+                figures[name] = {"backend": microseconds(backend), "door": microseconds(door)}
+                print(f"{name:36s} {figures[name]['backend']:8.1f} {figures[name]['door']:8.1f}", flush=True)
+        finally:
+            backends.forget_choices()
+    if options.json:
+        versions = {"torch": torch.__version__, "triton": triton.__version__}
+        options.json.write_text(json.dumps({**versions, "microseconds": figures}, indent=1) + "\n")
     return 0
 
 

@@ -52,5 +52,7 @@ def _backward(bits: int, width: int) -> Callable[[], object]:
 def _decode(bits: int, width: int) -> Callable[[], object]:
     q, k, v = (torch.randn(1, 62, 1, width, device="cuda", dtype=DTYPES[bits]) for _ in range(3))
     cache = KVCache(PATTERN, 1, 62, width, dtype=DTYPES[bits], device="cuda")
+    for held in (cache.keys, cache.values):  # zeros would hide what a wrong kernel makes of earlier tokens
+        held.normal_()
     position = torch.full((), PATTERN.length - 1, dtype=torch.int64, device="cuda")
     return lambda: triton_kernel.forward(q, k, v, cache.keys, cache.values, position, width**-0.5, PATTERN)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -63,16 +63,24 @@ def settings_for(kernel: str, arch: int, bits: int, width: int) -> Mapping[str, 
         >>> settings_for("attention_forward", 90, 16, 64)["num_warps"]
         4
     """
-    of_kernel = [row for row in rows() if row["kernel"] == kernel]
-    fitting = [row for row in of_kernel if row["bits"] == bits and row["width"] >= width and row["arch"] <= arch]
-    if not fitting:
-        known = sorted((row["arch"], row["bits"], row["width"]) for row in of_kernel)
+    row = serving_row(rows(), kernel, arch, bits, width)
+    if row is None:
+        known = sorted((row["arch"], row["bits"], row["width"]) for row in rows() if row["kernel"] == kernel)
         raise ValueError(
             f"launch.json has no row for kernel {kernel!r} at architecture {arch}, {bits} bits and width {width}; "
             f"it has (architecture, bits, largest width): {known}"
         )
-    best = min(fitting, key=lambda row: (-row["arch"], row["width"]))
-    return MappingProxyType(dict(best["settings"]))
+    return MappingProxyType(dict(row["settings"]))
+
+
+def serving_row(table: Iterable[Mapping], kernel: str, arch: int, bits: int, width: int) -> Mapping | None:
+    """The row of `table` that serves a call, if any does: architecture comes before width, as the module says."""
+    fitting = (
+        row
+        for row in table
+        if row["kernel"] == kernel and row["bits"] == bits and row["width"] >= width and row["arch"] <= arch
+    )
+    return min(fitting, key=lambda row: (-row["arch"], row["width"]), default=None)
 
 
 def forget() -> None:
