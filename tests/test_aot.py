@@ -37,13 +37,13 @@ def oldest_triton() -> Path:
     return folder
 
 
-def survey(arch: int, *first_on_path: Path) -> dict:
-    """What `python -m benchmarks.aot` says: in a process of its own, where no interpreter is set."""
+def said(module: str, *arguments: str, first_on_path: tuple[Path, ...] = ()) -> dict:
+    """The last line that `module` says, JSON: in a process of its own, where no interpreter is set."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     path = [str(folder) for folder in (*first_on_path, ROOT)]
     environment["PYTHONPATH"] = os.pathsep.join(path)
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.aot", "--json", "--common", "--arch", str(arch)],
+        [sys.executable, "-m", module, *arguments],
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -56,7 +56,8 @@ def survey(arch: int, *first_on_path: Path) -> dict:
 @pytest.mark.parametrize("arch", aot.ARCHITECTURES)
 @pytest.mark.parametrize("version", ["installed", OLDEST])
 def test_machine_code(version: str, arch: int) -> None:
-    report = survey(arch, *([oldest_triton()] if version == OLDEST else []))
+    first_on_path = (oldest_triton(),) if version == OLDEST else ()
+    report = said("benchmarks.aot", "--json", "--common", "--arch", str(arch), first_on_path=first_on_path)
     assert report["complaints"] == []
     (table,) = report["tables"].values()
     assert table, "no kernel was compiled"
@@ -71,6 +72,15 @@ def test_machine_code(version: str, arch: int) -> None:
         assert table == wanted, (
             "the machine code changed: if it is meant to, run `python -m benchmarks.aot --write` with this Triton"
         )
+
+
+@pytest.mark.parametrize("version", ["installed", OLDEST])
+def test_compiles_where_every_number_is_one(version: str) -> None:
+    compiled = said("tests.aot_ones", first_on_path=(oldest_triton(),) if version == OLDEST else ())
+    assert "gumbel_forward_kernel" in compiled["gumbel"]
+    assert {"gumbel_backward_kernel", "sum_parts_kernel"} <= set(compiled["gumbel_backward"])
+    assert "decode_combine" in compiled["decode_splits"]
+    assert compiled["sum_parts"] == ["sum_parts_kernel"], "one variant serves every number of parts"
 
 
 @pytest.mark.parametrize("arch", aot.ARCHITECTURES)

@@ -158,7 +158,8 @@ def store_rows(
     constant = GUMBEL2_CONSTANT if NOISE else 0.0
     clean_log = fast_log2(clean_sum)
     tl.store(indices + row, index.to(tl.int64), mask=inside)
-    tl.store(kl + row, (tl.log2(K.to(tl.float32)) + clean_moment / clean_sum - clean_log) * LN_2, mask=inside)
+    # K = 1 comes as a constant, which `tl.cast` takes but which has no method `to`.
+    tl.store(kl + row, (tl.log2(tl.cast(K, tl.float32)) + clean_moment / clean_sum - clean_log) * LN_2, mask=inside)
     tl.store(lse_clean + row, (maximum + clean_log) * LN_2, mask=inside)
     tl.store(lse_noisy + row, ((maximum - constant) * inverse + fast_log2(noisy_sum)) * LN_2, mask=inside)
     kept = inside[:, None] & (feature < D)
@@ -227,14 +228,18 @@ def row_product_kernel(a, b, out, N, D, row_width, BLOCK_N: tl.constexpr, BLOCK_
     tl.store(out + row, tl.sum(product, 1), mask=row < N)
 
 
-@triton.jit
-def sum_parts_kernel(parts, out, total, PARTS: tl.constexpr, BLOCK: tl.constexpr):
-    """out = the sum over the first dimension of `parts` [PARTS, total], in order, in fp32."""
+@triton.jit(do_not_specialize=["number"])
+def sum_parts_kernel(parts, out, total, number, BLOCK: tl.constexpr):
+    """out = the sum over the first dimension of `parts` [number, total], in order, in fp32.
+
+    `number` follows from how many rows there are: one kernel serves them all.
+    """
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     kept = place < total
     value = tl.load(parts + place, mask=kept, other=0.0)
-    for part in range(1, PARTS):
-        value += tl.load(parts + part * total.to(tl.int64) + place, mask=kept, other=0.0)
+    for _ in range(1, number):
+        parts += total
+        value += tl.load(parts + place, mask=kept, other=0.0)
     tl.store(out + place, value.to(out.dtype.element_ty), mask=kept)
 
 
@@ -335,7 +340,7 @@ def load_row_gradients(
     if KL:
         scale = tl.load(grad_kl + row)
         slope = (scale * LN_2)[:, None]
-        offset = (scale * (tl.log2(K.to(tl.float32)) * LN_2 - tl.load(kl + row)))[:, None]
+        offset = (scale * (tl.log2(tl.cast(K, tl.float32)) * LN_2 - tl.load(kl + row)))[:, None]
         clean = (tl.load(lse_clean + row) * LOG2_E)[:, None]
     return grad, index, base, delta, slope, offset, clean
 
@@ -517,7 +522,5 @@ def sum_parts(parts: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The sum over the first dimension of fp32 `parts`, in order, rounded to `dtype` once."""
     out = parts.new_empty(parts.shape[1:], dtype=dtype)
     grid = (ceil_div(out.numel(), 1024),)
-    sum_parts_kernel[grid](
-        parts, out, out.numel(), PARTS=parts.shape[0], BLOCK=1024, num_warps=4, enable_fp_fusion=True
-    )
+    sum_parts_kernel[grid](parts, out, out.numel(), parts.shape[0], BLOCK=1024, num_warps=4, enable_fp_fusion=True)
     return out

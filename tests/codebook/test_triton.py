@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 
 from dalle_kernels import gumbel_lookup, gumbel_projection_lookup, vq_lookup
 from dalle_kernels.backends import Call
-from dalle_kernels.codebook import triton_kernels, triton_projection
+from dalle_kernels.codebook import triton_gumbel, triton_kernels, triton_projection
 from dalle_kernels.noise import GUMBEL_STREAM, gumbel_noise
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -199,6 +199,15 @@ def test_gumbel_gradients_repeat_bit_for_bit() -> None:
         latents, _, kl = gumbel_lookup(logits, codebook, 1.0, seed=1, backend="triton")
         runs.append(torch.autograd.grad(latents.square().sum() + kl.sum(), [logits, codebook]))
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(1, 5, 7), (2, 1, 1), (6, 33, 40)])
+def test_parts_are_added_in_order(shape: tuple[int, ...]) -> None:
+    parts = randn(*shape) * 10.0 ** torch.arange(shape[0], device=DEVICE)[:, None, None]
+    wanted = parts[0].clone()
+    for part in parts[1:]:
+        wanted += part
+    assert torch.equal(triton_gumbel.sum_parts(parts, torch.float32), wanted)
 
 
 def check_vq(features: torch.Tensor, codebook: torch.Tensor) -> None:
