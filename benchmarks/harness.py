@@ -254,6 +254,8 @@ def peak_memory(run: Callable[[], object], device: torch.device) -> int | None:
     if platform.system() != "Linux":
         return None
     with contextlib.suppress(OSError, AttributeError):
+        if native.NATIVE is not None:
+            native.NATIVE.release_kept()
         ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back to the system, so that it counts when it is used
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew from here
         before = _status_bytes("VmRSS")

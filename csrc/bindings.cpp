@@ -15,5 +15,6 @@ PYBIND11_MODULE(_native, module) {
              "Use a lower instruction set than the processor's best; ValueError for one it lacks.");
   module.def("kept_limit", &dalle::kept_limit, "Bytes of freed results that may be kept; DALLE_KERNELS_CPU_KEEP_MB.");
   module.def("kept_bytes", &dalle::kept_bytes, "Bytes of freed results that are kept now.");
+  module.def("release_kept", &dalle::release_kept, "Gives the memory of kept results back to the system.");
   module.def("supported_isas", &dalle::supported_isas, "The instruction sets this processor can run, lowest first.");
 }

@@ -68,6 +68,14 @@ class Keeper final : public at::Allocator {
     const std::lock_guard lock(mutex_);
     return kept_;
   }
+  void shrink(int64_t limit) {
+    const std::unique_lock lock(mutex_, std::try_to_lock);
+    while (lock && kept_ > limit) {
+      kept_ -= int64_t(blocks_.front()->bytes);
+      c10::free_cpu(blocks_.front());
+      blocks_.pop_front();
+    }
+  }
 
  private:
   // Taking and keeping never wait: a thread that finds the lock taken (perhaps by a thread that a fork left behind) goes
@@ -106,14 +114,6 @@ class Keeper final : public at::Allocator {
       kept_ += int64_t(block->bytes);
     }
     shrink(kept_limit());
-  }
-  void shrink(int64_t limit) {
-    const std::unique_lock lock(mutex_, std::try_to_lock);
-    while (lock && kept_ > limit) {
-      kept_ -= int64_t(blocks_.front()->bytes);
-      c10::free_cpu(blocks_.front());
-      blocks_.pop_front();
-    }
   }
   static void give_back(void* data);
 
@@ -163,5 +163,7 @@ int64_t kept_limit() {
 }
 
 int64_t kept_bytes() { return keeper().kept(); }
+
+void release_kept() { keeper().shrink(0); }
 
 }  // namespace dalle

@@ -23,5 +23,6 @@ inline bool has_rows(const at::Tensor& tensor) {
 // Throws std::invalid_argument where it is no number.
 int64_t kept_limit();
 int64_t kept_bytes();
+void release_kept();  // gives back to the system what is kept
 
 }  // namespace dalle

@@ -74,6 +74,15 @@ def test_a_freed_result_serves_the_next_call() -> None:
     assert torch.equal(other, values)
 
 
+def test_what_is_kept_can_be_given_back() -> None:
+    assert native.NATIVE is not None
+    q = torch.randn(SHAPE)
+    sparse_attention(q, q, q, PATTERN)
+    assert native.NATIVE.kept_bytes() > 0
+    native.NATIVE.release_kept()
+    assert native.NATIVE.kept_bytes() == 0
+
+
 @pytest.mark.parametrize(
     "view",
     [

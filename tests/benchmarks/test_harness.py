@@ -32,6 +32,7 @@ from benchmarks.harness import (
     quantile,
     read_records,
 )
+from dalle_kernels import Row, TokenLayout, sparse_attention
 
 CPU = torch.device("cpu")
 OPTIONS = Options(CPU, seconds=0.0, patience=5.0)
@@ -129,6 +130,13 @@ def test_quantiles() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the high-water mark is Linux's")
+def test_peak_memory_sees_results_in_kept_memory() -> None:
+    layout = TokenLayout(256, (16, 16))
+    q = torch.randn(1, 8, layout.length, 64)
+    sparse_attention(q, q, q, Row(layout))
+    assert 0.9 * q.nbytes < peak_memory(lambda: sparse_attention(q, q, q, Row(layout)), CPU) < 3 * q.nbytes  # type: ignore[operator]
+
+
 def test_peak_memory_sees_what_is_freed_again() -> None:
     def use() -> None:
         torch.ones(2**24)  # 64 MB
