@@ -68,13 +68,8 @@ class Keeper final : public at::Allocator {
     const std::lock_guard lock(mutex_);
     return kept_;
   }
-  void shrink(int64_t limit) {
-    const std::unique_lock lock(mutex_, std::try_to_lock);
-    while (lock && kept_ > limit) {
-      kept_ -= int64_t(blocks_.front()->bytes);
-      c10::free_cpu(blocks_.front());
-      blocks_.pop_front();
-    }
+  void release() {
+    if (const std::unique_lock lock(mutex_, std::try_to_lock); lock) shrink(0);
   }
 
  private:
@@ -99,7 +94,7 @@ class Keeper final : public at::Allocator {
     try {
       block = static_cast<Block*>(c10::alloc_cpu(total));
     } catch (const c10::Error&) {  // what is kept may be what is missing
-      shrink(0);
+      release();
       block = static_cast<Block*>(c10::alloc_cpu(total));
     }
     prefer_large_pages(block, total);
@@ -107,13 +102,19 @@ class Keeper final : public at::Allocator {
     return block;
   }
   void keep(Block* block) {
-    {
-      const std::unique_lock lock(mutex_, std::try_to_lock);
-      if (!lock || int64_t(block->bytes) > kept_limit()) return c10::free_cpu(block);
-      blocks_.push_back(block);
-      kept_ += int64_t(block->bytes);
-    }
+    const std::unique_lock lock(mutex_, std::try_to_lock);
+    if (!lock || int64_t(block->bytes) > kept_limit()) return c10::free_cpu(block);
+    blocks_.push_back(block);
+    kept_ += int64_t(block->bytes);
     shrink(kept_limit());
+  }
+  // With the lock held.
+  void shrink(int64_t limit) {
+    while (kept_ > limit) {
+      kept_ -= int64_t(blocks_.front()->bytes);
+      c10::free_cpu(blocks_.front());
+      blocks_.pop_front();
+    }
   }
   static void give_back(void* data);
 
@@ -157,6 +158,11 @@ at::Tensor new_tensor_like(const at::Tensor& tensor, std::optional<at::ScalarTyp
   return at::Tensor(at::detail::empty_strided_generic(tensor.sizes(), strides, &keeper(), kCpu, dtype));
 }
 
+at::Tensor new_rows_like(const at::Tensor& tensor) {
+  at::Tensor result = new_tensor_like(tensor);
+  return result.stride(-1) == 1 ? result : new_tensor(tensor.sizes(), tensor.options());
+}
+
 int64_t kept_limit() {
   static const int64_t limit = limit_from_environment();
   return limit;
@@ -164,6 +170,6 @@ int64_t kept_limit() {
 
 int64_t kept_bytes() { return keeper().kept(); }
 
-void release_kept() { keeper().shrink(0); }
+void release_kept() { keeper().release(); }
 
 }  // namespace dalle

@@ -14,6 +14,9 @@ namespace dalle {
 at::Tensor new_tensor(at::IntArrayRef sizes, at::TensorOptions options);
 at::Tensor new_tensor_like(const at::Tensor& tensor, std::optional<at::ScalarType> dtype = std::nullopt);
 
+// The same, but with unit stride along the last dimension whatever the tensor's: rows that kernels can write.
+at::Tensor new_rows_like(const at::Tensor& tensor);
+
 // Rows that lie one element after another; where a row has one element, or there is none, strides say nothing.
 inline bool has_rows(const at::Tensor& tensor) {
   return tensor.stride(-1) == 1 || tensor.size(-1) == 1 || tensor.numel() == 0;

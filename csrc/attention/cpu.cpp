@@ -78,12 +78,6 @@ bool in_order(const Plan& plan) {
 // A tensor whose rows can be read: unit stride along D.
 Tensor with_rows(const Tensor& tensor) { return tensor.stride(-1) == 1 ? tensor : tensor.contiguous(); }
 
-// A result in the layout of `tensor`, unless its rows could not be written then.
-Tensor result_like(const Tensor& tensor) {
-  Tensor result = new_tensor_like(tensor);
-  return result.stride(-1) == 1 ? result : new_tensor(tensor.sizes(), tensor.options());
-}
-
 Array array_of(const Tensor& tensor) {
   return {const_cast<void*>(tensor.const_data_ptr()), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
 }
@@ -117,7 +111,7 @@ std::tuple<Tensor, Tensor> attention_forward(const Tensor& q_in, const Tensor& k
   const Plan plan = view(plan_tensors);
   check(q_in, plan, {k_in, v_in});
   const Tensor q = with_rows(q_in), k = with_rows(k_in), v = with_rows(v_in);
-  Tensor out = result_like(q_in);
+  Tensor out = new_rows_like(q_in);
   Tensor lse = at::empty({q.size(0), q.size(1), q.size(2)}, q.options().dtype(at::kFloat));
   if (q.numel() == 0) return {out, lse};
   const Padding padding(key_padding_mask, q);
@@ -145,7 +139,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(
   check(q_in, plan, {k_in, v_in, out_in, grad_out_in});
   const Tensor q = with_rows(q_in), k = with_rows(k_in), v = with_rows(v_in), out = with_rows(out_in);
   const Tensor grad_out = with_rows(grad_out_in);
-  Tensor dq = result_like(q_in), dk = result_like(k_in), dv = result_like(v_in);
+  Tensor dq = new_rows_like(q_in), dk = new_rows_like(k_in), dv = new_rows_like(v_in);
   if (q.numel() == 0) return {dq, dk, dv};
   const Padding padding(key_padding_mask, q);
   const Tensor lse = lse_in.contiguous();

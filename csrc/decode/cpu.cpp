@@ -9,6 +9,7 @@
 
 #include "decode/kernels.h"
 #include "isa.h"
+#include "memory.h"
 
 namespace dalle::decode {
 namespace {
@@ -40,8 +41,7 @@ Tensor decode_forward(const Tensor& q, const Tensor& k, const Tensor& v, Tensor&
                 "got shape ", tensor.sizes(), ", wanted the B, H and D of q, ", q.sizes(), ", and unit stride along D");
   const int64_t here = *position.const_data_ptr<int64_t>();
   TORCH_CHECK(here >= 0 && here < slot.numel(), "position: got ", here, ", wanted 0 to ", slot.numel() - 1);
-  Tensor out = at::empty_like(q);
-  if (out.stride(3) != 1) out = at::empty_like(q, at::MemoryFormat::Contiguous);
+  Tensor out = new_rows_like(q);
   const int64_t to = slot.const_data_ptr<int32_t>()[here];
   const int64_t* ends = offsets.const_data_ptr<int64_t>() + here;
   const Visible visible{prefix.const_data_ptr<int32_t>()[here], int32_t(ends[1] - ends[0]),

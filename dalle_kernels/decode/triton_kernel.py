@@ -142,7 +142,8 @@ class Plan(NamedTuple):
 def plan_for(pattern: Pattern, device: torch.device, dtype: torch.dtype, width: int, heads: int) -> Plan:
     settings = dict(launch.settings_for("decode_forward", launch.architecture(device), 8 * dtype.itemsize, width))
     table = decode_table_for(pattern, device)
-    longest = int(table.prefix.max()) + table.max_list
+    # Read off the table on the CPU: for the device's, the host would have to wait.
+    longest = int(decode_table_for(pattern).prefix.max()) + table.max_list
     # Enough programs to fill the GPU, each with at least one tile of keys at the last, longest step.
     wanted = ceil_div(settings.pop("programs"), heads)
     splits = max(1, min(wanted, ceil_div(longest, settings["KEYS"])))

@@ -83,14 +83,17 @@ def test_forward_of_a_prefix(emulated: Any, length: int) -> None:
     _check(Column(LAYOUT), *_inputs(1, 1, length, 32, torch.float16))
 
 
-def test_forward_with_padding_and_strides_and_aliases(emulated: Any) -> None:
-    pattern = Row(LAYOUT)
+def _check_padding_and_strides_and_aliases(pattern: Pattern) -> None:
     joined = torch.randn(2, pattern.length, 3, 2, 32, generator=torch.Generator().manual_seed(1)).bfloat16()
     q, k, v = (tensor.transpose(1, 2) for tensor in joined.unbind(2))
     padding = torch.rand(2, pattern.length, generator=torch.Generator().manual_seed(2)) < 0.3
     padding[0, :40] = True  # the first queries see nothing
     _check(pattern, q, k, v, padding)
     _check(pattern, q, q, q, scale=-0.3)
+
+
+def test_forward_with_padding_and_strides_and_aliases(emulated: Any) -> None:
+    _check_padding_and_strides_and_aliases(Row(LAYOUT))
 
 
 def test_rows_that_see_nothing(emulated: Any) -> None:

@@ -16,7 +16,7 @@ from dalle_kernels.attention.cuda_sm90a import FIRST_MASKED, FIRST_SEES, LAST_US
 from dalle_kernels.attention.patterns import AxialRow, Causal, Column, Convolution, Fixed, MaskPattern, Pattern, Row
 from dalle_kernels.attention.schedule import schedule_for
 from tests.cuda.elsewhere import Elsewhere
-from tests.cuda.test_attention import _check, _inputs
+from tests.cuda.test_attention import _check, _check_padding_and_strides_and_aliases, _inputs
 from tests.emulation.build import build
 
 LAYOUT = TokenLayout(text_length=70, grid=(16, 15))  # 310 tokens: two row tiles of 256, five column tiles
@@ -70,13 +70,7 @@ def test_forward_of_a_prefix(hopper: Any, length: int) -> None:
 
 
 def test_forward_with_padding_and_strides_and_aliases(hopper: Any) -> None:
-    pattern = Row(TokenLayout(70, (9, 11)))
-    joined = torch.randn(2, pattern.length, 3, 2, 32, generator=torch.Generator().manual_seed(1)).bfloat16()
-    q, k, v = (tensor.transpose(1, 2) for tensor in joined.unbind(2))
-    padding = torch.rand(2, pattern.length, generator=torch.Generator().manual_seed(2)) < 0.3
-    padding[0, :40] = True  # the first queries see nothing
-    _check(pattern, q, k, v, padding)
-    _check(pattern, q, q, q, scale=-0.3)
+    _check_padding_and_strides_and_aliases(Row(TokenLayout(70, (9, 11))))
 
 
 def test_rows_that_see_nothing(hopper: Any) -> None:
