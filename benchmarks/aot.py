@@ -36,7 +36,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from dalle_kernels import launch
+from dalle_kernels.backends import launch
 
 ARCHITECTURES = (80, 90, 100)
 # Most shared memory of one block: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".

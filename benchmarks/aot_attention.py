@@ -7,12 +7,12 @@ from collections.abc import Iterator
 import torch
 
 from benchmarks.aot import DTYPES, Case
-from dalle_kernels import launch
-from dalle_kernels.attention import triton_backend
-from dalle_kernels.attention.layout import TokenLayout
-from dalle_kernels.attention.patterns import Row
-from dalle_kernels.decode import triton_kernel
+from dalle_kernels.attention import triton as triton_backend
+from dalle_kernels.backends import launch
+from dalle_kernels.decode import triton as triton_kernel
 from dalle_kernels.decode.cache import KVCache
+from dalle_kernels.patterns.layout import TokenLayout
+from dalle_kernels.patterns.patterns import Row
 
 LAYOUT = TokenLayout(text_length=256, grid=(32, 32))
 

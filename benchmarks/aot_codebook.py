@@ -8,8 +8,10 @@ from unittest import mock
 import torch
 
 from benchmarks.aot import DTYPES, Case
-from dalle_kernels import launch
-from dalle_kernels.codebook import triton_kernels, triton_projection
+from dalle_kernels.backends import launch
+from dalle_kernels.codebook.gumbel import triton as triton_gumbel
+from dalle_kernels.codebook.projection import triton as triton_projection
+from dalle_kernels.codebook.vq import triton as triton_vq
 
 ROWS, CODES, CHANNELS = 512, 8192, 256
 
@@ -45,14 +47,14 @@ def results(latents: torch.Tensor, hard: bool) -> list[torch.Tensor]:
 
 def gumbel_forward(bits: int, width: int, codes: int, hard: bool = False) -> Callable[[], object]:
     logits, codebook = torch.empty(ROWS, codes, dtype=DTYPES[bits]), torch.empty(codes, width, dtype=DTYPES[bits])
-    return lambda: triton_kernels.gumbel_forward(logits, codebook, *settings(hard))
+    return lambda: triton_gumbel.gumbel_forward(logits, codebook, *settings(hard))
 
 
 def gumbel_backward(bits: int, width: int, codes: int, hard: bool = False) -> Callable[[], object]:
     logits, codebook = torch.empty(ROWS, codes, dtype=DTYPES[bits]), torch.empty(codes, width, dtype=DTYPES[bits])
     latents = torch.empty(ROWS, width, dtype=DTYPES[bits])
     saved = *settings(hard), latents, *results(latents, hard)
-    return lambda: triton_kernels.gumbel_backward(latents, torch.empty(ROWS), logits, codebook, *saved)
+    return lambda: triton_gumbel.gumbel_backward(latents, torch.empty(ROWS), logits, codebook, *saved)
 
 
 def layer(bits: int, width: int, codes: int) -> list[torch.Tensor]:
@@ -79,7 +81,7 @@ def projection_backward(bits: int, width: int, codes: int, strip_bytes: int | No
 def vq(bits: int, width: int) -> Callable[[], object]:
     def call() -> None:
         features, codebook = (torch.empty(rows, width, dtype=DTYPES[bits]) for rows in (ROWS, CODES))
-        triton_kernels.vq_forward(features, codebook)
-        triton_kernels.vq_backward(torch.empty(ROWS), features, codebook, torch.zeros(ROWS, dtype=torch.int64))
+        triton_vq.vq_forward(features, codebook)
+        triton_vq.vq_backward(torch.empty(ROWS), features, codebook, torch.zeros(ROWS, dtype=torch.int64))
 
     return call

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 import torch
 
 from benchmarks.aot import DTYPES, Case
-from dalle_kernels.likelihood import triton_kernel as likelihood
-from dalle_kernels.sampling import triton_kernel as sampling
+from dalle_kernels.likelihood import triton as likelihood
+from dalle_kernels.sampling import triton as sampling
 
 
 def cases(arch: int) -> Iterator[Case]:

@@ -14,8 +14,8 @@ from benchmarks.competitors import Attention, Made, Problem, attention_competito
 from benchmarks.harness import Cell, Check, Contender, Trial, Work, copies_beyond_cache, dtype_name
 from dalle_kernels import Pattern, sparse_attention
 from dalle_kernels.attention.op import OPERATION
-from dalle_kernels.attention.schedule import schedule_for
-from dalle_kernels.backends import Call
+from dalle_kernels.backends.choice import Call
+from dalle_kernels.patterns.schedule import schedule_for
 
 FORWARD_FLOPS, BACKWARD_FLOPS = 4, 10  # per visible pair and element of a head: two products forward, five backward
 

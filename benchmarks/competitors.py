@@ -25,7 +25,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 from benchmarks.harness import UnavailableError
 from dalle_kernels import AxialRow, Causal, Column, Convolution, Pattern, Row, TokenLayout
-from dalle_kernels.attention.schedule import schedule_for
+from dalle_kernels.patterns.schedule import schedule_for
 
 # Adapters compile one function body for many masks: each is a graph of its own, not a recompilation to warn of.
 torch._dynamo.config.recompile_limit = 64

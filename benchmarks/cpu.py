@@ -42,7 +42,8 @@ from benchmarks.harness import (
     machine,
     read_records,
 )
-from dalle_kernels import Row, TokenLayout, native
+from dalle_kernels import Row, TokenLayout
+from dalle_kernels.backends import native
 
 CPU = torch.device("cpu")
 DENSE = ("SDPA causal (flash)", "SDPA mask (flash)")

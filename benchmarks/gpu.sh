@@ -57,7 +57,7 @@ print(f"{major}.{minor}" + ("a" if major >= 9 else ""))' 2>"$out/python.txt")" |
 # Only for this GPU, and only the CUDA library: the CPU kernels have no part in what follows.
 TORCH_CUDA_ARCH_LIST="$capability" stage build 150 "$python" csrc/cuda/build_cuda.py dalle_kernels/_cuda.so ||
   note "build: backend=\"cuda\" is not there, its tests fail"
-stage native 30 "$python" -m dalle_kernels.native
+stage native 30 "$python" -m dalle_kernels.backends.native
 # CUDA tensors through every CUDA kernel, CUDA graphs; then Triton's forward and backward.
 stage smoke-cuda 60 "$python" -m pytest -q -m gpu tests/cuda/test_gpu.py
 stage smoke-triton 60 "$python" -m pytest -q -m gpu tests/attention tests/decode -k "triton and not property"

@@ -33,7 +33,7 @@ from typing import Any
 
 import torch
 
-from dalle_kernels import native
+from dalle_kernels.backends import native
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

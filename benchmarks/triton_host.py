@@ -27,18 +27,18 @@ import torch
 import triton
 
 from benchmarks.aot import recording
-from dalle_kernels import backends
-from dalle_kernels.attention import triton_backend
-from dalle_kernels.attention.layout import TokenLayout
+from dalle_kernels.attention import triton as triton_backend
 from dalle_kernels.attention.op import sparse_attention
-from dalle_kernels.attention.patterns import Row
-from dalle_kernels.codebook import op as codebook_op
-from dalle_kernels.codebook import triton_kernels
-from dalle_kernels.codebook.op import gumbel_lookup
-from dalle_kernels.decode import triton_kernel
+from dalle_kernels.backends import choice as backends
+from dalle_kernels.codebook.gumbel import op as codebook_op
+from dalle_kernels.codebook.gumbel import triton as triton_gumbel
+from dalle_kernels.codebook.gumbel.op import gumbel_lookup
+from dalle_kernels.decode import triton as triton_kernel
 from dalle_kernels.decode.cache import KVCache
 from dalle_kernels.decode.op import decode_attention
-from dalle_kernels.sampling import triton_kernel as sampling
+from dalle_kernels.patterns.layout import TokenLayout
+from dalle_kernels.patterns.patterns import Row
+from dalle_kernels.sampling import triton as sampling
 from dalle_kernels.sampling.op import sample_tokens
 
 PATTERN = Row(TokenLayout(256, (32, 32)))
@@ -68,7 +68,7 @@ def pairs() -> dict[str, Pair]:
     temperature = torch.ones(())
     settings = logits, codebook, temperature, False, True, seed
     out, lse = triton_backend.forward(q, k, v, None, 0.125, PATTERN)
-    outputs = triton_kernels.gumbel_forward(*settings)
+    outputs = triton_gumbel.gumbel_forward(*settings)
     grads = outputs[0], outputs[2]
 
     leaves = q.clone().requires_grad_(), k.clone().requires_grad_(), v.clone().requires_grad_()
@@ -89,11 +89,11 @@ def pairs() -> dict[str, Pair]:
             lambda: decode_attention(token, token, token, cache, position, backend="triton"),
         ),
         "Gumbel lookup (1 kernel)": (
-            lambda: triton_kernels.gumbel_forward(*settings),
+            lambda: triton_gumbel.gumbel_forward(*settings),
             lambda: gumbel_lookup(logits, codebook, temperature, seed=seed, backend="triton"),
         ),
         "Gumbel lookup, backward (3 kernels)": (
-            lambda: triton_kernels.gumbel_backward(*grads, *settings, *outputs),
+            lambda: triton_gumbel.gumbel_backward(*grads, *settings, *outputs),
             lambda: torch.autograd.grad((latents, kl), looked, grads, retain_graph=True),
         ),
         "sampling (1 kernel)": (
@@ -118,7 +118,7 @@ def main(arguments: list[str] | None = None) -> int:
     with (
         recording(90),
         mock.patch.object(backends.Operation, "refusal", return_value=None),
-        mock.patch.object(codebook_op, "_refuse_nan", _look_at_nothing),
+        mock.patch.object(codebook_op, "refuse_nan", _look_at_nothing),
     ):
         try:
             print(f"{'us of host time, launches left out':36s} {'backend':>8s} {'door':>8s}")

@@ -35,7 +35,7 @@ from unittest import mock
 import torch
 import triton
 
-from dalle_kernels import launch
+from dalle_kernels.backends import launch
 
 Settings = Mapping[str, int]
 

@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator
 import torch
 
 from benchmarks.tune import Task, product
-from dalle_kernels import launch
-from dalle_kernels.attention import triton_backend
-from dalle_kernels.attention.layout import TokenLayout
-from dalle_kernels.attention.patterns import Row
-from dalle_kernels.decode import triton_kernel
+from dalle_kernels.attention import triton as triton_backend
+from dalle_kernels.backends import launch
+from dalle_kernels.decode import triton as triton_kernel
 from dalle_kernels.decode.cache import KVCache
+from dalle_kernels.patterns.layout import TokenLayout
+from dalle_kernels.patterns.patterns import Row
 
 PATTERN = Row(TokenLayout(256, (32, 32)))
 DTYPES = {16: torch.bfloat16, 32: torch.float32}

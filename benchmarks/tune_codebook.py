@@ -8,8 +8,10 @@ import torch
 
 from benchmarks.aot import DTYPES
 from benchmarks.tune import Task, product
-from dalle_kernels import launch
-from dalle_kernels.codebook import triton_kernels, triton_projection
+from dalle_kernels.backends import launch
+from dalle_kernels.codebook.gumbel import triton as triton_gumbel
+from dalle_kernels.codebook.projection import triton as triton_projection
+from dalle_kernels.codebook.vq import triton as triton_vq
 
 ROWS, CODES, CHANNELS = 8192, 8192, 256
 TILES = {"BLOCK_N": (32, 64, 128), "BLOCK_Q": (8, 16, 32), "num_warps": (4, 8, 16), "num_stages": (1, 2, 3)}
@@ -46,11 +48,11 @@ def prepare(kernel: str, bits: int, width: int, tails: bool) -> Callable[[], obj
     codebook = randn(codes, width)
     if kernel == "vq_forward":
         features = randn(ROWS, width)
-        return lambda: triton_kernels.vq_forward(features, codebook)
+        return lambda: triton_vq.vq_forward(features, codebook)
     settings = torch.ones((), device="cuda"), False, True, torch.tensor(1, device="cuda")
     if kernel.startswith("gumbel"):
         tensors = randn(ROWS, codes), codebook
-        forward, backward = triton_kernels.gumbel_forward, triton_kernels.gumbel_backward
+        forward, backward = triton_gumbel.gumbel_forward, triton_gumbel.gumbel_backward
     else:
         tensors = randn(ROWS, CHANNELS), randn(codes, CHANNELS) / CHANNELS**0.5, randn(codes), codebook
         forward, backward = triton_projection.projection_forward, triton_projection.projection_backward

@@ -1,6 +1,14 @@
 """Fast PyTorch operations for DALL-E-style models."""
 
-from dalle_kernels.attention import (
+from dalle_kernels.attention.op import sparse_attention
+from dalle_kernels.backends.choice import explain
+from dalle_kernels.codebook.gumbel.op import gumbel_lookup
+from dalle_kernels.codebook.projection.op import gumbel_projection_lookup
+from dalle_kernels.codebook.vq.op import vq_lookup
+from dalle_kernels.decode.cache import KVCache
+from dalle_kernels.decode.op import decode_attention
+from dalle_kernels.likelihood.op import logit_laplace_nll
+from dalle_kernels.patterns import (
     AxialRow,
     Causal,
     Column,
@@ -14,13 +22,6 @@ from dalle_kernels.attention import (
     TokenLayout,
     dalle_pattern_schedule,
 )
-from dalle_kernels.attention.op import sparse_attention
-from dalle_kernels.backends import explain
-from dalle_kernels.codebook.op import gumbel_lookup, vq_lookup
-from dalle_kernels.codebook.projection import gumbel_projection_lookup
-from dalle_kernels.decode.cache import KVCache
-from dalle_kernels.decode.op import decode_attention
-from dalle_kernels.likelihood.op import logit_laplace_nll
 from dalle_kernels.sampling.op import sample_tokens
 
 __version__ = "0.1.0"

@@ -11,11 +11,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dalle_kernels.attention import Pattern
 from dalle_kernels.attention.op import sparse_attention
-from dalle_kernels.codebook.op import gumbel_lookup, vq_lookup
+from dalle_kernels.codebook.gumbel.op import gumbel_lookup
+from dalle_kernels.codebook.vq.op import vq_lookup
 from dalle_kernels.decode.cache import KVCache
 from dalle_kernels.decode.op import decode_attention
+from dalle_kernels.patterns import Pattern
 
 __all__ = ["GumbelQuantizer", "Quantized", "SparseSelfAttention", "VectorQuantized", "VectorQuantizer"]
 

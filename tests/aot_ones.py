@@ -13,11 +13,13 @@ import torch
 
 from benchmarks import aot
 from dalle_kernels import MaskPattern
-from dalle_kernels.attention import triton_backend as attention
-from dalle_kernels.codebook import triton_gumbel, triton_kernels, triton_projection
-from dalle_kernels.decode import triton_kernel as decoding
-from dalle_kernels.likelihood import triton_kernel as likelihood
-from dalle_kernels.sampling import triton_kernel as sampling
+from dalle_kernels.attention import triton as attention
+from dalle_kernels.codebook.gumbel import triton as triton_gumbel
+from dalle_kernels.codebook.projection import triton as triton_projection
+from dalle_kernels.codebook.vq import triton as triton_vq
+from dalle_kernels.decode import triton as decoding
+from dalle_kernels.likelihood import triton as likelihood
+from dalle_kernels.sampling import triton as sampling
 
 
 def calls() -> Iterator[tuple[str, Callable[[], object]]]:
@@ -34,13 +36,13 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
     yield "attention_backward", lambda: attention.backward(heads, None, *saved_heads, None, 1.0, pattern)
     yield "decode", lambda: decoding.forward(heads, heads, heads, heads, heads, torch.tensor(0), 1.0, pattern)
     yield "decode_splits", lambda: decoding.forward(heads, heads, heads, heads, heads, torch.tensor(0), 1.0, longer)
-    yield "gumbel", lambda: triton_kernels.gumbel_forward(matrix, matrix, *settings)
-    yield "gumbel_backward", lambda: triton_kernels.gumbel_backward(matrix, row, matrix, matrix, *saved)
+    yield "gumbel", lambda: triton_gumbel.gumbel_forward(matrix, matrix, *settings)
+    yield "gumbel_backward", lambda: triton_gumbel.gumbel_backward(matrix, row, matrix, matrix, *saved)
     layer = matrix, matrix, row, matrix
     yield "projection", lambda: triton_projection.projection_forward(*layer, *settings)
     yield "projection_backward", lambda: triton_projection.projection_backward(matrix, row, *layer, *saved)
-    yield "vq", lambda: triton_kernels.vq_forward(matrix, matrix)
-    yield "vq_backward", lambda: triton_kernels.vq_backward(row, matrix, matrix, codes)
+    yield "vq", lambda: triton_vq.vq_forward(matrix, matrix)
+    yield "vq_backward", lambda: triton_vq.vq_backward(row, matrix, matrix, codes)
     yield "sampling", lambda: sampling.sample(matrix, matrix, 1, 1, 1, 0.5, torch.tensor(1))
     yield "likelihood", lambda: (likelihood.forward(row, row, row), likelihood.backward(row, row, row, row))
     # Not one variant for every number of parts, which follows from the number of rows.

@@ -16,7 +16,7 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
     os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # for the processes that tests start
 
-from dalle_kernels import native
+from dalle_kernels.backends import native
 
 
 @pytest.fixture(params=native.NATIVE.supported_isas() if native.NATIVE else [])

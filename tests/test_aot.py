@@ -19,7 +19,7 @@ import pytest
 pytest.importorskip("triton")
 
 from benchmarks import aot
-from dalle_kernels import launch
+from dalle_kernels.backends import launch
 
 ROOT = Path(__file__).resolve().parent.parent
 OLDEST = "3.6.0"

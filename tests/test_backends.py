@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dalle_kernels import Row, TokenLayout, explain, gumbel_lookup, native, sparse_attention
-from dalle_kernels.backends import Call, Operation
+from dalle_kernels import Row, TokenLayout, explain, gumbel_lookup, sparse_attention
+from dalle_kernels.backends import native
+from dalle_kernels.backends.choice import Call, Operation
 
 ROOT = Path(__file__).resolve().parents[1]
 Q = torch.randn(1, 2, 29, 16)
@@ -76,6 +77,6 @@ def test_the_build_says_why_it_leaves_the_kernels_out() -> None:
 
 def test_the_report_names_what_was_built() -> None:
     result = subprocess.run(
-        [sys.executable, "-m", "dalle_kernels.native"], cwd=ROOT, capture_output=True, text=True, check=True
+        [sys.executable, "-m", "dalle_kernels.backends.native"], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert f"built for torch {torch.__version__.split('+')[0]}" in result.stdout

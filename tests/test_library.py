@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 import torch
 
-from dalle_kernels.library import _where_the_tensors_are
+from dalle_kernels.backends.library import _where_the_tensors_are
 
 
 @pytest.mark.parametrize(("index", "entered"), [(0, []), (1, [1])])

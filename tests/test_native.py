@@ -9,8 +9,9 @@ import sys
 import pytest
 import torch
 
-from dalle_kernels import TokenLayout, native, sparse_attention
-from dalle_kernels.attention.patterns import Row
+from dalle_kernels import TokenLayout, sparse_attention
+from dalle_kernels.backends import native
+from dalle_kernels.patterns.patterns import Row
 
 
 def test_the_best_that_the_processor_has_is_in_use() -> None:
@@ -36,7 +37,7 @@ def test_an_instruction_set_that_is_not_there_is_refused() -> None:
 )
 def test_the_environment_lowers_the_choice_or_is_an_error_at_import(asked: str, said: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "dalle_kernels.native"],
+        [sys.executable, "-m", "dalle_kernels.backends.native"],
         env=os.environ | {"DALLE_KERNELS_CPU_ISA": asked},
         capture_output=True,
         text=True,
@@ -100,8 +101,9 @@ def test_large_results_have_the_strides_that_tracing_expects(view) -> None:
 
 PROGRAM = f"""
 import torch
-from dalle_kernels import TokenLayout, native, sparse_attention
-from dalle_kernels.attention.patterns import Row
+from dalle_kernels import TokenLayout, sparse_attention
+from dalle_kernels.backends import native
+from dalle_kernels.patterns.patterns import Row
 q = torch.randn({SHAPE})
 results = [sparse_attention(q, q, q, Row(TokenLayout(64, (16, 16)))) for _ in range(6)]
 del results
@@ -120,6 +122,6 @@ def test_what_is_kept_has_a_limit(megabytes: str, least: int, most: int) -> None
 
 @pytest.mark.parametrize("megabytes", ["much", "-1", "nan"])
 def test_a_limit_that_is_no_number_is_an_error_at_import(megabytes: str) -> None:
-    done = keep(megabytes, "import dalle_kernels.native")
+    done = keep(megabytes, "import dalle_kernels.backends.native")
     assert done.returncode != 0
     assert f"ValueError: DALLE_KERNELS_CPU_KEEP_MB: got '{megabytes}', wanted a number of megabytes" in done.stderr

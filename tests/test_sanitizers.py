@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from dalle_kernels import native
+from dalle_kernels.backends import native
 
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
 # The program, the rooms whose kernels it runs, and what else it needs.

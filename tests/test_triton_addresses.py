@@ -12,10 +12,12 @@ import torch
 pytest.importorskip("triton")
 
 from dalle_kernels import KVCache, Row, TokenLayout
-from dalle_kernels.attention import triton_backend
-from dalle_kernels.codebook import triton_kernels, triton_projection
-from dalle_kernels.decode import triton_kernel as decode_kernel
-from dalle_kernels.sampling import triton_kernel as sampling_kernel
+from dalle_kernels.attention import triton as triton_backend
+from dalle_kernels.codebook.gumbel import triton as triton_gumbel
+from dalle_kernels.codebook.projection import triton as triton_projection
+from dalle_kernels.codebook.vq import triton as triton_vq
+from dalle_kernels.decode import triton as decode_kernel
+from dalle_kernels.sampling import triton as sampling_kernel
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PATTERN = Row(TokenLayout(20, (3, 6)))
@@ -89,8 +91,8 @@ def test_gumbel() -> None:
     results = []
     for table in (far_apart(logits, 0), logits):
         settings = table, codebook, tau, False, True, seed.to(DEVICE)
-        outputs = triton_kernels.gumbel_forward(*settings)
-        gradients = triton_kernels.gumbel_backward(outputs[0], outputs[2], *settings, *outputs)
+        outputs = triton_gumbel.gumbel_forward(*settings)
+        gradients = triton_gumbel.gumbel_backward(outputs[0], outputs[2], *settings, *outputs)
         results.append((*outputs, *gradients))
     assert_same(*results)
 
@@ -113,8 +115,8 @@ def test_vq() -> None:
     features, codebook, grad = halves(3, 16), halves(40, 16), torch.ones(3, device=DEVICE)
     results = []
     for table in (far_apart(features, 0), features):
-        indices, distances = triton_kernels.vq_forward(table, codebook)
-        results.append((indices, distances, *triton_kernels.vq_backward(grad, table, codebook, indices)))
+        indices, distances = triton_vq.vq_forward(table, codebook)
+        results.append((indices, distances, *triton_vq.vq_backward(grad, table, codebook, indices)))
     assert_same(*results)
 
 

@@ -12,8 +12,8 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
+from dalle_kernels.backends.triton_noise import GUMBEL2_CONSTANT, gumbel2, philox
 from dalle_kernels.noise import philox4x32
-from dalle_kernels.triton_noise import GUMBEL2_CONSTANT, gumbel2, philox
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

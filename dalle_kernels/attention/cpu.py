@@ -6,10 +6,10 @@ from functools import lru_cache
 
 import torch
 
-from dalle_kernels import native
-from dalle_kernels.attention.patterns import Pattern
-from dalle_kernels.attention.schedule import schedule_for
-from dalle_kernels.backends import Call
+from dalle_kernels.backends import native
+from dalle_kernels.backends.choice import Call
+from dalle_kernels.patterns.patterns import Pattern
+from dalle_kernels.patterns.schedule import schedule_for
 
 _TILE = (64, 64)  # what csrc/attention/plan.h is written for
 _WIDEST = 256

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import torch
 
-from dalle_kernels import cuda_library
 from dalle_kernels.attention import cuda_sm90a
 from dalle_kernels.attention.cuda_plan import SMALLEST, Plan, plan_for, sums_plan_for
-from dalle_kernels.attention.patterns import Pattern
-from dalle_kernels.backends import Call
+from dalle_kernels.backends import cuda_library
+from dalle_kernels.backends.choice import Call
+from dalle_kernels.patterns.patterns import Pattern
 
 _WIDTHS = (16, 32, 64, 80, 96, 128)  # as csrc/attention/forward_kernel.cuh has them
 _ROWS = 128  # kRowTile of csrc/attention/tiles.cuh

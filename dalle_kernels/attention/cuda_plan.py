@@ -15,9 +15,9 @@ from itertools import pairwise
 
 import torch
 
-from dalle_kernels.attention.patterns import Pattern
-from dalle_kernels.attention.schedule import schedule_for
 from dalle_kernels.device import OnDevice
+from dalle_kernels.patterns.patterns import Pattern
+from dalle_kernels.patterns.schedule import schedule_for
 
 AHEAD = 2  # a tile is loaded this many steps before it is used; csrc/attention/tiles.cuh has the same number
 SMALLEST = AHEAD + 1  # slots: one in use, AHEAD being loaded

@@ -8,10 +8,10 @@ from itertools import pairwise
 
 import torch
 
-from dalle_kernels import cuda_library
 from dalle_kernels.attention import cuda_plan
-from dalle_kernels.attention.patterns import Pattern
+from dalle_kernels.backends import cuda_library
 from dalle_kernels.device import OnDevice
+from dalle_kernels.patterns.patterns import Pattern
 
 COLUMNS = 64  # keys a tile, and rows that are copied together: kColumns there
 MOST_SLOTS = 32  # kMostSlots there

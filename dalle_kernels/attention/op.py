@@ -6,10 +6,10 @@ from typing import Any, Literal, overload
 
 import torch
 
-from dalle_kernels.attention.patterns import Pattern
-from dalle_kernels.backends import Call, Operation, register
+from dalle_kernels.backends.choice import Call, Operation, register
+from dalle_kernels.backends.library import define, differentiate
 from dalle_kernels.checks import autocast, check_alike, check_scale, check_tensor, rows_contiguous
-from dalle_kernels.library import define, differentiate
+from dalle_kernels.patterns.patterns import Pattern
 
 
 def _describe(q: torch.Tensor, *_: Any, **__: Any) -> Call:
@@ -21,7 +21,7 @@ OPERATION = Operation(
     "sparse_attention",
     (
         ("cuda", "dalle_kernels.attention.cuda"),
-        ("triton", "dalle_kernels.attention.triton_backend"),
+        ("triton", "dalle_kernels.attention.triton"),
         ("cpu", "dalle_kernels.attention.cpu"),
         ("reference", "dalle_kernels.attention.reference"),
     ),

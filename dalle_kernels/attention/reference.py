@@ -6,8 +6,8 @@ from functools import lru_cache
 
 import torch
 
-from dalle_kernels.attention.patterns import Pattern
-from dalle_kernels.backends import Call
+from dalle_kernels.backends.choice import Call
+from dalle_kernels.patterns.patterns import Pattern
 from dalle_kernels.precision import widen
 
 

@@ -24,9 +24,6 @@ import torch
 import triton
 import triton.language as tl
 
-from dalle_kernels import launch
-from dalle_kernels.attention.patterns import Pattern
-from dalle_kernels.attention.schedule import Schedule, schedule_for
 from dalle_kernels.attention.triton_forward import (
     exponent_scale,
     head_and_item,
@@ -37,8 +34,11 @@ from dalle_kernels.attention.triton_forward import (
     tokens_of,
     visible,
 )
+from dalle_kernels.backends import launch
+from dalle_kernels.backends.triton_common import ceil_div, dot
 from dalle_kernels.device import OnDevice
-from dalle_kernels.triton_common import ceil_div, dot
+from dalle_kernels.patterns.patterns import Pattern
+from dalle_kernels.patterns.schedule import Schedule, schedule_for
 
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 

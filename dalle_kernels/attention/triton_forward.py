@@ -20,10 +20,10 @@ import torch
 import triton
 import triton.language as tl
 
-from dalle_kernels import launch
-from dalle_kernels.attention.patterns import Pattern
-from dalle_kernels.attention.schedule import Schedule, schedule_for
-from dalle_kernels.triton_common import ceil_div, dot, precision
+from dalle_kernels.backends import launch
+from dalle_kernels.backends.triton_common import ceil_div, dot, precision
+from dalle_kernels.patterns.patterns import Pattern
+from dalle_kernels.patterns.schedule import Schedule, schedule_for
 
 WIDEST = 128  # head dimension; wider accumulators would spill
 LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)

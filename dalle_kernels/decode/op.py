@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from dalle_kernels.attention.patterns import Pattern
-from dalle_kernels.backends import Call, Operation, register
+from dalle_kernels.backends.choice import Call, Operation, register
+from dalle_kernels.backends.library import define
 from dalle_kernels.checks import autocast, check_alike, check_scale, check_tensor, rows_contiguous
 from dalle_kernels.decode.cache import KVCache
-from dalle_kernels.library import define
+from dalle_kernels.patterns.patterns import Pattern
 
 
 def _describe(q: torch.Tensor, *_: Any, **__: Any) -> Call:
@@ -21,7 +21,7 @@ OPERATION = Operation(
     "decode_attention",
     (
         ("cuda", "dalle_kernels.decode.cuda"),
-        ("triton", "dalle_kernels.decode.triton_kernel"),
+        ("triton", "dalle_kernels.decode.triton"),
         ("cpu", "dalle_kernels.decode.cpu"),
         ("reference", "dalle_kernels.decode.reference"),
     ),

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from dalle_kernels.attention.patterns import Pattern
-from dalle_kernels.backends import Call
-from dalle_kernels.decode.table import decode_table_for
+from dalle_kernels.backends.choice import Call
+from dalle_kernels.patterns.decode_table import decode_table_for
+from dalle_kernels.patterns.patterns import Pattern
 
 
 def refuse(call: Call) -> str | None:

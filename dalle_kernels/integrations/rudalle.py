@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint_sequential
 
-from dalle_kernels.attention import Column, Convolution, MaskPattern, Pattern, Row, TokenLayout
 from dalle_kernels.attention.op import sparse_attention
 from dalle_kernels.decode.cache import KVCache
 from dalle_kernels.decode.op import decode_attention
+from dalle_kernels.patterns import Column, Convolution, MaskPattern, Pattern, Row, TokenLayout
 
 __all__ = ["LayerCache", "accelerate"]
 

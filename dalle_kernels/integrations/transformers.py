@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dalle_kernels.attention import (
+from dalle_kernels.attention.op import sparse_attention
+from dalle_kernels.patterns import (
     AxialRow,
     Causal,
     Column,
@@ -29,7 +30,6 @@ from dalle_kernels.attention import (
     TokenLayout,
     dalle_pattern_schedule,
 )
-from dalle_kernels.attention.op import sparse_attention
 
 __all__ = ["register", "register_patterns"]
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from dalle_kernels.backends import Call, Operation, register
+from dalle_kernels.backends.choice import Call, Operation, register
+from dalle_kernels.backends.library import define, differentiate
 from dalle_kernels.checks import check_alike, check_tensor
-from dalle_kernels.library import define, differentiate
 
 
 def _describe(pixels: torch.Tensor, mu: torch.Tensor, log_b: torch.Tensor) -> Call:
@@ -18,7 +18,7 @@ def _describe(pixels: torch.Tensor, mu: torch.Tensor, log_b: torch.Tensor) -> Ca
 OPERATION = Operation(
     "logit_laplace_nll",
     (
-        ("triton", "dalle_kernels.likelihood.triton_kernel"),
+        ("triton", "dalle_kernels.likelihood.triton"),
         ("cpu", "dalle_kernels.likelihood.cpu"),
         ("reference", "dalle_kernels.likelihood.reference"),
     ),

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from dalle_kernels.backends import Call
+from dalle_kernels.backends.choice import Call
 from dalle_kernels.precision import widen
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from dalle_kernels import native
-from dalle_kernels.backends import Call
+from dalle_kernels.backends import native
+from dalle_kernels.backends.choice import Call
 
 
 def refuse(call: Call) -> str | None:

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from dalle_kernels.backends import Call, Operation, register
+from dalle_kernels.backends.choice import Call, Operation, register
+from dalle_kernels.backends.library import define
 from dalle_kernels.checks import LEAST, check_alike, check_number, check_tensor, rows_contiguous, seed_tensor
-from dalle_kernels.library import define
 
 
 def _describe(logits: torch.Tensor, *_: Any, **__: Any) -> Call:
@@ -20,7 +20,7 @@ OPERATION = Operation(
     "sample_tokens",
     (
         ("cuda", "dalle_kernels.sampling.cuda"),
-        ("triton", "dalle_kernels.sampling.triton_kernel"),
+        ("triton", "dalle_kernels.sampling.triton"),
         ("cpu", "dalle_kernels.sampling.cpu"),
         ("reference", "dalle_kernels.sampling.reference"),
     ),

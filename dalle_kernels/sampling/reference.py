@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from dalle_kernels.backends import Call
+from dalle_kernels.backends.choice import Call
 from dalle_kernels.noise import SAMPLING_STREAM, gumbel_noise
 from dalle_kernels.precision import widen
 

@@ -7,10 +7,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from dalle_kernels import native
 from dalle_kernels.attention import cpu, reference
-from dalle_kernels.attention.layout import TokenLayout
-from dalle_kernels.attention.patterns import (
+from dalle_kernels.backends import native
+from dalle_kernels.backends.choice import Call
+from dalle_kernels.patterns.layout import TokenLayout
+from dalle_kernels.patterns.patterns import (
     AxialRow,
     Causal,
     Column,
@@ -21,7 +22,6 @@ from dalle_kernels.attention.patterns import (
     Row,
     Strided,
 )
-from dalle_kernels.backends import Call
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

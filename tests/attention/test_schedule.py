@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dalle_kernels import Causal, Column, Convolution, Pattern, Row, Schedule, Strided, TokenLayout
-from dalle_kernels.attention.schedule import schedule_for
+from dalle_kernels.patterns.schedule import schedule_for
 from tests.oracles import every_pattern
 
 PAPER = TokenLayout(256, (32, 32))

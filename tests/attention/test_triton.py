@@ -13,9 +13,10 @@ from torch.library import opcheck
 pytest.importorskip("triton")
 
 from dalle_kernels import Causal, Column, Convolution, MaskPattern, Pattern, Row, TokenLayout, sparse_attention
-from dalle_kernels.attention import triton_backend, triton_backward
-from dalle_kernels.attention.schedule import schedule_for
-from dalle_kernels.backends import Call
+from dalle_kernels.attention import triton as triton_backend
+from dalle_kernels.attention import triton_backward
+from dalle_kernels.backends.choice import Call
+from dalle_kernels.patterns.schedule import schedule_for
 from tests.oracles import attention, every_pattern
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -15,8 +15,9 @@ pytest.importorskip("triton")
 import triton
 
 from benchmarks import tune
-from dalle_kernels import launch
-from dalle_kernels.codebook import triton_gumbel, triton_vq
+from dalle_kernels.backends import launch
+from dalle_kernels.codebook.gumbel import triton as triton_gumbel
+from dalle_kernels.codebook.vq import triton as triton_vq
 
 KERNEL = "decode_forward"
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dalle_kernels import gumbel_lookup, native, vq_lookup
-from dalle_kernels.codebook import cpu, reference
+from dalle_kernels import gumbel_lookup, vq_lookup
+from dalle_kernels.backends import native
+from dalle_kernels.codebook.gumbel import cpu, reference
+from dalle_kernels.codebook.vq import cpu as vq_cpu
+from dalle_kernels.codebook.vq import reference as vq_reference
 from dalle_kernels.noise import GUMBEL_STREAM, gumbel_noise
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -181,7 +184,7 @@ def test_bits_do_not_depend_on_threads(isa: str, shape: tuple, dtype: torch.dtyp
             torch.set_num_threads(count)
             forward = cpu.gumbel_forward(logits, codebook, *arguments)
             hard = cpu.gumbel_forward(logits, codebook, arguments[0], True, True, arguments[3])
-            nearest = cpu.vq_forward(grad_latents, codebook)
+            nearest = vq_cpu.vq_forward(grad_latents, codebook)
             results.append(
                 (
                     *forward,
@@ -191,7 +194,7 @@ def test_bits_do_not_depend_on_threads(isa: str, shape: tuple, dtype: torch.dtyp
                         grad_latents, grad_kl, logits, codebook, arguments[0], True, True, arguments[3], *hard
                     ),
                     *nearest,
-                    *cpu.vq_backward(grad_kl, grad_latents, codebook, nearest[0]),
+                    *vq_cpu.vq_backward(grad_kl, grad_latents, codebook, nearest[0]),
                 )
             )
     finally:
@@ -205,12 +208,12 @@ def test_bits_do_not_depend_on_threads(isa: str, shape: tuple, dtype: torch.dtyp
 @pytest.mark.usefixtures("poisoned_memory")
 def test_vq_against_float64(isa: str, shape: tuple, dtype: torch.dtype) -> None:
     _, codebook, features, grad = draw(*shape, dtype)
-    indices, distance = cpu.vq_forward(features, codebook)
+    indices, distance = vq_cpu.vq_forward(features, codebook)
     exact = (features.double()[:, None] - codebook.double()).square().sum(-1)
     assert torch.equal(indices, exact.argmin(-1))
     torch.testing.assert_close(distance.double(), exact.min(-1).values, rtol=2e-6, atol=1e-12)
-    got = cpu.vq_backward(grad, features, codebook, indices)
-    want = reference.vq_backward(grad.double(), features.double(), codebook.double(), indices)
+    got = vq_cpu.vq_backward(grad, features, codebook, indices)
+    want = vq_reference.vq_backward(grad.double(), features.double(), codebook.double(), indices)
     tolerance = 1e-5 if dtype == torch.float32 else 2**-7
     for mine, theirs in zip(got, want, strict=True):
         torch.testing.assert_close(mine.double(), theirs, rtol=tolerance, atol=tolerance)

@@ -13,8 +13,10 @@ from torch.library import opcheck
 pytest.importorskip("triton")
 
 from dalle_kernels import gumbel_lookup, gumbel_projection_lookup, vq_lookup
-from dalle_kernels.backends import Call
-from dalle_kernels.codebook import triton_gumbel, triton_kernels, triton_projection
+from dalle_kernels.backends.choice import Call
+from dalle_kernels.codebook.gumbel import triton as triton_gumbel
+from dalle_kernels.codebook.projection import triton as triton_projection
+from dalle_kernels.codebook.vq import triton as triton_vq
 from dalle_kernels.noise import GUMBEL_STREAM, gumbel_noise
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -364,7 +366,7 @@ def test_compiles_without_a_break(operation: str) -> None:
         torch.testing.assert_close(result, true)
 
 
-@pytest.mark.parametrize("module", [triton_kernels, triton_projection])
+@pytest.mark.parametrize("module", [triton_gumbel, triton_vq, triton_projection])
 def test_what_is_refused(module: Any) -> None:
     device = torch.device(DEVICE)
     assert module.refuse(Call(device, torch.bfloat16, 256)) is None

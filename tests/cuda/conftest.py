@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from dalle_kernels import backends, cuda_library
+from dalle_kernels.backends import choice as backends
+from dalle_kernels.backends import cuda_library
 from tests.cuda.elsewhere import Elsewhere
 from tests.emulation.build import build
 

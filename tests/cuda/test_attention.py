@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from dalle_kernels import TokenLayout, cuda_library, sparse_attention
+from dalle_kernels import TokenLayout, sparse_attention
 from dalle_kernels.attention import reference
 from dalle_kernels.attention.cuda import backward
-from dalle_kernels.attention.patterns import (
+from dalle_kernels.backends import cuda_library
+from dalle_kernels.patterns.patterns import (
     AxialRow,
     Causal,
     Column,

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from dalle_kernels import TokenLayout, cuda_library, sparse_attention
+from dalle_kernels import TokenLayout, sparse_attention
 from dalle_kernels.attention import cuda_sm90a
 from dalle_kernels.attention.cuda_sm90a import FIRST_MASKED, FIRST_SEES, LAST_USE, LOADS, plan_for
-from dalle_kernels.attention.patterns import AxialRow, Causal, Column, Convolution, Fixed, MaskPattern, Pattern, Row
-from dalle_kernels.attention.schedule import schedule_for
+from dalle_kernels.backends import cuda_library
+from dalle_kernels.patterns.patterns import AxialRow, Causal, Column, Convolution, Fixed, MaskPattern, Pattern, Row
+from dalle_kernels.patterns.schedule import schedule_for
 from tests.cuda.elsewhere import Elsewhere
 from tests.cuda.test_attention import _check, _check_padding_and_strides_and_aliases, _inputs
 from tests.emulation.build import build

@@ -9,7 +9,7 @@ import torch
 
 from dalle_kernels import KVCache, TokenLayout, decode_attention
 from dalle_kernels.attention import reference
-from dalle_kernels.attention.patterns import Causal, Column, Convolution, MaskPattern, Pattern, Row, Strided
+from dalle_kernels.patterns.patterns import Causal, Column, Convolution, MaskPattern, Pattern, Row, Strided
 
 LAYOUT = TokenLayout(text_length=5, grid=(4, 6))
 PATTERNS: list[Pattern] = [

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dalle_kernels import gumbel_lookup, vq_lookup
-from dalle_kernels.codebook import cuda, reference
+from dalle_kernels.codebook.gumbel import cuda, reference
 from dalle_kernels.noise import GUMBEL_STREAM, gumbel_noise
 
 MODES = [(False, True), (True, True), (True, False)]  # (hard, noise)

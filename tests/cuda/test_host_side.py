@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dalle_kernels import KVCache, Row, TokenLayout
 from dalle_kernels.attention import cuda as attention
-from dalle_kernels.codebook import cuda as codebook
+from dalle_kernels.codebook.gumbel import cuda as codebook
 from dalle_kernels.decode import cuda as decode
 from dalle_kernels.sampling import cuda as sampling
 from tests.cuda.elsewhere import Elsewhere

@@ -7,11 +7,12 @@ from itertools import pairwise
 import pytest
 import torch
 
-from dalle_kernels import TokenLayout, cuda_library
+from dalle_kernels import TokenLayout
 from dalle_kernels.attention.cuda import _one_pass_plan
 from dalle_kernels.attention.cuda_plan import AHEAD, plan_for, sums_plan_for
-from dalle_kernels.attention.patterns import Causal, Column, Convolution, MaskPattern, Pattern, Row
-from dalle_kernels.attention.schedule import schedule_for
+from dalle_kernels.backends import cuda_library
+from dalle_kernels.patterns.patterns import Causal, Column, Convolution, MaskPattern, Pattern, Row
+from dalle_kernels.patterns.schedule import schedule_for
 
 LAYOUT = TokenLayout()
 PATTERNS: list[Pattern] = [Row(LAYOUT), Column(LAYOUT), Convolution(LAYOUT), Causal(LAYOUT)]

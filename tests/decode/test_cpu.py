@@ -6,8 +6,11 @@ import pytest
 import torch
 
 from dalle_kernels.attention import reference as attention
-from dalle_kernels.attention.layout import TokenLayout
-from dalle_kernels.attention.patterns import (
+from dalle_kernels.backends.choice import Call
+from dalle_kernels.decode import cpu
+from dalle_kernels.decode.cache import KVCache
+from dalle_kernels.patterns.layout import TokenLayout
+from dalle_kernels.patterns.patterns import (
     AxialRow,
     Causal,
     Column,
@@ -18,9 +21,6 @@ from dalle_kernels.attention.patterns import (
     Row,
     Strided,
 )
-from dalle_kernels.backends import Call
-from dalle_kernels.decode import cpu
-from dalle_kernels.decode.cache import KVCache
 
 LAYOUT = TokenLayout(text_length=20, grid=(7, 9))
 PATTERNS = [

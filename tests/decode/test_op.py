@@ -18,7 +18,7 @@ from dalle_kernels import (
     decode_attention,
     sparse_attention,
 )
-from dalle_kernels.decode.table import DecodeTable
+from dalle_kernels.patterns.decode_table import DecodeTable
 from tests.oracles import every_pattern
 
 LAYOUT = TokenLayout(5, (4, 6))

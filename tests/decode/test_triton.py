@@ -21,8 +21,8 @@ from dalle_kernels import (
     TokenLayout,
     decode_attention,
 )
-from dalle_kernels.backends import Call
-from dalle_kernels.decode import triton_kernel
+from dalle_kernels.backends.choice import Call
+from dalle_kernels.decode import triton as triton_kernel
 from tests.oracles import attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from dalle_kernels import explain, logit_laplace_nll, native
+from dalle_kernels import explain, logit_laplace_nll
+from dalle_kernels.backends import native
 from dalle_kernels.likelihood import cpu
 
 

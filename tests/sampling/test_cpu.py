@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dalle_kernels import explain, native, sample_tokens
+from dalle_kernels import explain, sample_tokens
+from dalle_kernels.backends import native
 from dalle_kernels.noise import SAMPLING_STREAM, gumbel_noise
 from dalle_kernels.sampling import cpu, reference
 from tests.sampling import masked

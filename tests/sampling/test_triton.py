@@ -10,8 +10,8 @@ import torch
 pytest.importorskip("triton")
 
 from dalle_kernels import sample_tokens
-from dalle_kernels.backends import Call
-from dalle_kernels.sampling import triton_kernel
+from dalle_kernels.backends.choice import Call
+from dalle_kernels.sampling import triton as triton_kernel
 from tests.sampling import masked
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -35,8 +35,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from dalle_kernels.attention import AxialRow, Column, TokenLayout
-from dalle_kernels.backends import check_backend
+from dalle_kernels.backends.choice import check_backend
 from dalle_kernels.integrations.dalle_pytorch.attention import (
     AnyAttention,
     Attention,
@@ -46,6 +45,7 @@ from dalle_kernels.integrations.dalle_pytorch.attention import (
     derive_again,
 )
 from dalle_kernels.integrations.dalle_pytorch.generation import Generation, Shift, extend
+from dalle_kernels.patterns import AxialRow, Column, TokenLayout
 
 __all__ = ["Attention", "SparseAttention", "SparseAxialCausalAttention", "SparseConvCausalAttention", "accelerate"]
 

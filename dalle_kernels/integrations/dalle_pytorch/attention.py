@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from dalle_kernels.attention import AxialRow, Causal, Column, Convolution, MaskPattern, Pattern, TokenLayout
 from dalle_kernels.attention.op import sparse_attention
 from dalle_kernels.decode.cache import KVCache
 from dalle_kernels.decode.op import decode_attention
+from dalle_kernels.patterns import AxialRow, Causal, Column, Convolution, MaskPattern, Pattern, TokenLayout
 from dalle_kernels.precision import widen
 
 Cache = dict[Any, Any]

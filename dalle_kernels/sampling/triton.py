@@ -17,10 +17,10 @@ import torch
 import triton
 import triton.language as tl
 
-from dalle_kernels.backends import Call
+from dalle_kernels.backends.choice import Call
+from dalle_kernels.backends.triton_common import ceil_div, obstacle
+from dalle_kernels.backends.triton_noise import LN_2, LOG2_E, gumbel2, philox
 from dalle_kernels.noise import SAMPLING_STREAM
-from dalle_kernels.triton_common import ceil_div, obstacle
-from dalle_kernels.triton_noise import LN_2, LOG2_E, gumbel2, philox
 
 STREAM = tl.constexpr(SAMPLING_STREAM)
 LARGEST = 32768  # a row in the registers of one block

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-LIBRARY = Path(__file__).with_name("_cuda.so")
+LIBRARY = Path(__file__).parents[1] / "_cuda.so"
 _ABSENT = "the CUDA library is absent; build it where nvcc is: DALLE_KERNELS_CUDA=1 pip install --no-build-isolation ."
 
 

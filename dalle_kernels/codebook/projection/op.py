@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from dalle_kernels.backends import Call, Operation, register
+from dalle_kernels.backends.choice import Call, Operation, register
+from dalle_kernels.backends.library import define, differentiate
 from dalle_kernels.checks import (
     autocast,
     check_alike,
@@ -16,7 +17,6 @@ from dalle_kernels.checks import (
     rows_contiguous,
     seed_tensor,
 )
-from dalle_kernels.library import define, differentiate
 
 
 def _describe(
@@ -28,8 +28,8 @@ def _describe(
 OPERATION = Operation(
     "gumbel_projection_lookup",
     (
-        ("triton", "dalle_kernels.codebook.triton_projection"),
-        ("reference", "dalle_kernels.codebook.projection_reference"),
+        ("triton", "dalle_kernels.codebook.projection.triton"),
+        ("reference", "dalle_kernels.codebook.projection.reference"),
     ),
     _describe,
 )

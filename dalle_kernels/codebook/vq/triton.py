@@ -17,9 +17,11 @@ import torch
 import triton
 import triton.language as tl
 
-from dalle_kernels import launch
-from dalle_kernels.triton_common import ceil_div, dot, precision
+from dalle_kernels.backends import launch
+from dalle_kernels.backends.choice import Call
+from dalle_kernels.backends.triton_common import ceil_div, dot, obstacle, precision
 
+WIDEST = 256
 CHUNK = 32  # sorted rows a program
 HEADS = 16  # heads added at once
 
@@ -143,6 +145,12 @@ def _plan(device: torch.device, dtype: torch.dtype, width: int) -> dict[str, Any
 
 def _block(width: int) -> int:
     return max(16, triton.next_power_of_2(width))
+
+
+def refuse(call: Call) -> str | None:
+    if call.width > WIDEST:
+        return f"the codebook is {call.width} wide, the kernels hold rows of at most {WIDEST}"
+    return obstacle(call.device, call.dtype)
 
 
 def vq_forward(features: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

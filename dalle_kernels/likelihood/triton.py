@@ -10,8 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from dalle_kernels.backends import Call
-from dalle_kernels.triton_common import ceil_div, obstacle
+from dalle_kernels.backends.choice import Call
+from dalle_kernels.backends.triton_common import ceil_div, obstacle
 
 LN_2 = tl.constexpr(0.6931471805599453)
 BLOCK = 1024

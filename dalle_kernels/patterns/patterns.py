@@ -18,7 +18,7 @@ from weakref import WeakValueDictionary
 import numpy as np
 import torch
 
-from dalle_kernels.attention.layout import TokenLayout
+from dalle_kernels.patterns.layout import TokenLayout
 
 IntArray: TypeAlias = np.ndarray[Any, np.dtype[np.int32]]
 BoolArray: TypeAlias = np.ndarray[Any, np.dtype[np.bool_]]

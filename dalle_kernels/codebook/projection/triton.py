@@ -14,8 +14,10 @@ import torch
 import triton
 import triton.language as tl
 
-from dalle_kernels.backends import Call
-from dalle_kernels.codebook.triton_gumbel import (
+from dalle_kernels.backends.choice import Call
+from dalle_kernels.backends.triton_common import ceil_div, dot, obstacle
+from dalle_kernels.backends.triton_noise import LOG2_E, philox
+from dalle_kernels.codebook.gumbel.triton import (
     NEGATIVE,
     STREAM,
     add_noise,
@@ -34,8 +36,6 @@ from dalle_kernels.codebook.triton_gumbel import (
     sum_parts,
     unkept,
 )
-from dalle_kernels.triton_common import ceil_div, dot, obstacle
-from dalle_kernels.triton_noise import LOG2_E, philox
 
 WIDEST = 256
 STRIP_BYTES = 64 * 1024 * 1024

@@ -1,4 +1,4 @@
-"""Loads what `csrc` built, and says what it holds: `python -m dalle_kernels.native`."""
+"""Loads what `csrc` built, and says what it holds: `python -m dalle_kernels.backends.native`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from types import ModuleType
 
 import torch
 
-from dalle_kernels import cuda_library
+from dalle_kernels.backends import cuda_library
 
 NATIVE: ModuleType | None = None
 _absence = ""

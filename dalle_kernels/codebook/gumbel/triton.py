@@ -31,12 +31,14 @@ import torch
 import triton
 import triton.language as tl
 
-from dalle_kernels import launch
+from dalle_kernels.backends import launch
+from dalle_kernels.backends.choice import Call
+from dalle_kernels.backends.triton_common import ceil_div, dot, obstacle, precision
+from dalle_kernels.backends.triton_noise import GUMBEL2_CONSTANT, LN_2, LOG2_E, fast_log2, gumbel2, philox
 from dalle_kernels.noise import GUMBEL_STREAM
-from dalle_kernels.triton_common import ceil_div, dot, precision
-from dalle_kernels.triton_noise import GUMBEL2_CONSTANT, LN_2, LOG2_E, fast_log2, gumbel2, philox
 
 STREAM = tl.constexpr(GUMBEL_STREAM)
+WIDEST = 256
 ALIGNMENT = 128  # every BLOCK_Q divides a quarter of a codebook whose size this divides
 NEGATIVE = tl.constexpr(-1e30)  # stands for minus infinity where a difference of two must not be NaN
 
@@ -404,6 +406,12 @@ def plan(
     settings = launch.settings_for(name, launch.architecture(device), 8 * dtype.itemsize, width)
     constants = {"BLOCK_D": block_d, "EVEN": even, "PRECISION": precision(dtype), "enable_fp_fusion": True}
     return MappingProxyType({**settings, **constants})
+
+
+def refuse(call: Call) -> str | None:
+    if call.width > WIDEST:
+        return f"the codebook is {call.width} wide, the kernels hold rows of at most {WIDEST}"
+    return obstacle(call.device, call.dtype)
 
 
 def gumbel_forward(

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from dalle_kernels.codebook import reference
-from dalle_kernels.codebook.reference import refuse
+from dalle_kernels.codebook.gumbel import reference
+from dalle_kernels.codebook.gumbel.reference import refuse
 from dalle_kernels.precision import widen
 
 __all__ = ["projection_backward", "projection_forward", "refuse"]

@@ -17,8 +17,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from dalle_kernels.attention.patterns import IntArray, Pattern, check_length
 from dalle_kernels.device import OnDevice
+from dalle_kernels.patterns.patterns import IntArray, Pattern, check_length
 
 WORD_BITS = 32
 

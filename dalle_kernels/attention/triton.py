@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dalle_kernels.attention.triton_backward import backward
 from dalle_kernels.attention.triton_forward import WIDEST, forward
-from dalle_kernels.backends import Call
-from dalle_kernels.triton_common import obstacle
+from dalle_kernels.backends.choice import Call
+from dalle_kernels.backends.triton_common import obstacle
 
 __all__ = ["backward", "forward", "refuse"]
 

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from dalle_kernels.backends import Call
+from dalle_kernels.backends.choice import Call
 from dalle_kernels.noise import GUMBEL_STREAM, gumbel_noise
 from dalle_kernels.precision import widen
 
@@ -76,19 +76,3 @@ def gumbel_backward(
         p = log_p.exp()
         dlogits += grad_kl[:, None] * (torch.xlogy(p, p) + p * entropy)
     return dlogits.to(logits.dtype), dcodebook.to(codebook.dtype)
-
-
-def vq_forward(features: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The nearest row's index, and its squared distance computed from the difference, not from expanded squares."""
-    wide, table = widen(features), widen(codebook)
-    indices = ((table * table).sum(-1) / 2 - wide @ table.T).argmin(-1)
-    return indices, (wide - table[indices]).square().sum(-1)
-
-
-def vq_backward(
-    grad_squared_distance: torch.Tensor, features: torch.Tensor, codebook: torch.Tensor, indices: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    wide, table = widen(features), widen(codebook)
-    dfeatures = 2 * grad_squared_distance[:, None] * (wide - table[indices])
-    dcodebook = torch.zeros_like(table).index_add_(0, indices, -dfeatures)
-    return dfeatures.to(features.dtype), dcodebook.to(codebook.dtype)

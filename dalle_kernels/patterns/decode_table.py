@@ -14,8 +14,8 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from dalle_kernels.attention.patterns import Pattern
 from dalle_kernels.device import OnDevice
+from dalle_kernels.patterns.patterns import Pattern
 
 
 @dataclass(frozen=True, eq=False)

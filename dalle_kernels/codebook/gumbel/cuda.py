@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from dalle_kernels import cuda_library
-from dalle_kernels.backends import Call
+from dalle_kernels.backends import cuda_library
+from dalle_kernels.backends.choice import Call
 
 _WIDTHS = (32, 64, 128, 256)  # as csrc/codebook/gumbel_forward_kernel.cuh has them
 _ROWS = 256  # of the table; fewer are not worth another block of the backward

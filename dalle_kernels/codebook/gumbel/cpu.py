@@ -1,11 +1,11 @@
-"""Codebook lookups in native code: csrc/codebook. AVX2, AVX-512, and bf16 dot products where the processor has them."""
+"""The Gumbel-softmax lookup in native code: csrc/codebook."""
 
 from __future__ import annotations
 
 import torch
 
-from dalle_kernels import native
-from dalle_kernels.backends import Call
+from dalle_kernels.backends import native
+from dalle_kernels.backends.choice import Call
 
 _ops = torch.ops.dalle_kernels_cpu
 
@@ -63,15 +63,3 @@ def gumbel_backward(
         lse_clean,
         mixture,
     )
-
-
-def vq_forward(features: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(indices, squared distances), as in `reference`."""
-    return _ops.vq_forward(features, codebook)
-
-
-def vq_backward(
-    grad_squared_distance: torch.Tensor, features: torch.Tensor, codebook: torch.Tensor, indices: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(dfeatures, dcodebook), as in `reference`; the same bits for any number of threads."""
-    return _ops.vq_backward(grad_squared_distance, features, codebook, indices)

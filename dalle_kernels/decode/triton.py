@@ -17,11 +17,11 @@ import torch
 import triton
 import triton.language as tl
 
-from dalle_kernels import launch
-from dalle_kernels.attention.patterns import Pattern
-from dalle_kernels.backends import Call
-from dalle_kernels.decode.table import DecodeTable, decode_table_for
-from dalle_kernels.triton_common import ceil_div, obstacle
+from dalle_kernels.backends import launch
+from dalle_kernels.backends.choice import Call
+from dalle_kernels.backends.triton_common import ceil_div, obstacle
+from dalle_kernels.patterns.decode_table import DecodeTable, decode_table_for
+from dalle_kernels.patterns.patterns import Pattern
 
 WIDEST = 256  # head dimension
 
