@@ -26,7 +26,7 @@ $(STAMP): $(SOURCES)
 	@echo "==> building the kernels and installing dalle_kernels with its extras (a few minutes)"
 	@$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[reference,bench,test]'
 	@$(BIN)/python -m pip install --quiet --no-deps -r tests/peers.txt
-	@$(BIN)/python -m dalle_kernels.backends.native
+	@$(BIN)/python -m dalle_kernels.doctor --no-speed
 	@touch $@
 
 demo: install
