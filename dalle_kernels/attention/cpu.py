@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 
 from dalle_kernels.backends import native
 from dalle_kernels.backends.choice import Call
+from dalle_kernels.device import remembered
 from dalle_kernels.patterns.patterns import Pattern
 from dalle_kernels.patterns.schedule import schedule_for
 
@@ -26,7 +25,7 @@ def describe() -> str:
     return native.instruction_set()
 
 
-@lru_cache(maxsize=256)
+@remembered(maxsize=256)
 def _plan(pattern: Pattern, length: int) -> list[torch.Tensor]:
     """The masked tiles resolved to the keys that each group of 16 queries sees: csrc/attention/plan.h."""
     schedule = schedule_for(pattern, _TILE, length)

@@ -10,12 +10,11 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import pairwise
 
 import torch
 
-from dalle_kernels.device import OnDevice
+from dalle_kernels.device import OnDevice, remembered
 from dalle_kernels.patterns.patterns import Pattern
 from dalle_kernels.patterns.schedule import schedule_for
 
@@ -75,7 +74,7 @@ def plan_for(
     return _remembered(pattern, rows, columns, transposed, length, slots, parts, str(device))
 
 
-@lru_cache(maxsize=256)
+@remembered(maxsize=256)
 def _remembered(
     pattern: Pattern, rows: int, columns: int, transposed: bool, length: int, slots: int, parts: int, device: str
 ) -> Plan:
@@ -119,7 +118,7 @@ def sums_plan_for(
     return _remembered_sums(pattern, rows, columns, length, slots, str(device))
 
 
-@lru_cache(maxsize=256)
+@remembered(maxsize=256)
 def _remembered_sums(pattern: Pattern, rows: int, columns: int, length: int, slots: int, device: str) -> Plan | None:
     schedule = schedule_for(pattern, (rows, columns), length)
     tiles, mask_ids = schedule.key_tiles.tolist(), schedule.mask_ids.tolist()

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from itertools import pairwise
 
 import torch
 
 from dalle_kernels.attention import cuda_plan
 from dalle_kernels.backends import cuda_library
-from dalle_kernels.device import OnDevice
+from dalle_kernels.device import OnDevice, remembered
 from dalle_kernels.patterns.patterns import Pattern
 
 COLUMNS = 64  # keys a tile, and rows that are copied together: kColumns there
@@ -42,7 +41,7 @@ def plan_for(
     return _remembered(pattern, rows, length, slots, parts, str(device))
 
 
-@lru_cache(maxsize=256)
+@remembered(maxsize=256)
 def _remembered(pattern: Pattern, rows: int, length: int, slots: int, parts: int, device: str) -> Sm90aPlan:
     plan = cuda_plan.plan_for(pattern, rows, COLUMNS, False, length, slots, parts)
     steps = plan.steps.clone()

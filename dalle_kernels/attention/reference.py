@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 
 from dalle_kernels.backends.choice import Call
+from dalle_kernels.device import remembered
 from dalle_kernels.patterns.patterns import Pattern
 from dalle_kernels.precision import widen
 
@@ -15,7 +14,7 @@ def refuse(call: Call) -> str | None:
     return None
 
 
-@lru_cache(maxsize=32)
+@remembered(maxsize=32)
 def _mask(pattern: Pattern, length: int, device: torch.device) -> torch.Tensor:
     return pattern.mask(length).to(device)
 

@@ -15,7 +15,6 @@ fp32, and a third kernel adds them in order.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -36,7 +35,7 @@ from dalle_kernels.attention.triton_forward import (
 )
 from dalle_kernels.backends import launch
 from dalle_kernels.backends.triton_common import ceil_div, dot
-from dalle_kernels.device import OnDevice
+from dalle_kernels.device import OnDevice, remembered
 from dalle_kernels.patterns.patterns import Pattern
 from dalle_kernels.patterns.schedule import Schedule, schedule_for
 
@@ -300,7 +299,7 @@ class Work(OnDevice):
         return Work(pieces_of, tiles, slots, split_offsets[-1])
 
 
-@functools.lru_cache(maxsize=256)
+@remembered(maxsize=256)
 def work_for(pattern: Pattern, length: int, device: torch.device, dtype: torch.dtype, width: int, heads: int) -> Work:
     """The pieces for one kind of call: lists stay whole where there are heads enough to keep the GPU busy anyway.
 

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 import torch
 
-from dalle_kernels.device import OnDevice
+from dalle_kernels.device import OnDevice, remembered
 from dalle_kernels.patterns.patterns import Pattern
 
 
@@ -72,7 +71,7 @@ def decode_table_for(pattern: Pattern, device: torch.device | str = "cpu") -> De
     return _remembered(pattern, str(device))
 
 
-@lru_cache(maxsize=64)
+@remembered(maxsize=64)
 def _remembered(pattern: Pattern, device: str) -> DecodeTable:
     if device == "cpu":
         return DecodeTable.build(pattern)

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from math import isqrt
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from dalle_kernels.device import OnDevice
+from dalle_kernels.device import OnDevice, remembered
 from dalle_kernels.patterns.patterns import IntArray, Pattern, check_length
 
 WORD_BITS = 32
@@ -108,7 +107,7 @@ def schedule_for(
     return _remembered(pattern, tile, check_length(pattern, length), str(device))
 
 
-@lru_cache(maxsize=256)
+@remembered(maxsize=256)
 def _remembered(pattern: Pattern, tile: tuple[int, int], length: int, device: str) -> Schedule:
     if device == "cpu":
         return Schedule.build(pattern, tile, length)
