@@ -33,9 +33,10 @@ struct GumbelBackward {
   const float* kl;
   const float* lse_noisy;
   const float* lse_clean;
-  const float* delta;  // [N], grad_latents . mixture
+  const float* delta;      // [N], grad_latents . mixture, or null
+  const int64_t* indices;  // [N] where hard, or null
   void* dlogits;       // [N, K], contiguous
-  float* dcodebook;    // [parts, K, D], one for each of `parts` shares of the rows; or null
+  float* dcodebook;    // [parts, K, D], one for each of `parts` shares of the rows; null where grad_terms is
   int64_t logits_stride;
   int rows, codes, width, parts;
   bool noise;

@@ -47,8 +47,8 @@ static void gumbel_forward(Tensor logits, Tensor codebook, Tensor codebook_terms
 
 static void gumbel_backward(std::optional<Tensor> grad_terms, std::optional<Tensor> grad_kl, Tensor logits,
                             Tensor codebook_terms, Tensor temperature, bool noise, Tensor seed, Tensor kl, Tensor lse_noisy,
-                            Tensor lse_clean, std::optional<Tensor> delta, int64_t parts, Tensor dlogits,
-                            std::optional<Tensor> dcodebook) {
+                            Tensor lse_clean, std::optional<Tensor> delta, std::optional<Tensor> indices, int64_t parts,
+                            Tensor dlogits, std::optional<Tensor> dcodebook) {
   const DeviceGuard guard(logits.get_device());
   GumbelBackward p;
   p.grad_terms = optional_pointer<const void>(grad_terms);
@@ -61,6 +61,7 @@ static void gumbel_backward(std::optional<Tensor> grad_terms, std::optional<Tens
   p.lse_noisy = device_pointer<const float>(lse_noisy);
   p.lse_clean = device_pointer<const float>(lse_clean);
   p.delta = optional_pointer<const float>(delta);
+  p.indices = optional_pointer<const int64_t>(indices);
   p.dlogits = device_pointer<void>(dlogits);
   p.dcodebook = optional_pointer<float>(dcodebook);
   p.logits_stride = logits.stride(0);
@@ -88,7 +89,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(DALLE_LIBRARY, m) {
       " Tensor(f!) mixture) -> ()");
   m.def(
       "gumbel_backward(Tensor? grad_terms, Tensor? grad_kl, Tensor logits, Tensor codebook_terms, Tensor temperature,"
-      " bool noise, Tensor seed, Tensor kl, Tensor lse_noisy, Tensor lse_clean, Tensor? delta, int parts,"
+      " bool noise, Tensor seed, Tensor kl, Tensor lse_noisy, Tensor lse_clean, Tensor? delta, Tensor? indices, int parts,"
       " Tensor(a!) dlogits, Tensor(b!)? dcodebook) -> ()");
 }
 

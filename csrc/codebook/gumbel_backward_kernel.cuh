@@ -1,6 +1,7 @@
 // Gumbel lookup backward. With y = softmax((logits + g) / tau), p = softmax(logits), d = dL codebook^T and
 // delta = dL . (y codebook):
-//   dlogits = y (d - delta) / tau + dKL p (log p + H),  H = log K - KL,  dcodebook = y^T dL.
+//   dlogits = y (d - delta) / tau + dKL p (log p + H),  H = log K - KL,  dcodebook = y^T dL,
+// where hard with the one-hot rows of the sampled codes in the place of y in dcodebook.
 // A block owns a group of codes of every quarter, whose rows of the codebook it keeps in shared memory, and walks over
 // a share of the table's rows: y is made again from the logits, the seed and the saved log-sum-exps, once for both
 // gradients, so the logits are read once. Sums over rows are made in a fixed order; the host adds up the shares.
@@ -20,7 +21,7 @@ struct Backward {
   static constexpr int kTerms = Terms<T>::kCount;
   static constexpr int kStages = kWidth <= 128 && kTerms == 1 ? 2 : 1;  // of dL's rows
   static constexpr int kGradBytes = kRows * kPitch<kWidth>;             // a term of dL's rows
-  static constexpr int kWeightBytes = kRows * kPitch<kStepCodes<T, kWidth>>;  // a term of y
+  static constexpr int kWeightBytes = kRows * kPitch<kStepCodes<T, kWidth>>;  // a term of what weighs dL
   static constexpr int kSharedBytes = kTerms * (kTileBytes<T, kWidth> + kStages * kGradBytes + kWeightBytes);
 };
 
@@ -90,7 +91,7 @@ __global__ void __launch_bounds__(kThreads, 1) gumbel_backward_kernel(const __gr
   const bool with_latents = p.grad_terms != nullptr;
   char* codes = shared_memory();  // [terms][kBlock][kPitch<kWidth>], placed for d
   char* grads = codes + kTerms * kTileBytes<T, kWidth>;  // [kStages][terms][kRows][kPitch<kWidth>]
-  char* weights = grads + Shape::kStages * kTerms * Shape::kGradBytes;  // [terms][kRows][kPitch<kBlock>], y
+  char* weights = grads + Shape::kStages * kTerms * Shape::kGradBytes;  // [terms][kRows][kPitch<kBlock>], what weighs dL
   const int first_code = blockIdx.x * kCodes;  // of each quarter
   const int column = first_code + kMine * c;
   const int share = (p.rows + p.parts - 1) / p.parts;
@@ -131,6 +132,7 @@ __global__ void __launch_bounds__(kThreads, 1) gumbel_backward_kernel(const __gr
     int row[2];
     float x[2][4][kMine];  // logits, then their gradients
     float lse_noisy[2], lse_clean[2], entropy[2], delta[2], grad_kl[2];
+    int sampled[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       row[half] = first + warp * 16 + 8 * half + g;
@@ -145,6 +147,7 @@ __global__ void __launch_bounds__(kThreads, 1) gumbel_backward_kernel(const __gr
       entropy[half] = logf(static_cast<float>(p.codes)) - load(p.kl + from);
       delta[half] = with_latents ? load(p.delta + from) : 0.0f;
       grad_kl[half] = p.grad_kl == nullptr ? 0.0f : load(p.grad_kl + from);
+      sampled[half] = p.indices != nullptr && row[half] < end ? static_cast<int>(load(p.indices + from)) : -1;
     }
     // Four codes of each quarter at a time, so that d needs few registers.
 #pragma unroll
@@ -187,7 +190,16 @@ __global__ void __launch_bounds__(kThreads, 1) gumbel_backward_kernel(const __gr
             y[q][j] = row[half] < end ? weight : 0.0f;
           }
         }
-        if (p.dcodebook != nullptr) {
+        if (p.indices != nullptr) {
+#pragma unroll
+          for (int q = 0; q < 4; ++q) {
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {  // a column past the quarter's end is stored nowhere
+              y[q][j] = q * quarters.quarter + column + 4 * t + j == sampled[half] ? 1.0f : 0.0f;
+            }
+          }
+        }
+        if (with_latents) {
           char* to = weights + (warp * 16 + 8 * half + g) * kPitch<kBlock> + 2 * (kMine * c + 4 * t);
 #pragma unroll
           for (int q = 0; q < 4; ++q) {
@@ -205,12 +217,12 @@ __global__ void __launch_bounds__(kThreads, 1) gumbel_backward_kernel(const __gr
       }
     }
     store_logits<T>(static_cast<T*>(p.dlogits), x, row, end, quarters, column);
-    if (p.dcodebook == nullptr) {
+    if (!with_latents) {
       continue;
     }
 
-    __syncthreads();  // y is whole
-    // Operand A is y^T: codes are its rows, so its matrices are read transposed.
+    __syncthreads();  // what weighs dL is whole
+    // Operand A is transposed: codes are its rows, so its matrices are read transposed.
     const int codes_at = warp * 16 % kBlock;
     const int columns_at = warp * 16 / kBlock * kShare;
     const char* a_from = weights + (lane / 16 * 8 + lane % 8) * kPitch<kBlock> + 2 * (codes_at + lane / 8 % 2 * 8);
@@ -232,7 +244,7 @@ __global__ void __launch_bounds__(kThreads, 1) gumbel_backward_kernel(const __gr
       copy_grads(first + kRows);
     }
   }
-  if (p.dcodebook == nullptr) {
+  if (!with_latents) {
     return;
   }
 #pragma unroll

@@ -137,7 +137,7 @@ def build(library: Path, jobs: int | None = None) -> Report:
     has_sm90a = ["-DDALLE_SM90A"] * bool(architecture_flags(wanted, only="90a"))
     for source in sorted(CSRC.rglob("cuda_op.cpp")):
         commands.append((source, [cxx, *CXX_FLAGS, *has_sm90a, f"-I{CSRC}", *system]))
-    commands.append((CSRC / "cuda" / "built.cpp", [cxx, *CXX_FLAGS, built]))
+    commands.append((CSRC / "cuda" / "built.cpp", [cxx, *CXX_FLAGS, built, *system]))
     salt = f"{version}; {run([cxx, '--version']).splitlines()[0]}; torch {torch.__version__}"
 
     def compile_one(item: tuple[Path, list[str]]) -> Path:

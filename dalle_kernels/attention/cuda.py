@@ -15,6 +15,7 @@ from dalle_kernels.patterns.patterns import Pattern
 
 _WIDTHS = (16, 32, 64, 80, 96, 128)  # as csrc/attention/forward_kernel.cuh has them
 _ROWS = 128  # kRowTile of csrc/attention/tiles.cuh
+_FORWARD_COLUMNS = 64  # kColumns of csrc/attention/forward_kernel.cuh
 _ONE_PASS_WIDTH = 64  # kOnePassWidth of csrc/attention/cuda.h
 _ONE_PASS_COLUMNS = 32  # OnePass::kColumns of csrc/attention/one_pass_kernel.cuh
 
@@ -24,7 +25,15 @@ def refuse(call: Call) -> str | None:
         return reason
     if call.width not in _WIDTHS:
         return f"it takes head dimensions {', '.join(map(str, _WIDTHS))}, not {call.width}"
+    needed, there = SMALLEST * _slot_bytes(_FORWARD_COLUMNS, call.width), cuda_library.shared_memory(call.device, 1)
+    if needed > there:
+        return f"it needs {needed} bytes of shared memory a block at this head dimension, here are {there}"
     return None
+
+
+def _slot_bytes(columns: int, width: int) -> int:
+    """Two tiles of `columns` rows, of `width` elements and 16 bytes of padding each (kPitch)."""
+    return 2 * columns * (2 * width + 16)
 
 
 def _plan(
@@ -32,11 +41,10 @@ def _plan(
 ) -> Plan:
     """The walk for tensors like q, when `blocks` blocks share a multiprocessor's memory.
 
-    A slot holds two tiles of `columns` rows, of D elements and 16 bytes of padding each (kPitch), and `extra` bytes.
+    Where so many do not fit with the fewest slots each, fewer share it. A slot has `extra` bytes beside its tiles.
     """
     batch, heads, length, width = q.shape
-    slot_bytes = 2 * columns * (2 * width + 16) + extra
-    slots = max(cuda_library.shared_memory(q.device, blocks) // slot_bytes, SMALLEST)
+    slots = max(cuda_library.shared_memory(q.device, blocks) // (_slot_bytes(columns, width) + extra), SMALLEST)
     parts = -(-blocks * cuda_library.multiprocessors(q.device) // (batch * heads))
     return plan_for(pattern, _ROWS, columns, transposed, length, slots, parts, q.device)
 
@@ -90,7 +98,7 @@ def forward(
     if cuda_sm90a.refuse(q, k, v) is None:
         cuda_sm90a.forward(q, k, v, padding, scale, pattern, targets[0], lse)
     else:
-        plan = _plan(q, pattern, columns=64, blocks=2 if q.shape[-1] <= 64 else 1)
+        plan = _plan(q, pattern, _FORWARD_COLUMNS, blocks=2 if q.shape[-1] <= 64 else 1)
         cuda_library.operations().attention_forward(q, k, v, padding, plan.order, *plan.walk, scale, *targets, lse)
     return _return(outputs, targets)[0], lse
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import math
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -198,7 +199,11 @@ def plan_for(kernel: str, pattern: Pattern, length: int, device: torch.device, d
     }
     if "maxnreg" in settings:  # without it ptxas may keep to fewer registers than the block has, and spill
         constants["maxnreg"] = settings["maxnreg"]
-    return Plan(schedule_for(pattern, tile, length, device), constants)
+    schedule = schedule_for(pattern, tile, length, device)
+    if length < max(tile):
+        # Walks over full tiles look at the tokens of tile 0 without a mask, though there be no full tile to walk over.
+        schedule = replace(schedule, order=torch.nn.functional.pad(schedule.order, (0, max(tile) - length)))
+    return Plan(schedule, constants)
 
 
 def exponent_scale(scale: float) -> tuple[float, bool]:

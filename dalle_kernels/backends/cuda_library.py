@@ -26,7 +26,29 @@ def report() -> str:
     except OSError as error:
         return f"CUDA kernels: built, but they do not load: {error}"
     built.restype = ctypes.c_char_p
-    return f"CUDA kernels: built for {built().decode()}"
+    driver = f"needs a driver for CUDA {_versions()[0] // 1000} or later"
+    return f"CUDA kernels: built for {built().decode()}; {_refuse_driver() or driver}"
+
+
+def _versions() -> tuple[int, int]:
+    """Of the CUDA runtime inside the library and of what the driver supports, such as 13000; 0 without a driver."""
+    library = ctypes.CDLL(str(LIBRARY))
+    return library.dalle_kernels_cuda_runtime(), library.dalle_kernels_cuda_driver()
+
+
+def _refuse_driver() -> str | None:
+    """Why the CUDA runtime inside the library cannot work with the driver that is installed, or None.
+
+    Within a major version any driver serves any runtime; none serves a runtime of a later one.
+    """
+    runtime, driver = _versions()
+    if not driver or driver // 1000 >= runtime // 1000:
+        return None
+    major = runtime // 1000
+    return (
+        f"the CUDA library holds the runtime of CUDA {major}, the driver here supports CUDA"
+        f" {driver // 1000}.{driver % 1000 // 10}: update the driver, or build the library with an nvcc before {major}"
+    )
 
 
 @lru_cache(maxsize=1)
@@ -35,6 +57,8 @@ def _load() -> str | None:
     if not LIBRARY.exists():
         return _ABSENT
     try:
+        if reason := _refuse_driver():
+            return reason
         torch.ops.load_library(str(LIBRARY))
     except OSError as error:
         return f"the CUDA library does not load: {error}"
@@ -56,6 +80,8 @@ def operations() -> Any:
 def _refuse_device(device: torch.device) -> str | None:
     if device.type != "cuda":
         return f"it runs on CUDA tensors, these are on {device.type}"
+    if torch.version.hip is not None:
+        return f"it is made for NVIDIA GPUs, this torch for AMD's (ROCm {torch.version.hip})"
     if torch.cuda.get_device_capability(device) < (8, 0):
         return "it needs a GPU of compute capability 8.0 or later"
     return _load()
@@ -84,11 +110,14 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def aligned(tensor: torch.Tensor) -> torch.Tensor:
-    """`tensor` itself where its rows start at multiples of 16 bytes and are contiguous, else a contiguous copy."""
+    """`tensor` itself where its rows start at multiples of 16 bytes and are contiguous, else a contiguous copy.
+
+    A contiguous tensor may start anywhere too: the parameters of a flattened module do.
+    """
     size = tensor.element_size()
     whole = tensor.data_ptr() % 16 == 0 and tensor.stride(-1) == 1
     whole = whole and all(stride * size % 16 == 0 for stride in tensor.stride()[:-1])
-    return tensor if whole else tensor.contiguous()
+    return tensor if whole else tensor.clone(memory_format=torch.contiguous_format)
 
 
 @lru_cache(maxsize=16)

@@ -44,6 +44,8 @@ def obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
         return None
     if device.type != "cuda":
         return f"tensors are on {device.type}, Triton kernels run on CUDA (or anywhere with TRITON_INTERPRET=1)"
+    if torch.version.hip is not None:
+        return f"the Triton kernels are made for NVIDIA GPUs, this torch for AMD's (ROCm {torch.version.hip})"
     major, minor = torch.cuda.get_device_capability(device)
     if major < 8:
         return f"the GPU has compute capability {major}.{minor}, 8.0 or later is wanted"

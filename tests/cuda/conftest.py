@@ -33,7 +33,8 @@ def emulated(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
         operations = request.getfixturevalue("emulated_operations")
     monkeypatch.setattr(cuda_library, "operations", lambda: operations)
     monkeypatch.setattr(cuda_library, "multiprocessors", lambda device: 4)
-    monkeypatch.setattr(cuda_library, "shared_memory", lambda device, blocks: 100_000 // blocks)
+    # The least with which every kernel of attention serves, so that slots of tiles are used again soon.
+    monkeypatch.setattr(cuda_library, "shared_memory", lambda device, blocks: 104_448 // blocks)
     monkeypatch.setattr(cuda_library, "has_sm90a", lambda device: False)
     monkeypatch.setattr(cuda_library, "_refuse_device", lambda device: None)
     backends.forget_choices()

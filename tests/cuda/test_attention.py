@@ -261,9 +261,15 @@ def test_gradients_through_the_public_operation_and_every_time_the_same(emulated
     _check_the_same_every_time()
 
 
-def test_calls_that_the_kernels_do_not_serve_are_refused(emulated: Any) -> None:
+def test_calls_that_the_kernels_do_not_serve_are_refused(emulated: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     q = torch.randn(1, 1, LAYOUT.length, 24).half()
     with pytest.raises(ValueError, match="it takes head dimensions 16, 32, 64, 80, 96, 128, not 24"):
+        sparse_attention(q, q, q, Row(LAYOUT), backend="cuda")
+    q = torch.randn(1, 1, LAYOUT.length, 128).half()
+    monkeypatch.setattr(
+        cuda_library, "shared_memory", lambda device, blocks: 101_376 // blocks
+    )  # 99 KB: sm_86, 89, 120
+    with pytest.raises(ValueError, match="it needs 104448 bytes of shared memory a block at this head dimension"):
         sparse_attention(q, q, q, Row(LAYOUT), backend="cuda")
     q = torch.randn(1, 1, LAYOUT.length, 32)
     with pytest.raises(ValueError, match=r"it takes bfloat16, float16, not torch\.float32"):

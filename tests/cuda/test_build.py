@@ -108,11 +108,16 @@ def test_the_library_needs_nothing_of_torch_but_the_stable_abi(library: Path, bu
 
 def test_the_library_loads_without_a_gpu(library: Path, built: Table) -> None:
     script = (
-        f"import torch; torch.ops.load_library({str(library)!r});"
-        "print(torch.ops.dalle_kernels_cuda.decode_attention.default._schema.name)"
+        f"import pathlib, torch; torch.ops.load_library({str(library)!r});"
+        "print(torch.ops.dalle_kernels_cuda.decode_attention.default._schema.name);"
+        "from dalle_kernels.backends import cuda_library;"
+        f"cuda_library.LIBRARY = pathlib.Path({str(library)!r});"
+        "print(cuda_library.report())"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.stdout.strip() == "dalle_kernels_cuda::decode_attention", done.stderr
+    name, report = done.stdout.splitlines()
+    assert name == "dalle_kernels_cuda::decode_attention", done.stderr
+    assert re.search(r"nvcc 1\d\.\d; torch 2.10 and later; needs a driver for CUDA 1\d or later", report)
 
 
 @pytest.mark.parametrize(

@@ -101,8 +101,7 @@ def gumbel_backward(
     parts = max(1, min(cuda_library.multiprocessors(logits.device) // columns, rows // _ROWS))
     if grad_latents is not None:
         delta = (grad_latents.float() * (mixture if hard else latents)).sum(-1)
-        if not hard:
-            partial = torch.empty((parts, *codebook.shape), dtype=torch.float32, device=logits.device)
+        partial = torch.empty((parts, *codebook.shape), dtype=torch.float32, device=logits.device)
     dlogits = torch.empty((rows, codes), dtype=logits.dtype, device=logits.device)
     if rows:
         cuda_library.operations().gumbel_backward(
@@ -117,13 +116,11 @@ def gumbel_backward(
             lse_noisy,
             lse_clean,
             delta,
+            indices if hard and grad_latents is not None else None,
             parts,
             dlogits,
             partial,
         )
-    if partial is not None and rows:
-        return dlogits, partial.sum(0).to(codebook.dtype)
-    dcodebook = torch.zeros(codebook.shape, dtype=torch.float32, device=codebook.device)
-    if grad_latents is not None:
-        dcodebook.index_add_(0, indices, grad_latents.float())
-    return dlogits, dcodebook.to(codebook.dtype)
+    if partial is None or not rows:
+        return dlogits, torch.zeros_like(codebook)
+    return dlogits, partial.sum(0).to(codebook.dtype)

@@ -1,0 +1,75 @@
+"""What the Python side of the CUDA library says of machines that it cannot serve, and what it hands to kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from dalle_kernels import gumbel_lookup
+from dalle_kernels.backends import cuda_library
+
+GPU = torch.device("cuda:0")
+
+
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """A GPU of compute capability 9.0, with nothing remembered of the machine that the test runs on."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    for cached in (cuda_library._load, cuda_library._refuse_device):
+        cached.cache_clear()
+    yield monkeypatch
+    for cached in (cuda_library._load, cuda_library._refuse_device):
+        cached.cache_clear()
+
+
+@pytest.mark.parametrize("offset", [1, 3, 8])
+def test_aligned_copies_a_contiguous_tensor_that_starts_anywhere(offset: int) -> None:
+    flat = torch.arange(100.0).bfloat16()
+    tensor = flat[offset : offset + 64].view(2, 32)
+    got = cuda_library.aligned(tensor)
+    assert got.equal(tensor)
+    assert got.data_ptr() % 16 == 0
+    assert (got.data_ptr() == tensor.data_ptr()) == (offset == 8)
+
+
+def test_parameters_of_a_flattened_module_serve(emulated: Any) -> None:
+    torch.manual_seed(0)
+    flat, logits = torch.randn(1 + 24 * 32), torch.randn(6, 24)
+    codebook = flat[1:].view(24, 32).requires_grad_()  # four bytes past a multiple of 16
+    got = gumbel_lookup(logits, codebook, 1.0, seed=1, backend="cuda")[0]
+    want = gumbel_lookup(logits, codebook, 1.0, seed=1, backend="reference")[0]
+    torch.testing.assert_close(got, want)
+    gradients = [torch.autograd.grad(latents.square().sum(), codebook)[0] for latents in (got, want)]
+    torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("versions", "said"),
+    [
+        ((13000, 12090), "holds the runtime of CUDA 13, the driver here supports CUDA 12.9: update the driver"),
+        ((13000, 13000), None),
+        ((13010, 13000), None),
+        ((12080, 13000), None),
+    ],
+)
+def test_a_driver_older_than_the_runtime_is_told(
+    fresh: pytest.MonkeyPatch, tmp_path: Any, versions: tuple[int, int], said: str | None
+) -> None:
+    fresh.setattr(cuda_library, "LIBRARY", tmp_path / "_cuda.so")
+    cuda_library.LIBRARY.touch()
+    fresh.setattr(cuda_library, "_versions", lambda: versions)
+    fresh.setattr(torch.ops, "load_library", lambda path: None)
+    reason = cuda_library.refuse(GPU, torch.float32, (torch.float32,))
+    assert reason is None if said is None else said in (reason or "")
+
+
+def test_amd_gpus_are_refused_by_name(fresh: pytest.MonkeyPatch) -> None:
+    triton_common = pytest.importorskip("dalle_kernels.backends.triton_common")
+    fresh.setattr(torch.version, "hip", "6.4.1")
+    fresh.setattr(triton_common, "INTERPRETED", False)
+    said = "made for NVIDIA GPUs, this torch for AMD's (ROCm 6.4.1)"
+    assert said in (cuda_library.refuse(GPU, torch.float32, (torch.float32,)) or "")
+    assert said in (triton_common.obstacle(GPU, torch.float32) or "")
