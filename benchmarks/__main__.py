@@ -1,4 +1,4 @@
-"""`python -m benchmarks attention --quick`: see `python -m benchmarks --help`."""
+"""`python -m benchmarks run attention --quick`: see `python -m benchmarks --help`."""
 
 from __future__ import annotations
 
@@ -10,10 +10,17 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.choice import PATTERNS, Choice
-from benchmarks.harness import DTYPES, Bench, Cell, Options, Recorder, default_output, dtype_name, limit_memory
+from benchmarks.harness import DTYPES, Bench, Cell, Options, Recorder, default_output, limit_memory
+from benchmarks.suites.choice import PATTERNS, Choice
 
 SUITES = ("attention", "decode", "codebook", "sampling", "training", "generation", "integrations")
+TOOLS = {
+    "report": ("benchmarks.report", "plots and tables from the committed results"),
+    "aot": ("benchmarks.aot", "compile the Triton kernels ahead of time and compare with the committed table"),
+    "tune": ("benchmarks.tune", "measure launch settings on the GPU that is here"),
+    "host": ("benchmarks.triton_host", "host time of the Triton backends, launches left out"),
+    "cuda": ("benchmarks.cuda_build", "what the compiler makes of the CUDA kernels"),
+}
 
 
 def _numbers(text: str) -> tuple[int, ...]:
@@ -24,32 +31,40 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description="Times the operations beside their competitors; every row's answer is checked first.",
+        epilog="`pytest benchmarks/ --benchmark-only` runs the quick cells through pytest-benchmark: a group a cell, a "
+        "benchmark a contender.",
     )
-    parser.add_argument("suite", choices=(*SUITES, "cpu", "report"))
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run", help="measure a suite")
+    run.add_argument("suite", choices=(*SUITES, "cpu"))
     default = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=default, type=torch.device)
-    parser.add_argument("--grid", type=_numbers, default=(), metavar="N,...", help="sides of the image grid")
-    parser.add_argument("--text", type=_numbers, default=(), metavar="N,...", help="text tokens")
-    parser.add_argument("--dtype", default="", metavar="fp32,bf16,fp16")
-    parser.add_argument("--pattern", default="", metavar=",".join(PATTERNS))
-    parser.add_argument("--only", default="", metavar="NAME;...", help="these contenders beside ours")
-    parser.add_argument("--quick", action="store_true", help="a few cells: under two minutes on a CPU")
-    parser.add_argument("--dry-run", action="store_true", help="list the cells and stop")
-    parser.add_argument("--seconds", type=float, help="how long the rounds of one cell may take together")
-    parser.add_argument("--output", type=Path, help="JSON lines to append to, instead of benchmarks/results/")
-    parser.add_argument("--part", default="", metavar="NAME,...", help="of `cpu`: these parts of its table")
-    parser.add_argument("--against", metavar="REV", help="time this revision and REV in turn and print the ratios")
+    run.add_argument("--device", default=default, type=torch.device)
+    run.add_argument("--grid", type=_numbers, default=(), metavar="N,...", help="sides of the image grid")
+    run.add_argument("--text", type=_numbers, default=(), metavar="N,...", help="text tokens")
+    run.add_argument("--dtype", default="", metavar="fp32,bf16,fp16")
+    run.add_argument("--pattern", default="", metavar=",".join(PATTERNS))
+    run.add_argument("--only", default="", metavar="NAME;...", help="these contenders beside ours")
+    run.add_argument("--quick", action="store_true", help="a few cells: under two minutes on a CPU")
+    run.add_argument("--dry-run", action="store_true", help="list the cells and stop")
+    run.add_argument("--seconds", type=float, help="how long the rounds of one cell may take together")
+    run.add_argument("--output", type=Path, help="JSON lines to append to, instead of benchmarks/results/")
+    run.add_argument("--part", default="", metavar="NAME,...", help="of `cpu`: these parts of its table")
+    run.add_argument("--against", metavar="REV", help="time this revision and REV in turn and print the ratios")
+    for name, (_, purpose) in TOOLS.items():
+        commands.add_parser(name, help=purpose, add_help=False)
     return parser
 
 
 def cells_of(suite: str, choice: Choice) -> list[Cell]:
     """The cells of one suite."""
-    return importlib.import_module(f"benchmarks.{suite}").cells(choice)
+    return importlib.import_module(f"benchmarks.suites.{suite}").cells(choice)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments and arguments[0] in TOOLS:
+        return importlib.import_module(TOOLS[arguments[0]][0]).main(arguments[1:])
     parser = _parser()
     asked = parser.parse_args(arguments)
     for option, given, known in (("--dtype", asked.dtype, DTYPES), ("--pattern", asked.pattern, PATTERNS)):
@@ -58,17 +73,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 parser.error(f"{option}: got {name!r}, wanted one of {', '.join(known)}")
     if asked.device.type == "cuda" and not torch.cuda.is_available():
         parser.error("--device: got cuda, but this torch sees no CUDA device")
-    if asked.suite == "report":
-        from benchmarks import report
-
-        return report.main()
     if asked.against:
         from benchmarks import against
 
         return against.main(asked.against, asked.suite, arguments)
     output = asked.output or default_output(asked.device)
     if asked.suite == "cpu":
-        from benchmarks import cpu
+        from benchmarks.suites import cpu
 
         return cpu.main(output, tuple(filter(None, asked.part.split(","))), asked.dry_run)
     choice = Choice(
@@ -90,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = Options(asked.device, seconds, 5.0 if asked.quick else 30.0, only)
     bench = Bench(options, Recorder(output), command=asked.suite)
     try:
-        bench.begin(sorted({cell.dtype for cell in cells}, key=dtype_name))
+        bench.begin()
         bench.run(cells)
     except KeyboardInterrupt:
         return 130

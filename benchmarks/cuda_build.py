@@ -7,6 +7,7 @@ Triton's package), no GPU. tests/cuda/test_build.py compares a fresh build with 
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -86,7 +87,8 @@ def collect(library: Path) -> dict[str, Any]:
     return {"nvcc": build_cuda.nvcc_version(nvcc), "kernels": kernels}
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> int:
+    argparse.ArgumentParser(description=__doc__.split("\n", 1)[0]).parse_args(arguments)
     library = ROOT / "build" / "cuda" / "_cuda.so"
     library.parent.mkdir(parents=True, exist_ok=True)
     lines = []
@@ -99,7 +101,8 @@ def main() -> None:
     temporary.write_text(text)
     os.replace(temporary, TABLE)
     print(f"{TABLE.relative_to(ROOT)}: {len(lines)} kernels")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -42,7 +42,7 @@ stage() {
 bench() { # bench NAME LONGEST ARGUMENTS...
   local name="$1" longest="$2"
   shift 2
-  stage "bench-$name" "$longest" "$python" -m benchmarks "$@" --device cuda --output "$out/results.jsonl"
+  stage "bench-$name" "$longest" "$python" -m benchmarks run "$@" --device cuda --output "$out/results.jsonl"
 }
 
 : >"$out/stages.txt"

@@ -1,41 +1,119 @@
-"""`python -m benchmarks report`: from the committed results to plots and to README's section.
+"""`python -m benchmarks report`: from the committed results to plots, a page of tables and README's headline rows.
 
 Of every cell and contender the newest row counts, per machine. Nothing is measured here.
 """
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
-from benchmarks import cpu
 from benchmarks.harness import RESULTS, ROOT, label, read_records, slug
+from benchmarks.suites import cpu
 
 START, END = "<!-- benchmarks:start -->", "<!-- benchmarks:end -->"
-PLOTS = RESULTS / "plots"
+PAGE = "README.md"  # beside the results
 OURS = "dalle_kernels"
 Record = dict[str, Any]
 
+# README's rows: what a reader asks first, in words, by the suite and what its case must hold.
+HEADLINES: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("attention, row, forward, fp32", "attention", {"pattern": "row", "grid": 32, "dtype": "fp32", "pass": "forward"}),
+    (
+        "attention, row, backward, fp32",
+        "attention",
+        {"pattern": "row", "grid": 32, "dtype": "fp32", "pass": "backward"},
+    ),
+    (
+        "attention, column, forward, bf16",
+        "attention",
+        {"pattern": "column", "grid": 32, "dtype": "bf16", "pass": "forward"},
+    ),
+    (
+        "attention, row over 64 x 64, fp32",
+        "attention",
+        {"pattern": "row", "grid": 64, "dtype": "fp32", "pass": "forward"},
+    ),
+    (
+        "Gumbel lookup, forward + backward",
+        "codebook",
+        {"operation": "gumbel_lookup", "dtype": "fp32", "pass": "forward + backward"},
+    ),
+    ("decoding, row, 8 sequences", "decode", {"pattern": "row", "grid": 32, "dtype": "fp32", "batch": 8}),
+    ("a training step of the reference model", "training", {}),
+    ("sampling with the reference model", "generation", {}),
+)
 
-def main(results: Path = RESULTS, readme: Path = ROOT / "README.md") -> int:
-    """Draws the plots beside the results and rewrites what stands between README's markers."""
+
+def main(arguments: Sequence[str] | None = None, results: Path = RESULTS, readme: Path = ROOT / "README.md") -> int:
+    """Draws the plots and writes the page beside the results, and README's rows between its markers."""
+    argparse.ArgumentParser(prog="python -m benchmarks report", description=__doc__.split("\n", 1)[0]).parse_args(
+        arguments
+    )
     machines = by_machine(read_records(sorted(results.glob("*.jsonl"))))
     if not machines:
         print(f"no results in {results.relative_to(ROOT) if results.is_relative_to(ROOT) else results}")
         return 1
-    lines: list[str] = []
-    for name, records in machines.items():
-        lines += section(name, records, results / "plots", readme.parent)
     text = readme.read_text()
     if START not in text or END not in text:
         print(f"README has no {START} and {END} to write between")
         return 1
+    lines = ["# Measured", "", "Written by `python -m benchmarks report` from the files beside this one.", ""]
+    for name, records in machines.items():
+        lines += section(name, records, results / "plots")
+    _write(results / PAGE, "\n".join(lines).rstrip() + "\n")
     before, _, rest = text.partition(START)
     _, _, after = rest.partition(END)
-    _write(readme, f"{before}{START}\n" + "\n".join(lines).rstrip() + f"\n{END}{after}")
-    print("\n".join(lines))
+    short = headlines(newest(machines))
+    _write(readme, f"{before}{START}\n" + "\n".join(short).rstrip() + f"\n{END}{after}")
+    print("\n".join(short))
     return 0
+
+
+def newest(machines: dict[str, list[Record]]) -> list[Record]:
+    """The records of the latest commit that was measured without uncommitted changes, of the machine that has them."""
+    everything = [record for records in machines.values() for record in records]
+    clean = [record for record in everything if not record["facts"]["commit"].endswith("+")] or everything
+    last = max(clean, key=lambda record: record["run"])["facts"]
+    same = (last["commit"], label(last["machine"]))
+    return [r for r in clean if (r["facts"]["commit"], label(r["facts"]["machine"])) == same]
+
+
+def headlines(records: Sequence[Record]) -> list[str]:
+    """README's rows."""
+    facts = records[-1]["facts"]
+    rows = latest((record for record in records if record["kind"] == "row"), _case_key)
+    lines = [
+        f"{label(facts['machine'])}, {facts['machine']['cores']} cores, torch {facts['versions']['torch']}, commit "
+        f"{facts['commit']}; medians of interleaved runs, every answer checked first, times as long as ours:",
+        "",
+        "| | ours, ms | share of the machine's rate | others |",
+        "|---|---|---|---|",
+    ]
+    for title, suite, wanted in HEADLINES:
+        group = [
+            row
+            for row in rows
+            if row["suite"] == suite and row["status"] == "ok" and wanted.items() <= row["case"].items()
+        ]
+        ours = next((row for row in group if row["contender"].split(",")[0] == OURS), None)
+        if ours is None:
+            continue
+        others = [row for row in group if row is not ours and row["case"] == ours["case"] and "ratio" in row]
+        named = "; ".join(f"{row['contender']} {row['ratio']:.3g}x{_unfit(row)}" for row in others[:4])
+        share = f"{ours['ceiling_fraction']:.0%} of {ours['ceiling']}" if "ceiling" in ours else ""
+        lines.append(f"| {title} | {ours['ms']:.3g} | {share} | {named} |")
+    return lines
+
+
+def _unfit(row: Record) -> str:
+    """Says of a competitor in bf16 that the processor does not multiply it: a path that nobody would take."""
+    set_ = row["facts"]["machine"].get("instruction_set")
+    emulated = row["case"].get("dtype") == "bf16" and set_ in ("avx2", "avx512")
+    return " (bf16 without its instructions)" if emulated else ""
 
 
 def by_machine(records: Iterable[Record]) -> dict[str, list[Record]]:
@@ -60,8 +138,8 @@ def _case_key(record: Record) -> tuple[Any, ...]:
     return record["suite"], tuple(sorted(record["case"].items())), record["contender"]
 
 
-def section(machine: str, records: Sequence[Record], plots: Path, root: Path) -> list[str]:
-    """One machine's part of README."""
+def section(machine: str, records: Sequence[Record], plots: Path) -> list[str]:
+    """One machine's part of the page beside the results."""
     rows = latest((record for record in records if record["kind"] == "row"), _case_key)
     aims = latest((r for r in records if r["kind"] == "cpu"), lambda r: (r["case"], r["against"]))
     facts = records[-1]["facts"]
@@ -70,14 +148,14 @@ def section(machine: str, records: Sequence[Record], plots: Path, root: Path) ->
         f"{facts['machine']['cores']} cores" if "cpu family" in facts["machine"] else "",
         f"torch {facts['versions']['torch']}",
     ]
-    lines = [f"**{machine}** ({', '.join(filter(None, details))}), measured at {commits}."]
-    ceilings = ", ".join(
-        f"{name} {rate:.3g} {'GB/s' if name == 'copy' else 'TFLOP/s'}" for name, rate in facts["ceilings"].items()
-    )
-    lines += [
-        f"Medians of interleaved runs; every answer was checked first. Ceilings measured beside them: {ceilings}.",
-        "",
-    ]
+    lines = [f"## {machine}", "", f"{', '.join(filter(None, details))}, measured at {commits}."]
+    lines += [f"Medians of interleaved runs; every answer was checked first.{_ceilings(rows)}", ""]
+    if facts["machine"].get("instruction_set") in ("avx2", "avx512"):
+        lines += [
+            "This processor has no instructions for products of bfloat16: torch's run hundreds of times slower than"
+            " float32's, and nobody would take that path. Ratios to it say that ours can be used, not more.",
+            "",
+        ]
     if aims:
         lines += [
             "How many times as long the other takes, with the aim beside it, bold where it is missed."
@@ -96,9 +174,21 @@ def section(machine: str, records: Sequence[Record], plots: Path, root: Path) ->
         figure = draw(rows, machine)
         if figure is not None:
             _save(figure, plots / f"{slug(machine)}-{name}")
-            path = (plots / f"{slug(machine)}-{name}").relative_to(root) if plots.is_relative_to(root) else plots / name
+            path = f"{plots.name}/{slug(machine)}-{name}"
             lines += [f"[![{title}, {machine}]({path}.png)]({path}.svg)", ""]
     return lines
+
+
+def _ceilings(rows: Sequence[Record]) -> str:
+    """The medians of what was measured beside the cells, by kind."""
+    rates: dict[str, list[float]] = {}
+    for row in rows:
+        if "ceiling" in row:
+            rates.setdefault(row["ceiling"], []).append(row["ceiling_rate"])
+    if not rates:
+        return ""
+    said = (f"{name} {median(taken):.3g} {'GB/s' if name == 'copy' else 'TFLOP/s'}" for name, taken in rates.items())
+    return f" Ceilings beside them (medians over the cells): {', '.join(said)}."
 
 
 def operation_table(rows: Sequence[Record]) -> list[str]:

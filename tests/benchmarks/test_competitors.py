@@ -8,22 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.attention import dense_attention
-from benchmarks.competitors import (
-    Attention,
-    Decode,
-    Lookup,
-    Problem,
-    attention_competitors,
-    decode_competitors,
-    gumbel_competitors,
-    laplace_competitors,
-    linear_cross_entropies,
-    mask_mod,
-    sampling_competitors,
-    vq_competitors,
-)
+from benchmarks.competitors.adapter import Lookup, Problem
+from benchmarks.competitors.attention import Attention, attention_competitors, mask_mod
+from benchmarks.competitors.codebook import gumbel_competitors, laplace_competitors, vq_competitors
+from benchmarks.competitors.cross_entropy import linear_cross_entropies
+from benchmarks.competitors.decode import Decode, decode_competitors
+from benchmarks.competitors.sampling import sampling_competitors
 from benchmarks.harness import UnavailableError
+from benchmarks.suites.attention import dense_attention
 from dalle_kernels import (
     AxialRow,
     Causal,

@@ -13,10 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import against, codebook, cpu, decode, report, sampling
+from benchmarks import against, report
 from benchmarks.__main__ import SUITES, cells_of, main
-from benchmarks.attention import cell as attention_cell
-from benchmarks.choice import Choice
 from benchmarks.harness import (
     ROOT,
     Bench,
@@ -32,6 +30,9 @@ from benchmarks.harness import (
     quantile,
     read_records,
 )
+from benchmarks.suites import codebook, cpu, decode, sampling
+from benchmarks.suites.attention import cell as attention_cell
+from benchmarks.suites.choice import Choice
 from dalle_kernels import Row, TokenLayout, sparse_attention
 
 CPU = torch.device("cpu")
@@ -49,7 +50,6 @@ def cell_of(*contenders: Contender, series: str = "") -> Cell:
 def run(*cells: Cell, options: Options = OPTIONS, path: Path | None = None) -> tuple[list[dict[str, Any]], list[str]]:
     said: list[str] = []
     bench = Bench(options, Recorder(path), say=said.append)
-    bench.ceilings = {"gemm fp32": 1.0, "copy": 1.0}
     return bench.run(cells), said
 
 
@@ -146,9 +146,9 @@ def test_peak_memory_sees_what_is_freed_again() -> None:
 
 @pytest.mark.parametrize("suite", SUITES)
 def test_every_suite_lists_its_cells(suite: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([suite, "--dry-run", "--device", "cpu"]) == 0
+    assert main(["run", suite, "--dry-run", "--device", "cpu"]) == 0
     everything = capsys.readouterr().out.splitlines()
-    assert main([suite, "--dry-run", "--quick", "--device", "cpu"]) == 0
+    assert main(["run", suite, "--dry-run", "--quick", "--device", "cpu"]) == 0
     quick = capsys.readouterr().out.splitlines()
     assert 1 <= len(quick) <= len(everything)
     assert len(cells_of(suite, Choice(CPU))) == len(everything)
@@ -156,13 +156,16 @@ def test_every_suite_lists_its_cells(suite: str, capsys: pytest.CaptureFixture[s
 
 def test_the_grid_of_cells_follows_the_options(capsys: pytest.CaptureFixture[str]) -> None:
     wishes = ["--grid", "16,32", "--text", "0,64", "--dtype", "bf16", "--pattern", "row"]
-    main(["attention", "--dry-run", "--device", "cpu", *wishes])
+    main(["run", "attention", "--dry-run", "--device", "cpu", *wishes])
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 * 2 * 2
     assert all("pattern row" in line and "dtype bf16" in line for line in lines)
 
 
-@pytest.mark.parametrize("words", [["attention", "--dtype", "fp8"], ["attention", "--pattern", "spiral"], ["chess"]])
+@pytest.mark.parametrize(
+    "words",
+    [["run", "attention", "--dtype", "fp8"], ["run", "attention", "--pattern", "spiral"], ["run", "chess"], ["chess"]],
+)
 def test_bad_options_are_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(words)
@@ -194,7 +197,7 @@ def test_ours_passes_the_benchmark_s_check(cell: Cell) -> None:
 
 
 def test_the_check_catches_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    from benchmarks import attention
+    from benchmarks.suites import attention
 
     right = attention.sparse_attention
     monkeypatch.setattr(attention, "sparse_attention", lambda *args, **named: right(*args, **named) * 1.1)
@@ -203,7 +206,7 @@ def test_the_check_catches_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_whole_models_agree_with_the_same_models_on_sdpa() -> None:
-    from benchmarks import generation, training
+    from benchmarks.suites import generation, training
 
     cells = [
         training.cell(CPU, 8, 4, torch.float32, layers=2, heads=2),
@@ -220,8 +223,8 @@ def test_whole_models_agree_with_the_same_models_on_sdpa() -> None:
 
 
 def test_peers_agree_before_and_after() -> None:
-    from benchmarks import integrations as peers
-    from benchmarks import integrations_rudalle, integrations_transformers
+    from benchmarks.suites import integrations as peers
+    from benchmarks.suites import integrations_rudalle, integrations_transformers
 
     sizes = {"grid": 4, "text": 8, "hidden": 64}
     cells = [
@@ -247,7 +250,7 @@ def test_the_table_of_aims() -> None:
         cpu._entry("gumbel", "eager", {"contender": "eager", "ms": 200.0}, {"ms": 10.0}, 22.0),
     ]
     text = "\n".join(cpu.table(rows))
-    assert "| row | 2 | 6x (target 6x) [**2.5x** (target 3x)] | - |" in text
+    assert "| row | 2 | - | 6x (target 6x) [**2.5x** (target 3x)] | - |" in text
     assert "| gumbel | eager | 10 | **20x** (target 22x) |" in text
 
 
@@ -268,7 +271,6 @@ def _results(folder: Path) -> None:
             "machine": {"name": "Test CPU", "cores": 2, "cpu family": "1"},
             "versions": {"torch": "2"},
             "commit": "abc",
-            "ceilings": {"gemm fp32": 0.5, "copy": 20.0},
         }
     ]
     for grid in (16, 32, 64):
@@ -276,29 +278,64 @@ def _results(folder: Path) -> None:
             case = {"pattern": "row", "grid": grid, "text": 256, "batch": 1, "heads": 2, "width": 64}
             case |= {"dtype": "fp32", "pass": "forward"}
             row = {"kind": "row", "run": "r1", "suite": "attention", "case": case, "contender": contender}
+            row |= {"ceiling": "gemm fp32", "ceiling_rate": 0.3, "ceiling_fraction": 0.5}
             records.append(row | {"status": "ok", "ms": grid * ratio, "ratio": ratio, "peak_bytes": 1000 * grid})
     theirs = {"contender": "eager", "ms": 200.0}
     records.append({"kind": "cpu", "run": "r1"} | cpu._entry("gumbel", "eager", theirs, {"ms": 10.0}, 22.0))
     Recorder(folder / "test.jsonl").add(records)
 
 
-def test_the_report_writes_plots_and_readme(tmp_path: Path) -> None:
+def test_the_report_writes_plots_a_page_and_readme_s_rows(tmp_path: Path) -> None:
     results, readme = tmp_path / "results", tmp_path / "README.md"
     _results(results)
     readme.write_text(f"before\n{report.START}\nstale\n{report.END}\nafter\n")
-    assert report.main(results, readme) == 0
-    first = readme.read_text()
-    assert first.startswith(f"before\n{report.START}\n**Test CPU**")
+    assert report.main([], results, readme) == 0
+    first, page = readme.read_text(), (results / report.PAGE).read_text()
+    assert first.startswith(f"before\n{report.START}\nTest CPU, 2 cores, torch 2, commit abc;")
     assert first.endswith(f"{report.END}\nafter\n")
     assert "stale" not in first
-    assert "**20x** (target 22x)" in first
+    assert "| attention, row, forward, fp32 | 32 | 50% of gemm fp32 | SDPA causal (flash) 4x |" in first
+    assert "## Test CPU" in page
+    assert "**20x** (target 22x)" in page
+    assert "gemm fp32 0.3 TFLOP/s" in page
     for name in ("scaling", "memory", "ratios"):
-        assert f"results/plots/test-cpu-{name}.png" in first
+        assert f"(plots/test-cpu-{name}.svg)" in page
         assert (results / "plots" / f"test-cpu-{name}.png").stat().st_size > 5000
     drawn = (results / "plots" / "test-cpu-scaling.svg").read_bytes()
-    assert report.main(results, readme) == 0
-    assert readme.read_text() == first
+    assert report.main([], results, readme) == 0
+    assert (readme.read_text(), (results / report.PAGE).read_text()) == (first, page)
     assert (results / "plots" / "test-cpu-scaling.svg").read_bytes() == drawn
+
+
+def test_readme_s_rows_come_from_one_clean_commit() -> None:
+    def record(run: str, commit: str, machine: str = "a") -> dict[str, Any]:
+        return {"run": run, "kind": "row", "facts": {"run": run, "commit": commit, "machine": {"name": machine}}}
+
+    records = [record("1", "old"), record("2", "clean"), record("3", "clean"), record("4", "dirty+")]
+    assert report.newest({"a": records, "b": [record("2", "clean", "b")]}) == records[1:3]
+
+
+def test_competitors_in_bf16_without_its_instructions_are_marked() -> None:
+    for instructions, marked in (("avx2", True), ("avx512", True), ("avx512_bf16", False)):
+        facts = {"machine": {"instruction_set": instructions}}
+        assert bool(report._unfit({"case": {"dtype": "bf16"}, "facts": facts})) is marked
+        assert report._unfit({"case": {"dtype": "fp32"}, "facts": facts}) == ""
+
+
+def test_aims_hold_where_the_processor_has_the_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+    for instructions, fp32, bf16 in (("avx2", None, None), ("avx512", 6, None), ("avx512_bf16", 6, 6)):
+        monkeypatch.setattr(cpu.native, "instruction_set", lambda found=instructions: found)
+        assert cpu._aim(6, "fp32") == fp32
+        assert cpu._aim(6, "bf16") == bf16
+
+
+def test_progress_counts_the_cells_of_the_whole_run(capsys: pytest.CaptureFixture[str]) -> None:
+    bench = Bench(OPTIONS, Recorder(None), say=lambda _: None)
+    bench.expect(3)
+    for _ in range(3):
+        bench.run([cell_of(Contender("ours", trial))])
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split("]")[0].split(",")[0].lstrip("[") for line in lines] == ["1/3", "2/3", "3/3"]
 
 
 def test_gpu_sh_reads_as_bash_and_says_what_it_wants() -> None:

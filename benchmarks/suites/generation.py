@@ -9,9 +9,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks.choice import Choice
 from benchmarks.harness import Cell, Check, Contender, Trial, Work, dtype_name
-from benchmarks.models import attention_by, decoding_by_sdpa, sdpa_masked
+from benchmarks.suites.choice import Choice
+from benchmarks.suites.models import attention_by, decoding_by_sdpa, sdpa_masked
 
 
 def cells(choice: Choice) -> list[Cell]:

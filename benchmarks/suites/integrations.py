@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks import integrations_rudalle, integrations_transformers
-from benchmarks.choice import Choice
 from benchmarks.harness import Cell, Check, Contender, Trial, UnavailableError, Work, dtype_name
+from benchmarks.suites import integrations_rudalle, integrations_transformers
+from benchmarks.suites.choice import Choice
 
 OURS = "dalle_kernels"
 LENGTH_OF_TEXT = 256

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.choice import Choice
-from benchmarks.competitors import Lookup, Made, gumbel_competitors, laplace_competitors, vq_competitors
+from benchmarks.competitors.adapter import Lookup, Made
+from benchmarks.competitors.codebook import gumbel_competitors, laplace_competitors, vq_competitors
 from benchmarks.harness import Cell, Check, Contender, Trial, Work, copies_beyond_cache, dtype_name
+from benchmarks.suites.choice import Choice
 from dalle_kernels import gumbel_lookup, logit_laplace_nll, vq_lookup
 from dalle_kernels.noise import GUMBEL_STREAM, gumbel_noise
 

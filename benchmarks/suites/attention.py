@@ -9,9 +9,10 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
-from benchmarks.choice import Choice, pattern_of
-from benchmarks.competitors import Attention, Made, Problem, attention_competitors
+from benchmarks.competitors.adapter import Made, Problem
+from benchmarks.competitors.attention import Attention, attention_competitors
 from benchmarks.harness import Cell, Check, Contender, Trial, Work, copies_beyond_cache, dtype_name
+from benchmarks.suites.choice import Choice, pattern_of
 from dalle_kernels import Pattern, sparse_attention
 from dalle_kernels.attention.op import OPERATION
 from dalle_kernels.backends.choice import Call

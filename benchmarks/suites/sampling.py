@@ -8,9 +8,10 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor
 
-from benchmarks.choice import Choice
-from benchmarks.competitors import Lookup, Made, sampling_competitors
+from benchmarks.competitors.adapter import Lookup, Made
+from benchmarks.competitors.sampling import sampling_competitors
 from benchmarks.harness import Cell, Check, Contender, Trial, Work, copies_beyond_cache, dtype_name
+from benchmarks.suites.choice import Choice
 from dalle_kernels import sample_tokens
 from dalle_kernels.noise import SAMPLING_STREAM, gumbel_noise
 

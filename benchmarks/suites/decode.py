@@ -8,9 +8,10 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor
 
-from benchmarks.choice import Choice, pattern_of
-from benchmarks.competitors import Decode, Made, Problem, decode_competitors
+from benchmarks.competitors.adapter import Made, Problem
+from benchmarks.competitors.decode import Decode, decode_competitors
 from benchmarks.harness import Cell, Check, Contender, Trial, Work, copies_beyond_cache, dtype_name
+from benchmarks.suites.choice import Choice, pattern_of
 from dalle_kernels import Causal, KVCache, decode_attention
 
 YARDSTICK = "copying the visible keys and values"

@@ -1,10 +1,4 @@
-"""What else computes the same: one adapter per competitor, each at its best setting.
-
-An adapter's `make` prepares everything that a user would prepare once (masks, compiled functions, modules) and returns
-a plain function of the input. It raises `UnavailableError`, with the reason, where the competitor cannot run. Adapters
-that need a GPU are written against the documented interface of their project and marked "GPU:"; no machine that this
-was written on could run them.
-"""
+"""What else computes sparse attention, or the dense attention that a model without patterns would."""
 
 from __future__ import annotations
 
@@ -12,7 +6,7 @@ import importlib
 import importlib.util
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from types import ModuleType
 from typing import Any
@@ -23,57 +17,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+from benchmarks.competitors.adapter import Made, Problem, imported, needs_gpu
 from benchmarks.harness import UnavailableError
 from dalle_kernels import AxialRow, Causal, Column, Convolution, Pattern, Row, TokenLayout
 from dalle_kernels.patterns.schedule import schedule_for
-
-# Adapters compile one function body for many masks: each is a graph of its own, not a recompilation to warn of.
-torch._dynamo.config.recompile_limit = 64
-torch._dynamo.config.accumulated_recompile_limit = 1024
-
-
-def _imported(name: str) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise UnavailableError(f"{name} cannot be imported: {str(error).splitlines()[0]}") from error
-
-
-def _needs_gpu(device: torch.device) -> None:
-    if device.type != "cuda":
-        raise UnavailableError("it needs a CUDA device")
-
-
-# --- Attention --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One attention: a pattern, and tensors [batch, heads, pattern.length, width] of a dtype on a device."""
-
-    pattern: Pattern
-    batch: int
-    heads: int
-    width: int
-    dtype: torch.dtype
-    device: torch.device
-    backward: bool = False
-
-    @property
-    def layout(self) -> TokenLayout:
-        """The text and grid of the pattern; UnavailableError for a pattern over a plain sequence."""
-        layout = self.pattern.layout_or_none
-        if layout is None:
-            raise UnavailableError("it is written for text and an image grid")
-        return layout
-
-
-@dataclass
-class Made:
-    """A prepared competitor: a function of its input, and figures for the row."""
-
-    function: Callable[..., Any]
-    notes: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -218,8 +165,8 @@ def _flex(problem: Problem, block: int, permuted: bool, kernel: str | None = Non
         raise UnavailableError("FlexAttention has no backward on the CPU")
     if kernel == "FLASH":
         # GPU: the FLASH kernel of FlexAttention is FlashAttention 4 with the mask_mod and the block-sparse tensors.
-        _needs_gpu(device)
-        _imported("flash_attn.cute")
+        needs_gpu(device)
+        imported("flash_attn.cute")
     order = None
     if permuted:
         order = schedule_for(pattern, (64, 64)).order.to(device).long()
@@ -458,10 +405,10 @@ def _merged(problem: Problem) -> Made:
 
 def _flash(problem: Problem, module: str) -> Made:
     """GPU: FlashAttention 2 (`flash_attn`), 3 (`flash_attn_interface`) and 4 (`flash_attn.cute`), [B, S, H, D]."""
-    _needs_gpu(problem.device)
+    needs_gpu(problem.device)
     if problem.dtype == torch.float32:
         raise UnavailableError("FlashAttention takes fp16 and bf16")
-    attend = _imported(module).flash_attn_func
+    attend = imported(module).flash_attn_func
 
     def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), causal=True)
@@ -472,7 +419,7 @@ def _flash(problem: Problem, module: str) -> Made:
 
 def _natten(problem: Problem) -> Made:
     """NATTEN's causal neighbourhoods with the text as additional keys; rows and columns are 1-D ones."""
-    natten = _imported("natten.functional")
+    natten = imported("natten.functional")
     if problem.backward and problem.device.type == "cpu":
         raise UnavailableError("NATTEN's CPU backend is FlexAttention, which has no backward on the CPU")
     layout, pattern = problem.layout, problem.pattern
@@ -513,7 +460,7 @@ def _dalle_pytorch_attention() -> ModuleType:
     if found is None or not found.submodule_search_locations:
         raise UnavailableError("dalle_pytorch cannot be imported: no module of that name")
     for needed in ("einops", "rotary_embedding_torch"):
-        _imported(needed)
+        imported(needed)
     source = f"{found.submodule_search_locations[0]}/attention.py"
     spec = importlib.util.spec_from_file_location("benchmarks._dalle_pytorch_attention", source)
     assert spec is not None
@@ -546,253 +493,5 @@ def _dalle_pytorch(problem: Problem) -> Made:
     def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         packed = torch.cat([x.transpose(1, 2).flatten(2) for x in (q, k, v)], -1)  # as one projection leaves them
         return module(packed).unflatten(-1, (problem.heads, problem.width)).transpose(1, 2)
-
-    return Made(function)
-
-
-# --- Decoding ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Decode:
-    """A competitor of `decode_attention` at one position: `make(problem, position)` gives a function of
-    (q, k, v [B, H, 1, D], keys, values [B, H, S, D] of the whole sequence) that writes the new key and attends."""
-
-    name: str
-    make: Callable[[Problem, int], Made]
-    dense: bool = False
-
-
-def decode_competitors() -> list[Decode]:
-    return [
-        Decode("SDPA over a full cache, masked", _decode_masked),
-        Decode("SDPA over gathered keys", _decode_gathered),
-        Decode("SDPA over a full cache, dense", _decode_dense, dense=True),
-        Decode("FlexAttention over a full cache", _decode_flex),
-    ]
-
-
-def _write(k: Tensor, v: Tensor, keys: Tensor, values: Tensor, position: int) -> None:
-    keys[:, :, position : position + 1] = k
-    values[:, :, position : position + 1] = v
-
-
-def _decode_masked(problem: Problem, position: int) -> Made:
-    seen = problem.pattern.mask()[position].to(problem.device)[None, None, None]
-
-    def function(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        _write(k, v, keys, values, position)
-        return F.scaled_dot_product_attention(q, keys, values, attn_mask=seen)
-
-    return Made(function)
-
-
-def _decode_gathered(problem: Problem, position: int) -> Made:
-    visible = problem.pattern.mask()[position].nonzero()[:, 0].to(problem.device)
-
-    def function(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        _write(k, v, keys, values, position)
-        return F.scaled_dot_product_attention(q, keys.index_select(2, visible), values.index_select(2, visible))
-
-    return Made(function)
-
-
-def _decode_dense(problem: Problem, position: int) -> Made:
-    def function(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        _write(k, v, keys, values, position)
-        return F.scaled_dot_product_attention(q, keys[:, :, : position + 1], values[:, :, : position + 1])
-
-    return Made(function)
-
-
-def _decode_flex(problem: Problem, position: int) -> Made:
-    length, device = problem.pattern.length, problem.device
-    rule = mask_mod(problem.pattern, device)
-
-    def here(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return rule(b, h, i + position, j)
-
-    start = time.perf_counter()
-    blocks = create_block_mask(here, None, None, 1, length, device=device.type)
-    notes = {"block_mask_ms": (time.perf_counter() - start) * 1e3}
-
-    def attend(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        return flex_attention(q, keys, values, block_mask=blocks)
-
-    compiled = torch.compile(attend, dynamic=False, fullgraph=True)
-
-    def function(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        _write(k, v, keys, values, position)
-        return compiled(q, keys, values)
-
-    return Made(function, notes)
-
-
-# --- Codebook ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Lookup:
-    """A competitor of a codebook operation: a function of the operation's tensors."""
-
-    name: str
-    make: Callable[[], Made]
-
-
-def gumbel_competitors() -> list[Lookup]:
-    """Functions (logits [N, K], codebook, temperature, hard, noise [N, K] or None) -> latents, indices, kl.
-
-    With None they draw the noise themselves, as torch.nn.functional.gumbel_softmax does; the tests and the check before
-    the timing hand them ours.
-    """
-    return [
-        Lookup("eager", lambda: Made(_gumbel)),
-        Lookup("compiled", lambda: Made(torch.compile(_gumbel, dynamic=False))),
-        Lookup("compiled, uniform noise", lambda: Made(torch.compile(_gumbel_uniform, dynamic=False))),
-    ]
-
-
-def _gumbel(
-    logits: Tensor, codebook: Tensor, temperature: float, hard: bool, noise: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    if noise is None:
-        noise = -torch.empty_like(logits).exponential_().log()
-    return _mixed(logits, codebook, temperature, hard, noise)
-
-
-def _gumbel_uniform(
-    logits: Tensor, codebook: Tensor, temperature: float, hard: bool, noise: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The same with noise that a compiler can fuse: exponential_ is a call of its own, rand is not."""
-    if noise is None:
-        noise = -torch.log(-torch.log(torch.rand_like(logits).clamp(1e-9, 1 - 6e-8)))
-    return _mixed(logits, codebook, temperature, hard, noise)
-
-
-def _mixed(
-    logits: Tensor, codebook: Tensor, temperature: float, hard: bool, noise: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    y = ((logits + noise) / temperature).softmax(-1)
-    indices = y.argmax(-1)
-    if hard:
-        y = torch.zeros_like(y).scatter_(-1, indices[:, None], 1.0) - y.detach() + y
-    log_p = logits.float().log_softmax(-1)
-    kl = (log_p.exp() * (log_p + torch.log(torch.tensor(float(logits.shape[-1]))))).sum(-1)
-    return y @ codebook, indices, kl
-
-
-def vq_competitors() -> list[Lookup]:
-    """Functions (features [N, D], codebook [K, D]) -> latents, indices, squared distance."""
-    return [
-        Lookup("eager, expanded squares", lambda: Made(_vq)),
-        Lookup("compiled, expanded squares", lambda: Made(torch.compile(_vq, dynamic=False))),
-        Lookup("eager, cdist", lambda: Made(_vq_cdist)),
-    ]
-
-
-def _vq(features: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    with torch.no_grad():
-        indices = (codebook.square().sum(-1) - 2 * features @ codebook.mT).argmin(-1)
-    return _straight_through(features, codebook, indices)
-
-
-def _vq_cdist(features: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    if features.dtype != torch.float32:
-        features, codebook = features.float(), codebook.float()
-    with torch.no_grad():
-        indices = torch.cdist(features, codebook).argmin(-1)
-    return _straight_through(features, codebook, indices)
-
-
-def _straight_through(features: Tensor, codebook: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    nearest = F.embedding(indices, codebook)
-    squared_distance = (features - nearest).float().square().sum(-1)
-    return features + (nearest - features).detach(), indices, squared_distance
-
-
-def laplace_competitors() -> list[Lookup]:
-    """Functions (pixels, mu, log_b) -> the logit-Laplace negative log-likelihood."""
-    return [
-        Lookup("eager", lambda: Made(_laplace)),
-        Lookup("compiled", lambda: Made(torch.compile(_laplace, dynamic=False))),
-    ]
-
-
-def _laplace(pixels: Tensor, mu: Tensor, log_b: Tensor) -> Tensor:
-    logit = torch.logit(pixels)
-    return torch.log(2 * pixels * (1 - pixels)) + log_b + (logit - mu).abs() * torch.exp(-log_b)
-
-
-# --- Sampling ---------------------------------------------------------------------------------------------------------
-
-
-def sampling_competitors() -> list[Lookup]:
-    """Functions (logits [B, V], unconditional or None, guidance, temperature, top_k or None, top_p or None, noise
-    [B, V] or None) -> int64 [B]. With None they draw by multinomial, as samplers do; with ours, by Gumbel-argmax."""
-    return [
-        Lookup("eager, full sort", lambda: Made(_sample)),
-        Lookup("compiled, full sort", lambda: Made(torch.compile(_sample, dynamic=False))),
-    ]
-
-
-def _sample(
-    logits: Tensor,
-    unconditional: Tensor | None,
-    guidance: float,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    noise: Tensor | None = None,
-) -> Tensor:
-    logits = logits.float()
-    if unconditional is not None:
-        logits = unconditional.float() + guidance * (logits - unconditional.float())
-    logits = logits / temperature
-    if top_k is not None:
-        smallest = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-        logits = logits.masked_fill(logits < smallest, -torch.inf)
-    if top_p is not None:
-        descending, index = logits.sort(descending=True)
-        p = descending.softmax(-1)
-        drop = (p.cumsum(-1) - p) >= top_p
-        logits = logits.masked_fill(torch.zeros_like(drop).scatter_(-1, index, drop), -torch.inf)
-    if noise is not None:
-        return (logits + noise).argmax(-1)
-    return logits.softmax(-1).multinomial(1)[:, 0]
-
-
-# --- The loss of a whole model ----------------------------------------------------------------------------------------
-
-
-def linear_cross_entropies() -> list[Lookup]:
-    """Functions (hidden [N, E], weight [V, E], bias [V], targets [N]) -> mean cross-entropy.
-
-    No operation of ours competes with them: they are what the loss of a model can be computed with around ours.
-    """
-    return [
-        Lookup("cut-cross-entropy", _cut_cross_entropy),
-        Lookup("Liger fused linear cross-entropy", _liger),
-    ]
-
-
-def _cut_cross_entropy() -> Made:
-    """GPU: Apple's kernel; it takes no bias, which rides along as one more feature."""
-    _needs_gpu(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    loss = _imported("cut_cross_entropy").linear_cross_entropy
-
-    def function(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
-        ones = hidden.new_ones(hidden.shape[0], 1)
-        return loss(torch.cat([hidden, ones], 1), torch.cat([weight, bias[:, None]], 1), targets)
-
-    return Made(function)
-
-
-def _liger() -> Made:
-    """GPU: Liger's loss module, called (weight, input, targets, bias)."""
-    _needs_gpu(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    loss = _imported("liger_kernel.transformers").LigerFusedLinearCrossEntropyLoss()
-
-    def function(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
-        return loss(weight, hidden, targets, bias)
 
     return Made(function)

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.choice import Choice
-from benchmarks.competitors import Lookup, linear_cross_entropies
+from benchmarks.competitors.adapter import Lookup
+from benchmarks.competitors.cross_entropy import linear_cross_entropies
 from benchmarks.harness import Cell, Check, Contender, Trial, Work, dtype_name
-from benchmarks.models import attention_by, nothing, sdpa_causal, sdpa_masked
+from benchmarks.suites.choice import Choice
+from benchmarks.suites.models import attention_by, nothing, sdpa_causal, sdpa_masked
 
 
 def cells(choice: Choice) -> list[Cell]:

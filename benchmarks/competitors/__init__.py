@@ -1,0 +1,1 @@
+"""What else computes the same, a file a room; see `adapter`."""

@@ -1,0 +1,1 @@
+"""What is measured: a module a suite, each with `cells(choice)`."""
