@@ -59,9 +59,10 @@ struct OnlineSoftmax {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       l[half] = sum_of_quad(l[half]);
-      inverse[half] = l[half] > 0.0f ? 1.0f / l[half] : 0.0f;
+      const bool some = l[half] != 0.0f;  // NaN is some
+      inverse[half] = some ? 1.0f / l[half] : 0.0f;
       if (token[half] >= 0 && place.c == 0) {
-        const float lse = l[half] > 0.0f ? kLn2 * (m[half] + log2_fast(l[half])) : -kInfinity;
+        const float lse = some ? kLn2 * (m[half] + log2_fast(l[half])) : -kInfinity;
         const int64_t row = static_cast<int64_t>(place.batch) * p.heads + place.head;
         store(p.lse + row * p.walk.length + token[half], lse);
       }
