@@ -19,14 +19,15 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from dalle_reference import weights
 from dalle_reference.errors import UserError
-from dalle_reference.files import sync
+from dalle_reference.files import save_tensors, sync
 
 _FORMAT = 1
 _TENSORS, _DOCUMENT = "tensors.safetensors", "checkpoint.json"
+_FIELDS = {"format": int, "kind": str, "step": int, "config": dict, "bytes": int, "blake2b": str}
 
 
 @dataclass(frozen=True)
@@ -64,18 +65,22 @@ def save(
     target = folder / f"step-{step:08d}"
     draft = folder / f".{target.name}"
     draft.mkdir()
-    save_file({name: value.detach().contiguous() for name, value in tensors.items()}, draft / _TENSORS)
-    document = {
-        "format": _FORMAT,
-        "kind": kind,
-        "step": step,
-        "config": config,
-        "bytes": (draft / _TENSORS).stat().st_size,
-        "blake2b": _digest(draft / _TENSORS),
-    }
-    (draft / _DOCUMENT).write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    for path in (draft / _TENSORS, draft / _DOCUMENT, draft):
-        sync(path)
+    try:
+        save_tensors({name: value.detach().contiguous() for name, value in tensors.items()}, draft / _TENSORS)
+        document = {
+            "format": _FORMAT,
+            "kind": kind,
+            "step": step,
+            "config": config,
+            "bytes": (draft / _TENSORS).stat().st_size,
+            "blake2b": _digest(draft / _TENSORS),
+        }
+        (draft / _DOCUMENT).write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        for path in (draft / _TENSORS, draft / _DOCUMENT, draft):
+            sync(path)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)  # which may be what fills the disk
+        raise
     if target.exists():  # the same step again: the old one steps aside, so that there is always a whole one
         aside = folder / f".{target.name}.old"
         target.rename(aside)
@@ -119,6 +124,9 @@ def load(path: Path, kind: str) -> Checkpoint:
         path = newest
     try:
         document = json.loads((path / _DOCUMENT).read_text(encoding="utf-8"))
+        for name, kind_of in _FIELDS.items():
+            if type(document[name]) is not kind_of:
+                raise ValueError(f"{_DOCUMENT}: {name} is {document[name]!r}")
         if document["format"] != _FORMAT:
             raise ValueError(f"format {document['format']}, this version reads {_FORMAT}")
         size = (path / _TENSORS).stat().st_size
@@ -128,7 +136,7 @@ def load(path: Path, kind: str) -> Checkpoint:
             raise ValueError(f"{_TENSORS} is not what was written: its digest differs")
         tensors = load_file(path / _TENSORS)
         found = Checkpoint(path, document["kind"], document["step"], document["config"], tensors)
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
         others = [other.name for other in path.parent.glob("step-*") if other != path]
         hint = f"; take it away to go on from {max(others)}" if others else ""
         raise UserError(f"{path}: damaged checkpoint ({error}){hint}") from error

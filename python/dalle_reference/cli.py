@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import sys
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +17,13 @@ from tqdm import tqdm
 from dalle_reference import demo, render, train, weights
 from dalle_reference.config import DVAE_PRESETS, TRANSFORMER_PRESETS
 from dalle_reference.convert import KINDS, convert
-from dalle_reference.data import decode_picture
-from dalle_reference.errors import UserError
+from dalle_reference.data import MOST_PICTURE_BYTES, decode_picture
+from dalle_reference.errors import UserError, require, require_amount, require_positive, require_seed
 from dalle_reference.evaluate import psnr
+from dalle_reference.files import read_bounded, require_output
 from dalle_reference.generate import generate
 from dalle_reference.loop import Interrupted, resolve_device
+from dalle_reference.tokenizer import CaptionTokenizer
 
 
 def _presets(entries: dict[str, tuple[str, Any]]) -> Any:
@@ -73,13 +77,25 @@ class GenerateConfig:
     device: str = "auto"
     """cpu, cuda, or auto."""
 
+    def __post_init__(self) -> None:
+        require_positive(self, "number", "top_k")
+        require_seed(self)
+        require_amount(self, "temperature")
+        require(self, "above 0 and at most 1", lambda value: 0 < value <= 1, "top_p")
+        require(self, "a finite number", math.isfinite, "guidance_scale")
+        if self.rows is not None and self.complete is None:
+            raise ValueError(f"rows: got {self.rows} without --complete, which says of what picture")
+
 
 def _generate(config: Annotated[GenerateConfig, tyro.conf.arg(name="")]) -> None:
     """Draw pictures for captions, or complete one whose top is given."""
     if not config.captions:
         raise UserError("captions: got none, wanted at least one")
+    require_output(config.out, ".png")
     device = resolve_device(config.device)
     model, tokenizer, dvae = train.load_transformer(config.model, device)
+    for caption in config.captions:
+        _check_caption(caption, tokenizer, model.config.caption_length)
     captions = [caption for caption in config.captions for _ in range(config.number)]
     text = tokenizer.encode(captions, model.config.caption_length).to(device)
     prefix = None
@@ -105,6 +121,16 @@ def _generate(config: Annotated[GenerateConfig, tyro.conf.arg(name="")]) -> None
     print(f"wrote {config.out}")
 
 
+def _check_caption(caption: str, tokenizer: CaptionTokenizer, length: int) -> None:
+    try:
+        caption.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"captions: got {caption!a}, wanted text in UTF-8") from error
+    if tokenizer.is_cut(caption, length):
+        (read,) = tokenizer.decode(tokenizer.encode([caption], length))
+        print(f"caption cut: of {caption[:60]!r} the model reads {length} tokens, {read!r}", file=sys.stderr)
+
+
 @dataclass(frozen=True)
 class ReconstructConfig:
     """Show what a dVAE keeps of pictures."""
@@ -123,6 +149,7 @@ def _reconstruct(config: Annotated[ReconstructConfig, tyro.conf.arg(name="")]) -
     """Show what a dVAE keeps of pictures."""
     if not config.pictures:
         raise UserError("pictures: got none, wanted at least one file")
+    require_output(config.out, ".png")
     device = resolve_device(config.device)
     dvae = train.load_dvae(config.model, device)
     originals = torch.stack([_read_picture(path, dvae.config.resolution) for path in config.pictures])
@@ -133,10 +160,7 @@ def _reconstruct(config: Annotated[ReconstructConfig, tyro.conf.arg(name="")]) -
 
 
 def _read_picture(path: Path, resolution: int) -> torch.Tensor:
-    try:
-        return decode_picture(path.read_bytes(), resolution, str(path))
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from error
+    return decode_picture(read_bounded(path, MOST_PICTURE_BYTES), resolution, str(path))
 
 
 @dataclass(frozen=True)
@@ -171,6 +195,7 @@ def _convert(config: Annotated[ConvertConfig, tyro.conf.arg(name="")]) -> None:
     if len(config.files) < 2:
         raise UserError(f"files: got {len(config.files)}, wanted at least an input and the output")
     *inputs, output = config.files
+    require_output(output)
     if output.exists() and not config.force:
         raise UserError(f"{output}: is there already; --force replaces it")
     missing = [path for path in inputs if not path.is_file()]
@@ -201,6 +226,7 @@ _COMMANDS = {
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs a command; ends the process with 0, 2 for an error, or 130 where it was asked to stop."""
+    threading.excepthook = _on_thread_error
     try:
         tyro.extras.subcommand_cli_from_dict(
             _COMMANDS,
@@ -211,10 +237,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     except (UserError, ValueError) as error:  # ValueError: how configurations and operations refuse an argument
         _leave(str(error), 2)
+    except OSError as error:
+        _leave(f"{error.filename}: {error.strerror}" if error.filename else str(error), 2)
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
+            raise
+        _leave("out of memory; ask for a smaller batch, fewer pictures or a smaller model", 2)
     except Interrupted as stop:
-        _leave(f"{stop}; --resume goes on", 130)
+        _leave(str(stop), 130)
     except KeyboardInterrupt:
         _leave("stopped", 130)
+
+
+def _on_thread_error(failed: threading.ExceptHookArgs) -> None:
+    if failed.exc_type is not OSError:  # TensorBoard's thread gives it to the main one, which says it
+        threading.__excepthook__(failed)
 
 
 def _leave(message: str, status: int) -> NoReturn:

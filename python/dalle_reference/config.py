@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from dalle_reference import dvae
+from dalle_reference.errors import require, require_amount, require_positive, require_seed, require_share
 
 
 @dataclass(frozen=True)
@@ -56,9 +58,11 @@ class RunConfig:
     """Where decoded pictures are kept; $DALLE_REFERENCE_CACHE or the user's cache folder by default."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "log_every", "save_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}, wanted at least 1")
+        require_positive(self, "steps", "batch", "log_every", "save_every")
+        require_amount(self, "learning_rate", "final_learning_rate", "warm_up_steps", "weight_decay", "draw_every")
+        require(self, "above 0", lambda value: value > 0, "clip", "epsilon")
+        require(self, "at least 0 and below 1", lambda value: 0 <= value < 1, "beta1", "beta2", "average")
+        require_seed(self)
         if self.precision not in ("auto", "fp32", "bf16"):
             raise ValueError(f"precision: got {self.precision!r}, wanted auto, fp32 or bf16")
 
@@ -75,6 +79,9 @@ class DataConfig:
     """openmoji, a folder of pictures with .txt captions beside them, or WebDataset shards ("shards/*.tar")."""
     held_out: float = 0.05
     """Share of the concepts that is kept out of training."""
+
+    def __post_init__(self) -> None:
+        require(self, "at least 0 and below 1", lambda value: 0 <= value < 1, "held_out")
 
 
 @dataclass(frozen=True)
@@ -94,6 +101,11 @@ class TrainDVAEConfig:
     """Share of the steps over which beta rises."""
     distance_weight: float = 1.0
     """Weight of the squared distance of features to their codes, for quantizer vq."""
+
+    def __post_init__(self) -> None:
+        require(self, "a finite number above 0", lambda value: 0 < value < math.inf, "temperature")
+        require_share(self, "temperature_share", "kl_share")
+        require_amount(self, "kl_weight", "distance_weight")
 
 
 @dataclass(frozen=True)
@@ -124,6 +136,13 @@ class TrainTransformerConfig:
     """Probability with which a caption is replaced by none, for classifier-free guidance."""
     guidance_scale: float = 1.5
     """Guidance of the samples drawn as training goes on."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "pictures", "layers", "heads", "head_dim")
+        require(self, "at least 256, one for each byte", lambda value: value >= 256, "vocab_text")
+        require(self, "at least 2, the start of text and one token", lambda value: value >= 2, "text_length")
+        require_share(self, "bpe_dropout", "caption_dropout")
+        require(self, "a finite number", math.isfinite, "guidance_scale")
 
 
 def to_json(config: Any) -> dict[str, Any]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-import shutil
 import statistics
 import tempfile
 import time
@@ -24,11 +24,11 @@ from dalle_reference.config import DVAE_PRESETS, TRANSFORMER_PRESETS, TrainDVAEC
 from dalle_reference.data import OPENMOJI_CREDIT, load_pictures
 from dalle_reference.data.openmoji import LANGUAGES
 from dalle_reference.dvae import DiscreteVAE
-from dalle_reference.errors import UserError
+from dalle_reference.errors import UserError, require
 from dalle_reference.evaluate import psnr, retrieval
-from dalle_reference.files import replacing
+from dalle_reference.files import exclusive, replacing
 from dalle_reference.generate import generate
-from dalle_reference.loop import autocast, resolve_device
+from dalle_reference.loop import Interrupted, autocast, resolve_device
 from dalle_reference.tokenizer import CaptionTokenizer
 from dalle_reference.transformer import DalleTransformer
 
@@ -51,6 +51,9 @@ class DemoConfig:
     cache: Path | None = None
     """Where decoded pictures are kept; $DALLE_REFERENCE_CACHE or the user's cache folder by default."""
 
+    def __post_init__(self) -> None:
+        require(self, "a finite number above 0", lambda value: 0 < value < math.inf, "minutes")
+
 
 def run(config: DemoConfig) -> dict[str, Any]:
     """Runs the demo, or goes on with one that was stopped, and returns its report, which it also writes as report.json.
@@ -58,6 +61,16 @@ def run(config: DemoConfig) -> dict[str, Any]:
     Raises:
         UserError: if `out` holds a finished demo.
     """
+    try:
+        with exclusive(config.out):
+            return _run(config)
+    except Interrupted as stop:
+        raise Interrupted(f"{config.out}: stopped; the same command goes on") from stop
+    except OSError as error:
+        raise UserError(f"{config.out}: {error}") from error
+
+
+def _run(config: DemoConfig) -> dict[str, Any]:
     if (config.out / "report.json").exists():
         raise UserError(f"{config.out}: holds a demo already; take it away, or choose another --out")
     device = resolve_device(config.device)
@@ -128,10 +141,12 @@ def _plan(config: Any, training: Callable[[Any], Path], seconds: float) -> Any:
     """
     out = config.run.out
     if checkpoint.latest(out) is not None:
-        steps = checkpoint.load(out, out.name).config["run"]["steps"]
+        begun = checkpoint.load(out, out.name)
+        try:
+            steps = begun.config["run"]["steps"]
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{begun.path}: says no number of steps; choose another --out") from error
         return replace(config, run=replace(config.run, steps=steps, resume=True))
-    if out.exists():  # begun, and stopped before there was anything to keep
-        shutil.rmtree(out)
     trial_steps, every = 30, 10
     with tempfile.TemporaryDirectory() as folder:
         trial = replace(config.run, out=Path(folder) / "trial", steps=trial_steps, log_every=every, draw_every=0)

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dalle_kernels import gumbel_lookup, logit_laplace_nll, vq_lookup
+from dalle_reference.errors import require, require_positive
 
 LOGIT_LAPLACE_EPS = 0.1
 
@@ -47,9 +48,9 @@ class DVAEConfig:
     bound and leaves no gradient for anything else; photographs need none."""
 
     def __post_init__(self) -> None:
-        for name in ("resolution", "width", "groups", "blocks", "vocab", "code_width"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}, wanted at least 1")
+        require_positive(self, "resolution", "width", "groups", "blocks", "vocab", "code_width")
+        require(self, "at most 16", lambda value: value <= 16, "groups")
+        require(self, "a finite number", math.isfinite, "least_log_b")
         if self.resolution % self.shrink:
             raise ValueError(
                 f"resolution: got {self.resolution}, wanted a multiple of {self.shrink} for {self.groups} groups"

@@ -7,11 +7,13 @@ optimizer's moments, the running mean and the step: what a checkpoint holds.
 from __future__ import annotations
 
 import json
+import os
+import re
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ from dalle_reference import checkpoint, schedules
 from dalle_reference.config import RunConfig
 from dalle_reference.ema import MovingAverage
 from dalle_reference.errors import UserError
-from dalle_reference.files import replacing
+from dalle_reference.files import exclusive, replacing
 from dalle_reference.render import read_metrics
 
 LossFunction = Callable[[int, bool], tuple[torch.Tensor, dict[str, float]]]
@@ -36,11 +38,15 @@ class Interrupted(Exception):  # noqa: N818 (nothing has gone wrong)
 
 def resolve_device(name: str) -> torch.device:
     """The device that a configuration's name means."""
+    found = torch.cuda.device_count()
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError("device: got cuda, but torch finds no GPU here")
-    return torch.device(name)
+        return torch.device("cuda" if found else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d{1,4})?", name):
+        raise UserError(f"device: got {name!r}, wanted cpu, cuda, cuda:1 or the like, or auto")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= found:
+        raise UserError(f"device: got {name}, but torch finds {found or 'no'} GPU{'s' * (found > 1)} here")
+    return device
 
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:
@@ -66,6 +72,27 @@ def step_generator(seed: int, step: int) -> np.random.Generator:
     return np.random.default_rng([seed, step, 1])
 
 
+@contextmanager
+def run_folder(config: RunConfig) -> Iterator[None]:
+    """Makes a run's folder this process's own, once it is clear that a run may begin (or go on) there.
+
+    Raises:
+        UserError: if the folder holds a run and `resume` was not asked for, if there is none to resume, or if another
+            process is at work there.
+    """
+    if config.out.exists() and not config.out.is_dir():
+        raise UserError(f"{config.out}: is no folder; choose another --out")
+    if config.resume and checkpoint.latest(config.out) is None:
+        raise UserError(f"{config.out}: no checkpoint there to go on from; without --resume the run begins anew")
+    with exclusive(config.out):
+        if not config.resume and checkpoint.latest(config.out) is not None:
+            raise UserError(f"{config.out}: holds a run already; go on with --resume, or choose another --out")
+        try:
+            yield
+        except OSError as error:  # a full disk, most of all
+            raise UserError(f"{config.out}: {error}; what was saved before stands") from error
+
+
 class Run:
     """One training run: a model, its optimizer, its running mean, and the folder they are kept in.
 
@@ -76,8 +103,7 @@ class Run:
         document: the configuration as checkpoints keep it.
 
     Raises:
-        UserError: if the folder holds a run and `resume` was not asked for, if there is none to resume, or it is
-            damaged or of another configuration.
+        UserError: if the run to resume is damaged or of another configuration.
     """
 
     def __init__(self, config: RunConfig, kind: str, model: torch.nn.Module, document: Mapping[str, Any]) -> None:
@@ -97,11 +123,11 @@ class Run:
         self.average = MovingAverage(model, config.average)
         self.step = 0
         self.metrics = config.out / "metrics.jsonl"
-        existing = checkpoint.latest(config.out)
         if config.resume:
             self._resume()
-        elif existing is not None or self.metrics.exists():
-            raise UserError(f"{config.out}: holds a run already; go on with --resume, or choose another --out")
+        else:
+            # What a run that left no checkpoint has measured is measured again.
+            self.metrics.unlink(missing_ok=True)
 
     def averaged(self, model: torch.nn.Module) -> torch.nn.Module:
         """`model`, a second instance, with the running mean as its weights, for drawing and measuring."""
@@ -122,7 +148,6 @@ class Run:
         from torch.utils.tensorboard.writer import SummaryWriter
 
         config = self.config
-        config.out.mkdir(parents=True, exist_ok=True)
         device = next(self.model.parameters()).device
         self.model.train()
         with (
@@ -146,11 +171,14 @@ class Run:
                 rate = self._learning_rate()
                 for group in self.optimizer.param_groups:
                     group["lr"] = rate
-                with autocast(config.precision, device):
-                    loss, numbers = compute_loss(self.step, detailed)
-                value = float(loss.detach())
-                if not np.isfinite(value):
-                    raise UserError(f"{config.out}: the loss is {value} at step {self.step}; try a smaller step size")
+                try:
+                    with autocast(config.precision, device):
+                        loss, numbers = compute_loss(self.step, detailed)
+                    value = float(loss.detach())
+                    if not np.isfinite(value):
+                        raise ValueError(f"the loss is {value}")
+                except ValueError as error:  # also how operations refuse NaN
+                    raise UserError(f"{config.out}: step {self.step}: {error}; try a smaller step size") from error
                 loss.backward()
                 norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
                 self.optimizer.step()
@@ -170,7 +198,9 @@ class Run:
                 if config.draw_every and (self.step % config.draw_every == 0 or last):
                     draw(self.step, board)
                 if stop and not last:
-                    raise Interrupted(f"{config.out}: stopped at step {self.step} of {config.steps}, saved")
+                    raise Interrupted(
+                        f"{config.out}: stopped at step {self.step} of {config.steps}, saved; --resume goes on"
+                    )
 
     def save(self) -> Path:
         """Writes a checkpoint of this moment."""
@@ -198,16 +228,19 @@ class Run:
         saved = checkpoint.load(self.config.out, self.kind)
         checkpoint.require_same(saved, self.document)
         checkpoint.restore(self.model, saved.group("model"), saved.path)
-        moments = saved.group("optimizer")
-        for name, shadow in self.average.shadow.items():
-            shadow.copy_(saved.tensors[f"ema.{name}"])
-        for name, parameter in self.model.named_parameters():
-            self.optimizer.state[parameter] = {
-                "step": moments[f"step.{name}"].to(parameter.device),
-                # In the parameter's own memory order, which the fused update takes for granted.
-                "exp_avg": torch.empty_like(parameter).copy_(moments[f"exp_avg.{name}"]),
-                "exp_avg_sq": torch.empty_like(parameter).copy_(moments[f"exp_avg_sq.{name}"]),
-            }
+        moments, mean = saved.group("optimizer"), saved.group("ema")
+        try:
+            for name, shadow in self.average.shadow.items():
+                shadow.copy_(mean[name])
+            for name, parameter in self.model.named_parameters():
+                self.optimizer.state[parameter] = {
+                    "step": moments[f"step.{name}"].to(parameter.device),
+                    # In the parameter's own memory order, which the fused update takes for granted.
+                    "exp_avg": torch.empty_like(parameter).copy_(moments[f"exp_avg.{name}"]),
+                    "exp_avg_sq": torch.empty_like(parameter).copy_(moments[f"exp_avg_sq.{name}"]),
+                }
+        except (KeyError, RuntimeError) as error:
+            raise UserError(f"{saved.path}: holds no state that a run can go on from ({error})") from error
         self.step = saved.step
         # Lines after the checkpoint are about to be made again.
         kept = [record for record in read_metrics(self.metrics) if record["step"] <= self.step]
@@ -231,7 +264,8 @@ def _stop_flag() -> Iterator[_Stop]:
         if stop.asked:
             raise KeyboardInterrupt
         stop.asked = True
-        tqdm.write("stopping after this step; again to stop at once", file=sys.stderr)
+        with suppress(OSError):  # written past Python's buffers, in which this may be an interruption
+            os.write(2, b"\nstopping after this step; again to stop at once\n")
 
     before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -15,6 +15,8 @@ from PIL import Image, ImageDraw, ImageFont
 from dalle_reference.files import replacing
 
 _GAP = 8
+_MOST_SHOWN = 200
+"""Letters of a caption."""
 
 
 def to_picture(image: torch.Tensor, side: int) -> Image.Image:
@@ -46,7 +48,8 @@ def sheet(
         heading, footer: a line above and below.
     """
     size = 13
-    wrapped = [_wrap(caption, size, side + _GAP - 4) for caption in captions] if captions else []
+    captions = [" ".join(caption[:_MOST_SHOWN].split()) for caption in captions or ()]
+    wrapped = [_wrap(caption, size, side + _GAP - 4) for caption in captions]
     line = size + 4
     text_height = max((len(lines) for lines in wrapped), default=0) * line + (4 if wrapped else 0)
     rows = math.ceil(len(images) / columns)
@@ -112,11 +115,14 @@ def _font(text: str, size: int) -> ImageFont.FreeTypeFont:
 def read_metrics(path: Path) -> list[dict[str, float]]:
     """The records of a metrics.jsonl; a last line that a kill cut short is left out."""
     records: list[dict[str, float]] = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
+            record = json.loads(line)
+        except (json.JSONDecodeError, RecursionError):
             break
+        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+            break
+        records.append(record)
     return records
 
 

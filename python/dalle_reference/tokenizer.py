@@ -15,6 +15,8 @@ from dalle_reference.errors import UserError
 from dalle_reference.files import replacing
 
 PADDING = -1
+_MOST_LEARNT = 4096
+"""Letters of a caption that merges are learnt from; the trainer takes the square of a word's length in time."""
 
 
 class CaptionTokenizer:
@@ -37,6 +39,8 @@ class CaptionTokenizer:
         self._vocabulary = tokenizer.get_vocab()
         merges = json.loads(tokenizer.to_str())["model"]["merges"]
         self._ranks = {tuple(pair): rank for rank, pair in enumerate(merges)}
+        self._no_merge = len(merges)
+        self._longest = max(map(len, self._vocabulary))
 
     @classmethod
     def train(cls, captions: Iterable[str], vocab_size: int) -> CaptionTokenizer:
@@ -50,7 +54,7 @@ class CaptionTokenizer:
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
         )
-        tokenizer.train_from_iterator(captions, trainer)
+        tokenizer.train_from_iterator((caption[:_MOST_LEARNT] for caption in captions), trainer)
         return cls(tokenizer)
 
     @classmethod
@@ -88,32 +92,50 @@ class CaptionTokenizer:
             raise ValueError(f"generator: got None, wanted one for dropout {dropout}")
         rows = np.full((len(captions), length), PADDING, dtype=np.int64)
         for row, caption in zip(rows, captions, strict=True):
-            if dropout:
-                assert generator is not None
-                tokens = self._encode_with_dropout(caption.strip(), dropout, generator)
+            text = self._beginning(caption, length)
+            if dropout and generator:
+                tokens = self._encode_with_dropout(text, length, dropout, generator)
             else:
-                tokens = self._tokenizer.encode(caption.strip()).ids if caption.strip() else []
+                tokens = self._encode(text)
             row[: min(length, len(tokens))] = tokens[:length]
         return torch.from_numpy(rows)
+
+    def is_cut(self, caption: str, length: int) -> bool:
+        """Whether `encode` leaves out the end of a caption at this length."""
+        return len(self._encode(self._beginning(caption, length))) > length
+
+    def _beginning(self, caption: str, length: int) -> str:
+        """As much of a caption as `length` tokens, and some more, can say: merging costs time for all that it is given.
+
+        No token has more letters than the longest, and what is cut off further away than a few tokens changes none.
+        """
+        return caption.strip()[: (length + 8) * self._longest]
+
+    def _encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text).ids if text else []
 
     def decode(self, tokens: torch.Tensor) -> list[str]:
         """The texts of int64 [N, T] tokens; -1 is nothing."""
         return [self._tokenizer.decode([t for t in row if t != PADDING]).strip() for row in tokens.tolist()]
 
-    def _encode_with_dropout(self, caption: str, dropout: float, generator: np.random.Generator) -> list[int]:
-        if not caption:
+    def _encode_with_dropout(self, text: str, length: int, dropout: float, generator: np.random.Generator) -> list[int]:
+        if not text:
             return []
-        text = self._tokenizer.normalizer.normalize_str(caption)
         tokens: list[int] = []
-        for word, _ in self._tokenizer.pre_tokenizer.pre_tokenize_str(text):
+        for word, _ in self._tokenizer.pre_tokenizer.pre_tokenize_str(self._tokenizer.normalizer.normalize_str(text)):
             pieces = list(word)
-            while len(pieces) > 1:
-                found = [(self._ranks.get(pair, -1), i) for i, pair in enumerate(pairwise(pieces))]
-                kept = generator.random(len(found)) >= dropout
-                candidates = [entry for entry, keep in zip(found, kept, strict=True) if keep and entry[0] >= 0]
-                if not candidates:
+            ranks = np.array([self._ranks.get(pair, self._no_merge) for pair in pairwise(pieces)])
+            while len(ranks):
+                candidates = np.where(generator.random(len(ranks)) >= dropout, ranks, self._no_merge)
+                at = int(candidates.argmin())
+                if candidates[at] == self._no_merge:
                     break
-                at = min(candidates)[1]
                 pieces[at : at + 2] = [pieces[at] + pieces[at + 1]]
+                ranks = np.delete(ranks, at)
+                for left in (at - 1, at):
+                    if 0 <= left < len(ranks):
+                        ranks[left] = self._ranks.get((pieces[left], pieces[left + 1]), self._no_merge)
             tokens += [self._vocabulary[piece] for piece in pieces]
+            if len(tokens) >= length:
+                break
         return tokens

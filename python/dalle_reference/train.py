@@ -17,7 +17,7 @@ from dalle_reference.dvae import DiscreteVAE, DVAEConfig
 from dalle_reference.errors import UserError
 from dalle_reference.evaluate import codebook_use, psnr
 from dalle_reference.generate import generate
-from dalle_reference.loop import Run, batch_indices, resolve_device, step_generator
+from dalle_reference.loop import Run, batch_indices, resolve_device, run_folder, step_generator
 from dalle_reference.tokenizer import PADDING, CaptionTokenizer
 from dalle_reference.transformer import DalleTransformer, TransformerConfig
 
@@ -32,6 +32,11 @@ def train_dvae(config: TrainDVAEConfig) -> Path:
         UserError: for faults in the data, the folder or the checkpoint.
         Interrupted: when asked to stop; the state is saved.
     """
+    with run_folder(config.run):
+        return _train_dvae(config)
+
+
+def _train_dvae(config: TrainDVAEConfig) -> Path:
     run_config, model_config = config.run, config.model
     device = resolve_device(run_config.device)
     pictures = load_pictures(config.data.source, model_config.resolution, run_config.cache)
@@ -82,6 +87,11 @@ def train_transformer(config: TrainTransformerConfig) -> Path:
         UserError: for faults in the data, the folders or the checkpoints.
         Interrupted: when asked to stop; the state is saved.
     """
+    with run_folder(config.run):
+        return _train_transformer(config)
+
+
+def _train_transformer(config: TrainTransformerConfig) -> Path:
     run_config = config.run
     device = resolve_device(run_config.device)
     dvae_source = run_config.out / "dvae" if run_config.resume else config.dvae
@@ -109,10 +119,10 @@ def train_transformer(config: TrainTransformerConfig) -> Path:
     mean_model = DalleTransformer(model_config).to(device)
     document = to_json(config) | {"model": to_json(model_config)}
     document.pop("dvae")
-    run = Run(run_config, "transformer", model, document)
     if not run_config.resume:
-        tokenizer.save(tokenizer_file)
         _keep_dvae(config.dvae, run_config.out / "dvae")
+        tokenizer.save(tokenizer_file)
+    run = Run(run_config, "transformer", model, document)
     length = model_config.caption_length
 
     def compute_loss(step: int, detailed: bool) -> tuple[torch.Tensor, dict[str, float]]:
@@ -217,6 +227,8 @@ def _config_of(kind: type, saved: checkpoint.Checkpoint) -> Any:
 
 def _keep_dvae(source: Path, target: Path) -> None:
     """A copy of the dVAE's checkpoint beside the transformer, so that the pair cannot come apart."""
+    if target.exists() and {entry.name for entry in target.iterdir()} - {"checkpoints"}:
+        raise UserError(f"{target}: is in the way, the dVAE's copy goes there; choose another --out")
     newest = checkpoint.load(source, "dvae")
     tensors = {f"ema.{name}": value for name, value in newest.group("ema").items()}
     if target.exists():

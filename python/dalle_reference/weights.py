@@ -19,10 +19,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from dalle_reference.errors import UserError
-from dalle_reference.files import replacing
+from dalle_reference.files import replacing, save_tensors
 
 _FORMAT = "dalle-reference 1"
 
@@ -55,7 +54,7 @@ def write(path: Path, weights: Weights) -> None:
         tensors[name] = whole.clone() if address in taken else whole  # safetensors refuses tensors that share memory
         taken.add(address)
     with replacing(path) as draft:
-        save_file(tensors, draft, metadata)
+        save_tensors(tensors, draft, metadata)
 
 
 def read(path: Path) -> Weights:

@@ -51,7 +51,9 @@ def test_a_write_that_fails_leaves_the_checkpoint_before(tmp_path: Path, monkeyp
         with pytest.raises(OSError, match="no space"):
             save(tmp_path, "dvae", 6, CONFIG, tensors(6))
     assert load(tmp_path, "dvae").step == 5
-    save(tmp_path, "dvae", 7, CONFIG, tensors(7))  # and what was left half written is no hindrance
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000005"]  # no draft on a full disk
+    (tmp_path / "checkpoints" / ".step-00000007").mkdir()  # as a kill leaves it
+    save(tmp_path, "dvae", 7, CONFIG, tensors(7))
     assert load(tmp_path, "dvae").step == 7
 
 
@@ -87,6 +89,19 @@ def test_damage_is_found(tmp_path: Path) -> None:
     (newest / "checkpoint.json").write_text(text[: len(text) // 2])
     with pytest.raises(UserError, match="damaged checkpoint"):
         load(run, "dvae")
+
+    for number, text_of in enumerate(("[]", "{}", "null", "[" * 100_000, '{"format": 1, "kind": "dvae"}', "\udcff")):
+        run, newest = damaged(f"document {number}")
+        (newest / "checkpoint.json").write_bytes(text_of.encode(errors="surrogateescape"))
+        with pytest.raises(UserError, match="damaged checkpoint"):
+            load(run, "dvae")
+
+    for name, value in {"step": -1.5, "config": [], "kind": 3, "bytes": "many", "blake2b": None}.items():
+        run, newest = damaged(f"document {name}")
+        document = json.loads((newest / "checkpoint.json").read_text())
+        (newest / "checkpoint.json").write_text(json.dumps({**document, name: value}))
+        with pytest.raises(UserError, match=f"damaged checkpoint .checkpoint.json: {name} is"):
+            load(run, "dvae")
 
     run, newest = damaged("format")
     (newest / "checkpoint.json").write_text(json.dumps({**json.loads(text), "format": 99}))

@@ -2,6 +2,8 @@
 
 import io
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,8 @@ from dalle_reference.data.openmoji import LANGUAGES
 from dalle_reference.data.pictures import Record
 from dalle_reference.errors import UserError
 from PIL import Image
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
 
 
 def png(color: str, size: tuple[int, int] = (8, 8), mode: str = "RGB") -> bytes:
@@ -81,6 +85,100 @@ def test_unreadable_picture(data: bytes) -> None:
 
 def test_transparency_becomes_white() -> None:
     assert decode_picture(png("#00000000", mode="RGBA"), 4, "x").unique().tolist() == [255]
+
+
+@pytest.mark.parametrize("kind", ["png", "tiff", "ppm"])
+def test_16_bit_grey_keeps_its_brightness(kind: str) -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((4, 4), 20000, np.uint16)).save(buffer, kind)
+    assert decode_picture(buffer.getvalue(), 4, "x").unique().tolist() == [78]  # 20000 / 65535 of 255
+
+
+def test_transparent_16_bit_grey_is_white() -> None:
+    grey = np.full((4, 4), 20000, np.uint16)
+    grey[:2] = 30000
+    buffer = io.BytesIO()
+    Image.fromarray(grey).save(buffer, "png", transparency=20000)
+    assert decode_picture(buffer.getvalue(), 4, "x")[0, :, 0].tolist() == [117, 117, 255, 255]
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_greys_without_a_white_are_refused(dtype: type) -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((4, 4), 20000, dtype)).save(buffer, "tiff")
+    with pytest.raises(UserError, match="do not say what is white"):
+        decode_picture(buffer.getvalue(), 4, "x")
+
+
+@pytest.mark.parametrize(
+    ("orientation", "red"),  # where the stored picture's red top comes to lie
+    [(1, "top"), (2, "top"), (3, "bottom"), (4, "bottom"), (5, "left"), (6, "right"), (7, "right"), (8, "left")],
+)
+def test_pictures_stand_as_their_camera_was_held(orientation: int, red: str) -> None:
+    picture = Image.new("RGB", (8, 8), "white")
+    picture.paste("red", (0, 0, 8, 2))
+    exif = Image.Exif()
+    exif[0x112] = orientation
+    buffer = io.BytesIO()
+    picture.save(buffer, "png", exif=exif.tobytes())
+    green = decode_picture(buffer.getvalue(), 8, "x")[1]
+    sides = {"top": green[0, 4], "bottom": green[7, 4], "left": green[4, 0], "right": green[4, 7]}
+    assert [name for name, value in sides.items() if value == 0] == [red]
+
+
+def test_damaged_exif_is_passed_over() -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), "red").save(buffer, "jpeg", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\x01\x12\0\x03")
+    assert decode_picture(buffer.getvalue(), 8, "x")[0].min() > 200
+
+
+def test_bands_of_rows_change_no_pixel(monkeypatch: pytest.MonkeyPatch) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (61, 83, 4), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(noise).save(buffer, "png")
+    on_white = Image.alpha_composite(Image.new("RGBA", (83, 61), "white"), Image.fromarray(noise)).convert("RGB")
+    whole = np.array(on_white.crop((11, 0, 72, 61)).resize((16, 16), Image.Resampling.LANCZOS))
+    monkeypatch.setattr("dalle_reference.data.pictures._BAND", 200)
+    assert np.array_equal(decode_picture(buffer.getvalue(), 16, "x").permute(1, 2, 0).numpy(), whole)
+
+
+def test_a_large_picture_of_one_bit_stays_small_in_memory() -> None:
+    code = """
+import io, resource
+from PIL import Image
+from dalle_reference.data import decode_picture
+data = io.BytesIO()
+Image.new("1", (9400, 9400), 1).save(data, "png")
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+assert decode_picture(data.getvalue(), 48, "x").min() == 255
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    grown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=ENVIRONMENT)
+    assert int(grown.stdout) < 300_000  # KB; it was 1,600,000
+
+
+def test_files_that_are_no_files(folder: Path, tmp_path: Path) -> None:
+    (folder / "link.png").symlink_to(folder / "nowhere.png")
+    with pytest.raises(UserError, match=r"link\.png: No such file"):
+        load_pictures(str(folder), 8, tmp_path / "cache")
+    (folder / "link.png").unlink()
+    os.mkfifo(folder / "pipe.png")
+    with pytest.raises(UserError, match=r"pipe\.png: no ordinary file"):
+        load_pictures(str(folder), 8, tmp_path / "cache")
+
+
+def test_captions_are_bounded(folder: Path, tmp_path: Path) -> None:
+    (folder / "red.txt").write_text("a" * (1 << 20) + "\n")
+    with pytest.raises(UserError, match=r"red\.txt: has 1048577 bytes, wanted at most 1048576"):
+        load_pictures(str(folder), 8, tmp_path / "cache")
+
+
+def test_a_cache_that_cannot_be_kept_is_no_error(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "cache").write_text("a file where a folder is wanted")
+    assert len(load_pictures(str(folder), 8, tmp_path / "cache")) == 2
+    assert "the decoded pictures are not kept" in capsys.readouterr().err
 
 
 def test_empty_and_missing_folders(tmp_path: Path) -> None:

@@ -52,6 +52,44 @@ def test_dropout_of_everything_leaves_bytes(tokenizer: CaptionTokenizer) -> None
     assert int((tokens >= 0).sum()) == len(" red")
 
 
+@pytest.mark.parametrize("word", ["ab" * 50_000, "a" * 1_000_000, "a" * 1_000_000 + " end"])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_only_as_much_of_a_caption_is_merged_as_can_be_read(
+    tokenizer: CaptionTokenizer, word: str, dropout: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    monkeypatch.setattr(
+        tokenizer, "_encode", lambda text, encode=tokenizer._encode: (asked.append(text), encode(text))[1]
+    )
+    walk = tokenizer._encode_with_dropout
+    monkeypatch.setattr(
+        tokenizer, "_encode_with_dropout", lambda text, *rest: (asked.append(text), walk(text, *rest))[1]
+    )
+    tokens = tokenizer.encode([word], 16, dropout, np.random.default_rng(0))
+    assert (tokens >= 0).all()
+    assert [len(text) <= 24 * tokenizer._longest for text in asked] == [True]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_what_is_cut_off_changes_no_token(tokenizer: CaptionTokenizer, dropout: float) -> None:
+    text = "grinning face with tears of joy " * 100
+    whole = tokenizer.encode([text], 600, dropout, np.random.default_rng(3))
+    for length in (1, 7, 100):
+        assert torch.equal(tokenizer.encode([text], length, dropout, np.random.default_rng(3)), whole[:, :length])
+
+
+def test_whether_a_caption_is_cut(tokenizer: CaptionTokenizer) -> None:
+    length = int((tokenizer.encode(["grinning face"], 16) >= 0).sum())
+    assert not tokenizer.is_cut("grinning face", length)
+    assert tokenizer.is_cut("grinning face", length - 1)
+    assert tokenizer.is_cut("x" * 10_000_000, 255)
+    assert not tokenizer.is_cut(" ", 1)
+
+
+def test_learning_from_one_huge_word_ends() -> None:
+    assert CaptionTokenizer.train(["a" * 1_000_000], 300).vocab_size <= 300
+
+
 def test_dropout_wants_a_generator(tokenizer: CaptionTokenizer) -> None:
     with pytest.raises(ValueError, match="generator: got None"):
         tokenizer.encode(["red"], 8, dropout=0.1)

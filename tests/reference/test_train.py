@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from dalle_reference import cli
 from dalle_reference.checkpoint import latest
+from dalle_reference.files import exclusive
 from dalle_reference.loop import batch_indices
 from dalle_reference.schedules import half_cosine, warm_up
 from PIL import Image
@@ -63,7 +65,7 @@ def weights(run: Path) -> bytes:
 
 def start(arguments: list[str]) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "dalle_reference.cli", *arguments],
+        [sys.executable, "-m", "dalle_reference", *arguments],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -184,6 +186,141 @@ def test_refusals(stage_1: Path, common: list[str], tmp_path: Path, capsys: pyte
     empty = ["train-dvae", "demo", "--out", str(tmp_path / "x"), *TINY_DVAE, "--source", str(tmp_path / "empty")]
     assert "no pictures found there" in refused([*empty, "--cache", str(tmp_path)], capsys)
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("train-dvae demo --clip -1", "clip: got -1.0, wanted above 0"),
+        ("train-dvae demo --average 2", "average: got 2.0, wanted at least 0 and below 1"),
+        ("train-dvae demo --held-out nan", "held_out: got nan"),
+        ("train-dvae demo --held-out 1", "held_out: got 1.0"),
+        ("train-dvae demo --seed -1", "seed: got -1, wanted 0 to 2**63 - 1"),
+        ("train-dvae demo --seed 9223372036854775808", "seed: got 9223372036854775808"),
+        ("train-dvae demo --learning-rate inf", "learning_rate: got inf"),
+        ("train-dvae demo --beta1 1", "beta1: got 1.0"),
+        ("train-dvae demo --epsilon 0", "epsilon: got 0.0"),
+        ("train-dvae demo --draw-every -1", "draw_every: got -1"),
+        ("train-dvae demo --warm-up-steps -1", "warm_up_steps: got -1"),
+        ("train-dvae demo --temperature 0", "temperature: got 0.0"),
+        ("train-dvae demo --kl-share 1.5", "kl_share: got 1.5"),
+        ("train-dvae demo --kl-weight nan", "kl_weight: got nan"),
+        ("train-dvae demo --least-log-b nan", "least_log_b: got nan"),
+        ("train-dvae demo --groups 60", "groups: got 60"),
+        ("train-dvae demo --device bogus", "device: got 'bogus', wanted cpu, cuda"),
+        ("train-dvae demo --device meta", "device: got 'meta'"),
+        ("train-dvae demo --device cuda:99", "device: got cuda:99"),
+        ("train-dvae demo --out /dev/null", "/dev/null: is no folder"),
+        ("train-dvae demo --out /dev/null/run", "/dev/null/run: Not a directory"),
+        ("train-dvae demo --out /proc/run", "/proc/run: No such file"),
+        ("train-transformer demo --pictures 0", "pictures: got 0, wanted at least 1"),
+        ("train-transformer demo --bpe-dropout 2", "bpe_dropout: got 2.0, wanted 0 to 1"),
+        ("train-transformer demo --caption-dropout -0.5", "caption_dropout: got -0.5"),
+        ("train-transformer demo --vocab-text 10", "vocab_text: got 10"),
+        ("train-transformer demo --guidance-scale nan", "guidance_scale: got nan"),
+        ("train-transformer demo --dvae /nowhere --out {folder}", "/nowhere: no checkpoint there"),
+        ("generate red --number 0", "number: got 0"),
+        ("generate red --seed -1", "seed: got -1"),
+        ("generate red --seed 99999999999999999999", "seed: got 99999999999999999999"),
+        ("generate red --temperature nan", "temperature: got nan"),
+        ("generate red --top-k 0", "top_k: got 0"),
+        ("generate red --top-p 1.1", "top_p: got 1.1"),
+        ("generate red --guidance-scale inf", "guidance_scale: got inf"),
+        ("generate red --rows 3", "rows: got 3 without --complete"),
+        ("generate red --out samples.jpg", "samples.jpg: got a name that ends in .jpg, wanted .png"),
+        ("generate red --out /", "/: got a name that ends in nothing"),
+        ("generate red --out /dev/null/a.png", "/dev/null is no folder"),
+        ("reconstruct a.png --out a.gif", "a.gif: got a name that ends in .gif"),
+        ("reconstruct a.png --device bogus --out {folder}/a.png", "device: got 'bogus'"),
+        ("convert a.pkl /dev/null", "/dev/null: is no ordinary file"),
+        ("demo --minutes nan", "minutes: got nan"),
+        ("demo --minutes 0", "minutes: got 0.0"),
+        ("demo --out /dev/null", "File exists"),
+    ],
+)
+def test_nothing_odd_is_accepted_without_a_word(
+    arguments: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments.format(folder=tmp_path / "folder").split())
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    assert message in " ".join(said.replace("│", " ").split())  # in a frame, where the parser says it
+    assert not (tmp_path / "folder").exists()
+
+
+def test_a_run_that_failed_before_its_first_checkpoint_begins_anew(
+    common: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["train-dvae", "demo", *TINY_DVAE, *common]
+    failing = tmp_path / "failing"
+    assert "try a smaller step size" in refused([*command, "--out", str(failing), "--learning-rate", "1e30"], capsys)
+    assert "no checkpoint there to go on from" in refused([*command, "--out", str(failing), "--resume"], capsys)
+    cli.main([*command, "--out", str(failing), "--steps", "3"])
+    cli.main([*command, "--out", str(tmp_path / "whole"), "--steps", "3"])
+    assert losses(failing) == losses(tmp_path / "whole")
+
+
+def test_a_run_has_its_folder_alone(common: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["train-dvae", "demo", *TINY_DVAE, *common, "--out", str(tmp_path), "--steps", "2"]
+    cli.main(command)
+    metrics = (tmp_path / "metrics.jsonl").read_bytes()
+    with exclusive(tmp_path):
+        for resume in ([], ["--resume"]):
+            code = subprocess.run(
+                [sys.executable, "-m", "dalle_reference", *command, *resume],
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            assert code.returncode == 2
+            assert f"another process ({os.getpid()}) is at work there" in code.stderr
+    assert (tmp_path / "metrics.jsonl").read_bytes() == metrics
+
+
+def test_a_full_disk_is_one_line(common: list[str], tmp_path: Path) -> None:
+    code = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000));"
+    code += "from dalle_reference import cli; cli.main(sys.argv[1:])"
+    command = ["train-dvae", "demo", *TINY_DVAE, *common, "--out", str(tmp_path / "run"), "--steps", "3"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *command],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "File too large" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    assert latest(tmp_path / "run") is None
+
+
+def test_a_copy_of_the_dvae_replaces_nobody_s_folder(
+    stage_1: Path, common: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(stage_1, tmp_path / "dvae")
+    command = ["train-transformer", "demo", "--dvae", str(tmp_path / "dvae"), "--out", str(tmp_path)]
+    assert "dvae: is in the way" in refused([*command, *TINY_TRANSFORMER, *common, "--steps", "2"], capsys)
+    assert weights(tmp_path / "dvae") == weights(stage_1)
+
+
+def test_a_caption_longer_than_the_text_is_said_to_be_cut(
+    stage_1: Path, common: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    command = ["train-transformer", "demo", "--dvae", str(stage_1), "--out", str(run), "--steps", "1"]
+    cli.main([*command, *TINY_TRANSFORMER, *common])
+    capsys.readouterr()
+    cli.main(["generate", "a red square", "x" * 100_000, "a\nb", "--model", str(run), "--out", str(tmp_path / "a.png")])
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1
+    assert said[0].startswith("caption cut: of 'xxx")
+    assert "reads 7 tokens, 'x" in said[0]
+    message = refused(["generate", "\udcff", "--model", str(run), "--out", str(tmp_path / "a.png")], capsys)
+    assert message == "dalle-reference: captions: got '\\udcff', wanted text in UTF-8"
 
 
 def test_resuming_a_damaged_checkpoint_changes_nothing(

@@ -2,6 +2,6 @@
 
 from dalle_reference.data.openmoji import CREDIT as OPENMOJI_CREDIT
 from dalle_reference.data.pictures import PictureSet, decode_picture
-from dalle_reference.data.sources import load_pictures
+from dalle_reference.data.sources import MOST_PICTURE_BYTES, load_pictures
 
-__all__ = ["OPENMOJI_CREDIT", "PictureSet", "decode_picture", "load_pictures"]
+__all__ = ["MOST_PICTURE_BYTES", "OPENMOJI_CREDIT", "PictureSet", "decode_picture", "load_pictures"]

@@ -5,19 +5,23 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageFile, ImageOps
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from dalle_reference.errors import UserError
-from dalle_reference.files import replacing
+from dalle_reference.files import replacing, save_tensors
+
+_BAND = 1 << 20
+"""Pixels that are turned into colours at a time."""
 
 
 @dataclass(frozen=True)
@@ -67,40 +71,72 @@ class PictureSet:
 
 
 def decode_picture(data: bytes, resolution: int, name: str) -> torch.Tensor:
-    """A picture file's bytes as uint8 [3, resolution, resolution]: cropped to the middle square, on white.
+    """A picture file's bytes as uint8 [3, resolution, resolution]: upright, its middle square, on white.
 
     Raises:
-        UserError: if the bytes are no picture, or stop before its end.
+        UserError: if the bytes are no picture, stop before its end, or say no colours (32-bit greys have no white).
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(data)) as opened:
                 opened.load()
-                picture = opened.convert("RGBA")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+                _turn_upright(opened)
+                picture = _middle_square(opened, resolution)
+    except Exception as error:  # what a damaged file raises depends on its format
         raise UserError(f"{name}: cannot be read as a picture ({error}); repair it or take it out") from error
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
+
+
+def _turn_upright(picture: Image.Image) -> None:
+    """As the camera's EXIF says that it is looked at. What EXIF says amiss is not worth a picture."""
+    with suppress(Exception):  # damaged EXIF raises as many things as a damaged file
+        ImageOps.exif_transpose(picture, in_place=True)
+
+
+def _middle_square(picture: ImageFile.ImageFile, resolution: int) -> Image.Image:
+    """The middle square as RGB on white, [resolution, resolution].
+
+    Across first, a band of rows at a time, then down, as Pillow does it too: so a large picture is never whole in
+    memory as colours, which for one bit a pixel are 32 times the file.
+    """
     side = min(picture.size)
     left, top = (picture.width - side) // 2, (picture.height - side) // 2
-    picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    picture = picture.crop((left, top, left + side, top + side)).convert("RGB")
-    if side != resolution:
-        picture = picture.resize((resolution, resolution), Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
+    across = Image.new("RGB", (resolution, side))
+    rows = max(1, _BAND // side)
+    for start in range(0, side, rows):
+        end = min(start + rows, side)
+        band = _on_white(picture.crop((left, top + start, left + side, top + end)), picture.format)
+        across.paste(band.resize((resolution, end - start), Image.Resampling.LANCZOS), (0, start))
+    return across.resize((resolution, resolution), Image.Resampling.LANCZOS)
+
+
+def _on_white(band: Image.Image, kind: str | None) -> Image.Image:
+    if band.mode.startswith("I;16") or (band.mode == "I" and kind == "PPM"):
+        # Pillow's own conversion cuts off what is above 255.
+        grey = np.asarray(band).astype(np.uint32)
+        clear = grey == band.info.get("transparency", -1)
+        band = Image.fromarray(((grey * 255 + 32767) // 65535).astype(np.uint8))
+        band.putalpha(Image.fromarray(np.where(clear, 0, 255).astype(np.uint8)))
+    elif band.mode in ("I", "F"):
+        raise ValueError(f"32-bit greys (mode {band.mode}) do not say what is white")
+    colours = band.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", colours.size, "white"), colours).convert("RGB")
 
 
 def cached(path: Path, make: Callable[[], PictureSet]) -> PictureSet:
     """The set stored at `path`; made and stored there where that file is absent or damaged."""
-    if path.exists():
-        try:
-            return _read(path)
-        except (SafetensorError, OSError, KeyError, ValueError):
-            path.unlink(missing_ok=True)  # a cache is never worth an error: it is made again
+    # A cache is never worth an error: what cannot be read is made again, what cannot be kept is used once.
+    with suppress(SafetensorError, OSError, LookupError, TypeError, ValueError):
+        return _read(path)
     pictures = make()
     document = [[record.key, record.concept, dict(record.captions)] for record in pictures.records]
-    with replacing(path) as draft:
-        metadata = {"records": json.dumps(document, ensure_ascii=False), "credit": pictures.credit}
-        save_file({"images": pictures.images}, draft, metadata)
+    metadata = {"records": json.dumps(document, ensure_ascii=False), "credit": pictures.credit}
+    try:
+        with replacing(path) as draft:
+            save_tensors({"images": pictures.images}, draft, metadata)
+    except UserError as error:
+        print(f"the decoded pictures are not kept: {error}", file=sys.stderr)
     return pictures
 
 
@@ -108,7 +144,10 @@ def _read(path: Path) -> PictureSet:
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
         records = tuple(Record(*fields) for fields in json.loads(metadata["records"]))
-        return PictureSet(file.get_tensor("images"), records, metadata["credit"])
+        images = file.get_tensor("images")
+        if images.dtype != torch.uint8 or images.dim() != 4 or len(images) != len(records):
+            raise ValueError(f"images: got {images.dtype} {tuple(images.shape)} for {len(records)} records")
+        return PictureSet(images, records, metadata["credit"])
 
 
 def collect(pictures: Iterator[tuple[torch.Tensor, Record]], credit: str, where: str) -> PictureSet:

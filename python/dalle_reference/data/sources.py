@@ -13,14 +13,18 @@ import torch
 from dalle_reference.data import openmoji
 from dalle_reference.data.pictures import PictureSet, Record, cached, collect, decode_picture
 from dalle_reference.errors import UserError
+from dalle_reference.files import read_bounded
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
-_CACHE_VERSION = 1
+MOST_PICTURE_BYTES = 1 << 29
+"""What a picture's file may have."""
+_MOST_CAPTION_BYTES = 1 << 20
+_CACHE_VERSION = 2
 
 
 def default_cache() -> Path:
     """`$DALLE_REFERENCE_CACHE`, or a folder under the user's cache."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    base = os.environ.get("XDG_CACHE_HOME") or Path(os.path.expanduser("~")) / ".cache"
     return Path(os.environ.get("DALLE_REFERENCE_CACHE") or Path(base) / "dalle_reference")
 
 
@@ -64,7 +68,10 @@ def load_pictures(source: str, resolution: int, cache: Path | None = None) -> Pi
 
 def _stamp(files: list[Path]) -> str:
     """Changes when a file is added, taken away or rewritten."""
-    stats = ((path, path.stat()) for path in files)
+    try:
+        stats = [(path, path.stat()) for path in files]
+    except OSError as error:
+        raise UserError(f"{error.filename}: {error.strerror}") from error
     return "\n".join(f"{path.absolute()} {stat.st_size} {stat.st_mtime_ns}" for path, stat in stats)
 
 
@@ -75,8 +82,8 @@ def _folder(files: list[Path], resolution: int) -> Iterator[tuple[torch.Tensor, 
             continue
         stem = path.with_suffix("")
         text = stem.with_suffix(".txt") if stem in texts else None
-        image = decode_picture(path.read_bytes(), resolution, str(path))
-        captions = _captions(text.read_bytes(), str(text)) if text else {}
+        image = decode_picture(read_bounded(path, MOST_PICTURE_BYTES), resolution, str(path))
+        captions = _captions(read_bounded(text, _MOST_CAPTION_BYTES), str(text)) if text else {}
         yield image, Record(path.name, path.stem, captions)
 
 
@@ -101,6 +108,8 @@ def _shards(shards: list[Path], resolution: int) -> Iterator[tuple[torch.Tensor,
 
 def _captions(text: bytes, name: str) -> dict[str, str]:
     """One caption a line; the language is not known, so they are numbered."""
+    if len(text) > _MOST_CAPTION_BYTES:
+        raise UserError(f"{name}: has {len(text)} bytes, wanted at most {_MOST_CAPTION_BYTES}")
     try:
         lines = text.decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
