@@ -1,6 +1,8 @@
 """Who may attend to whom: layouts, patterns, and what is derived from them: tile schedules and decode tables."""
 
+from dalle_kernels.patterns.composed import Intersection, Packed, Shifted, Union
 from dalle_kernels.patterns.layout import TokenLayout
+from dalle_kernels.patterns.neighborhood import Neighborhood
 from dalle_kernels.patterns.patterns import (
     AxialRow,
     Causal,
@@ -21,12 +23,17 @@ __all__ = [
     "Column",
     "Convolution",
     "Fixed",
+    "Intersection",
     "MaskPattern",
+    "Neighborhood",
+    "Packed",
     "Pattern",
     "Row",
     "Schedule",
+    "Shifted",
     "Strided",
     "TokenLayout",
+    "Union",
     "dalle_pattern_schedule",
     "schedule_for",
 ]

@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
+from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 from weakref import WeakValueDictionary
 
@@ -29,6 +30,14 @@ class Cells(NamedTuple):
 
     row: IntArray
     column: IntArray
+
+
+class Grid(NamedTuple):
+    """Where nearness is judged: text, then cells in raster order along one to three axes."""
+
+    text_length: int
+    shape: tuple[int, ...]
+    dilation: tuple[int, ...]  # cells see those whose index is their own modulo this
 
 
 class Pattern:
@@ -51,6 +60,12 @@ class Pattern:
         """The layout of a pattern over text and image; None for one over a plain sequence."""
         return None
 
+    @property
+    def grid_or_none(self) -> Grid | None:
+        """The cells of a pattern over a grid; None for one over a plain sequence."""
+        layout = self.layout_or_none
+        return None if layout is None else Grid(layout.text_length, layout.grid, (1, 1))
+
     def leading(self, length: int) -> IntArray:
         """int32 [length]: query i sees keys 0 .. leading[i] - 1, all of them."""
         return np.zeros(length, np.int32)
@@ -58,6 +73,24 @@ class Pattern:
     def pairs(self, length: int) -> Iterator[tuple[IntArray, IntArray]]:
         """The visible pairs besides the leading keys: arrays (queries, keys), no query twice in one array."""
         raise NotImplementedError
+
+    def __or__(self, other: Pattern) -> Pattern:
+        """What either makes visible: `Union`."""
+        from dalle_kernels.patterns.composed import Union  # which is made of patterns
+
+        return Union(self, other)
+
+    def __and__(self, other: Pattern) -> Pattern:
+        """What both make visible: `Intersection`."""
+        from dalle_kernels.patterns.composed import Intersection
+
+        return Intersection(self, other)
+
+    def shifted(self, offset: int, total: int | None = None) -> Pattern:
+        """The pattern from token `offset` on, in a sequence of `total` tokens (just enough where None): `Shifted`."""
+        from dalle_kernels.patterns.composed import Shifted
+
+        return Shifted(self, offset, offset + self.length if total is None else total)
 
     def mask(self, length: int | None = None) -> torch.Tensor:
         """torch.bool [S, S], True where query i (row) sees key j (column).
@@ -77,6 +110,32 @@ class Pattern:
         """How many (query, key) pairs the whole sequence has."""
         pairs = sum(query.size for query, _ in self.pairs(self.length))
         return int(self.leading(self.length).sum(dtype=np.int64)) + pairs
+
+    def show(self, query: int | None = None) -> str:
+        """What `query` sees (the cell in the middle where None), drawn in characters, with counts: print it.
+
+        Example:
+            >>> print(Column(TokenLayout(2, (3, 3))).show(query=9))
+            Column(layout=TokenLayout(text_length=2, grid=(3, 3)))
+            11 tokens, 39 visible pairs of 121 (3.10x fewer), 4,096 in tiles of 64 x 64
+            query 9 sees:
+            ##
+            . # .
+            . # .
+            . Q .
+        """
+        from dalle_kernels.patterns import picture  # which needs schedules
+
+        return picture.text(self, query)
+
+    def plot(self, path: str | Path, query: int | None = None) -> Path:
+        """Writes a figure to `path`, whose suffix says the format: the mask, its tiles, and the keys of `query`.
+
+        Needs matplotlib. Up to 2,048 tokens are drawn pair by pair, more as tiles alone.
+        """
+        from dalle_kernels.patterns import picture
+
+        return picture.plot(self, path, query)
 
     @staticmethod
     @lru_cache(maxsize=256)
@@ -107,6 +166,15 @@ class Pattern:
             value = getattr(self, field.name)
             arguments[field.name] = [value.text_length, *value.grid] if isinstance(value, TokenLayout) else value
         object.__setattr__(self, "spec", json.dumps(arguments))
+
+
+def by_turn(query: np.ndarray, key: np.ndarray, length: int) -> Iterator[tuple[IntArray, IntArray]]:
+    """Pairs, ascending by query, as arrays in which no query stands twice: each query's first key, each second, ..."""
+    first = np.searchsorted(query, np.arange(length))
+    turn = np.arange(query.size) - first[query]  # this pair is its query's turn-th
+    order = np.argsort(turn, kind="stable")
+    for chosen in np.split(order, np.cumsum(np.bincount(turn))[:-1]) if query.size else ():
+        yield query[chosen].astype(np.int32), key[chosen].astype(np.int32)
 
 
 def check_length(pattern: Pattern, length: int | None) -> int:
@@ -396,12 +464,8 @@ class MaskPattern(Pattern):
         return len(self._dense)
 
     def pairs(self, length: int) -> Iterator[tuple[IntArray, IntArray]]:
-        query, key = (axis.astype(np.int32) for axis in np.nonzero(self._dense[:length, :length]))
-        first = np.searchsorted(query, np.arange(length))
-        turn = np.arange(query.size) - first[query]  # this pair is its query's turn-th
-        by_turn = np.argsort(turn, kind="stable")
-        for chosen in np.split(by_turn, np.cumsum(np.bincount(turn))[:-1]) if query.size else ():
-            yield query[chosen], key[chosen]
+        query, key = np.nonzero(self._dense[:length, :length])
+        yield from by_turn(query, key, length)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, MaskPattern) and self.spec == other.spec

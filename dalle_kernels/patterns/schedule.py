@@ -63,6 +63,13 @@ class Schedule(OnDevice):
     visible_pairs: int
     executed_pairs: int
 
+    def __repr__(self) -> str:
+        tiles = self.key_tiles.numel()
+        return (
+            f"Schedule({self.pattern}, {self.length} tokens, {tiles} tiles of {self.tile[0]} x {self.tile[1]}, "
+            f"{self.visible_pairs:,} visible of {self.executed_pairs:,} executed pairs)"
+        )
+
     @staticmethod
     def build(
         pattern: Pattern,
@@ -115,21 +122,41 @@ def _remembered(pattern: Pattern, tile: tuple[int, int], length: int, device: st
 
 
 def _orders(pattern: Pattern, length: int, tile: tuple[int, int]) -> Iterator[IntArray]:
-    """Orders worth trying, raster first so that it wins a tie: columns, and blocks about as wide as high."""
+    """Orders worth trying, raster first so that it wins a tie: columns, and blocks about as wide as high (and deep).
+
+    Both go remainder by remainder where the pattern is dilated."""
     raster = np.arange(length, dtype=np.int32)
     yield raster
-    layout = pattern.layout_or_none
-    if layout is None or int(pattern.leading(length).max()) > layout.text_length:
+    grid = pattern.grid_or_none
+    if grid is None or int(pattern.leading(length).max()) > grid.text_length:
         return
-    image = raster[layout.text_length :]
+    image = raster[grid.text_length :]
     if not image.size:
         return
-    row, column = np.divmod(image - layout.text_length, layout.columns)
-    text = raster[: layout.text_length]
-    yield np.concatenate([text, image[np.lexsort((row, column))]])
-    high = isqrt(tile[0])
-    wide = tile[0] // high
-    yield np.concatenate([text, image[np.lexsort((column % wide, row % high, column // wide, row // high))]])
+    cells = np.unravel_index(image - grid.text_length, grid.shape)
+    place = [cell // step for cell, step in zip(cells, grid.dilation, strict=True)]
+    remainder = [cell % step for cell, step in zip(cells, grid.dilation, strict=True)]
+    text = raster[: grid.text_length]
+
+    def sorted_by(*keys: np.ndarray) -> IntArray:  # the most significant first
+        return np.concatenate([text, image[np.lexsort(tuple(reversed([*remainder, *keys])))]])
+
+    if len(grid.shape) == 2:
+        yield sorted_by(place[1], place[0])
+    sides = _block(tile[0], len(grid.shape))
+    blocks = [axis // side for axis, side in zip(place, sides, strict=True)]
+    within = [axis % side for axis, side in zip(place, sides, strict=True)]
+    yield sorted_by(*blocks, *within)
+
+
+def _block(tokens: int, axes: int) -> list[int]:
+    """Sides of a block of `tokens` tokens, as alike as powers of two and the first side's root allow."""
+    sides = []
+    for left in range(axes, 0, -1):
+        side = isqrt(tokens) if left == 2 else max(1, round(tokens ** (1 / left)))
+        sides.append(side)
+        tokens //= side
+    return sides
 
 
 class _Grid(NamedTuple):
