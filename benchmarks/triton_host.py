@@ -63,6 +63,7 @@ def pairs() -> dict[str, Pair]:
     q, k, v = (torch.zeros(1, 2, PATTERN.length, 64, dtype=torch.bfloat16) for _ in range(3))
     token = torch.zeros(1, 2, 1, 64, dtype=torch.bfloat16)
     cache = KVCache(PATTERN, 1, 2, 64, dtype=torch.bfloat16)
+    cache.lengths = None  # as on a GPU, where nobody looks at them
     position, seed = torch.zeros((), dtype=torch.int64), torch.zeros((), dtype=torch.int64)
     logits, codebook = torch.zeros(64, 512, dtype=torch.bfloat16), torch.zeros(512, 128, dtype=torch.bfloat16)
     temperature = torch.ones(())
@@ -85,7 +86,7 @@ def pairs() -> dict[str, Pair]:
             lambda: torch.autograd.grad(attended, leaves, out, retain_graph=True),
         ),
         "decoding (2 kernels)": (
-            lambda: triton_kernel.forward(token, token, token, cache.keys, cache.values, position, 0.125, PATTERN),
+            lambda: triton_kernel.forward(token, token, token, cache.store, position, 0.125, PATTERN),
             lambda: decode_attention(token, token, token, cache, position, backend="triton"),
         ),
         "Gumbel lookup (1 kernel)": (

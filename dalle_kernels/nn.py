@@ -89,30 +89,34 @@ class SparseSelfAttention(nn.Module):
         Args:
             x: [B, S, E], positions 0 .. S - 1.
             key_padding_mask: bool [B, S], True where a key is padding, as in `torch.nn.MultiheadAttention`.
-            cache: filled with the keys and values of these positions, so that `step` can go on from S.
+            cache: an empty one, filled with the keys and values of these positions and with what of them is padding,
+                so that `step` can go on from S.
 
         Returns:
             [B, S, E].
         """
         q, k, v = self._qkv(x)
         if cache is not None:
-            cache.prefill(k, v)
+            cache.prefill(k, v, key_padding_mask)
         return self._join(
             sparse_attention(q, k, v, self.pattern, key_padding_mask=key_padding_mask, backend=self.backend)
         )
 
     def step(self, x: Tensor, cache: KVCache, position: int | Tensor) -> Tensor:
-        """Attend from one new token: x [B, 1, E] at `position` (int, or int64 0-dim tensor) -> [B, 1, E]."""
+        """Attend from the next tokens: x [B, G, E], the first at `position`, as in `decode_attention` -> [B, G, E].
+
+        What was padding when the cache was filled stays hidden.
+        """
         q, k, v = self._qkv(x)
         return self._join(decode_attention(q, k, v, cache, position, backend=self.backend))
 
-    def new_cache(self, batch: int, dtype: torch.dtype | None = None) -> KVCache:
-        """An empty cache for `batch` sequences, with this module's device and the dtype of its keys."""
+    def new_cache(self, batch: int, dtype: torch.dtype | None = None, copies: int = 1, rewind: int = 0) -> KVCache:
+        """An empty cache for `batch` prompts on this module's device, in the dtype of its keys; else as `KVCache`."""
         weight = self.project_qkv.weight
         if dtype is None:
             kind = weight.device.type
             dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-        return KVCache(self.pattern, batch, self.num_heads, self.head_dim, dtype=dtype, device=weight.device)
+        return KVCache(self.pattern, batch, self.num_heads, self.head_dim, dtype, weight.device, copies, rewind)
 
     def extra_repr(self) -> str:
         return f"{self.pattern}, num_heads={self.num_heads}, head_dim={self.head_dim}"

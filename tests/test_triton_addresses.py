@@ -17,6 +17,7 @@ from dalle_kernels.codebook.gumbel import triton as triton_gumbel
 from dalle_kernels.codebook.projection import triton as triton_projection
 from dalle_kernels.codebook.vq import triton as triton_vq
 from dalle_kernels.decode import triton as decode_kernel
+from dalle_kernels.decode.store import Store
 from dalle_kernels.sampling import triton as sampling_kernel
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -80,7 +81,7 @@ def test_decoding(dimension: int) -> None:
     results = []
     for place in (far_apart, lambda tensor, _: tensor.clone()):
         keys, values = place(cache.keys, dimension), place(cache.values, dimension)
-        out = decode_kernel.forward(q, k, v, keys, values, position, 0.25, PATTERN)
+        out = decode_kernel.forward(q, k, v, Store(keys, values), position, 0.25, PATTERN)
         results.append((out, keys, values))
     assert_same(*results)
 

@@ -28,6 +28,7 @@ class Call(NamedTuple):
     device: torch.device
     dtype: torch.dtype
     width: int  # head dimension, codebook width or vocabulary, as the operation says
+    extras: tuple[str, ...] = ()  # what of the call not every backend has, in words
 
 
 @dataclass(frozen=True)

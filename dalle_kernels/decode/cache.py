@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import operator
+
 import torch
 
 from dalle_kernels.checks import FLOATS, check_alike, check_tensor
+from dalle_kernels.decode.store import Store
 from dalle_kernels.patterns.decode_table import decode_table_for
 from dalle_kernels.patterns.patterns import Pattern
 
@@ -13,15 +16,29 @@ class KVCache:
     """Keys and values of the tokens so far, no more of them than `pattern` can still see.
 
     A row pattern keeps text_length + columns + 1 entries, an 11 x 11 convolution text_length + 5 columns + 6; a
-    column pattern keeps its columns. `decode_attention` writes into it; `prefill` takes a prompt at once.
+    column pattern keeps its columns. `prefill` takes a prompt at once, `decode_attention` writes the tokens after it.
+
+    With `copies`, each of `batch` prompts has that many continuations: the prompt's keys and values are kept once, and
+    only what comes after them for each continuation. The rows are then B = batch * copies, row p * copies + c being
+    continuation c of prompt p, and the cache begins with a `prefill` of `batch` rows.
+
+    A cache knows how many tokens each row holds, and decoding goes on from there; going back takes `truncate`. On a CPU
+    every call is checked, under torch.compile too. On a GPU the host checks positions that are ints, outside of
+    torch.compile; a position tensor there is not looked at, so that a CUDA graph can be replayed, and from then on the
+    cache does not know its length, until an int position or `truncate` says it.
 
     Args:
         pattern: the layer's pattern; no query of it may see a later key.
-        batch, heads, head_dim: B, H and D of the layer.
+        batch, heads, head_dim: prompts, H and D of the layer.
         dtype, device: of the tensors to come; torch's defaults where None.
+        copies: continuations of each prompt.
+        rewind: by how many tokens more than one `truncate` can always go back; each may cost a slot.
 
     Attributes:
-        keys, values: [B, H, L, D], L slots. Others of that L may take their place, as for a new order of the batch.
+        keys, values: [B, H, L, D], L slots, contiguous. Others of that shape may take their place.
+        shared_keys, shared_values: [batch, H, M, D], the prompt's, where copies share it, else None.
+        lengths: int64 [B] on the CPU, the tokens that each row holds; None where a GPU cache does not know. Whoever
+            writes keys and values by hand sets it.
 
     Raises:
         ValueError: for sizes below 1, a dtype that is not floating point, or a pattern that is not causal.
@@ -29,6 +46,10 @@ class KVCache:
     Example:
         >>> KVCache(Row(TokenLayout(256, (32, 32))), batch=1, heads=2, head_dim=64).keys.shape
         torch.Size([1, 2, 289, 64])
+        >>> cache = KVCache(Row(TokenLayout(256, (32, 32))), batch=1, heads=2, head_dim=64, copies=8)
+        >>> cache.prefill(torch.randn(1, 2, 256, 64), torch.randn(1, 2, 256, 64))
+        >>> cache.shared_keys.shape, cache.keys.shape
+        (torch.Size([1, 2, 256, 64]), torch.Size([8, 2, 33, 64]))
     """
 
     def __init__(
@@ -39,51 +60,292 @@ class KVCache:
         head_dim: int,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        copies: int = 1,
+        rewind: int = 0,
     ) -> None:
         if not isinstance(pattern, Pattern):
             raise TypeError(f"pattern: got {type(pattern).__name__}, wanted a Pattern")
-        for name, value in (("batch", batch), ("heads", heads), ("head_dim", head_dim)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: got {value!r}, wanted an int >= 1")
+        sizes = {"batch": batch, "heads": heads, "head_dim": head_dim, "copies": copies, "rewind": rewind}
+        for name, value in sizes.items():
+            least = 0 if name == "rewind" else 1
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{name}: got {value!r}, wanted an int >= {least}")
         if dtype is not None and dtype not in FLOATS:
             raise ValueError(f"dtype: got {dtype}, wanted a floating-point dtype")
         self.pattern = pattern
-        self._slots = decode_table_for(pattern).cache_length
-        self.keys = torch.zeros((batch, heads, self._slots, head_dim), dtype=dtype, device=device)
+        self.copies = copies
+        self.rewind = rewind
+        slots = _slots(pattern.spec, 0, rewind)
+        self.keys = torch.zeros(
+            (batch * copies, heads, slots if copies == 1 else 0, head_dim), dtype=dtype, device=device
+        )
         self.values = torch.zeros_like(self.keys)
+        self._forget_prompt()
+        self.lengths: torch.Tensor | None = torch.zeros(batch * copies, dtype=torch.int64, device="cpu")
+
+    def _forget_prompt(self) -> None:
+        self.shared_keys: torch.Tensor | None = None
+        self.shared_values: torch.Tensor | None = None
+        self.hidden: torch.Tensor | None = None
+        self.shared_hidden: torch.Tensor | None = None
+        self._prompt = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its tensors."""
+        tensors = (self.keys, self.values, self.shared_keys, self.shared_values, self.hidden, self.shared_hidden)
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
+
+    @property
+    def store(self) -> Store:
+        """What backends see of it."""
+        return Store(
+            self.keys,
+            self.values,
+            self.shared_keys,
+            self.shared_values,
+            self.hidden,
+            self.shared_hidden,
+            self._prompt,
+            self.rewind,
+        )
 
     def check(self) -> None:
         """Keys and values are still a pair that `pattern` can use.
 
         Raises:
-            TypeError, ValueError: if tensors in their place differ in shape, dtype or device, or lack slots.
+            TypeError, ValueError: if tensors in their place differ in shape, dtype or device, lack slots, or are not
+                contiguous, as an expanded tensor is not.
         """
         keys, values = self.keys, self.values
-        if keys.dim() != 4 or keys.shape[2] != self._slots:
-            raise ValueError(f"cache.keys: got shape {tuple(keys.shape)}, wanted [B, H, {self._slots}, D]")
+        if self.copies > 1 and self.shared_keys is None:
+            return  # nothing is written before the prefill
+        slots = _slots(self.pattern.spec, self._prompt, self.rewind)
+        if keys.dim() != 4 or keys.shape[2] != slots:
+            raise ValueError(f"cache.keys: got shape {tuple(keys.shape)}, wanted [B, H, {slots}, D]")
         if values.shape != keys.shape:
             raise ValueError(f"cache.values: got shape {tuple(values.shape)}, wanted {tuple(keys.shape)} as keys has")
         check_alike("cache.values", values, "cache.keys", keys)
+        for name, tensor in (("keys", keys), ("values", values)):
+            if not tensor.is_contiguous():
+                came = f"strides {tuple(tensor.stride())} for shape {tuple(tensor.shape)}"
+                raise ValueError(f"cache.{name}: got {came}, wanted a contiguous tensor")
+        if self.lengths is not None and self.lengths.shape != keys.shape[:1]:
+            raise ValueError(
+                f"cache.keys: got {keys.shape[0]} rows, wanted {len(self.lengths)}, as many as lengths; "
+                "`reorder` makes others"
+            )
 
-    def prefill(self, k: torch.Tensor, v: torch.Tensor) -> None:
+    def prefill(self, k: torch.Tensor, v: torch.Tensor, key_padding_mask: torch.Tensor | None = None) -> None:
         """Takes the keys and values of positions 0 to n - 1: what decoding those tokens one by one would leave.
 
         Args:
-            k, v: [B, H, n, D], dtype and device of the cache.
+            k, v: [batch, H, n, D], dtype and device of the cache, which must be empty.
+            key_padding_mask: bool [batch, n], True at keys that no later token shall see.
+
+        Raises:
+            TypeError, ValueError: for wrong shapes, dtypes or devices, too many tokens, or a cache that holds some.
         """
         self.check()
+        rows, heads, _, width = self.keys.shape
+        batch = rows // self.copies
         for name, tensor in (("k", k), ("v", v)):
             check_tensor(name, tensor, rank=4)
             check_alike(name, tensor, "the cache", self.keys)
-            batch, heads, _, width = self.keys.shape
             if tensor.shape[:2] != (batch, heads) or tensor.shape[3] != width or tensor.shape[2] != k.shape[2]:
                 wanted = f"({batch}, {heads}, n, {width}), n alike for k and v"
                 raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, wanted {wanted}")
-        if k.shape[2] > self.pattern.length:
-            raise ValueError(f"k: got {k.shape[2]} tokens, wanted at most {self.pattern.length}")
-        slots = decode_table_for(self.pattern).slot[: k.shape[2]].tolist()
-        last = {slot: position for position, slot in enumerate(slots)}  # a later token takes over the slot
-        to = torch.tensor(list(last), dtype=torch.int64, device=self.keys.device)
-        token = torch.tensor(list(last.values()), dtype=torch.int64, device=self.keys.device)
-        self.keys[:, :, to] = k.detach()[:, :, token]
-        self.values[:, :, to] = v.detach()[:, :, token]
+        tokens = k.shape[2]
+        if tokens > self.pattern.length:
+            raise ValueError(f"k: got {tokens} tokens, wanted at most {self.pattern.length}")
+        if key_padding_mask is not None:
+            check_padding(key_padding_mask, (batch, tokens), k.device)
+        if self.lengths is not None and not torch.compiler.is_compiling():
+            check_empty(self.lengths)
+        if self.copies > 1:
+            self._share(tokens, key_padding_mask is not None)
+        elif key_padding_mask is not None and self.hidden is None:
+            self.hidden = torch.zeros(self.keys.shape[::2], dtype=torch.bool, device=self.keys.device)
+        shared = self.shared_keys is not None
+        torch.ops.dalle_kernels.decode_prefill(
+            k.detach(),
+            v.detach(),
+            self.shared_keys if shared else self.keys,
+            self.shared_values if shared else self.values,
+            self.shared_hidden if shared else self.hidden,
+            key_padding_mask,
+            self.lengths_to_check(),
+            self.pattern.spec,
+            tokens if shared else 0,
+            self.rewind,
+        )
+        self.count(0, tokens)
+
+    def _share(self, tokens: int, padded: bool) -> None:
+        """Makes room for a prompt of `tokens` tokens, once a prompt, and for what each of its copies adds."""
+        if self.shared_keys is not None:
+            raise ValueError(f"k: the cache holds a prompt of {self._prompt} tokens already; truncate(0) forgets it")
+        rows, heads, _, width = self.keys.shape
+        kept = _slots(self.pattern.spec, tokens, self.rewind, shared=True)
+        slots = _slots(self.pattern.spec, tokens, self.rewind)
+        self._prompt = tokens
+        self.shared_keys = self.keys.new_zeros(rows // self.copies, heads, kept, width)
+        self.shared_values = torch.zeros_like(self.shared_keys)
+        self.keys = self.keys.new_zeros(rows, heads, slots, width)
+        self.values = torch.zeros_like(self.keys)
+        if padded:
+            self.shared_hidden = torch.zeros(self.shared_keys.shape[::2], dtype=torch.bool, device=self.keys.device)
+
+    def truncate(self, position: int | torch.Tensor) -> None:
+        """Goes back: the tokens from `position` on are forgotten, and decoding goes on from there.
+
+        By one token it always can, and by `rewind` more; by others where their slots still hold what the tokens from
+        `position` on see. 0 empties the cache and forgets the prompt that copies share.
+
+        Args:
+            position: int, or int64 [B], one a row.
+
+        Raises:
+            ValueError: for a position beyond what the cache holds, inside a shared prompt, or before keys that are
+                gone; the cache is then as it was.
+        """
+        rows = self.keys.shape[0]
+        if isinstance(position, torch.Tensor):
+            if position.shape != (rows,) or position.dtype != torch.int64:
+                came = f"{position.dtype} of shape {tuple(position.shape)}"
+                raise ValueError(f"position: got {came}, wanted an int or int64 of shape ({rows},)")
+            wanted = position.cpu()
+        else:
+            wanted = torch.full((rows,), as_int("position", position), dtype=torch.int64, device="cpu")
+        lengths = self.lengths
+        table = self.store.table(self.pattern)
+        known = wanted if lengths is None else lengths
+        for target, length in set(zip(wanted.tolist(), known.tolist(), strict=True)):
+            if not 0 <= target <= min(length, self.pattern.length):
+                raise ValueError(f"position: got {target}, wanted 0 to {length}, the tokens that the cache holds")
+            if 0 < target < self._prompt or (target == 0 < self._prompt and bool(wanted.any())):
+                raise ValueError(
+                    f"position: got {target}, wanted at least the {self._prompt} tokens of the prompt, or 0"
+                )
+            if target and not table.holds(target, length):
+                raise ValueError(
+                    f"position: got {target}, which sees keys whose slots later tokens took; "
+                    f"a cache made with rewind={length - target - 1} could go back so far"
+                )
+        if self.copies > 1 and not wanted.any():
+            self.keys, self.values = (tensor[:, :, :0].contiguous() for tensor in (self.keys, self.values))
+            self._forget_prompt()
+        self.lengths = wanted.clone() if lengths is None else lengths.copy_(wanted)
+
+    def reorder(self, index: torch.Tensor) -> None:
+        """Row b becomes what row index[b] was, as beam search wants it; the batch may grow or shrink.
+
+        Where the number of rows stays, so do the tensors. With copies, each prompt's rows must come from the rows of
+        one prompt, which on a GPU makes the host wait.
+
+        Args:
+            index: int64 [n], rows of the cache; n a multiple of `copies`.
+
+        Raises:
+            ValueError: for another shape or dtype, rows that the cache does not have, or prompts that are mixed.
+        """
+        rows, copies = self.keys.shape[0], self.copies
+        if index.dim() != 1 or index.dtype != torch.int64 or not len(index) or len(index) % copies:
+            came = f"{index.dtype} of shape {tuple(index.shape)}"
+            raise ValueError(f"index: got {came}, wanted int64 of shape (n,), n a positive multiple of {copies}")
+        if index.device.type == "cpu" and not 0 <= int(index.min()) <= int(index.max()) < rows:
+            raise ValueError(f"index: got {int(index.min())} to {int(index.max())}, wanted rows from 0 to {rows - 1}")
+        index = index.to(self.keys.device)
+        self.check()
+        if self.shared_keys is not None:
+            prompts = (index // copies).unflatten(0, (-1, copies))
+            if not bool((prompts == prompts[:, :1]).all()):
+                raise ValueError("index: got rows of several prompts in the place of one's copies, wanted one's alone")
+            for name in ("shared_keys", "shared_values", "shared_hidden"):
+                self._take(name, prompts[:, 0])
+        for name in ("keys", "values", "hidden"):
+            self._take(name, index)
+        if self.lengths is not None:
+            self.lengths = self.lengths[index.cpu()]
+
+    def _take(self, name: str, index: torch.Tensor) -> None:
+        tensor = getattr(self, name)
+        if tensor is None:
+            return
+        taken = tensor.index_select(0, index)
+        if taken.shape == tensor.shape:
+            tensor.copy_(taken)
+        else:
+            setattr(self, name, taken)
+
+    def lengths_to_check(self) -> torch.Tensor | None:
+        """`lengths` where an operation checks and counts them: on a CPU, where looking at them waits for nothing."""
+        return self.lengths if self.keys.device.type == "cpu" else None
+
+    def expect(self, position: int) -> None:
+        """On a GPU, where no operation looks at lengths, the host checks that `position` is the next, if it can."""
+        if self.lengths_to_check() is None and self.lengths is not None and not torch.compiler.is_compiling():
+            check_next(self.lengths, position)
+
+    def count(self, position: int | None, tokens: int) -> None:
+        """On a GPU, the host counts `tokens` tokens from `position` on; None is where it does not know."""
+        if self.keys.device.type == "cpu":
+            return
+        if position is None or torch.compiler.is_compiling():
+            self.lengths = None
+        else:
+            self.lengths = torch.full((self.keys.shape[0],), position + tokens, dtype=torch.int64, device="cpu")
+
+
+def check_position(position: torch.Tensor, tokens: int, length: int) -> None:
+    """`tokens` tokens from `position` on, int64 of 0 or 1 dimensions on the CPU, lie in a pattern of `length`."""
+    least, most = (int(position),) * 2 if position.dim() == 0 else (int(position.min()), int(position.max()))
+    if least < 0 or most > length - tokens:
+        what = "" if tokens == 1 else f" for {tokens} tokens"
+        raise ValueError(f"position: got {least if least < 0 else most}{what}, wanted 0 to {length - tokens}")
+
+
+def check_next(lengths: torch.Tensor, position: int | torch.Tensor) -> None:
+    """`position`, an int or int64 of 0 or 1 dimensions, is where rows of these lengths go on."""
+    wrong = lengths != position
+    if not wrong.any():
+        return
+    row = int(wrong.nonzero()[0])
+    came, held = int((wrong.long() * 0 + position)[row]), int(lengths[row])
+    where = "" if wrong.all() and bool((lengths == held).all()) else f" for row {row}"
+    hint = f"; truncate({came}) goes back" if came < held else ""
+    raise ValueError(f"position: got {came}{where}, wanted {held}, the tokens that the cache holds{hint}")
+
+
+def check_empty(lengths: torch.Tensor) -> None:
+    if lengths.any():
+        held = int(lengths.max())
+        raise ValueError(
+            f"k: the cache holds {held} tokens already; decode_attention takes the next ones, truncate(0) forgets them"
+        )
+
+
+def check_padding(mask: torch.Tensor, wanted: tuple[int, int], device: torch.device) -> None:
+    if mask.dtype != torch.bool or mask.shape != wanted:
+        came = f"{mask.dtype} of shape {tuple(mask.shape)}"
+        raise ValueError(f"key_padding_mask: got {came}, wanted torch.bool of shape {wanted}")
+    if mask.device != device:
+        raise ValueError(f"key_padding_mask: got a tensor on {mask.device}, wanted {device}")
+
+
+def as_int(name: str, value: object) -> int:
+    """`value` as an int: any integral number, NumPy's too."""
+    if isinstance(value, int):
+        return value
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise ValueError(f"{name}: got {value!r}, wanted an int") from None
+
+
+@torch.compiler.assume_constant_result  # how long a cache is depends on no tensor: to torch.compile it is a number
+def _slots(spec: str, prompt: int, rewind: int, shared: bool = False) -> int:
+    table = decode_table_for(Pattern.parse(spec), "cpu", prompt, rewind)
+    if not shared:
+        return table.cache_length
+    return 0 if table.shared is None else table.shared.cache_length

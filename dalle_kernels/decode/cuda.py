@@ -1,4 +1,4 @@
-"""One decoding step by the CUDA kernel of csrc/decode/decode.cu."""
+"""Decoding by the CUDA kernel of csrc/decode/decode.cu."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 from dalle_kernels.backends import cuda_library
 from dalle_kernels.backends.choice import Call
-from dalle_kernels.patterns.decode_table import decode_table_for
+from dalle_kernels.decode.store import Store
 from dalle_kernels.patterns.patterns import Pattern
 
 _KEYS_A_BLOCK = 64  # fewer are not worth another block
@@ -18,20 +18,27 @@ def refuse(call: Call) -> str | None:
     piece = 16 // call.dtype.itemsize
     if call.width % piece or call.width > 32 * piece:
         return f"it takes head dimensions that are multiples of {piece} up to {32 * piece}, not {call.width}"
-    return None
+    return f"it has no {call.extras[0]}" if call.extras else None
 
 
 def forward(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
+    store: Store,
     position: torch.Tensor,
     scale: float,
     pattern: Pattern,
 ) -> torch.Tensor:
-    table = decode_table_for(pattern, q.device)
+    """Output [B, H, G, D] like q, a launch a token; k and v go into `store`. `position` is a 0-dim int64 tensor."""
+    if q.shape[2] > 1:
+        steps = zip(q.split(1, 2), k.split(1, 2), v.split(1, 2), strict=True)
+        outs = [forward(*qkv, store, position + token, scale, pattern) for token, qkv in enumerate(steps)]
+        return torch.cat(outs, 2)
+    table = store.table(pattern, q.device)
+    for name, tensor in (("keys", store.keys), ("values", store.values)):
+        if tensor.data_ptr() % 16:
+            raise ValueError(f"cache.{name}: got memory at {tensor.data_ptr():#x}, wanted a multiple of 16")
     batch, heads, _, width = q.shape
     # Two blocks a multiprocessor hide each other's latency; the count may not depend on the position, which the
     # host does not look at.
@@ -44,8 +51,8 @@ def forward(
         cuda_library.aligned(q),
         cuda_library.aligned(k),
         cuda_library.aligned(v),
-        keys,
-        values,
+        store.keys,
+        store.values,
         table.slot,
         table.prefix,
         table.offsets,

@@ -9,12 +9,29 @@ import torch
 from dalle_kernels.backends.choice import Call, Operation, register
 from dalle_kernels.backends.library import define
 from dalle_kernels.checks import autocast, check_alike, check_scale, check_tensor, rows_contiguous
-from dalle_kernels.decode.cache import KVCache
+from dalle_kernels.decode.cache import KVCache, as_int, check_empty, check_next, check_position
+from dalle_kernels.decode.store import Store
+from dalle_kernels.device import remembered
+from dalle_kernels.patterns.decode_table import decode_table_for
 from dalle_kernels.patterns.patterns import Pattern
 
 
-def _describe(q: torch.Tensor, *_: Any, **__: Any) -> Call:
-    return Call(q.device, autocast(q)[0].dtype, q.shape[-1])
+def _describe(
+    q: torch.Tensor, _k: object, _v: object, cache: KVCache, position: int | torch.Tensor = 0, *_: Any, **__: Any
+) -> Call:
+    by_row = isinstance(position, torch.Tensor) and position.numel() > 1
+    return Call(q.device, autocast(q)[0].dtype, q.shape[-1], _extras(cache.store, by_row))
+
+
+def _extras(store: Store, by_row: bool) -> tuple[str, ...]:
+    """What of a call not every backend has."""
+    hidden = store.hidden is not None or store.shared_hidden is not None
+    wanted = {
+        "shared prompts": store.shared_keys is not None,
+        "padding": hidden,
+        "positions that differ by row": by_row,
+    }
+    return tuple(name for name, asked in wanted.items() if asked)
 
 
 OPERATION = Operation(
@@ -38,40 +55,51 @@ def decode_attention(
     scale: float | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """Attention for one new token: writes its key and value into `cache`, then attends to what it may see.
+    """Attention for the next tokens: writes their keys and values into `cache`, then attends to what each may see.
 
-    Called for positions 0, 1, 2, ... (or from n on, after `cache.prefill` took n tokens) it gives row by row what
-    `sparse_attention` gives at once. It has no backward.
+    Called for positions 0, 1, 2, ... (or from n on, after `cache.prefill` took n tokens), one token at a time or
+    several, it gives row by row what `sparse_attention` gives at once. It has no backward.
 
     Args:
-        q, k, v: [B, H, 1, D], the new token's; dtype and device of the cache (autocast casts them first).
+        q, k, v: [B, H, G, D], the next G tokens'; dtype and device of the cache (autocast casts them first). B counts
+            the copies of a prompt.
         cache: the layer's KVCache; it says the pattern, and is changed in place.
-        position: where the token stands in the sequence, shared by the batch. A 0-dim int64 tensor on the cache's
-            device lets one CUDA graph serve every position; it is not checked there.
+        position: where the first of them stands in the sequence, which is how many tokens the cache holds: an int or
+            an int64 tensor on the cache's device, of one element or, where rows differ, [B]. A tensor on a GPU lets
+            one CUDA graph serve every position; it is not checked there.
         scale: what the scores are multiplied by; D ** -0.5 where None.
         backend: "auto", "reference", "cpu", "triton" or "cuda"; see `explain`.
 
     Returns:
-        [B, H, 1, D] in q's dtype.
+        [B, H, G, D] in q's dtype.
 
     Raises:
-        TypeError, ValueError: for wrong shapes, dtypes or devices, or a position outside the pattern.
+        TypeError, ValueError: for wrong shapes, dtypes or devices, a position outside the pattern, or one that is not
+            the cache's next (`cache.truncate` goes back); the cache is then as it was.
         RuntimeError: if a gradient would be needed.
 
     Example:
         >>> cache = KVCache(Row(TokenLayout(4, (2, 2))), batch=1, heads=2, head_dim=16)
-        >>> q = k = v = torch.randn(1, 2, 1, 16)
-        >>> decode_attention(q, k, v, cache, position=0).shape
+        >>> q = k = v = torch.randn(1, 2, 5, 16)
+        >>> decode_attention(q[:, :, :1], k[:, :, :1], v[:, :, :1], cache, position=0).shape
         torch.Size([1, 2, 1, 16])
+        >>> decode_attention(q[:, :, 1:], k[:, :, 1:], v[:, :, 1:], cache, position=1).shape
+        torch.Size([1, 2, 4, 16])
     """
     if not isinstance(cache, KVCache):
         raise TypeError(f"cache: got {type(cache).__name__}, wanted a KVCache")
     cache.check()
-    batch, heads, _, width = cache.keys.shape
+    if cache.copies > 1 and cache.shared_keys is None:
+        raise ValueError(
+            f"cache: got one without the prompt that its {cache.copies} copies share, wanted a prefill first"
+        )
+    rows, heads, _, width = cache.keys.shape
+    check_tensor("q", q, rank=4)
+    tokens = q.shape[2]
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         check_tensor(name, tensor, rank=4)
-        if tensor.shape != (batch, heads, 1, width):
-            wanted = (batch, heads, 1, width)
+        wanted = (rows, heads, max(tokens, 1), width)
+        if tensor.shape != wanted:
             raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, wanted {wanted} to suit the cache")
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         raise RuntimeError("decode_attention has no backward: call it under torch.no_grad()")
@@ -79,34 +107,48 @@ def decode_attention(
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         check_alike(name, tensor, "the cache", cache.keys)
     check_scale(scale)
-    return torch.ops.dalle_kernels.decode_forward(
+    where, known = _position(position, cache, tokens)
+    out = torch.ops.dalle_kernels.decode_forward(
         rows_contiguous(q),
         rows_contiguous(k),
         rows_contiguous(v),
         cache.keys,
         cache.values,
-        _position(position, cache),
+        cache.shared_keys,
+        cache.shared_values,
+        cache.hidden,
+        cache.shared_hidden,
+        cache.lengths_to_check(),
+        where,
         width**-0.5 if scale is None else float(scale),
         cache.pattern.spec,
+        cache.store.prompt,
+        cache.rewind,
         backend,
     )
+    cache.count(known, tokens)
+    return out
 
 
 register(decode_attention, OPERATION)
 
 
-def _position(position: int | torch.Tensor, cache: KVCache) -> torch.Tensor:
-    device, length = cache.keys.device, cache.pattern.length
+def _position(position: int | torch.Tensor, cache: KVCache, tokens: int) -> tuple[torch.Tensor, int | None]:
+    """`position` as a tensor on the cache's device, and as an int where the host knows it."""
+    device, length, rows = cache.keys.device, cache.pattern.length, cache.keys.shape[0]
     if isinstance(position, torch.Tensor):
-        if position.numel() != 1 or position.dtype != torch.int64:
+        if position.dtype != torch.int64 or (position.numel() != 1 and position.shape != (rows,)):
             came = f"{position.dtype} of shape {tuple(position.shape)}"
-            raise ValueError(f"position: got {came}, wanted one int64")
+            raise ValueError(f"position: got {came}, wanted one int64, or int64 of shape ({rows},)")
         if position.device != device:
             raise ValueError(f"position: got a tensor on {position.device}, wanted {device} where the cache is")
-        return position.reshape(())
-    if not isinstance(position, int) or not 0 <= position < length:
-        raise ValueError(f"position: got {position!r}, wanted an int from 0 to {length - 1}")
-    return torch.full((), position, dtype=torch.int64, device=device)
+        return position.reshape(() if position.numel() == 1 else (rows,)), None
+    start = as_int("position", position)
+    if not 0 <= start <= length - tokens:
+        what = "" if tokens == 1 else f" for {tokens} tokens"
+        raise ValueError(f"position: got {start}{what}, wanted an int from 0 to {length - tokens}")
+    cache.expect(start)
+    return torch.full((), start, dtype=torch.int64, device=device), start
 
 
 def _forward(
@@ -115,26 +157,93 @@ def _forward(
     v: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
+    shared_keys: torch.Tensor | None,
+    shared_values: torch.Tensor | None,
+    hidden: torch.Tensor | None,
+    shared_hidden: torch.Tensor | None,
+    lengths: torch.Tensor | None,
     position: torch.Tensor,
     scale: float,
     pattern: str,
+    prompt: int,
+    rewind: int,
     backend: str,
 ) -> torch.Tensor:
-    parsed = Pattern.parse(pattern)
+    parsed, tokens = Pattern.parse(pattern), q.shape[2]
+    store = Store(keys, values, shared_keys, shared_values, hidden, shared_hidden, prompt, rewind)
     # On the CPU a position tensor can be looked at without waiting for anything, so it is checked here.
-    if position.device.type == "cpu" and not 0 <= int(position) < parsed.length:
-        raise ValueError(f"position: got {int(position)}, wanted 0 to {parsed.length - 1}")
-    module = OPERATION.choose(backend, Call(q.device, q.dtype, q.shape[-1]))
-    return module.forward(q, k, v, keys, values, position, scale, parsed)
+    if position.device.type == "cpu":
+        check_position(position, tokens, parsed.length)
+    if lengths is not None:
+        check_next(lengths, position)
+    _check_apart(keys, values)
+    module = OPERATION.choose(backend, Call(q.device, q.dtype, q.shape[-1], _extras(store, position.dim() > 0)))
+    if hidden is not None:  # what is new is not padding
+        slots = store.table(parsed, q.device).slot
+        new = position.reshape(-1, 1) + torch.arange(tokens, device=q.device)
+        hidden.scatter_(1, slots[new].long().expand(hidden.shape[0], -1), value=False)
+    out = module.forward(q, k, v, store, position, scale, parsed)
+    if lengths is not None:
+        lengths += tokens
+    return out
+
+
+def _check_apart(keys: torch.Tensor, values: torch.Tensor) -> None:
+    if keys.numel() and keys.data_ptr() == values.data_ptr():
+        raise ValueError("cache.values: got the memory of cache.keys, wanted its own")
 
 
 def _forward_fake(q: torch.Tensor, *_: Any) -> torch.Tensor:
     return torch.empty_like(q)
 
 
+def _prefill(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    hidden: torch.Tensor | None,
+    key_padding_mask: torch.Tensor | None,
+    lengths: torch.Tensor | None,
+    pattern: str,
+    prompt: int,
+    rewind: int,
+) -> None:
+    tokens = k.shape[2]
+    if lengths is not None:
+        check_empty(lengths)
+    _check_apart(keys, values)
+    slot, token = _places(Pattern.parse(pattern), tokens, prompt, rewind, str(k.device))
+    keys[:, :, slot] = k[:, :, token]
+    values[:, :, slot] = v[:, :, token]
+    if hidden is not None:
+        hidden[:, slot] = False if key_padding_mask is None else key_padding_mask[:, token]
+    if lengths is not None:
+        lengths.fill_(tokens)
+
+
+@remembered(maxsize=64)
+def _places(pattern: Pattern, tokens: int, prompt: int, rewind: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The slots that a prompt of `tokens` tokens fills, and the tokens that they then hold."""
+    table = decode_table_for(pattern, "cpu", prompt, rewind)
+    slots = (table if table.shared is None else table.shared).slot[:tokens].tolist()
+    last = {slot: token for token, slot in enumerate(slots) if slot >= 0}  # a later token takes over the slot
+    return (
+        torch.tensor(list(last), dtype=torch.int64, device=device),
+        torch.tensor(list(last.values()), dtype=torch.int64, device=device),
+    )
+
+
 define(
-    "decode_forward(Tensor q, Tensor k, Tensor v, Tensor(a!) keys, Tensor(b!) values, Tensor position, float scale,"
-    " str pattern, str backend) -> Tensor",
+    "decode_forward(Tensor q, Tensor k, Tensor v, Tensor(a!) keys, Tensor(b!) values, Tensor? shared_keys,"
+    " Tensor? shared_values, Tensor(c!)? hidden, Tensor? shared_hidden, Tensor(d!)? lengths, Tensor position,"
+    " float scale, str pattern, int prompt, int rewind, str backend) -> Tensor",
     _forward,
     _forward_fake,
+)
+define(
+    "decode_prefill(Tensor k, Tensor v, Tensor(a!) keys, Tensor(b!) values, Tensor(c!)? hidden,"
+    " Tensor? key_padding_mask, Tensor(d!)? lengths, str pattern, int prompt, int rewind) -> ()",
+    _prefill,
+    lambda *_: None,
 )

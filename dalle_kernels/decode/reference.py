@@ -1,11 +1,12 @@
-"""One decoding step, defined: write the new key and value, gather the visible slots, attend."""
+"""Decoding, defined: write the new keys and values, gather the visible slots, attend."""
 
 from __future__ import annotations
 
 import torch
 
 from dalle_kernels.backends.choice import Call
-from dalle_kernels.patterns.decode_table import decode_table_for
+from dalle_kernels.decode.store import Store
+from dalle_kernels.patterns.decode_table import DecodeTable
 from dalle_kernels.patterns.patterns import Pattern
 
 
@@ -17,19 +18,59 @@ def forward(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
+    store: Store,
     position: torch.Tensor,
     scale: float,
     pattern: Pattern,
 ) -> torch.Tensor:
-    table, here = decode_table_for(pattern, q.device), int(position)
-    slot = int(table.slot[here])
-    keys[:, :, slot : slot + 1] = k
-    values[:, :, slot : slot + 1] = v
-    prefix = torch.arange(int(table.prefix[here]), device=q.device)
-    visible = torch.cat([prefix, table.slots[table.offsets[here] : table.offsets[here + 1]]])
+    """Output [B, H, G, D] like q; k and v go into `store`. `position` int64 of 0 dimensions, or [B]."""
+    table, out = store.table(pattern, q.device), torch.empty_like(q)
+    starts = position.expand(q.shape[0]).tolist()
+    for start in sorted(set(starts)):
+        rows = torch.tensor([row for row, other in enumerate(starts) if other == start], device=q.device)
+        for token in range(q.shape[2]):  # one after another: a later one may take a slot that an earlier one reads
+            here = slice(token, token + 1)
+            step = q[rows, :, here], k[rows, :, here], v[rows, :, here]
+            out[rows, :, here] = _attend(*step, store, rows, start + token, scale, table)
+    return out
+
+
+def _attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    store: Store,
+    rows: torch.Tensor,
+    position: int,
+    scale: float,
+    table: DecodeTable,
+) -> torch.Tensor:
+    """One token of `rows`, all of them at `position`."""
+    slot = int(table.slot[position])
+    store.keys[rows, :, slot] = k[:, :, 0]
+    store.values[rows, :, slot] = v[:, :, 0]
+    seen = _visible(table, position)
+    keys, values = store.keys[rows][:, :, seen], store.values[rows][:, :, seen]
+    hidden = None if store.hidden is None else store.hidden[rows][:, seen]
+    if table.shared is not None:
+        assert store.shared_keys is not None
+        assert store.shared_values is not None
+        prompts, seen = rows // store.copies, _visible(table.shared, position)
+        ours = torch.zeros(keys.shape[::2], dtype=torch.bool, device=q.device) if hidden is None else hidden
+        keys = torch.cat([store.shared_keys[prompts][:, :, seen], keys], 2)
+        values = torch.cat([store.shared_values[prompts][:, :, seen], values], 2)
+        if store.shared_hidden is not None:
+            hidden = torch.cat([store.shared_hidden[prompts][:, seen], ours], 1)
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    scores = scale * q.to(wide) @ keys[:, :, visible].to(wide).mT
-    out = scores.softmax(-1) @ values[:, :, visible].to(wide)
-    return torch.empty_like(q).copy_(out)
+    scores = scale * q.to(wide) @ keys.to(wide).mT
+    values = values.to(wide)
+    if hidden is None:
+        return (scores.softmax(-1) @ values).to(q.dtype)
+    blind = hidden.all(-1)[:, None, None, None]
+    weights = scores.masked_fill(hidden[:, None, None], -torch.inf).softmax(-1).masked_fill(blind, 0)
+    return (weights @ values.masked_fill(hidden[:, None, :, None], 0)).to(q.dtype)
+
+
+def _visible(table: DecodeTable, position: int) -> torch.Tensor:
+    prefix = torch.arange(int(table.prefix[position]), device=table.slots.device)
+    return torch.cat([prefix, table.slots[table.offsets[position] : table.offsets[position + 1]]])

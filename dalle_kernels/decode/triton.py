@@ -20,6 +20,7 @@ import triton.language as tl
 from dalle_kernels.backends import launch
 from dalle_kernels.backends.choice import Call
 from dalle_kernels.backends.triton_common import ceil_div, obstacle
+from dalle_kernels.decode.store import Store
 from dalle_kernels.patterns.decode_table import DecodeTable, decode_table_for
 from dalle_kernels.patterns.patterns import Pattern
 
@@ -29,6 +30,8 @@ WIDEST = 256  # head dimension
 def refuse(call: Call) -> str | None:
     if call.width > WIDEST:
         return f"head dimension {call.width} is more than {WIDEST}"
+    if call.extras:
+        return f"it has no {call.extras[0]}"
     return obstacle(call.device, call.dtype)
 
 
@@ -139,11 +142,13 @@ class Plan(NamedTuple):
 
 
 @functools.lru_cache(maxsize=256)
-def plan_for(pattern: Pattern, device: torch.device, dtype: torch.dtype, width: int, heads: int) -> Plan:
+def plan_for(
+    pattern: Pattern, device: torch.device, dtype: torch.dtype, width: int, heads: int, rewind: int = 0
+) -> Plan:
     settings = dict(launch.settings_for("decode_forward", launch.architecture(device), 8 * dtype.itemsize, width))
-    table = decode_table_for(pattern, device)
+    table = decode_table_for(pattern, device, rewind=rewind)
     # Read off the table on the CPU: for the device's, the host would have to wait.
-    longest = int(decode_table_for(pattern).prefix.max()) + table.max_list
+    longest = int(decode_table_for(pattern, rewind=rewind).prefix.max()) + table.max_list
     # Enough programs to fill the GPU, each with at least one tile of keys at the last, longest step.
     wanted = ceil_div(settings.pop("programs"), heads)
     splits = max(1, min(wanted, ceil_div(longest, settings["KEYS"])))
@@ -155,18 +160,22 @@ def forward(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
+    store: Store,
     position: torch.Tensor,
     scale: float,
     pattern: Pattern,
 ) -> torch.Tensor:
-    """Output [B, H, 1, D] like q; `keys` and `values` [B, H, L, D] take k and v [B, H, 1, D] at the position's slot.
+    """Output [B, H, G, D] like q, a launch a token; k and v go into `store`.
 
     `position` is a 0-dim int64 tensor on the same device, read there and not checked.
     """
+    if q.shape[2] > 1:
+        steps = zip(q.split(1, 2), k.split(1, 2), v.split(1, 2), strict=True)
+        outs = [forward(*qkv, store, position + token, scale, pattern) for token, qkv in enumerate(steps)]
+        return torch.cat(outs, 2)
+    keys, values = store.keys, store.values
     batch, heads, _, width = q.shape
-    plan = plan_for(pattern, q.device, q.dtype, width, batch * heads)
+    plan = plan_for(pattern, q.device, q.dtype, width, batch * heads, store.rewind)
     out = torch.empty_like(q)
     # With one split no partial result is written, and any tensor stands for them.
     partial = out

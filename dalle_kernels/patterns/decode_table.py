@@ -21,12 +21,18 @@ from dalle_kernels.patterns.patterns import Pattern
 class DecodeTable(OnDevice):
     """The slots of every position, on one device.
 
+    With a prompt of p tokens that several continuations share, keys from p on have the slots of this table, keys before
+    p those of `shared`, and only queries from p on are asked for.
+
     Attributes:
         cache_length: slots that a cache needs.
-        slot: int32 [S], where position j's key and value are written.
+        slot: int32 [S], where position j's key and value are written; -1 where nowhere.
         prefix: int32 [S]; query i sees slots 0 to prefix[i] - 1, all of them,
         offsets, slots: int64 [S + 1], int32 [m]; and slots[offsets[i]] to slots[offsets[i + 1] - 1], ascending.
         max_list: the length of the longest such list.
+        last_use: int32 [S], the last query that sees key j besides those that it leads; -1 where there is none.
+        rewind: for how many positions beyond its last use a key keeps its slot.
+        shared: the same for the keys of the prompt, which are written once and stay; None without a prompt.
     """
 
     cache_length: int
@@ -35,9 +41,12 @@ class DecodeTable(OnDevice):
     offsets: torch.Tensor
     slots: torch.Tensor
     max_list: int
+    last_use: torch.Tensor
+    rewind: int = 0
+    shared: DecodeTable | None = None
 
     @staticmethod
-    def build(pattern: Pattern) -> DecodeTable:
+    def build(pattern: Pattern, prompt: int = 0, rewind: int = 0) -> DecodeTable:
         """Derives the table from `pattern`.
 
         Raises:
@@ -51,44 +60,84 @@ class DecodeTable(OnDevice):
         key = np.concatenate([key for _, key in pairs] or empty)
         if (key > query).any() or (leading > position + 1).any():
             raise ValueError(f"pattern: {pattern} lets a query see later keys, so it cannot be decoded")
+        asked = query >= prompt
+        leading, query, key = np.where(position >= prompt, leading, 0), query[asked], key[asked]
         last_use = np.full(length, -1, np.int32)
         np.maximum.at(last_use, key, query)
-        slot, cache_length = _allocate(last_use, permanent=int(leading.max()))
-        by_query = np.argsort(query.astype(np.int64) * cache_length + slot[key])
-        counts = np.bincount(query, minlength=length)
-        return DecodeTable(
-            cache_length=cache_length,
-            slot=torch.from_numpy(slot),
-            prefix=torch.from_numpy(np.array(leading)),
-            offsets=torch.from_numpy(np.concatenate([[0], np.cumsum(counts)])),
-            slots=torch.from_numpy(slot[key[by_query]]),
-            max_list=int(counts.max()),
-        )
+        old, shared = key < prompt, None
+        if prompt:
+            within = np.minimum(leading, prompt)
+            kept = (np.arange(length) < within.max()) | ((last_use >= 0) & (position < prompt))
+            slot = np.where(kept, np.cumsum(kept) - 1, -1).astype(np.int32)
+            shared = _table(within, query[old], key[old], slot, int(kept.sum()), last_use)
+        leading = np.maximum(leading - prompt, 0).astype(np.int32)
+        slot, cache_length = _allocate(last_use, prompt, int(leading.max()), rewind)
+        return _table(leading, query[~old], key[~old], slot, cache_length, last_use, rewind, shared)
+
+    def holds(self, position: int, length: int) -> bool:
+        """Whether a cache of `length` tokens still has every key before `position` that queries from there on see."""
+        if length - position <= self.rewind + 1:
+            return True
+        slot, last_use = self.slot.numpy(), self.last_use.numpy()
+        owner = np.full(self.cache_length, -1)
+        before = np.flatnonzero(slot[:position] >= 0)
+        owner[slot[before]] = before  # the latest
+        lost = owner[slot[position:length]]
+        return not (last_use[lost[lost >= 0]] >= position).any()
 
 
-def decode_table_for(pattern: Pattern, device: torch.device | str = "cpu") -> DecodeTable:
-    """`DecodeTable.build`, remembered per (pattern, device)."""
-    return _remembered(pattern, str(device))
+def decode_table_for(
+    pattern: Pattern, device: torch.device | str = "cpu", prompt: int = 0, rewind: int = 0
+) -> DecodeTable:
+    """`DecodeTable.build`, remembered per (pattern, device, prompt, rewind)."""
+    return _remembered(pattern, str(device), prompt, rewind)
 
 
 @remembered(maxsize=64)
-def _remembered(pattern: Pattern, device: str) -> DecodeTable:
+def _remembered(pattern: Pattern, device: str, prompt: int, rewind: int) -> DecodeTable:
     if device == "cpu":
-        return DecodeTable.build(pattern)
-    return _remembered(pattern, "cpu").to(device)
+        return DecodeTable.build(pattern, prompt, rewind)
+    return _remembered(pattern, "cpu", prompt, rewind).to(device)
 
 
-def _allocate(last_use: np.ndarray, permanent: int) -> tuple[np.ndarray, int]:
-    """A slot for each position: its own index for the first `permanent`, which lie in some query's leading run."""
-    slot = np.arange(last_use.size, dtype=np.int32)
-    expiring: list[list[int]] = [[] for _ in range(last_use.size + 1)]
+def _table(
+    leading: np.ndarray,
+    query: np.ndarray,
+    key: np.ndarray,
+    slot: np.ndarray,
+    cache_length: int,
+    last_use: np.ndarray,
+    rewind: int = 0,
+    shared: DecodeTable | None = None,
+) -> DecodeTable:
+    by_query = np.argsort(query.astype(np.int64) * max(cache_length, 1) + slot[key])
+    counts = np.bincount(query, minlength=slot.size)
+    return DecodeTable(
+        cache_length=cache_length,
+        slot=torch.from_numpy(slot),
+        prefix=torch.from_numpy(np.array(leading, np.int32)),
+        offsets=torch.from_numpy(np.concatenate([[0], np.cumsum(counts)])),
+        slots=torch.from_numpy(slot[key[by_query]]),
+        max_list=int(counts.max()),
+        last_use=torch.from_numpy(last_use),
+        rewind=rewind,
+        shared=shared,
+    )
+
+
+def _allocate(last_use: np.ndarray, first: int, permanent: int, rewind: int) -> tuple[np.ndarray, int]:
+    """A slot for each position from `first` on; `permanent` keep their own, as some query's leading run has them."""
+    length = last_use.size
+    slot = np.maximum(np.arange(length, dtype=np.int32) - first, -1)
+    expiring: list[list[int]] = [[] for _ in range(length + 1)]
     free: deque[int] = deque()
     used = permanent
-    for position in range(permanent, last_use.size):
+    for position in range(first + permanent, length):
         free.extend(expiring[position])
         if free:
             slot[position] = free.popleft()
         else:
             slot[position], used = used, used + 1
-        expiring[max(int(last_use[position]), position) + 1].append(int(slot[position]))
+        expiry = max(int(last_use[position]), position) + 1 + rewind
+        expiring[min(expiry, length)].append(int(slot[position]))
     return slot, used

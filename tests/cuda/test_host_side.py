@@ -42,7 +42,7 @@ def _attention() -> None:
 def _decode() -> None:
     q = torch.ones(1, 2, 1, 32)
     cache = KVCache(PATTERN, 1, 2, 32, dtype=q.dtype)
-    decode.forward(q, q, q, cache.keys, cache.values, torch.tensor(5), 0.1, PATTERN)
+    decode.forward(q, q, q, cache.store, torch.tensor(5), 0.1, PATTERN)
 
 
 def _gumbel_forward() -> None:

@@ -9,6 +9,7 @@ from dalle_kernels.attention import reference as attention
 from dalle_kernels.backends.choice import Call
 from dalle_kernels.decode import cpu
 from dalle_kernels.decode.cache import KVCache
+from dalle_kernels.decode.store import Store
 from dalle_kernels.patterns.layout import TokenLayout
 from dalle_kernels.patterns.patterns import (
     AxialRow,
@@ -49,7 +50,7 @@ def decode(
     outs = []
     for i in range(start, length):
         new = (t[:, :, i : i + 1] for t in (q, k, v))
-        outs.append(cpu.forward(*new, cache.keys, cache.values, torch.tensor(i), scale, pattern))
+        outs.append(cpu.forward(*new, cache.store, torch.tensor(i), scale, pattern))
     return torch.cat(outs, 2)
 
 
@@ -106,7 +107,7 @@ def test_bits_do_not_depend_on_threads(isa: str, heads: int, dtype: torch.dtype)
     try:
         for count in (1, 2, 7):
             torch.set_num_threads(count)
-            outs.append(cpu.forward(q, k, v, cache.keys, cache.values, torch.tensor(539), 0.2, pattern))
+            outs.append(cpu.forward(q, k, v, cache.store, torch.tensor(539), 0.2, pattern))
     finally:
         torch.set_num_threads(before)
     assert torch.equal(outs[0], outs[1])
@@ -120,7 +121,7 @@ def test_strides(isa: str) -> None:
     keys, values = (t.transpose(1, 2)[..., :width] for t in whole)
     packed = torch.randn(batch, 1, 3, heads, width)
     q, k, v = (packed[:, :, i].transpose(1, 2) for i in range(3))
-    out = cpu.forward(q, k, v, keys, values, torch.tensor(0), 0.2, pattern)
+    out = cpu.forward(q, k, v, Store(keys, values), torch.tensor(0), 0.2, pattern)
     torch.testing.assert_close(out, v, rtol=0, atol=1e-6)
     assert torch.equal(whole[0, :, 0, :, :width], k[:, :, 0])
     assert torch.equal(whole[1, :, 0, :, :width], v[:, :, 0])

@@ -98,10 +98,12 @@ def test_position_as_a_tensor_and_opcheck() -> None:
     for name, tensor in (("keys", one.keys), ("values", one.values)):
         assert torch.equal(tensor, getattr(other, name))
     position = torch.tensor(3)
-    opcheck(
-        torch.ops.dalle_kernels.decode_forward.default,
-        (q, k, v, one.keys, one.values, position, 0.25, pattern.spec, "auto"),
-    )
+    hidden, lengths = torch.zeros(one.keys.shape[::2], dtype=torch.bool), torch.full((2,), 3)
+    for carried in ((None, None, None, None, lengths), (None, None, hidden, None, None)):
+        opcheck(
+            torch.ops.dalle_kernels.decode_forward.default,
+            (q, k, v, one.keys, one.values, *carried, position, 0.25, pattern.spec, 0, 0, "auto"),
+        )
 
 
 def test_torch_compile_makes_one_graph() -> None:
@@ -158,7 +160,7 @@ def test_caches_that_lost_their_shape_are_refused() -> None:
     def cache() -> KVCache:
         return KVCache(pattern, 1, 2, 16)
 
-    one_grown, shorter, other_dtype, both_grown = cache(), cache(), cache(), cache()
+    one_grown, shorter, other_dtype, both_grown, expanded = (cache() for _ in range(5))
     one_grown.keys = one_grown.keys.repeat(2, 1, 1, 1)
     with pytest.raises(
         ValueError, match=r"cache.values: got shape \(1, 2, 8, 16\), wanted \(2, 2, 8, 16\) as keys has"
@@ -171,4 +173,37 @@ def test_caches_that_lost_their_shape_are_refused() -> None:
     with pytest.raises(TypeError, match=r"cache.values: got torch\.bfloat16, wanted torch\.float32 as cache.keys has"):
         decode_attention(token[:1], token[:1], token[:1], other_dtype, 0)
     both_grown.keys, both_grown.values = both_grown.keys.repeat(2, 1, 1, 1), both_grown.values.repeat(2, 1, 1, 1)
-    assert decode_attention(token, token, token, both_grown, 0).shape == token.shape
+    with pytest.raises(ValueError, match=r"cache\.keys: got 2 rows, wanted 1, as many as lengths; `reorder` makes"):
+        decode_attention(token, token, token, both_grown, 0)
+    expanded.reorder(torch.zeros(2, dtype=torch.int64))
+    assert decode_attention(token, token, token, expanded, 0).shape == token.shape
+
+
+@pytest.mark.parametrize("name", ["keys", "values"])
+def test_caches_of_foreign_strides_are_refused(name: str) -> None:
+    """Rows that share memory would be written over each other, and kernels count on whole 16-byte pieces."""
+    token = torch.randn(4, 2, 1, 16)
+    views = {
+        "expanded": lambda tensor: tensor[:1].expand(4, -1, -1, -1),
+        "transposed": lambda tensor: tensor.transpose(1, 2).contiguous().transpose(1, 2),
+        "a part of wider rows": lambda tensor: torch.zeros(*tensor.shape[:3], 17)[..., :16],
+    }
+    for view in views.values():
+        cache = KVCache(Row(TokenLayout(4, (3, 3))), 4, 2, 16)
+        setattr(cache, name, view(getattr(cache, name)))
+        for call in (
+            lambda cache=cache: decode_attention(token, token, token, cache, 0),
+            lambda cache=cache: cache.prefill(token, token),
+        ):
+            with pytest.raises(ValueError, match=rf"cache.{name}: got strides .*, wanted a contiguous tensor"):
+                call()
+        assert not cache.keys.any()
+
+
+def test_keys_and_values_in_the_same_memory_are_refused() -> None:
+    token, cache = torch.randn(1, 2, 1, 16), KVCache(Row(TokenLayout(4, (3, 3))), 1, 2, 16)
+    cache.values = cache.keys
+    for call in (lambda: decode_attention(token, token, token, cache, 0), lambda: cache.prefill(token, token)):
+        with pytest.raises(ValueError, match=r"cache.values: got the memory of cache.keys"):
+            call()
+    assert not cache.keys.any()

@@ -91,6 +91,7 @@ def test_a_query_that_sees_no_key_gets_zeros(blind: int, splits: int, monkeypatc
     check(pattern, 1, 2, 16, torch.float32, range(40))
     now = [torch.randn(1, 2, 1, 16, device=DEVICE) for _ in range(3)]
     cache = KVCache(pattern, 1, 2, 16, device=DEVICE)
+    cache.lengths.fill_(blind)
     assert not decode_attention(*now, cache, blind, backend="triton").any()
 
 
