@@ -21,7 +21,7 @@ $(STAMP): $(SOURCES)
 	@echo "==> making $(VENV)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "==> installing torch and what the build needs"
-	@$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel ninja pybind11 numpy
+	@$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" numpy
 	@$(BIN)/python -m pip install --quiet "$(TORCH)"
 	@echo "==> building the kernels and installing dalle_kernels with its extras (a few minutes)"
 	@$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[reference,bench,test]'

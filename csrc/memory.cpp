@@ -1,25 +1,22 @@
 #include "memory.h"
 
-#include <ATen/Context.h>
-#include <ATen/EmptyTensor.h>
-#include <ATen/ExpandUtils.h>
-#include <c10/core/CPUAllocator.h>
-#include <c10/core/impl/alloc_cpu.h>
 #include <sys/mman.h>
 
+#include <algorithm>
+#include <atomic>
 #include <cstdlib>
-#include <cstring>
 #include <deque>
-#include <mutex>
+#include <new>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace dalle {
 namespace {
 
 constexpr size_t kSmallest = size_t(256) << 10;  // smaller blocks malloc keeps by itself
-constexpr at::DispatchKeySet kCpu(at::DispatchKey::CPU);
+constexpr int32_t kNoIndex = -1;                 // of a device: memory from outside lies on "cpu", not on "cpu:0"
 constexpr size_t kHugePage = size_t(2) << 20;
 
 // What lies before the bytes that are handed out.
@@ -53,30 +50,44 @@ int64_t limit_from_environment() {
   return int64_t(megabytes * double(1 << 20));
 }
 
-class Keeper final : public at::Allocator {
+// Held for a few instructions and never waited for: a thread that finds it taken (perhaps by a thread that a fork left
+// behind) goes to the system instead.
+class TriedLock {
  public:
-  at::DataPtr allocate(size_t bytes) override {
-    Block* block = take(bytes);
-    if (block == nullptr) block = fresh(bytes);
-    c10::profiledCPUMemoryReporter().New(block->data(), block->bytes);
-    return {block->data(), block->data(), &give_back, at::Device(at::kCPU)};
+  explicit TriedLock(std::atomic_flag& flag) : flag_(flag), held_(!flag.test_and_set(std::memory_order_acquire)) {}
+  ~TriedLock() {
+    if (held_) flag_.clear(std::memory_order_release);
   }
-  at::DeleterFnPtr raw_deleter() const override { return &give_back; }
-  void copy_data(void* to, const void* from, size_t bytes) const override { std::memcpy(to, from, bytes); }
+  TriedLock(const TriedLock&) = delete;
+  explicit operator bool() const { return held_; }
 
-  int64_t kept() {
-    const std::lock_guard lock(mutex_);
-    return kept_;
+ private:
+  std::atomic_flag& flag_;
+  const bool held_;
+};
+
+class Keeper {
+ public:
+  void* allocate(size_t bytes) {
+    Block* block = take(bytes);
+    return (block == nullptr ? fresh(bytes) : block)->data();
   }
-  void release() {
-    if (const std::unique_lock lock(mutex_, std::try_to_lock); lock) shrink(0);
+  void give_back(void* data) {
+    Block* block = static_cast<Block*>(data) - 1;
+    const TriedLock lock(taken_);
+    if (!lock || int64_t(block->bytes) > kept_limit()) return std::free(block);
+    blocks_.push_back(block);
+    kept_ += int64_t(block->bytes);
+    shrink(kept_limit());
+  }
+  int64_t kept() const { return kept_; }
+  void shrink_to(int64_t limit) {
+    if (const TriedLock lock(taken_); lock) shrink(limit);
   }
 
  private:
-  // Taking and keeping never wait: a thread that finds the lock taken (perhaps by a thread that a fork left behind) goes
-  // to torch's allocator instead.
   Block* take(size_t bytes) {
-    const std::unique_lock lock(mutex_, std::try_to_lock);
+    const TriedLock lock(taken_);
     if (!lock) return nullptr;
     auto best = blocks_.end();
     for (auto it = blocks_.begin(); it != blocks_.end(); ++it)
@@ -90,37 +101,27 @@ class Keeper final : public at::Allocator {
   }
   Block* fresh(size_t bytes) {
     const size_t total = with_slack(bytes);
-    Block* block = nullptr;
-    try {
-      block = static_cast<Block*>(c10::alloc_cpu(total));
-    } catch (const c10::Error&) {  // what is kept may be what is missing
-      release();
-      block = static_cast<Block*>(c10::alloc_cpu(total));
+    void* memory = std::aligned_alloc(alignof(Block), total);
+    if (memory == nullptr) {  // what is kept may be what is missing
+      shrink_to(0);
+      memory = std::aligned_alloc(alignof(Block), total);
     }
-    prefer_large_pages(block, total);
-    block->bytes = total - sizeof(Block);
-    return block;
-  }
-  void keep(Block* block) {
-    const std::unique_lock lock(mutex_, std::try_to_lock);
-    if (!lock || int64_t(block->bytes) > kept_limit()) return c10::free_cpu(block);
-    blocks_.push_back(block);
-    kept_ += int64_t(block->bytes);
-    shrink(kept_limit());
+    require<std::runtime_error>(memory != nullptr, "dalle_kernels: cannot allocate ", int64_t(total), " bytes");
+    prefer_large_pages(memory, total);
+    return new (memory) Block{total - sizeof(Block)};
   }
   // With the lock held.
   void shrink(int64_t limit) {
     while (kept_ > limit) {
       kept_ -= int64_t(blocks_.front()->bytes);
-      c10::free_cpu(blocks_.front());
+      std::free(blocks_.front());
       blocks_.pop_front();
     }
   }
-  static void give_back(void* data);
 
-  std::mutex mutex_;
+  std::atomic_flag taken_;
   std::deque<Block*> blocks_;  // oldest first
-  int64_t kept_ = 0;
+  std::atomic<int64_t> kept_ = 0;
 };
 
 // Never destroyed: tensors may outlive every static object.
@@ -129,47 +130,102 @@ Keeper& keeper() {
   return *keeper;
 }
 
-void Keeper::give_back(void* data) {
-  c10::profiledCPUMemoryReporter().Delete(data);
-  keeper().keep(static_cast<Block*>(data) - 1);
+std::atomic<int64_t>& limit() {
+  static std::atomic<int64_t> limit{limit_from_environment()};
+  return limit;
 }
 
-// torch fills fresh memory where it is asked for deterministic results, and small blocks are no trouble.
-bool leave_to_torch(size_t bytes) {
-  const at::Context& context = at::globalContext();
-  return bytes < kSmallest || (context.deterministicAlgorithms() && context.deterministicFillUninitializedMemory());
+Tensor allocate(int64_t dimensions, const int64_t* sizes, const int64_t* strides, int64_t elements, DType dtype) {
+  const size_t bytes = size_t(elements) * size_t(dtype_size(dtype));
+  if (bytes < kSmallest || kept_limit() == 0) return empty_strided(dimensions, sizes, strides, dtype);
+  void* data = keeper().allocate(bytes);
+  AtenTensorHandle handle = nullptr;
+  const AOTITorchError error = torch_from_blob(
+      data, dimensions, sizes, strides, 0, torch_dtype(dtype), aoti_torch_device_type_cpu(), kNoIndex, &handle,
+      aoti_torch_layout_strided(), nullptr, 0, [](void* given, void*) { keeper().give_back(given); }, nullptr);
+  if (error != 0) keeper().give_back(data);
+  succeeded(error, "make a tensor of memory");
+  return Tensor(handle);
+}
+
+// Dimensions by their strides, smallest first, as torch orders them: an insertion sort in which equal strides go by size
+// and a stride of 0 says nothing.
+std::vector<int64_t> by_stride(const Tensor& tensor) {
+  const auto compare = [&](int64_t a, int64_t b) -> int64_t {
+    if (tensor.stride(a) == 0 || tensor.stride(b) == 0) return 0;
+    if (tensor.stride(a) != tensor.stride(b)) return tensor.stride(a) - tensor.stride(b);
+    return std::max<int64_t>(tensor.size(a) - tensor.size(b), 0);
+  };
+  std::vector<int64_t> order;
+  for (int64_t d = tensor.dim() - 1; d >= 0; d--) {
+    order.push_back(d);
+    size_t at = order.size() - 1;
+    for (size_t other = at; other-- > 0;) {
+      const int64_t sign = compare(order[other], d);
+      if (sign < 0) break;
+      if (sign > 0) {
+        std::swap(order[other], order[at]);
+        at = other;
+      }
+    }
+  }
+  return order;
+}
+
+// Whether the elements fill a stretch of memory, each at a place of its own.
+bool fills_its_memory(const Tensor& tensor) {
+  std::vector<std::pair<int64_t, int64_t>> dimensions;  // stride, size
+  for (int64_t d = 0; d < tensor.dim(); d++)
+    if (tensor.size(d) != 1) dimensions.emplace_back(tensor.stride(d), tensor.size(d));
+  std::sort(dimensions.begin(), dimensions.end());
+  int64_t expected = 1;
+  for (const auto& [stride, size] : dimensions) {
+    if (stride != expected) return tensor.numel() == 0;
+    expected *= size;
+  }
+  return true;
 }
 
 }  // namespace
 
-at::Tensor new_tensor(at::IntArrayRef sizes, at::TensorOptions options) {
-  const at::ScalarType dtype = c10::typeMetaToScalarType(options.dtype());
-  if (leave_to_torch(size_t(c10::multiply_integers(sizes)) * c10::elementSize(dtype))) return at::empty(sizes, options);
-  return at::Tensor(at::detail::empty_generic(sizes, &keeper(), kCpu, dtype, std::nullopt));
+Tensor new_tensor(const std::vector<int64_t>& sizes, DType dtype) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1, elements = 1;
+  for (size_t i = sizes.size(); i-- > 0;) {
+    strides[i] = stride;
+    stride *= std::max<int64_t>(sizes[i], 1);
+    elements *= sizes[i];
+  }
+  return allocate(int64_t(sizes.size()), sizes.data(), strides.data(), elements, dtype);
 }
 
-at::Tensor new_tensor_like(const at::Tensor& tensor, std::optional<at::ScalarType> wanted) {
-  const at::ScalarType dtype = wanted.value_or(tensor.scalar_type());
-  if (leave_to_torch(size_t(tensor.numel()) * c10::elementSize(dtype)))
-    return at::empty_like(tensor, tensor.options().dtype(dtype));
-  const std::vector<int64_t> strides = tensor.is_non_overlapping_and_dense()
-                                           ? tensor.strides().vec()
-                                           : at::infer_dense_strides(tensor.sizes(), tensor.strides());
-  return at::Tensor(at::detail::empty_strided_generic(tensor.sizes(), strides, &keeper(), kCpu, dtype));
+Tensor new_tensor_like(const Tensor& tensor, DType dtype) {
+  std::vector<int64_t> strides(tensor.strides(), tensor.strides() + tensor.dim());
+  if (!fills_its_memory(tensor)) {
+    int64_t stride = 1;
+    for (int64_t d : by_stride(tensor)) {
+      strides[size_t(d)] = stride;
+      stride *= std::max<int64_t>(tensor.size(d), 1);
+    }
+  }
+  return allocate(tensor.dim(), tensor.sizes(), strides.data(), tensor.numel(), dtype);
 }
 
-at::Tensor new_rows_like(const at::Tensor& tensor) {
-  at::Tensor result = new_tensor_like(tensor);
-  return result.stride(-1) == 1 ? result : new_tensor(tensor.sizes(), tensor.options());
+Tensor new_rows_like(const Tensor& tensor) {
+  Tensor result = new_tensor_like(tensor);
+  if (result.stride(-1) == 1) return result;
+  return new_tensor({tensor.sizes(), tensor.sizes() + tensor.dim()}, tensor.dtype());
 }
 
-int64_t kept_limit() {
-  static const int64_t limit = limit_from_environment();
-  return limit;
+int64_t kept_limit() { return limit().load(std::memory_order_relaxed); }
+
+void set_kept_limit(int64_t bytes) {
+  limit() = bytes;
+  keeper().shrink_to(bytes);
 }
 
 int64_t kept_bytes() { return keeper().kept(); }
 
-void release_kept() { keeper().release(); }
+void release_kept() { keeper().shrink_to(0); }
 
 }  // namespace dalle

@@ -3,28 +3,23 @@
 // soon as they are freed, so every training step would pay again.
 #pragma once
 
-#include <ATen/ATen.h>
-
-#include <optional>
+#include "tensor.h"
 
 namespace dalle {
 
-// As at::empty and at::empty_like (the same shapes, dtypes and strides), out of what was freed before where it fits.
-// At most kept_limit() bytes of freed blocks are kept, the oldest leaves first.
-at::Tensor new_tensor(at::IntArrayRef sizes, at::TensorOptions options);
-at::Tensor new_tensor_like(const at::Tensor& tensor, std::optional<at::ScalarType> dtype = std::nullopt);
+// As torch.empty and torch.empty_like (the same strides), out of what was freed before where it fits. At most
+// kept_limit() bytes of freed blocks are kept, the oldest leaves first; where nothing may be kept, all is torch's own.
+Tensor new_tensor(const std::vector<int64_t>& sizes, DType dtype);
+Tensor new_tensor_like(const Tensor& tensor, DType dtype);
+inline Tensor new_tensor_like(const Tensor& tensor) { return new_tensor_like(tensor, tensor.dtype()); }
 
 // The same, but with unit stride along the last dimension whatever the tensor's: rows that kernels can write.
-at::Tensor new_rows_like(const at::Tensor& tensor);
+Tensor new_rows_like(const Tensor& tensor);
 
-// Rows that lie one element after another; where a row has one element, or there is none, strides say nothing.
-inline bool has_rows(const at::Tensor& tensor) {
-  return tensor.stride(-1) == 1 || tensor.size(-1) == 1 || tensor.numel() == 0;
-}
-
-// The environment variable DALLE_KERNELS_CPU_KEEP_MB, in bytes; 256 MB without it.
-// Throws std::invalid_argument where it is no number.
+// set_kept_limit's, or at first the environment variable DALLE_KERNELS_CPU_KEEP_MB, in bytes; 256 MB without it.
+// Throws std::invalid_argument where that is no number.
 int64_t kept_limit();
+void set_kept_limit(int64_t bytes);
 int64_t kept_bytes();
 void release_kept();  // gives back to the system what is kept
 

@@ -32,12 +32,17 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.fixture
 def poisoned_memory() -> Iterator[None]:
     """Every fresh float holds NaN, every fresh integer its largest value: what a kernel forgets to write shows."""
+    limit = native.NATIVE.kept_limit() if native.NATIVE else 0
+    if native.NATIVE:
+        native.NATIVE.set_kept_limit(0)  # kept memory holds what was there before
     fill = torch.utils.deterministic.fill_uninitialized_memory
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
     torch.utils.deterministic.fill_uninitialized_memory = fill
+    if native.NATIVE:
+        native.NATIVE.set_kept_limit(limit)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import random
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from dalle_kernels import TokenLayout, sparse_attention
+from dalle_kernels import TokenLayout, logit_laplace_nll, sparse_attention
 from dalle_kernels.backends import native
 from dalle_kernels.patterns.patterns import Row
 
@@ -97,6 +98,34 @@ def test_what_is_kept_can_be_given_back() -> None:
 def test_large_results_have_the_strides_that_tracing_expects(view) -> None:
     q = view(torch.randn(SHAPE))
     assert sparse_attention(q, q, q, PATTERN).stride() == torch.empty_like(q).stride()
+
+
+def test_the_layout_of_a_result_is_that_of_empty_like() -> None:
+    """Permuted, cut, expanded and stretched tensors of up to five dimensions, against torch itself."""
+    generator = random.Random(0)
+    for _ in range(400):
+        dimensions = generator.randint(1, 5)
+        x = torch.rand([generator.choice([1, 2, 3, 5]) for _ in range(dimensions)]) / 2 + 0.25
+        x = x.permute(generator.sample(range(dimensions), dimensions))
+        for d in range(dimensions):
+            choice = generator.randrange(4)
+            if choice == 0:
+                x = x.narrow(d, 0, generator.randint(1, x.shape[d]))
+            elif choice == 1:
+                x = x[(slice(None),) * d + (slice(None, None, 2),)]
+            elif choice == 2 and x.shape[d] == 1:
+                x = x.expand(*x.shape[:d], 3, *x.shape[d + 1 :])
+        result = logit_laplace_nll(x, x, x, backend="cpu")
+        assert result.stride() == torch.empty_like(x).stride(), (x.shape, x.stride())
+        torch.testing.assert_close(result, logit_laplace_nll(x, x, x, backend="reference"))
+
+
+def test_an_error_in_a_kernel_says_what_was_wrong() -> None:
+    """The stable interface hands no exception through: they go around it, with Python's own types."""
+    with pytest.raises(ValueError, match=r"sample: wanted logits \[B, V\]"):
+        torch.ops.dalle_kernels_cpu.sample(torch.rand(8), None, 1.0, 1.0, 0, 1.0, torch.tensor(1))
+    with pytest.raises(IndexError, match=r"indices: row 1 holds 9, wanted 0 \.\. 3"):
+        torch.ops.dalle_kernels_cpu.vq_backward(torch.rand(2), torch.rand(2, 8), torch.rand(4, 8), torch.tensor([0, 9]))
 
 
 PROGRAM = f"""

@@ -1,14 +1,13 @@
 // How pieces of work are handed to torch's threads.
 #pragma once
 
-#include <ATen/Parallel.h>
-
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <vector>
 
 #include "attention/kernels.h"
+#include "parallel.h"
 #include "scratch.h"
 
 namespace dalle::attention {
@@ -37,14 +36,14 @@ void share_out(int64_t pieces, int64_t scratch_floats, const Body& body) {
     std::atomic<int64_t> next, end;
     std::atomic<int64_t> left;
   };
-  const int64_t threads = std::min<int64_t>(at::get_num_threads(), pieces);
+  const int64_t threads = std::min<int64_t>(thread_count(), pieces);
   std::vector<Run> runs(static_cast<size_t>(threads));
   for (int64_t t = 0; t < threads; t++) {
     runs[t].next = pieces * t / threads;
     runs[t].end = pieces * (t + 1) / threads;
     runs[t].left = runs[t].end - runs[t].next;
   }
-  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     Scratch scratch{static_cast<float*>(thread_scratch(scratch_floats * int64_t(sizeof(float)))), -1};
     for (int64_t t = begin; t < end; t++)
       for (int64_t other = 0; other < threads; other++) {

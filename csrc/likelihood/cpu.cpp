@@ -1,9 +1,5 @@
-// The likelihood as torch sees it: layouts and threads are TensorIterator's. The arithmetic is in laplace.h; arguments
-// were checked by dalle_kernels/likelihood/op.py.
-
-#include <ATen/ATen.h>
-#include <ATen/TensorIterator.h>
-#include <torch/library.h>
+// The likelihood as torch sees it: outputs, layouts and threads. The arithmetic is in laplace.h; arguments were checked
+// by dalle_kernels/likelihood/op.py.
 
 #include <algorithm>
 #include <array>
@@ -12,11 +8,12 @@
 #include "isa.h"
 #include "likelihood/kernels.h"
 #include "memory.h"
+#include "operators.h"
+#include "strided.h"
+#include "tensor.h"
 
 namespace dalle {
 namespace {
-
-using at::Tensor;
 
 constexpr int64_t kGrain = 4096;  // elements below which a second thread costs more than it gives
 constexpr int64_t kRun = 512;     // elements of scattered arrays that are packed at a time
@@ -50,8 +47,8 @@ void for_runs(int64_t count, bool whole, Step step) {
 }
 
 template <class T>
-void forward(at::TensorIterator& iterator) {
-  iterator.for_each([](char** data, const int64_t* strides, int64_t count) {
+void forward(const Strided<4>& arrays) {
+  arrays.for_each(kGrain, [](const std::array<char*, 4>& data, const std::array<int64_t, 4>& strides, int64_t count) {
     Run<float> nll{data[0], strides[0], {}};
     Run<T> pixels{data[1], strides[1], {}}, mu{data[2], strides[2], {}}, log_b{data[3], strides[3], {}};
     const bool whole = nll.contiguous() && pixels.contiguous() && mu.contiguous() && log_b.contiguous();
@@ -60,12 +57,12 @@ void forward(at::TensorIterator& iterator) {
       kernels<T>().forward({pixels.at(i), mu.at(i), log_b.at(i), nll.at(i), n});
       nll.scatter(i, n);
     });
-  }, kGrain);
+  });
 }
 
 template <class T>
-void backward(at::TensorIterator& iterator) {
-  iterator.for_each([](char** data, const int64_t* strides, int64_t count) {
+void backward(const Strided<6>& arrays) {
+  arrays.for_each(kGrain, [](const std::array<char*, 6>& data, const std::array<int64_t, 6>& strides, int64_t count) {
     Run<T> dmu{data[0], strides[0], {}}, dlog_b{data[1], strides[1], {}};
     Run<float> grad{data[2], strides[2], {}};
     Run<T> pixels{data[3], strides[3], {}}, mu{data[4], strides[4], {}}, log_b{data[5], strides[5], {}};
@@ -78,41 +75,44 @@ void backward(at::TensorIterator& iterator) {
       dmu.scatter(i, n);
       dlog_b.scatter(i, n);
     });
-  }, kGrain);
+  });
 }
 
-void check(const Tensor& pixels) {
-  TORCH_CHECK_TYPE(pixels.scalar_type() == at::kFloat || pixels.scalar_type() == at::kBFloat16,
-                   "the CPU kernels take float32 and bfloat16, not ", pixels.scalar_type());
+void check(const Tensor& pixels, std::initializer_list<const Tensor*> others) {
+  require(pixels.dtype() == DType::float32 || pixels.dtype() == DType::bfloat16,
+          "the CPU kernels take float32 and bfloat16, not ", pixels.dtype());
+  for (const Tensor* other : others)
+    require(other->same_shape(pixels) && other->dtype() == pixels.dtype(), "got shape ", shape_of(*other), " and dtype ",
+            other->dtype(), ", wanted those of pixels: ", shape_of(pixels), ", ", pixels.dtype());
 }
+
+// Inputs are read only, through the type that outputs have.
+void* input(const Tensor& tensor) { return const_cast<void*>(tensor.data<const void>()); }
 
 Tensor laplace_forward(const Tensor& pixels, const Tensor& mu, const Tensor& log_b) {
-  check(pixels);
-  Tensor nll = new_tensor_like(pixels, at::kFloat);
-  auto iterator = at::TensorIteratorConfig().check_all_same_dtype(false).resize_outputs(false)
-                      .add_output(nll).add_const_input(pixels).add_const_input(mu).add_const_input(log_b).build();
-  pixels.scalar_type() == at::kFloat ? forward<float>(iterator) : forward<bf16>(iterator);
+  check(pixels, {&mu, &log_b});
+  Tensor nll = new_tensor_like(pixels, DType::float32);
+  const Strided<4> arrays({&nll, &pixels, &mu, &log_b}, {nll.data<void>(), input(pixels), input(mu), input(log_b)});
+  pixels.dtype() == DType::float32 ? forward<float>(arrays) : forward<bf16>(arrays);
   return nll;
 }
 
 std::tuple<Tensor, Tensor> laplace_backward(const Tensor& grad, const Tensor& pixels, const Tensor& mu,
                                             const Tensor& log_b) {
-  check(pixels);
-  TORCH_CHECK_TYPE(grad.scalar_type() == at::kFloat, "grad: got ", grad.scalar_type(), ", wanted float32");
+  check(pixels, {&mu, &log_b});
+  require(grad.dtype() == DType::float32 && grad.same_shape(pixels), "grad: got shape ", shape_of(grad), " and dtype ",
+          grad.dtype(), ", wanted ", shape_of(pixels), " and float32");
   Tensor dmu = new_tensor_like(mu), dlog_b = new_tensor_like(log_b);
-  auto iterator = at::TensorIteratorConfig().check_all_same_dtype(false).resize_outputs(false)
-                      .add_output(dmu).add_output(dlog_b).add_const_input(grad).add_const_input(pixels)
-                      .add_const_input(mu).add_const_input(log_b).build();
-  pixels.scalar_type() == at::kFloat ? backward<float>(iterator) : backward<bf16>(iterator);
-  return {dmu, dlog_b};
+  const Strided<6> arrays({&dmu, &dlog_b, &grad, &pixels, &mu, &log_b}, {dmu.data<void>(), dlog_b.data<void>(), input(grad),
+                                                                        input(pixels), input(mu), input(log_b)});
+  pixels.dtype() == DType::float32 ? backward<float>(arrays) : backward<bf16>(arrays);
+  return {std::move(dmu), std::move(dlog_b)};
 }
+
+const Operators operators(
+    "CPU", {{"logit_laplace_forward(Tensor pixels, Tensor mu, Tensor log_b) -> Tensor", boxed<&laplace_forward>},
+            {"logit_laplace_backward(Tensor grad, Tensor pixels, Tensor mu, Tensor log_b) -> (Tensor, Tensor)",
+             boxed<&laplace_backward>}});
 
 }  // namespace
-
-TORCH_LIBRARY_FRAGMENT(dalle_kernels_cpu, m) {
-  m.def("logit_laplace_forward(Tensor pixels, Tensor mu, Tensor log_b) -> Tensor", &laplace_forward);
-  m.def("logit_laplace_backward(Tensor grad, Tensor pixels, Tensor mu, Tensor log_b) -> (Tensor, Tensor)",
-        &laplace_backward);
-}
-
 }  // namespace dalle

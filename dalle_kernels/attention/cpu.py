@@ -26,7 +26,7 @@ def describe() -> str:
 
 
 @remembered(maxsize=256)
-def _plan(pattern: Pattern, length: int) -> list[torch.Tensor]:
+def _plan(pattern: Pattern, length: int) -> torch.Tensor:
     """The masked tiles resolved to the keys that each group of 16 queries sees: csrc/attention/plan.h."""
     schedule = schedule_for(pattern, _TILE, length)
     return torch.ops.dalle_kernels_cpu.attention_plan(

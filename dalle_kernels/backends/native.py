@@ -2,27 +2,87 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from types import ModuleType
+import ctypes
+from pathlib import Path
 
 import torch
 
 from dalle_kernels.backends import cuda_library
 
-NATIVE: ModuleType | None = None
-_absence = ""
+LIBRARY = Path(__file__).parents[1] / "_cpu.so"
+_ABSENT = "the native library is absent; build it where a C++ compiler is: DALLE_KERNELS_NATIVE=1 pip install ."
 
-try:
-    _loaded = import_module("dalle_kernels._native")
 
-    if _loaded.torch_version.split(".")[:2] == torch.__version__.split(".")[:2]:
-        NATIVE = _loaded
-        # A bad DALLE_KERNELS_CPU_ISA or _KEEP_MB is an error here, not in the middle of a computation.
-        NATIVE.isa(), NATIVE.kept_limit()
-    else:
-        _absence = f"the native library was built for torch {_loaded.torch_version}, this is {torch.__version__}"
-except ImportError as error:
-    _absence = f"the native library is absent ({error}); build it: pip install --no-build-isolation ."
+class Library:
+    """The CPU library: its operations are `torch.ops.dalle_kernels_cpu`, and here is what it tells of itself.
+
+    Raises:
+        OSError: where it cannot be loaded.
+        ValueError: for a bad DALLE_KERNELS_CPU_ISA or DALLE_KERNELS_CPU_KEEP_MB, now and not in a computation.
+    """
+
+    def __init__(self, path: Path) -> None:
+        torch.ops.load_library(str(path))
+        self._functions = ctypes.CDLL(str(path))
+        self._check(self._text("start"))
+
+    def _text(self, name: str, *arguments: bytes) -> str | None:
+        function = self._functions[f"dalle_kernels_cpu_{name}"]
+        function.restype = ctypes.c_char_p
+        said = function(*arguments)
+        return None if said is None else said.decode()
+
+    def _number(self, name: str) -> int:
+        function = self._functions[f"dalle_kernels_cpu_{name}"]
+        function.restype = ctypes.c_int64
+        return function()
+
+    @staticmethod
+    def _check(problem: str | None) -> None:
+        if problem is not None:
+            raise ValueError(problem)
+
+    def built(self) -> str:
+        """For which processors, with which compiler, for which torch."""
+        return self._text("built") or ""
+
+    def isa(self) -> str:
+        """The instruction set in use: avx2, avx512, avx512_bf16, or none."""
+        return self._text("isa") or ""
+
+    def set_isa(self, name: str) -> None:
+        """Uses a lower instruction set than the processor's best; ValueError for one that it lacks."""
+        self._check(self._text("set_isa", name.encode()))
+
+    def supported_isas(self) -> list[str]:
+        """The instruction sets that this processor can run, lowest first."""
+        return (self._text("supported_isas") or "").split()
+
+    def kept_limit(self) -> int:
+        """Bytes of freed results that may be kept; at first DALLE_KERNELS_CPU_KEEP_MB."""
+        return self._number("kept_limit")
+
+    def set_kept_limit(self, limit: int) -> None:
+        """Keeps at most `limit` bytes from now on; 0 leaves all memory to torch."""
+        self._functions.dalle_kernels_cpu_set_kept_limit(ctypes.c_int64(limit))
+
+    def kept_bytes(self) -> int:
+        """Bytes of freed results that are kept now."""
+        return self._number("kept_bytes")
+
+    def release_kept(self) -> None:
+        """Gives the memory of kept results back to the system."""
+        self._functions.dalle_kernels_cpu_release_kept()
+
+
+NATIVE: Library | None = None
+_absence = _ABSENT
+
+if LIBRARY.exists():
+    try:
+        NATIVE = Library(LIBRARY)
+    except OSError as error:
+        _absence = f"the native library does not load: {error}"
 
 
 def absence() -> str | None:
@@ -57,7 +117,7 @@ def _report_cpu() -> str:
     if NATIVE is None:
         return f"CPU kernels: none: {_absence}"
     supported = ", ".join(NATIVE.supported_isas()) or "none that this processor has"
-    return f"CPU kernels: built for torch {NATIVE.torch_version}; instruction sets: {supported}; in use: {NATIVE.isa()}"
+    return f"CPU kernels: built for {NATIVE.built()}; instruction sets: {supported}; in use: {NATIVE.isa()}"
 
 
 if __name__ == "__main__":
