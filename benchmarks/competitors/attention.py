@@ -42,7 +42,7 @@ def attention_competitors() -> list[Attention]:
     found = []
     for name, backend in _SDPA_BACKENDS.items():
         found.append(Attention(f"SDPA causal ({name})", partial(_sdpa_causal, backend=backend), dense=True))
-        found.append(Attention(f"SDPA mask ({name})", partial(_sdpa_mask, backend=backend)))
+        found.append(Attention(f"SDPA mask ({name})", partial(sdpa_mask, backend=backend)))
     return [
         *found,
         Attention("FlexAttention", partial(_flex, block=128, permuted=False)),
@@ -92,9 +92,12 @@ def _sdpa_causal(problem: Problem, backend: SDPBackend) -> Made:
     return _within(backend, partial(F.scaled_dot_product_attention, is_causal=True))
 
 
-def _sdpa_mask(problem: Problem, backend: SDPBackend) -> Made:
-    _sdpa_check(problem, backend, mask=True)
+def sdpa_mask(problem: Problem, backend: SDPBackend | None) -> Made:
+    """SDPA with the pattern's mask, by the backend that is named, or by the one that it chooses."""
     mask = problem.pattern.mask().to(problem.device)
+    if backend is None:
+        return Made(partial(F.scaled_dot_product_attention, attn_mask=mask))
+    _sdpa_check(problem, backend, mask=True)
     return _within(backend, partial(F.scaled_dot_product_attention, attn_mask=mask))
 
 

@@ -148,7 +148,7 @@ class _Inputs:
 
 def _trial(problem: Problem, inputs: _Inputs, made: Made, answers: Pattern) -> Trial:
     def verify() -> Check:
-        return _check(problem, made.function, inputs.copies[0], answers)
+        return check(problem, made.function, inputs.copies[0], answers)
 
     if not problem.backward:
 
@@ -169,7 +169,7 @@ def _trial(problem: Problem, inputs: _Inputs, made: Made, answers: Pattern) -> T
 # --- The truth --------------------------------------------------------------------------------------------------------
 
 
-def _check(problem: Problem, function: Callable[..., Tensor], copy: Sequence[Tensor], answers: Pattern) -> Check:
+def check(problem: Problem, function: Callable[..., Tensor], copy: Sequence[Tensor], answers: Pattern) -> Check:
     """The largest error over the first and the last head, against float64; allowed is twice what plain PyTorch makes in
     the same precision, plus a few units of rounding of the largest element."""
     *qkv, grad = copy
@@ -207,7 +207,7 @@ def dense_attention(
     dk, dv = torch.zeros_like(k), torch.zeros_like(v)
     for start in range(0, q.shape[0], chunk):
         rows = slice(start, min(start + chunk, q.shape[0]))
-        keys = slice(0, rows.stop)  # every pattern here is causal
+        keys = slice(0, int(mask[rows].any(0).nonzero().max()) + 1)  # none that a causal pattern hides is computed
         scores = (scale * q[rows] @ k[keys].mT).masked_fill(~mask[rows, keys], -torch.inf)
         p = scores.softmax(-1)
         out[rows] = p @ v[keys]

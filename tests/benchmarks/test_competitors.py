@@ -15,6 +15,7 @@ from benchmarks.competitors.cross_entropy import linear_cross_entropies
 from benchmarks.competitors.decode import Decode, decode_competitors
 from benchmarks.competitors.sampling import sampling_competitors
 from benchmarks.harness import UnavailableError
+from benchmarks.suites import neighborhood
 from benchmarks.suites.attention import dense_attention
 from dalle_kernels import (
     AxialRow,
@@ -222,3 +223,18 @@ def test_linear_cross_entropy(loss: Lookup) -> None:
     bias, targets = torch.randn(512, device=DEVICE, dtype=torch.bfloat16), torch.randint(512, (256,), device=DEVICE)
     wanted = torch.nn.functional.cross_entropy((hidden.double() @ weight.double().T + bias.double()), targets)
     torch.testing.assert_close(function(hidden, weight, bias, targets).double(), wanted, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_neighborhoods_agree(backward: bool) -> None:
+    cell = neighborhood.cell(torch.device("cpu"), (9, 10), (3, 5), 2, 16, torch.float32, backward)
+    ran = []
+    for contender in cell.contenders():
+        try:
+            ready = contender.prepare()
+        except UnavailableError:
+            continue
+        assert ready.verify().passed, contender.name
+        ran.append(contender.name)
+    assert {"dalle_kernels", "SDPA mask", "SDPA dense", "einsum over gathered windows"} <= set(ran)
+    assert ("FlexAttention, blocks of cells" in ran) is not backward

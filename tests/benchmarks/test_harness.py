@@ -30,7 +30,7 @@ from benchmarks.harness import (
     quantile,
     read_records,
 )
-from benchmarks.suites import codebook, cpu, decode, sampling
+from benchmarks.suites import codebook, cpu, decode, neighborhood, sampling
 from benchmarks.suites.attention import cell as attention_cell
 from benchmarks.suites.choice import Choice
 from dalle_kernels import Row, TokenLayout, sparse_attention
@@ -176,6 +176,7 @@ def test_bad_options_are_refused(words: list[str], capsys: pytest.CaptureFixture
 SMALL = [
     attention_cell(CPU, "row", 16, 8, torch.float32, False, competitors=()),
     attention_cell(CPU, "column", 0, 8, torch.bfloat16, True, competitors=()),
+    neighborhood.cell(CPU, (9, 10), (3, 5), 2, 16, torch.float32, True, competitors=()),
     decode.cell(CPU, "convolution", 16, 8, torch.float32, 2, competitors=()),
     codebook.gumbel_cell(CPU, 64, torch.float32, False, True, codes=128, width=16, competitors=()),
     codebook.gumbel_cell(CPU, 64, torch.bfloat16, True, False, codes=128, width=16, competitors=()),
