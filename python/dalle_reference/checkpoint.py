@@ -1,7 +1,7 @@
 """Checkpoints: a folder with the tensors (safetensors) and a small JSON that says what they are.
 
     checkpoints/step-00000200/tensors.safetensors
-                              checkpoint.json       format, kind, step, configuration, size and digest of the tensors
+                              checkpoint.json       format, kind, step, configuration, size, digest of both
 
 The folder is written under a hidden name, synced and renamed, so a checkpoint that can be seen is whole: a kill at any
 moment leaves the one before. What is read is checked against the digest, and every fault is one `UserError`.
@@ -25,7 +25,7 @@ from dalle_reference import weights
 from dalle_reference.errors import UserError
 from dalle_reference.files import save_tensors, sync
 
-_FORMAT = 1
+_FORMAT = 2
 _TENSORS, _DOCUMENT = "tensors.safetensors", "checkpoint.json"
 _FIELDS = {"format": int, "kind": str, "step": int, "config": dict, "bytes": int, "blake2b": str}
 
@@ -73,8 +73,8 @@ def save(
             "step": step,
             "config": config,
             "bytes": (draft / _TENSORS).stat().st_size,
-            "blake2b": _digest(draft / _TENSORS),
         }
+        document["blake2b"] = _digest(draft / _TENSORS, document)
         (draft / _DOCUMENT).write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         for path in (draft / _TENSORS, draft / _DOCUMENT, draft):
             sync(path)
@@ -132,8 +132,8 @@ def load(path: Path, kind: str) -> Checkpoint:
         size = (path / _TENSORS).stat().st_size
         if size != document["bytes"]:
             raise ValueError(f"{_TENSORS} has {size} bytes of {document['bytes']}")
-        if _digest(path / _TENSORS) != document["blake2b"]:
-            raise ValueError(f"{_TENSORS} is not what was written: its digest differs")
+        if _digest(path / _TENSORS, document) != document["blake2b"]:
+            raise ValueError("it is not what was written: its digest differs")
         tensors = load_file(path / _TENSORS)
         found = Checkpoint(path, document["kind"], document["step"], document["config"], tensors)
     except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
@@ -145,9 +145,13 @@ def load(path: Path, kind: str) -> Checkpoint:
     return found
 
 
-def _digest(path: Path) -> str:
+def _digest(path: Path, document: Mapping[str, Any]) -> str:
+    """Of the tensors' file, and of all that the document says but the digest."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+        digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16))
+    said = {name: value for name, value in document.items() if name != "blake2b"}
+    digest.update(json.dumps(said, sort_keys=True).encode())
+    return digest.hexdigest()
 
 
 def require_same(checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:

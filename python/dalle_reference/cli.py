@@ -240,7 +240,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except OSError as error:
         _leave(f"{error.filename}: {error.strerror}" if error.filename else str(error), 2)
     except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
+        too_much = ("can't allocate memory", "size calculation overflowed")
+        if type(error) is RuntimeError and not any(reason in str(error) for reason in too_much):
             raise
         _leave("out of memory; ask for a smaller batch, fewer pictures or a smaller model", 2)
     except Interrupted as stop:

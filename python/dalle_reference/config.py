@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dalle_reference import dvae
-from dalle_reference.errors import require, require_amount, require_positive, require_seed, require_share
+from dalle_reference.errors import MOST_SIZE, require, require_amount, require_positive, require_seed, require_share
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,8 @@ class TrainTransformerConfig:
     """Guidance of the samples drawn as training goes on."""
 
     def __post_init__(self) -> None:
-        require_positive(self, "pictures", "layers", "heads", "head_dim")
+        require_positive(self, "pictures")
+        require_positive(self, "layers", "heads", "head_dim", "vocab_text", "text_length", most=MOST_SIZE)
         require(self, "at least 256, one for each byte", lambda value: value >= 256, "vocab_text")
         require(self, "at least 2, the start of text and one token", lambda value: value >= 2, "text_length")
         require_share(self, "bpe_dropout", "caption_dropout")

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dalle_kernels import gumbel_lookup, logit_laplace_nll, vq_lookup
-from dalle_reference.errors import require, require_positive
+from dalle_reference.errors import MOST_SIZE, require, require_positive
 
 LOGIT_LAPLACE_EPS = 0.1
 
@@ -48,7 +48,7 @@ class DVAEConfig:
     bound and leaves no gradient for anything else; photographs need none."""
 
     def __post_init__(self) -> None:
-        require_positive(self, "resolution", "width", "groups", "blocks", "vocab", "code_width")
+        require_positive(self, "resolution", "width", "groups", "blocks", "vocab", "code_width", most=MOST_SIZE)
         require(self, "at most 16", lambda value: value <= 16, "groups")
         require(self, "a finite number", math.isfinite, "least_log_b")
         if self.resolution % self.shrink:

@@ -19,9 +19,10 @@ def require(config: Any, wanted: str, fits: Callable[[Any], bool], *names: str) 
             raise ValueError(f"{name}: got {value!r}, wanted {wanted}")
 
 
-def require_positive(config: Any, *names: str) -> None:
+def require_positive(config: Any, *names: str, most: int = 2**31 - 1) -> None:
     """Whole numbers from 1 on."""
     require(config, "at least 1", lambda value: value >= 1, *names)
+    require(config, f"at most {most}", lambda value: value <= most, *names)
 
 
 def require_share(config: Any, *names: str) -> None:
@@ -32,6 +33,10 @@ def require_share(config: Any, *names: str) -> None:
 def require_amount(config: Any, *names: str) -> None:
     """Finite real numbers from 0 on."""
     require(config, "a finite number, at least 0", lambda value: 0 <= value < math.inf, *names)
+
+
+MOST_SIZE = 2**20
+"""Of one side of a model; what is larger by a slip is refused before memory is asked for it."""
 
 
 def require_seed(config: Any) -> None:

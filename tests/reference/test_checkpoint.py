@@ -103,6 +103,14 @@ def test_damage_is_found(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=f"damaged checkpoint .checkpoint.json: {name} is"):
             load(run, "dvae")
 
+    for old, new in (('"step": 5', '"step": 4'), ('"width": 8', '"width": 9'), ('"seed": 1', '"seed": 3')):
+        run, newest = damaged(f"document {new}")
+        document = (newest / "checkpoint.json").read_text()
+        assert old in document
+        (newest / "checkpoint.json").write_text(document.replace(old, new))
+        with pytest.raises(UserError, match=r"damaged checkpoint .*digest differs"):
+            load(run, "dvae")
+
     run, newest = damaged("format")
     (newest / "checkpoint.json").write_text(json.dumps({**json.loads(text), "format": 99}))
     with pytest.raises(UserError, match="format 99"):
