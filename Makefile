@@ -23,6 +23,8 @@ $(STAMP): $(SOURCES)
 	@echo "==> installing torch and what the build needs"
 	@$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" numpy
 	@$(BIN)/python -m pip install --quiet "$(TORCH)"
+	@# torch 2.11 brings Triton 3.6, whose interpreter wants an older NumPy.
+	@! $(BIN)/python -m pip freeze | grep -q '^triton==3\.6' || $(BIN)/python -m pip install --quiet "numpy<2.4"
 	@echo "==> building the kernels and installing dalle_kernels with its extras (a few minutes)"
 	@$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[reference,bench,test]'
 	@$(BIN)/python -m pip install --quiet --no-deps -r tests/peers.txt

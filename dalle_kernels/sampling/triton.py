@@ -19,7 +19,7 @@ import triton.language as tl
 
 from dalle_kernels.backends.choice import Call
 from dalle_kernels.backends.triton_common import ceil_div, obstacle
-from dalle_kernels.backends.triton_noise import LN_2, LOG2_E, gumbel2, philox
+from dalle_kernels.backends.triton_noise import INTERPRETED, LN_2, LOG2_E, gumbel2, philox
 from dalle_kernels.noise import SAMPLING_STREAM
 
 STREAM = tl.constexpr(SAMPLING_STREAM)
@@ -38,7 +38,9 @@ def load_quarter(
     if GUIDED:
         base = tl.load(unconditional + token, mask=valid, other=0.0).to(tl.float32)
         x = base + guidance * (x - base)
-        x = tl.maximum(x, float("-inf"))  # NaN, of tokens that are ruled out, becomes -inf
+        # NaN, of tokens that are ruled out, becomes -inf. On a GPU a maximum drops NaN, in one instruction; so does the
+        # interpreter, but only from Triton 3.8 on.
+        x = tl.where(x == x, x, float("-inf")) if INTERPRETED else tl.maximum(x, float("-inf"))
     if not GREEDY:
         x = tl.div_rn(x, temperature + tl.zeros_like(x))
     return tl.where(valid, x, float("-inf"))
@@ -48,10 +50,11 @@ def load_quarter(
 def number_of(key):
     """The float that has the place of the scalar `key` among keys: floats in their order have ascending uint32 keys.
 
-    Keys below that of -inf stand for it; those above that of inf give NaN, which no number reaches or exceeds.
+    Keys below that of -inf stand for it; those above that of inf give NaN, which no number reaches or exceeds. (The
+    interpreter of Triton 3.6 to 3.8 fills ~key's ones with -1, which NumPy 2 refuses for uint32.)
     """
     key = tl.maximum(key, 0x007FFFFF)
-    return tl.where(key >= 0x80000000, key & 0x7FFFFFFF, ~key).to(tl.float32, bitcast=True)
+    return tl.where(key >= 0x80000000, key & 0x7FFFFFFF, key ^ 0xFFFFFFFF).to(tl.float32, bitcast=True)
 
 
 @triton.jit
