@@ -2,6 +2,7 @@
 # make demo      trains a small DALL-E on captioned pictures and draws what it is asked for
 # make test      every test
 # make lint      ruff and type checks
+# make matrix    the Triton tests and a build under every torch, Triton and NumPy that is promised: hours, 10 GB of disk
 
 PYTHON ?= python3
 VENV   := .venv
@@ -12,7 +13,7 @@ TORCH  ?= torch>=2.11
 STAMP  := $(VENV)/installed
 SOURCES := setup.py pyproject.toml tests/peers.txt $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: install demo test lint clean
+.PHONY: install demo test lint matrix clean
 
 install: $(STAMP)
 
@@ -41,6 +42,9 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+matrix:
+	$(PYTHON) tests/matrix.py
 
 clean:
 	rm -rf build dist *.egg-info dalle_kernels/*.so
