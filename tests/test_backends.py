@@ -7,13 +7,15 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from dalle_kernels import Row, TokenLayout, explain, gumbel_lookup, sparse_attention
 from dalle_kernels.backends import native
-from dalle_kernels.backends.choice import Call, Operation
+from dalle_kernels.backends.choice import Operation
+from dalle_kernels.backends.contract import Call
 
 ROOT = Path(__file__).resolve().parents[1]
 Q = torch.randn(1, 2, 29, 16)
@@ -30,8 +32,8 @@ def test_the_native_library_is_built_and_serves_cpu_tensors() -> None:
 
 
 def test_a_named_backend_never_falls_back() -> None:
-    operation = Operation("thing", (("reference", "dalle_kernels.attention.reference"),), lambda: None)  # type: ignore[arg-type,return-value]
     call = Call(torch.device("cpu"), torch.float32, 16)
+    operation: Operation[Any] = Operation("thing", {"reference": "dalle_kernels.attention.reference"}, lambda: call)
     with pytest.raises(
         ValueError, match="backend: 'cpu' cannot serve this thing call: there is no cpu kernel for thing"
     ):

@@ -17,10 +17,11 @@ import torch
 import triton
 import triton.language as tl
 
-from dalle_kernels.backends.choice import Call
+from dalle_kernels.backends.contract import Call
 from dalle_kernels.backends.triton_common import ceil_div, obstacle
 from dalle_kernels.backends.triton_noise import INTERPRETED, LN_2, LOG2_E, gumbel2, philox
 from dalle_kernels.noise import SAMPLING_STREAM
+from dalle_kernels.sampling.contract import Inputs, Outputs
 
 STREAM = tl.constexpr(SAMPLING_STREAM)
 LARGEST = 32768  # a row in the registers of one block
@@ -187,16 +188,8 @@ def refuse(call: Call) -> str | None:
     return obstacle(call.device, call.dtype)
 
 
-def sample(
-    logits: torch.Tensor,
-    unconditional: torch.Tensor | None,
-    guidance_scale: float,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    seed: torch.Tensor,
-) -> torch.Tensor:
-    """int64 [B]. `top_k` 0 and `top_p` 1 are off; `temperature` 0 takes the largest logit."""
+def forward(inputs: Inputs) -> Outputs:
+    logits, unconditional, guidance_scale, temperature, top_k, top_p, seed = inputs
     rows, tokens = logits.shape
     out = logits.new_empty(rows, dtype=torch.int64)
     if rows:
@@ -211,4 +204,4 @@ def sample(
             # Guided logits are rounded as the definition rounds them, so both keep the same tokens.
             BLOCK=block, CHUNK=min(block, 1024), num_warps=max(4, min(16, block // 256)), enable_fp_fusion=False,
         )  # fmt: skip
-    return out
+    return Outputs(out)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dalle_kernels import Column, KVCache, MaskPattern, Pattern, Row, TokenLayout, decode_attention, sparse_attention
-from dalle_kernels.backends.choice import Call
+from dalle_kernels.backends.contract import Call
 from dalle_kernels.decode import cpu
 from dalle_kernels.nn import SparseSelfAttention
 from dalle_kernels.patterns.decode_table import DecodeTable

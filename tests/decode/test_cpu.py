@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dalle_kernels.attention import reference as attention
-from dalle_kernels.backends.choice import Call
+from dalle_kernels.backends.contract import Call
 from dalle_kernels.decode import cpu
 from dalle_kernels.decode.cache import KVCache
 from dalle_kernels.decode.store import Store
