@@ -2,6 +2,7 @@
 # make demo      trains a small DALL-E on captioned pictures and draws what it is asked for
 # make test      every test
 # make lint      ruff and type checks
+# make matrix    the Triton tests and a build under every torch, Triton and NumPy that is promised: hours, 10 GB of disk
 
 PYTHON ?= python3
 VENV   := .venv
@@ -12,7 +13,7 @@ TORCH  ?= torch>=2.11
 STAMP  := $(VENV)/installed
 SOURCES := setup.py pyproject.toml tests/peers.txt $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: install demo test lint clean
+.PHONY: install demo test lint matrix clean
 
 install: $(STAMP)
 
@@ -23,6 +24,8 @@ $(STAMP): $(SOURCES)
 	@echo "==> installing torch and what the build needs"
 	@$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" numpy
 	@$(BIN)/python -m pip install --quiet "$(TORCH)"
+	@# torch 2.11 brings Triton 3.6, whose interpreter wants an older NumPy.
+	@! $(BIN)/python -m pip freeze | grep -q '^triton==3\.6' || $(BIN)/python -m pip install --quiet "numpy<2.4"
 	@echo "==> building the kernels and installing dalle_kernels with its extras (a few minutes)"
 	@$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[reference,bench,test]'
 	@$(BIN)/python -m pip install --quiet --no-deps -r tests/peers.txt
@@ -39,6 +42,9 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+matrix:
+	$(PYTHON) tests/matrix.py
 
 clean:
 	rm -rf build dist *.egg-info dalle_kernels/*.so

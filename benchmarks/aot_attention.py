@@ -8,6 +8,7 @@ import torch
 
 from benchmarks.aot import DTYPES, Case
 from dalle_kernels.attention import triton as triton_backend
+from dalle_kernels.attention.contract import Grads, Inputs, Kept, Needs
 from dalle_kernels.backends import launch
 from dalle_kernels.decode import triton as triton_kernel
 from dalle_kernels.decode.cache import KVCache
@@ -43,7 +44,11 @@ def _attention(bits: int, width: int, length: int = LAYOUT.length, padded: bool 
     def call() -> None:
         q, k, v = (torch.empty(2, 16, length, width, dtype=DTYPES[bits]) for _ in range(3))
         padding = torch.zeros(2, length, dtype=torch.bool) if padded else None
-        out, lse = triton_backend.forward(q, k, v, padding, width**-0.5, pattern)
-        triton_backend.backward(out, lse if padded else None, q, k, v, out, lse, padding, width**-0.5, pattern)
+        out, lse = triton_backend.forward(Inputs(q, k, v, padding, width**-0.5, pattern))
+        triton_backend.backward(
+            Grads(out, lse if padded else None),
+            Kept(q, k, v, out, lse, padding, width**-0.5, pattern),
+            Needs(True, True, True),
+        )
 
     return call

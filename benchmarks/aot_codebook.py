@@ -9,8 +9,11 @@ import torch
 
 from benchmarks.aot import DTYPES, Case
 from dalle_kernels.backends import launch
+from dalle_kernels.codebook.gumbel import contract as gumbel_contract
 from dalle_kernels.codebook.gumbel import triton as triton_gumbel
+from dalle_kernels.codebook.projection import contract as projection_contract
 from dalle_kernels.codebook.projection import triton as triton_projection
+from dalle_kernels.codebook.vq import contract as vq_contract
 from dalle_kernels.codebook.vq import triton as triton_vq
 
 ROWS, CODES, CHANNELS = 512, 8192, 256
@@ -47,14 +50,18 @@ def results(latents: torch.Tensor, hard: bool) -> list[torch.Tensor]:
 
 def gumbel_forward(bits: int, width: int, codes: int, hard: bool = False) -> Callable[[], object]:
     logits, codebook = torch.empty(ROWS, codes, dtype=DTYPES[bits]), torch.empty(codes, width, dtype=DTYPES[bits])
-    return lambda: triton_gumbel.gumbel_forward(logits, codebook, *settings(hard))
+    return lambda: triton_gumbel.forward(gumbel_contract.Inputs(logits, codebook, *settings(hard)))
 
 
 def gumbel_backward(bits: int, width: int, codes: int, hard: bool = False) -> Callable[[], object]:
     logits, codebook = torch.empty(ROWS, codes, dtype=DTYPES[bits]), torch.empty(codes, width, dtype=DTYPES[bits])
     latents = torch.empty(ROWS, width, dtype=DTYPES[bits])
     saved = *settings(hard), latents, *results(latents, hard)
-    return lambda: triton_gumbel.gumbel_backward(latents, torch.empty(ROWS), logits, codebook, *saved)
+    return lambda: triton_gumbel.backward(
+        gumbel_contract.Grads(latents, torch.empty(ROWS)),
+        gumbel_contract.Kept(logits, codebook, *saved),
+        gumbel_contract.Needs(True, True),
+    )
 
 
 def layer(bits: int, width: int, codes: int) -> list[torch.Tensor]:
@@ -64,7 +71,7 @@ def layer(bits: int, width: int, codes: int) -> list[torch.Tensor]:
 
 
 def projection_forward(bits: int, width: int, codes: int) -> Callable[[], object]:
-    return lambda: triton_projection.projection_forward(*layer(bits, width, codes), *settings(False))
+    return lambda: triton_projection.forward(projection_contract.Inputs(*layer(bits, width, codes), *settings(False)))
 
 
 def projection_backward(bits: int, width: int, codes: int, strip_bytes: int | None = None) -> Callable[[], object]:
@@ -73,7 +80,11 @@ def projection_backward(bits: int, width: int, codes: int, strip_bytes: int | No
         saved = *settings(False), latents, *results(latents, False)
         limit = triton_projection.STRIP_BYTES if strip_bytes is None else strip_bytes
         with mock.patch.object(triton_projection, "STRIP_BYTES", limit):
-            triton_projection.projection_backward(latents, torch.empty(ROWS), *layer(bits, width, codes), *saved)
+            triton_projection.backward(
+                projection_contract.Grads(latents, torch.empty(ROWS)),
+                projection_contract.Kept(*layer(bits, width, codes), *saved),
+                projection_contract.Needs(True, True, True, True),
+            )
 
     return call
 
@@ -81,7 +92,11 @@ def projection_backward(bits: int, width: int, codes: int, strip_bytes: int | No
 def vq(bits: int, width: int) -> Callable[[], object]:
     def call() -> None:
         features, codebook = (torch.empty(rows, width, dtype=DTYPES[bits]) for rows in (ROWS, CODES))
-        triton_vq.vq_forward(features, codebook)
-        triton_vq.vq_backward(torch.empty(ROWS), features, codebook, torch.zeros(ROWS, dtype=torch.int64))
+        triton_vq.forward(vq_contract.Inputs(features, codebook))
+        triton_vq.backward(
+            vq_contract.Grads(torch.empty(ROWS)),
+            vq_contract.Kept(features, codebook, torch.zeros(ROWS, dtype=torch.int64)),
+            vq_contract.Needs(True, True),
+        )
 
     return call

@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterator
 import torch
 
 from benchmarks.aot import DTYPES, Case
+from dalle_kernels.likelihood import contract as likelihood_contract
 from dalle_kernels.likelihood import triton as likelihood
+from dalle_kernels.sampling import contract as sampling_contract
 from dalle_kernels.sampling import triton as sampling
 
 
@@ -22,9 +24,18 @@ def cases(arch: int) -> Iterator[Case]:
 
 def sample(bits: int, tokens: int, guided: bool = False) -> Callable[[], object]:
     logits = torch.empty(4, tokens, dtype=DTYPES[bits])
-    return lambda: sampling.sample(logits, logits if guided else None, 3.0, 0.9, 100, 0.95, torch.tensor(1))
+    return lambda: (
+        sampling.forward(
+            sampling_contract.Inputs(logits, logits if guided else None, 3.0, 0.9, 100, 0.95, torch.tensor(1))
+        ).tokens
+    )
 
 
 def nll(bits: int) -> Callable[[], object]:
     x, grad = torch.empty(4096, dtype=DTYPES[bits]), torch.empty(4096)
-    return lambda: (likelihood.forward(x, x, x), likelihood.backward(grad, x, x, x))
+    return lambda: (
+        likelihood.forward(likelihood_contract.Inputs(x, x, x)).nll,
+        likelihood.backward(
+            likelihood_contract.Grads(grad), likelihood_contract.Kept(x, x, x), likelihood_contract.Needs(True, True)
+        ),
+    )

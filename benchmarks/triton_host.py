@@ -27,9 +27,11 @@ import torch
 import triton
 
 from benchmarks.aot import recording
+from dalle_kernels.attention import contract as attention_contract
 from dalle_kernels.attention import triton as triton_backend
 from dalle_kernels.attention.op import sparse_attention
 from dalle_kernels.backends import choice as backends
+from dalle_kernels.codebook.gumbel import contract as gumbel_contract
 from dalle_kernels.codebook.gumbel import op as codebook_op
 from dalle_kernels.codebook.gumbel import triton as triton_gumbel
 from dalle_kernels.codebook.gumbel.op import gumbel_lookup
@@ -38,6 +40,7 @@ from dalle_kernels.decode.cache import KVCache
 from dalle_kernels.decode.op import decode_attention
 from dalle_kernels.patterns.layout import TokenLayout
 from dalle_kernels.patterns.patterns import Row
+from dalle_kernels.sampling import contract as sampling_contract
 from dalle_kernels.sampling import triton as sampling
 from dalle_kernels.sampling.op import sample_tokens
 
@@ -68,8 +71,8 @@ def pairs() -> dict[str, Pair]:
     logits, codebook = torch.zeros(64, 512, dtype=torch.bfloat16), torch.zeros(512, 128, dtype=torch.bfloat16)
     temperature = torch.ones(())
     settings = logits, codebook, temperature, False, True, seed
-    out, lse = triton_backend.forward(q, k, v, None, 0.125, PATTERN)
-    outputs = triton_gumbel.gumbel_forward(*settings)
+    out, lse = triton_backend.forward(attention_contract.Inputs(q, k, v, None, 0.125, PATTERN))
+    outputs = triton_gumbel.forward(gumbel_contract.Inputs(*settings))
     grads = outputs[0], outputs[2]
 
     leaves = q.clone().requires_grad_(), k.clone().requires_grad_(), v.clone().requires_grad_()
@@ -78,11 +81,15 @@ def pairs() -> dict[str, Pair]:
     latents, _, kl = gumbel_lookup(*looked, temperature, seed=seed, backend="triton")
     return {
         "attention (1 kernel)": (
-            lambda: triton_backend.forward(q, k, v, None, 0.125, PATTERN),
+            lambda: triton_backend.forward(attention_contract.Inputs(q, k, v, None, 0.125, PATTERN)),
             lambda: sparse_attention(q, k, v, PATTERN, backend="triton"),
         ),
         "attention, backward (4 kernels)": (
-            lambda: triton_backend.backward(out, None, q, k, v, out, lse, None, 0.125, PATTERN),
+            lambda: triton_backend.backward(
+                attention_contract.Grads(out, None),
+                attention_contract.Kept(q, k, v, out, lse, None, 0.125, PATTERN),
+                attention_contract.Needs(True, True, True),
+            ),
             lambda: torch.autograd.grad(attended, leaves, out, retain_graph=True),
         ),
         "decoding (2 kernels)": (
@@ -90,15 +97,19 @@ def pairs() -> dict[str, Pair]:
             lambda: decode_attention(token, token, token, cache, position, backend="triton"),
         ),
         "Gumbel lookup (1 kernel)": (
-            lambda: triton_gumbel.gumbel_forward(*settings),
+            lambda: triton_gumbel.forward(gumbel_contract.Inputs(*settings)),
             lambda: gumbel_lookup(logits, codebook, temperature, seed=seed, backend="triton"),
         ),
         "Gumbel lookup, backward (3 kernels)": (
-            lambda: triton_gumbel.gumbel_backward(*grads, *settings, *outputs),
+            lambda: triton_gumbel.backward(
+                gumbel_contract.Grads(*grads),
+                gumbel_contract.Kept(*settings, *outputs),
+                gumbel_contract.Needs(True, True),
+            ),
             lambda: torch.autograd.grad((latents, kl), looked, grads, retain_graph=True),
         ),
         "sampling (1 kernel)": (
-            lambda: sampling.sample(logits, None, 1.0, 1.0, 0, 1.0, seed),
+            lambda: sampling.forward(sampling_contract.Inputs(logits, None, 1.0, 1.0, 0, 1.0, seed)).tokens,
             lambda: sample_tokens(logits, seed=seed, backend="triton"),
         ),
     }

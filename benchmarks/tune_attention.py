@@ -8,6 +8,7 @@ import torch
 
 from benchmarks.tune import Task, product
 from dalle_kernels.attention import triton as triton_backend
+from dalle_kernels.attention.contract import Grads, Inputs, Kept, Needs
 from dalle_kernels.backends import launch
 from dalle_kernels.decode import triton as triton_kernel
 from dalle_kernels.decode.cache import KVCache
@@ -39,14 +40,16 @@ def _inputs(bits: int, width: int) -> tuple[torch.Tensor, ...]:
 
 def _forward(bits: int, width: int) -> Callable[[], object]:
     q, k, v = _inputs(bits, width)
-    return lambda: triton_backend.forward(q, k, v, None, width**-0.5, PATTERN)
+    return lambda: triton_backend.forward(Inputs(q, k, v, None, width**-0.5, PATTERN))
 
 
 def _backward(bits: int, width: int) -> Callable[[], object]:
     q, k, v = _inputs(bits, width)
-    out, lse = triton_backend.forward(q, k, v, None, width**-0.5, PATTERN)
+    out, lse = triton_backend.forward(Inputs(q, k, v, None, width**-0.5, PATTERN))
     grad = torch.randn_like(out)
-    return lambda: triton_backend.backward(grad, None, q, k, v, out, lse, None, width**-0.5, PATTERN)
+    return lambda: triton_backend.backward(
+        Grads(grad, None), Kept(q, k, v, out, lse, None, width**-0.5, PATTERN), Needs(True, True, True)
+    )
 
 
 def _decode(bits: int, width: int) -> Callable[[], object]:

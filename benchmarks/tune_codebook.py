@@ -9,8 +9,11 @@ import torch
 from benchmarks.aot import DTYPES
 from benchmarks.tune import Task, product
 from dalle_kernels.backends import launch
+from dalle_kernels.codebook.gumbel import contract as gumbel_contract
 from dalle_kernels.codebook.gumbel import triton as triton_gumbel
+from dalle_kernels.codebook.projection import contract as projection_contract
 from dalle_kernels.codebook.projection import triton as triton_projection
+from dalle_kernels.codebook.vq import contract as vq_contract
 from dalle_kernels.codebook.vq import triton as triton_vq
 
 ROWS, CODES, CHANNELS = 8192, 8192, 256
@@ -48,16 +51,18 @@ def prepare(kernel: str, bits: int, width: int, tails: bool) -> Callable[[], obj
     codebook = randn(codes, width)
     if kernel == "vq_forward":
         features = randn(ROWS, width)
-        return lambda: triton_vq.vq_forward(features, codebook)
+        return lambda: triton_vq.forward(vq_contract.Inputs(features, codebook))
     settings = torch.ones((), device="cuda"), False, True, torch.tensor(1, device="cuda")
     if kernel.startswith("gumbel"):
         tensors = randn(ROWS, codes), codebook
-        forward, backward = triton_gumbel.gumbel_forward, triton_gumbel.gumbel_backward
+        contract, room = gumbel_contract, triton_gumbel
     else:
         tensors = randn(ROWS, CHANNELS), randn(codes, CHANNELS) / CHANNELS**0.5, randn(codes), codebook
-        forward, backward = triton_projection.projection_forward, triton_projection.projection_backward
+        contract, room = projection_contract, triton_projection
     if kernel.endswith("forward"):
-        return lambda: forward(*tensors, *settings)
-    outputs = forward(*tensors, *settings)
+        return lambda: room.forward(contract.Inputs(*tensors, *settings))
+    outputs = room.forward(contract.Inputs(*tensors, *settings))
     grads = randn(ROWS, width), torch.ones(ROWS, device="cuda")
-    return lambda: backward(*grads, *tensors, *settings, *outputs)
+    kept = contract.Kept(*tensors, *settings, *outputs)
+    needs = contract.Needs._make([True] * len(contract.Needs._fields))
+    return lambda: room.backward(contract.Grads(*grads), kept, needs)

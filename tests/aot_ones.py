@@ -13,12 +13,18 @@ import torch
 
 from benchmarks import aot
 from dalle_kernels import MaskPattern
+from dalle_kernels.attention import contract as attention_contract
 from dalle_kernels.attention import triton as attention
+from dalle_kernels.codebook.gumbel import contract as gumbel_contract
 from dalle_kernels.codebook.gumbel import triton as triton_gumbel
+from dalle_kernels.codebook.projection import contract as projection_contract
 from dalle_kernels.codebook.projection import triton as triton_projection
+from dalle_kernels.codebook.vq import contract as vq_contract
 from dalle_kernels.codebook.vq import triton as triton_vq
 from dalle_kernels.decode import triton as decoding
+from dalle_kernels.likelihood import contract as likelihood_contract
 from dalle_kernels.likelihood import triton as likelihood
+from dalle_kernels.sampling import contract as sampling_contract
 from dalle_kernels.sampling import triton as sampling
 
 
@@ -31,20 +37,59 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
     longer = MaskPattern(torch.ones(256, 256, dtype=torch.bool).tril())
 
     lse = torch.empty(1, 1, 1)
-    yield "attention", lambda: attention.forward(heads, heads, heads, None, 1.0, pattern)
+    yield "attention", lambda: attention.forward(attention_contract.Inputs(heads, heads, heads, None, 1.0, pattern))
     saved_heads = heads, heads, heads, heads, lse
-    yield "attention_backward", lambda: attention.backward(heads, None, *saved_heads, None, 1.0, pattern)
+    yield (
+        "attention_backward",
+        lambda: attention.backward(
+            attention_contract.Grads(heads, None),
+            attention_contract.Kept(*saved_heads, None, 1.0, pattern),
+            attention_contract.Needs(True, True, True),
+        ),
+    )
     yield "decode", lambda: decoding.forward(heads, heads, heads, heads, heads, torch.tensor(0), 1.0, pattern)
     yield "decode_splits", lambda: decoding.forward(heads, heads, heads, heads, heads, torch.tensor(0), 1.0, longer)
-    yield "gumbel", lambda: triton_gumbel.gumbel_forward(matrix, matrix, *settings)
-    yield "gumbel_backward", lambda: triton_gumbel.gumbel_backward(matrix, row, matrix, matrix, *saved)
+    yield "gumbel", lambda: triton_gumbel.forward(gumbel_contract.Inputs(matrix, matrix, *settings))
+    yield (
+        "gumbel_backward",
+        lambda: triton_gumbel.backward(
+            gumbel_contract.Grads(matrix, row),
+            gumbel_contract.Kept(matrix, matrix, *saved),
+            gumbel_contract.Needs(True, True),
+        ),
+    )
     layer = matrix, matrix, row, matrix
-    yield "projection", lambda: triton_projection.projection_forward(*layer, *settings)
-    yield "projection_backward", lambda: triton_projection.projection_backward(matrix, row, *layer, *saved)
-    yield "vq", lambda: triton_vq.vq_forward(matrix, matrix)
-    yield "vq_backward", lambda: triton_vq.vq_backward(row, matrix, matrix, codes)
-    yield "sampling", lambda: sampling.sample(matrix, matrix, 1, 1, 1, 0.5, torch.tensor(1))
-    yield "likelihood", lambda: (likelihood.forward(row, row, row), likelihood.backward(row, row, row, row))
+    yield "projection", lambda: triton_projection.forward(projection_contract.Inputs(*layer, *settings))
+    yield (
+        "projection_backward",
+        lambda: triton_projection.backward(
+            projection_contract.Grads(matrix, row),
+            projection_contract.Kept(*layer, *saved),
+            projection_contract.Needs(True, True, True, True),
+        ),
+    )
+    yield "vq", lambda: triton_vq.forward(vq_contract.Inputs(matrix, matrix))
+    yield (
+        "vq_backward",
+        lambda: triton_vq.backward(
+            vq_contract.Grads(row), vq_contract.Kept(matrix, matrix, codes), vq_contract.Needs(True, True)
+        ),
+    )
+    yield (
+        "sampling",
+        lambda: sampling.forward(sampling_contract.Inputs(matrix, matrix, 1, 1, 1, 0.5, torch.tensor(1))).tokens,
+    )
+    yield (
+        "likelihood",
+        lambda: (
+            likelihood.forward(likelihood_contract.Inputs(row, row, row)).nll,
+            likelihood.backward(
+                likelihood_contract.Grads(row),
+                likelihood_contract.Kept(row, row, row),
+                likelihood_contract.Needs(True, True),
+            ),
+        ),
+    )
     # Not one variant for every number of parts, which follows from the number of rows.
     many = [torch.empty(number, 4, 16) for number in (1, 2, 3, 16, 17)]
     yield "sum_parts", lambda: [triton_gumbel.sum_parts(parts, torch.bfloat16) for parts in many]

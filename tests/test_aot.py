@@ -83,6 +83,21 @@ def test_compiles_where_every_number_is_one(version: str) -> None:
     assert compiled["sum_parts"] == ["sum_parts_kernel"], "one variant serves every number of parts"
 
 
+@pytest.mark.parametrize("version", ["installed", OLDEST])
+def test_what_nan_becomes_on_a_gpu(version: str) -> None:
+    """tl.maximum and tl.max drop NaN there, unless told otherwise, and so does the interpreter from Triton 3.8 on; that
+    of 3.6 and 3.7 keeps it in tl.maximum. Kernels that must do one or the other there say it in other words."""
+    compiled = said("tests.aot_nan", first_on_path=(oldest_triton(),) if version == OLDEST else ())
+    assert compiled.keys() == {f"sm_{arch}" for arch in aot.ARCHITECTURES}
+    for made in compiled.values():
+        assert made == {
+            "maximum": ["max.f32"],
+            "maximum_all": ["max.NaN.f32"],
+            "largest": ["max.f32"],
+            "without_nan": ["setp.num.f32"],
+        }
+
+
 @pytest.mark.parametrize("arch", aot.ARCHITECTURES)
 def test_table_holds_every_row_of_the_launch_table_and_no_spill(arch: int) -> None:
     """Under every Triton recorded, the oldest that is supported among them."""

@@ -7,13 +7,15 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from dalle_kernels import Row, TokenLayout, explain, gumbel_lookup, sparse_attention
 from dalle_kernels.backends import native
-from dalle_kernels.backends.choice import Call, Operation
+from dalle_kernels.backends.choice import Operation
+from dalle_kernels.backends.contract import Call
 
 ROOT = Path(__file__).resolve().parents[1]
 Q = torch.randn(1, 2, 29, 16)
@@ -30,8 +32,8 @@ def test_the_native_library_is_built_and_serves_cpu_tensors() -> None:
 
 
 def test_a_named_backend_never_falls_back() -> None:
-    operation = Operation("thing", (("reference", "dalle_kernels.attention.reference"),), lambda: None)  # type: ignore[arg-type,return-value]
     call = Call(torch.device("cpu"), torch.float32, 16)
+    operation: Operation[Any] = Operation("thing", {"reference": "dalle_kernels.attention.reference"}, lambda: call)
     with pytest.raises(
         ValueError, match="backend: 'cpu' cannot serve this thing call: there is no cpu kernel for thing"
     ):
@@ -84,3 +86,30 @@ def test_the_report_names_what_was_built() -> None:
     )
     assert "CPU kernels: built for" in result.stdout
     assert "torch 2.11 and later; instruction sets: " in result.stdout
+
+
+def test_versions_that_triton_kernels_cannot_use_are_named_at_import() -> None:
+    """In one line, where a backend is asked for."""
+    script = """
+import numpy, torch, triton
+triton.__version__, numpy.__version__, triton.knobs.runtime.interpret = "3.6.0", "2.4.0", True
+import dalle_kernels
+print(dalle_kernels.explain(dalle_kernels.sample_tokens, torch.zeros(1, 8)).refusals["triton"])
+"""
+    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.stdout == (
+        "it cannot be imported here: the interpreter of triton 3.6.0 wants NumPy below 2.4, 2.4.0 is installed: "
+        "pip install 'numpy<2.4'\n"
+    ), result.stderr
+
+
+def test_which_versions_triton_kernels_can_use() -> None:
+    pytest.importorskip("triton")
+    from dalle_kernels.backends.triton_common import unsupported
+
+    assert unsupported("3.5.1", "2.3.5", interpreted=False) == "triton 3.5.1 is installed, 3.6 or later is wanted"
+    assert unsupported("3.6.0", "2.4.6", interpreted=False) is None
+    assert unsupported("3.6.0", "2.3.5", interpreted=True) is None
+    assert "wants NumPy below 2.4" in str(unsupported("3.6.0", "3.0.0rc1", interpreted=True))
+    assert unsupported("3.7.0", "2.4.6", interpreted=True) is None
+    assert unsupported("3.10.0+git1", "2.4.6", interpreted=True) is None

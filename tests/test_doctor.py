@@ -14,6 +14,7 @@ import torch
 from dalle_kernels import doctor
 from dalle_kernels.backends import choice
 from dalle_kernels.likelihood import cpu as likelihood
+from dalle_kernels.likelihood.contract import Outputs
 
 CPU = torch.device("cpu")
 
@@ -46,7 +47,7 @@ def findings(name: str) -> dict[str, doctor.Finding]:
 
 def test_a_wrong_answer_is_found() -> None:
     right = likelihood.forward
-    with mock.patch.object(likelihood, "forward", lambda *inputs: right(*inputs) * 1.001):
+    with mock.patch.object(likelihood, "forward", lambda inputs: Outputs(right(inputs).nll * 1.001)):
         seen = findings("likelihood")
     assert seen["cpu"].status == "wrong"
     assert seen["cpu"].chosen
@@ -55,7 +56,7 @@ def test_a_wrong_answer_is_found() -> None:
 
 
 def test_nan_is_a_wrong_answer() -> None:
-    with mock.patch.object(likelihood, "forward", lambda pixels, *_: torch.full_like(pixels, torch.nan)):
+    with mock.patch.object(likelihood, "forward", lambda inputs: Outputs(torch.full_like(inputs.pixels, torch.nan))):
         assert findings("likelihood")["cpu"].status == "wrong"
 
 

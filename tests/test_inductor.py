@@ -24,8 +24,8 @@ OPS = torch.ops.dalle_kernels
 
 def attention(x: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
     q, k, v = x.view(1, 32, 3, 2, 16).permute(2, 0, 3, 1, 4).unbind()
-    out, lse = OPS.attention_forward(q * 2, k, v, None, 0.25, PATTERN.spec, "triton")
-    dq, dk, dv = OPS.attention_backward(out, lse, q, k, v, out, lse, None, 0.25, PATTERN.spec, "triton")
+    out, lse = OPS.attention_forward(q * 2, k, v, None, None, PATTERN.spec, "triton")
+    dq, dk, dv = OPS.attention_backward(out, lse, q, k, v, out, lse, None, None, PATTERN.spec, [True] * 3, "triton")
     return (out + dq + dk + dv).relu()
 
 
@@ -33,7 +33,7 @@ def codebook(x: torch.Tensor, temperature: torch.Tensor, seed: torch.Tensor) -> 
     logits, table = x * 3, x + 1
     settings = logits, table, temperature, False, True, seed
     outputs = OPS.gumbel_forward(*settings, "triton")
-    dlogits, _ = OPS.gumbel_backward(outputs[0], outputs[2], *settings, *outputs, "triton")
+    dlogits, _ = OPS.gumbel_backward(outputs[0], outputs[2], *settings, *outputs, [True] * 2, "triton")
     return dlogits.relu()
 
 

@@ -12,13 +12,18 @@ import torch
 pytest.importorskip("triton")
 
 from dalle_kernels import KVCache, Row, TokenLayout
+from dalle_kernels.attention import contract as attention_contract
 from dalle_kernels.attention import triton as triton_backend
+from dalle_kernels.codebook.gumbel import contract as gumbel_contract
 from dalle_kernels.codebook.gumbel import triton as triton_gumbel
+from dalle_kernels.codebook.projection import contract as projection_contract
 from dalle_kernels.codebook.projection import triton as triton_projection
+from dalle_kernels.codebook.vq import contract as vq_contract
 from dalle_kernels.codebook.vq import triton as triton_vq
 from dalle_kernels.decode import triton as decode_kernel
 from dalle_kernels.decode.store import Store
 from dalle_kernels.sampling import triton as sampling_kernel
+from dalle_kernels.sampling.contract import Inputs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PATTERN = Row(TokenLayout(20, (3, 6)))
@@ -49,8 +54,16 @@ def test_attention(dimension: int) -> None:
     near = [halves(2, 2, PATTERN.length, 16) for _ in range(4)]
 
     def run(q, k, v, grad):  # type: ignore[no-untyped-def]
-        out, lse = triton_backend.forward(q, k, v, None, 0.25, PATTERN)
-        return out, lse, *triton_backend.backward(grad, None, q, k, v, out, lse, None, 0.25, PATTERN)
+        out, lse = triton_backend.forward(attention_contract.Inputs(q, k, v, None, 0.25, PATTERN))
+        return (
+            out,
+            lse,
+            *triton_backend.backward(
+                attention_contract.Grads(grad, None),
+                attention_contract.Kept(q, k, v, out, lse, None, 0.25, PATTERN),
+                attention_contract.Needs(True, True, True),
+            ),
+        )
 
     assert_same(run(*(far_apart(tensor, dimension) for tensor in near)), run(*near))
 
@@ -63,8 +76,16 @@ def test_attention_padding_and_gradient_of_the_log_sum_exp(dimension: int) -> No
     grad_lse = torch.randn(2, 2, PATTERN.length, device=DEVICE)
 
     def run(padding, grad_lse):  # type: ignore[no-untyped-def]
-        out, lse = triton_backend.forward(q, k, v, padding, 0.25, PATTERN)
-        return out, lse, *triton_backend.backward(grad, grad_lse, q, k, v, out, lse, padding, 0.25, PATTERN)
+        out, lse = triton_backend.forward(attention_contract.Inputs(q, k, v, padding, 0.25, PATTERN))
+        return (
+            out,
+            lse,
+            *triton_backend.backward(
+                attention_contract.Grads(grad, grad_lse),
+                attention_contract.Kept(q, k, v, out, lse, padding, 0.25, PATTERN),
+                attention_contract.Needs(True, True, True),
+            ),
+        )
 
     far = far_apart(padding, dimension), far_apart(grad_lse, 2 * dimension)
     assert_same(run(*far), run(padding, grad_lse))
@@ -92,8 +113,12 @@ def test_gumbel() -> None:
     results = []
     for table in (far_apart(logits, 0), logits):
         settings = table, codebook, tau, False, True, seed.to(DEVICE)
-        outputs = triton_gumbel.gumbel_forward(*settings)
-        gradients = triton_gumbel.gumbel_backward(outputs[0], outputs[2], *settings, *outputs)
+        outputs = triton_gumbel.forward(gumbel_contract.Inputs(*settings))
+        gradients = triton_gumbel.backward(
+            gumbel_contract.Grads(outputs[0], outputs[2]),
+            gumbel_contract.Kept(*settings, *outputs),
+            gumbel_contract.Needs(True, True),
+        )
         results.append((*outputs, *gradients))
     assert_same(*results)
 
@@ -105,8 +130,12 @@ def test_projection() -> None:
     for table in (far_apart(features, 0), features):
         tensors = table, weight, None, codebook
         settings = torch.ones((), device=DEVICE), False, True, torch.tensor(1, device=DEVICE)
-        outputs = triton_projection.projection_forward(*tensors, *settings)
-        gradients = triton_projection.projection_backward(outputs[0], outputs[2], *tensors, *settings, *outputs)
+        outputs = triton_projection.forward(projection_contract.Inputs(*tensors, *settings))
+        gradients = triton_projection.backward(
+            projection_contract.Grads(outputs[0], outputs[2]),
+            projection_contract.Kept(*tensors, *settings, *outputs),
+            projection_contract.Needs(True, True, True, True),
+        )
         results.append((*outputs, *gradients))
     assert_same(*results)
 
@@ -116,8 +145,16 @@ def test_vq() -> None:
     features, codebook, grad = halves(3, 16), halves(40, 16), torch.ones(3, device=DEVICE)
     results = []
     for table in (far_apart(features, 0), features):
-        indices, distances = triton_vq.vq_forward(table, codebook)
-        results.append((indices, distances, *triton_vq.vq_backward(grad, table, codebook, indices)))
+        distances, indices = triton_vq.forward(vq_contract.Inputs(table, codebook))
+        results.append(
+            (
+                indices,
+                distances,
+                *triton_vq.backward(
+                    vq_contract.Grads(grad), vq_contract.Kept(table, codebook, indices), vq_contract.Needs(True, True)
+                ),
+            )
+        )
     assert_same(*results)
 
 
@@ -126,6 +163,6 @@ def test_sampling() -> None:
     logits, base, seed = halves(3, 50), halves(3, 50), torch.tensor(1, device=DEVICE)
 
     def draw(logits, base):  # type: ignore[no-untyped-def]
-        return sampling_kernel.sample(logits, base, 2.0, 0.9, 10, 0.9, seed)
+        return sampling_kernel.forward(Inputs(logits, base, 2.0, 0.9, 10, 0.9, seed)).tokens
 
     assert torch.equal(draw(far_apart(logits, 0), far_apart(base, 0)), draw(logits, base))

@@ -15,7 +15,8 @@ from benchmarks.harness import Cell, Check, Contender, Trial, Work, copies_beyon
 from benchmarks.suites.choice import Choice, pattern_of
 from dalle_kernels import Pattern, sparse_attention
 from dalle_kernels.attention.op import OPERATION
-from dalle_kernels.backends.choice import Call
+from dalle_kernels.backends.choice import first
+from dalle_kernels.backends.contract import Call
 from dalle_kernels.patterns.schedule import schedule_for
 
 FORWARD_FLOPS, BACKWARD_FLOPS = 4, 10  # per visible pair and element of a head: two products forward, five backward
@@ -98,9 +99,9 @@ def contenders(problem: Problem, competitors: Sequence[Attention] | None = None)
     inputs = _Inputs(problem)
     yield Contender("dalle_kernels", lambda: _trial(problem, inputs, _ours(problem, "auto"), problem.pattern))
     call = Call(problem.device, problem.dtype, problem.width)
-    chosen = OPERATION.choose("auto", call)
-    for backend, module in OPERATION.modules:
-        if backend != "reference" and module != chosen.__name__ and OPERATION.refusal(backend, call) is None:
+    candidates = OPERATION.candidates(call)
+    for backend, _, refusal in candidates:
+        if backend not in ("reference", first(candidates)) and refusal is None:
             name = f"dalle_kernels, {backend}"
             yield Contender(name, partial(_prepared, problem, inputs, partial(_ours, problem, backend)))
     for competitor in attention_competitors() if competitors is None else competitors:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from dalle_kernels.attention.contract import Grads, Inputs, Kept, Needs, Outputs
 from dalle_kernels.backends import native
-from dalle_kernels.backends.choice import Call
+from dalle_kernels.backends.contract import Call
 from dalle_kernels.device import remembered
 from dalle_kernels.patterns.patterns import Pattern
 from dalle_kernels.patterns.schedule import schedule_for
@@ -44,30 +45,14 @@ def _plan(pattern: Pattern, length: int) -> torch.Tensor:
     )
 
 
-def forward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    key_padding_mask: torch.Tensor | None,
-    scale: float,
-    pattern: Pattern,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def forward(inputs: Inputs) -> Outputs:
+    q, k, v, key_padding_mask, scale, pattern = inputs
     plan = _plan(pattern, q.shape[2])
-    return torch.ops.dalle_kernels_cpu.attention_forward(q, k, v, key_padding_mask, scale, plan)
+    return Outputs(*torch.ops.dalle_kernels_cpu.attention_forward(q, k, v, key_padding_mask, scale, plan))
 
 
-def backward(
-    grad_out: torch.Tensor,
-    grad_lse: torch.Tensor | None,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    key_padding_mask: torch.Tensor | None,
-    scale: float,
-    pattern: Pattern,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def backward(grads: Grads, kept: Kept, needs: Needs) -> tuple[torch.Tensor | None, ...]:
+    (grad_out, grad_lse), (q, k, v, out, lse, key_padding_mask, scale, pattern) = grads, kept
     plan = _plan(pattern, q.shape[2])
     return torch.ops.dalle_kernels_cpu.attention_backward(
         grad_out, grad_lse, q, k, v, out, lse, key_padding_mask, scale, plan

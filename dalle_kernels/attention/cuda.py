@@ -8,9 +8,10 @@ from __future__ import annotations
 import torch
 
 from dalle_kernels.attention import cuda_sm90a
+from dalle_kernels.attention.contract import Grads, Inputs, Kept, Needs, Outputs
 from dalle_kernels.attention.cuda_plan import SMALLEST, Plan, plan_for, sums_plan_for
 from dalle_kernels.backends import cuda_library
-from dalle_kernels.backends.choice import Call
+from dalle_kernels.backends.contract import Call
 from dalle_kernels.patterns.patterns import Pattern
 
 _WIDTHS = (16, 32, 64, 80, 96, 128)  # as csrc/attention/forward_kernel.cuh has them
@@ -83,14 +84,9 @@ def _padding(key_padding_mask: torch.Tensor | None) -> torch.Tensor | None:
     return None if key_padding_mask is None else key_padding_mask.contiguous()
 
 
-def forward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    key_padding_mask: torch.Tensor | None,
-    scale: float,
-    pattern: Pattern,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def forward(inputs: Inputs) -> Outputs:
+    q, k, v, key_padding_mask, scale, pattern = inputs
+    assert scale is not None
     outputs, targets = _outputs(q)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     q, k, v = map(cuda_library.aligned, (q, k, v))
@@ -100,21 +96,13 @@ def forward(
     else:
         plan = _plan(q, pattern, _FORWARD_COLUMNS, blocks=2 if q.shape[-1] <= 64 else 1)
         cuda_library.operations().attention_forward(q, k, v, padding, plan.order, *plan.walk, scale, *targets, lse)
-    return _return(outputs, targets)[0], lse
+    return Outputs(_return(outputs, targets)[0], lse)
 
 
-def backward(
-    grad_out: torch.Tensor,
-    grad_lse: torch.Tensor | None,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    key_padding_mask: torch.Tensor | None,
-    scale: float,
-    pattern: Pattern,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def backward(grads: Grads, kept: Kept, needs: Needs) -> tuple[torch.Tensor | None, ...]:
+    (grad_out, grad_lse), (q, k, v, out, lse, key_padding_mask, scale, pattern) = grads, kept
+    assert grad_out is not None
+    assert scale is not None
     columns = 64 if q.shape[-1] <= 64 else 32  # kBackwardColumns of csrc/attention/cuda.h
     one_pass = _one_pass_plan(q, pattern)
     walks: tuple[torch.Tensor | int, ...]

@@ -2,29 +2,37 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 import torch
 
-from dalle_kernels.backends.choice import Call, Operation, register
-from dalle_kernels.backends.library import define, differentiate
+from dalle_kernels.attention import reference
+from dalle_kernels.attention.contract import Backend, Grads, Inputs, Kept, Needs, Outputs, call_of
+from dalle_kernels.backends.choice import Operation, register
+from dalle_kernels.backends.contract import Call
+from dalle_kernels.backends.library import Derivative, Entry
 from dalle_kernels.checks import autocast, check_alike, check_scale, check_tensor, rows_contiguous
 from dalle_kernels.patterns.patterns import Pattern
 
+if TYPE_CHECKING:
+    from dalle_kernels.attention import cpu, cuda, triton
+
+    _BACKENDS: tuple[Backend, ...] = (cpu, cuda, triton, reference)
+
 
 def _describe(q: torch.Tensor, *_: Any, **__: Any) -> Call:
-    dtype = autocast(q)[0].dtype
-    return Call(q.device, dtype, q.shape[-1])
+    check_tensor("q", q, rank=4)
+    return Call(q.device, autocast(q)[0].dtype, q.shape[-1])
 
 
-OPERATION = Operation(
+OPERATION: Operation[Backend] = Operation(
     "sparse_attention",
-    (
-        ("cuda", "dalle_kernels.attention.cuda"),
-        ("triton", "dalle_kernels.attention.triton"),
-        ("cpu", "dalle_kernels.attention.cpu"),
-        ("reference", "dalle_kernels.attention.reference"),
-    ),
+    {
+        "cuda": "dalle_kernels.attention.cuda",
+        "triton": "dalle_kernels.attention.triton",
+        "cpu": "dalle_kernels.attention.cpu",
+        "reference": "dalle_kernels.attention.reference",
+    },
     _describe,
 )
 
@@ -108,13 +116,15 @@ def sparse_attention(
             raise ValueError(f"key_padding_mask: got {came}, wanted torch.bool of shape {wanted}")
         if key_padding_mask.device != q.device:
             raise ValueError(f"key_padding_mask: got a tensor on {key_padding_mask.device}, wanted {q.device}")
-    out, lse = torch.ops.dalle_kernels.attention_forward(
-        rows_contiguous(q),
-        rows_contiguous(k),
-        rows_contiguous(v),
-        key_padding_mask,
-        q.shape[-1] ** -0.5 if scale is None else float(scale),
-        pattern.spec,
+    out, lse = _ENTRY(
+        Inputs(
+            rows_contiguous(q),
+            rows_contiguous(k),
+            rows_contiguous(v),
+            key_padding_mask,
+            None if scale is None else float(scale),
+            pattern,
+        ),
         backend,
     )
     return (out, lse) if return_lse else out
@@ -122,88 +132,39 @@ def sparse_attention(
 
 register(sparse_attention, OPERATION)
 
-
-def _module(q: torch.Tensor, backend: str) -> Any:
-    return OPERATION.choose(backend, Call(q.device, q.dtype, q.shape[-1]))
+V = TypeVar("V", Inputs, Kept)
 
 
-def _forward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    key_padding_mask: torch.Tensor | None,
-    scale: float,
-    pattern: str,
-    backend: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return _module(q, backend).forward(q, k, v, key_padding_mask, scale, Pattern.parse(pattern))
+def _scaled(values: V) -> V:
+    return values._replace(scale=values.q.shape[-1] ** -0.5) if values.scale is None else values
 
 
-def _forward_fake(q: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def _forward(backend: Backend, inputs: Inputs) -> Outputs:
+    return backend.forward(_scaled(inputs))
+
+
+def _forward_fake(inputs: Inputs) -> Outputs:
+    q = inputs.q
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=wide)
+    return Outputs(torch.empty_like(q), q.new_empty(q.shape[:3], dtype=wide))
 
 
-def _backward(
-    grad_out: torch.Tensor,
-    grad_lse: torch.Tensor | None,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    key_padding_mask: torch.Tensor | None,
-    scale: float,
-    pattern: str,
-    backend: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return _module(q, backend).backward(
-        grad_out, grad_lse, q, k, v, out, lse, key_padding_mask, scale, Pattern.parse(pattern)
-    )
+def _backward(backend: Backend, grads: Grads, kept: Kept, needs: Needs) -> tuple[torch.Tensor | None, ...]:
+    grad_out = torch.zeros_like(kept.out) if grads.out is None else rows_contiguous(grads.out)
+    return backend.backward(Grads(grad_out, grads.lse), _scaled(kept), needs)
 
 
-def _backward_fake(
-    grad_out: torch.Tensor,
-    grad_lse: torch.Tensor | None,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    *_: Any,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+def _jvp(tangents: tuple[torch.Tensor | None, ...], kept: Kept) -> tuple[torch.Tensor, torch.Tensor]:
+    return reference.jvp(tangents, _scaled(kept))
 
 
-define(
-    "attention_forward(Tensor q, Tensor k, Tensor v, Tensor? key_padding_mask, float scale, str pattern, str backend)"
-    " -> (Tensor, Tensor)",
+_ENTRY = Entry(
+    "attention_forward",
+    OPERATION,
+    Inputs,
+    Outputs,
+    call_of,
     _forward,
     _forward_fake,
+    Derivative("attention_backward", Grads, Kept, Needs, _backward, _jvp),
 )
-define(
-    "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
-    " Tensor? key_padding_mask, float scale, str pattern, str backend) -> (Tensor, Tensor, Tensor)",
-    _backward,
-    _backward_fake,
-)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    q, k, v, key_padding_mask, *ctx.constants = inputs
-    _, spec, _ = ctx.constants
-    ctx.pattern = Pattern.parse(spec)  # a MaskPattern lives as long as someone holds it
-    ctx.save_for_backward(q, k, v, *output, key_padding_mask)
-    ctx.set_materialize_grads(False)
-
-
-def _autograd(ctx: Any, grad_out: torch.Tensor | None, grad_lse: torch.Tensor | None) -> tuple[Any, ...]:
-    q, k, v, out, lse, key_padding_mask = ctx.saved_tensors
-    if grad_out is None and grad_lse is None:
-        return (None,) * 7
-    grad_out = torch.zeros_like(out) if grad_out is None else rows_contiguous(grad_out)
-    grads = torch.ops.dalle_kernels.attention_backward(
-        grad_out, grad_lse, q, k, v, out, lse, key_padding_mask, *ctx.constants
-    )
-    return *grads, None, None, None, None
-
-
-differentiate("attention_forward", _setup_context, _autograd)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dalle_kernels.attention.triton_backward import backward
 from dalle_kernels.attention.triton_forward import WIDEST, forward
-from dalle_kernels.backends.choice import Call
+from dalle_kernels.backends.contract import Call
 from dalle_kernels.backends.triton_common import obstacle
 
 __all__ = ["backward", "forward", "refuse"]

@@ -23,6 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
+from dalle_kernels.attention.contract import Grads, Kept, Needs
 from dalle_kernels.attention.triton_forward import (
     exponent_scale,
     head_and_item,
@@ -313,22 +314,14 @@ def work_for(pattern: Pattern, length: int, device: torch.device, dtype: torch.d
     return Work.cut(schedule, max(longest, settings["shortest_piece"])).to(device)
 
 
-def backward(
-    grad_out: torch.Tensor,
-    grad_lse: torch.Tensor | None,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    key_padding_mask: torch.Tensor | None,
-    scale: float,
-    pattern: Pattern,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def backward(grads: Grads, kept: Kept, needs: Needs) -> tuple[torch.Tensor | None, ...]:
     """Gradients (dq, dk, dv) with the strides of q, k, v, given what `forward` returned for them.
 
     grad_out [B, H, S, D] with its last dimension contiguous; grad_lse [B, H, S] or None where it is zero.
     """
+    (grad_out, grad_lse), (q, k, v, out, lse, key_padding_mask, scale, pattern) = grads, kept
+    assert grad_out is not None
+    assert scale is not None
     batch, heads, length, width = q.shape
     in_all = batch * heads
     call = (pattern, length, q.device, q.dtype, width)

@@ -21,6 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
+from dalle_kernels.attention.contract import Inputs, Outputs
 from dalle_kernels.backends import launch
 from dalle_kernels.backends.triton_common import ceil_div, dot, precision
 from dalle_kernels.patterns.patterns import Pattern
@@ -214,22 +215,10 @@ def exponent_scale(scale: float) -> tuple[float, bool]:
     return max(abs(scale) * math.log2(math.e), 1e-30), scale < 0
 
 
-def forward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    key_padding_mask: torch.Tensor | None,
-    scale: float,
-    pattern: Pattern,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output [B, H, S, D] with q's dtype and strides, and natural log-sum-exp fp32 [B, H, S].
-
-    Args:
-        q, k, v: [B, H, S, D] of one dtype, the last dimension contiguous.
-        key_padding_mask: bool [B, S], True where a key is to be ignored, or None.
-        scale: what q . k is multiplied with.
-        pattern: who sees whom; S may be shorter than its length.
-    """
+def forward(inputs: Inputs) -> Outputs:
+    """Output [B, H, S, D] with q's dtype and strides, and natural log-sum-exp fp32 [B, H, S]."""
+    q, k, v, key_padding_mask, scale, pattern = inputs
+    assert scale is not None
     batch, heads, length, width = q.shape
     out = torch.empty_like(q)
     lse = torch.empty((batch, heads, length), dtype=torch.float32, device=q.device)
@@ -246,7 +235,7 @@ def forward(
         heads, batch * heads, length, power,
         PADDED=key_padding_mask is not None, NEGATED=negated, **plan.constants,
     )  # fmt: skip
-    return out, lse
+    return Outputs(out, lse)
 
 
 def padding_bytes(key_padding_mask: torch.Tensor | None, q: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:

@@ -5,58 +5,85 @@ named serves the call or raises with its reason; nothing falls back silently. `e
 
     CPU tensors    cpu, reference
     CUDA tensors   triton, reference        (cuda joins where a measurement shows that it beats triton)
+    others         reference
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import lru_cache
-from types import ModuleType
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Generic, NamedTuple, TypeVar, cast
 
-import torch
+from dalle_kernels.backends.contract import Backend, Call
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 _AUTOMATIC = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}
 
-
-class Call(NamedTuple):
-    """What a backend looks at before it accepts a call."""
-
-    device: torch.device
-    dtype: torch.dtype
-    width: int  # head dimension, codebook width or vocabulary, as the operation says
-    extras: tuple[str, ...] = ()  # what of the call not every backend has, in words
+B = TypeVar("B", bound=Backend[Any, Any])
 
 
-@dataclass(frozen=True)
-class Operation:
-    """One operation's backends: a module each, with `refuse(call)` (a reason or None) and its functions."""
+class Candidate(NamedTuple):
+    """What is known of a backend before a call."""
 
     name: str
-    modules: tuple[tuple[str, str], ...]  # (backend, module)
-    describe: Callable[..., Call]  # the public function's arguments -> Call
+    automatic: bool  # whether "auto" considers it on the call's device
+    refusal: str | None
 
-    def refusal(self, backend: str, call: Call) -> str | None:
-        """Why `backend` cannot serve `call`, or None."""
-        module = dict(self.modules).get(backend)
-        if module is None:
+
+@dataclass(frozen=True, eq=False)
+class Operation(Generic[B]):
+    """One operation's backends, a module each."""
+
+    name: str
+    modules: Mapping[str, str]  # backend -> module
+    describe: Callable[..., Call]  # the public function's arguments -> Call
+    _chosen: dict[tuple[str, Call], B] = field(default_factory=dict, init=False, repr=False)
+
+    def candidates(self, call: Call) -> list[Candidate]:
+        """Every backend in the order in which "auto" asks them, those that it never takes last."""
+        automatic = _AUTOMATIC.get(call.device.type, ("reference",))
+        names = (*automatic, *(name for name in BACKENDS if name not in automatic))
+        return [Candidate(name, name in automatic, self._refusal(name, call)) for name in names]
+
+    def _refusal(self, backend: str, call: Call) -> str | None:
+        if backend not in self.modules:
             return f"there is no {backend} kernel for {self.name}"
         try:
-            loaded = importlib.import_module(module)
+            return self.load(backend).refuse(call)
         except ImportError as error:
             return f"it cannot be imported here: {error}"
-        return loaded.refuse(call)
 
-    def choose(self, backend: str, call: Call) -> ModuleType:
+    def load(self, backend: str) -> B:
+        return cast(B, importlib.import_module(self.modules[backend]))
+
+    def choose(self, backend: str, call: Call) -> B:
         """The module that serves `call`.
 
         Raises:
             ValueError: for an unknown backend name, or a named backend that cannot serve the call.
         """
-        return _choose(self, backend, call)
+        chosen = self._chosen.get((backend, call))
+        if chosen is None:
+            if len(self._chosen) >= 1024:
+                self._chosen.clear()
+            chosen = self._chosen[backend, call] = self.load(self._serving(backend, call))
+        return chosen
+
+    def _serving(self, backend: str, call: Call) -> str:
+        check_backend(backend)
+        candidates = self.candidates(call)
+        if backend == "auto":
+            return first(candidates)
+        refusal = next(candidate.refusal for candidate in candidates if candidate.name == backend)
+        if refusal is not None:
+            raise ValueError(f"backend: {backend!r} cannot serve this {self.name} call: {refusal}")
+        return backend
+
+
+def first(candidates: list[Candidate]) -> str:
+    """The one that "auto" takes."""
+    return next(candidate.name for candidate in candidates if candidate.automatic and candidate.refusal is None)
 
 
 def check_backend(backend: str) -> None:
@@ -65,26 +92,16 @@ def check_backend(backend: str) -> None:
         raise ValueError(f"backend: got {backend!r}, wanted 'auto' or one of {', '.join(BACKENDS)}")
 
 
-@lru_cache(maxsize=1024)
-def _choose(operation: Operation, backend: str, call: Call) -> ModuleType:
-    check_backend(backend)
-    if backend == "auto":
-        candidates = _AUTOMATIC.get(call.device.type, ("reference",))
-        backend = next(name for name in candidates if operation.refusal(name, call) is None)
-    elif reason := operation.refusal(backend, call):
-        raise ValueError(f"backend: {backend!r} cannot serve this {operation.name} call: {reason}")
-    return importlib.import_module(dict(operation.modules)[backend])
+_OPERATIONS: dict[Callable[..., Any], Operation[Any]] = {}
 
 
 def forget_choices() -> None:
     """Makes the next calls choose anew: for whoever changes what a backend can do, as tests do."""
-    _choose.cache_clear()
+    for operation in _OPERATIONS.values():
+        operation._chosen.clear()
 
 
-_OPERATIONS: dict[Callable[..., Any], Operation] = {}
-
-
-def register(function: Callable[..., Any], operation: Operation) -> None:
+def register(function: Callable[..., Any], operation: Operation[Any]) -> None:
     """Lets `explain` answer for the public `function`."""
     _OPERATIONS[function] = operation
 
@@ -119,32 +136,28 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
 
     Raises:
         ValueError: if `function` is not an operation of this library.
+        TypeError: for arguments that are no tensors where the operation wants tensors.
 
     Example:
         >>> q = torch.randn(1, 2, 1280, 64)
         >>> explain(sparse_attention, q, q, q, Row(TokenLayout())).backend in ("cpu", "reference")
         True
     """
-    operation = _OPERATIONS.get(function)
-    if operation is None:
+    try:
+        operation = _OPERATIONS[function]
+    except (KeyError, TypeError):  # TypeError: no key at all
         known = ", ".join(entry.name for entry in _OPERATIONS.values())
-        raise ValueError(f"function: got {function!r}, wanted one of {known}")
+        raise ValueError(f"function: got {function!r}, wanted one of {known}") from None
     kwargs.pop("backend", None)
-    call = operation.describe(*args, **kwargs)
-    automatic = _AUTOMATIC.get(call.device.type, ("reference",))
-    chosen: str | None = None
+    candidates = operation.candidates(operation.describe(*args, **kwargs))
+    chosen = first(candidates)
     refusals: dict[str, str] = {}
-    for name in (*automatic, *(name for name in BACKENDS if name not in automatic)):
-        reason = operation.refusal(name, call)
-        if reason is None and chosen is None:
-            chosen = name
-        elif reason is not None:
-            refusals[name] = reason
-        elif name in automatic:
-            refusals[name] = f"could serve, but {chosen} comes first"
-        else:
-            refusals[name] = f'could serve, when named: backend="{name}"'
-    assert chosen is not None, "the reference backend serves every call"
-    module = operation.choose(chosen, call)
-    detail = module.describe() if hasattr(module, "describe") else ""
-    return Explanation(operation.name, chosen, detail, refusals)
+    for candidate in candidates:
+        if candidate.refusal is not None:
+            refusals[candidate.name] = candidate.refusal
+        elif not candidate.automatic:
+            refusals[candidate.name] = f'could serve, when named: backend="{candidate.name}"'
+        elif candidate.name != chosen:
+            refusals[candidate.name] = f"could serve, but {chosen} comes first"
+    say = getattr(operation.load(chosen), "describe", lambda: "")
+    return Explanation(operation.name, chosen, say(), refusals)

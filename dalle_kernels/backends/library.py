@@ -1,31 +1,52 @@
-"""The torch.library namespace `dalle_kernels::`, and how a room adds an operation to it."""
+"""The torch.library namespace `dalle_kernels::`, and how a room adds an operation to it.
+
+An operation is stated by its room's NamedTuples (contract.py); here they are flattened, once, to what torch's schemas
+can say. What a call passes:
+
+- on plain CPU tensors, with no mode and no transform on, the backend's function directly, under an autograd.Function
+  where a gradient is wanted;
+- otherwise torch's dispatcher and `dalle_kernels::name`, which torch.compile, torch.export, torch.func, FakeTensorMode
+  and every other mode see as one node.
+"""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from types import NoneType
+from typing import Any, Generic, NamedTuple, TypeVar, get_args, get_type_hints
 
 import torch
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
+
+from dalle_kernels.backends.choice import Operation
+from dalle_kernels.backends.contract import Call
+from dalle_kernels.device import remembered
+from dalle_kernels.patterns.patterns import Pattern
 
 _LIBRARY = torch.library.Library("dalle_kernels", "FRAGMENT")
 
+In = TypeVar("In", bound=tuple[Any, ...])
+Out = TypeVar("Out", bound=tuple[Any, ...])
+
 
 def define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """Defines the operation of `schema`, served on CPU and CUDA by `kernel` and on fake tensors by `fake`."""
+    """Defines the operation of `schema`, served on every device by `kernel` and on fake tensors by `fake`."""
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(name, kernel, "CPU")
+    _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
     _LIBRARY.impl(name, _where_the_tensors_are(kernel), "CUDA")
     torch.library.register_fake(f"dalle_kernels::{name}", fake, lib=_LIBRARY)
 
 
 def _where_the_tensors_are(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """`kernel` with its first tensor's device current: that is where launches go, whatever they are given."""
+    """`kernel` with its first CUDA tensor's device current: that is where launches go, whatever they are given."""
 
     @functools.wraps(kernel)
     def guarded(*args: Any) -> Any:
-        device = next(arg.device for arg in args if isinstance(arg, torch.Tensor))
+        device = next(arg.device for arg in args if isinstance(arg, torch.Tensor) and arg.device.type == "cuda")
         if device.index == torch.cuda.current_device():
             return kernel(*args)
         with torch.cuda.device(device):
@@ -34,26 +55,358 @@ def _where_the_tensors_are(kernel: Callable[..., Any]) -> Callable[..., Any]:
     return guarded
 
 
-class _Once(torch.autograd.Function):
-    """A gradient as it is, whose own derivative is an error where it would otherwise be taken for zero."""
+class _Kind(NamedTuple):
+    """How a field's type passes through a schema.
 
-    @staticmethod
-    def forward(ctx: Any, name: str, gradient: torch.Tensor, *_saved: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        ctx.name = name
-        return gradient.view_as(gradient)
+    A float passes as a float64 tensor on the CPU: torch.compile guards the value of an argument of type float, so that
+    each new temperature would compile anew.
+    """
 
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> Any:
-        raise RuntimeError(f"{ctx.name}: asked for a second derivative, which it does not have")
+    schema: str
+    encode: Callable[[Any], Any]
+    decode: Callable[[Any], Any]
 
 
-def differentiate(name: str, setup_context: Callable[..., None], backward: Callable[..., Any]) -> None:
-    """Gives the operation its first derivative; `backward` calls another operation of this library."""
+def _encode_float(value: float | torch.Tensor) -> torch.Tensor:
+    if isinstance(value, torch.Tensor):
+        return value
+    if torch.compiler.is_compiling():  # as a product it stays symbolic
+        return torch.ones((), dtype=torch.float64, device="cpu") * value
+    return torch.tensor(value, dtype=torch.float64, device="cpu")
 
-    def first(ctx: Any, *grads: Any) -> Any:
-        gradients = backward(ctx, *grads)
-        if not torch.is_grad_enabled():
-            return gradients
-        return tuple(x if x is None else _Once.apply(name, x, *ctx.saved_tensors) for x in gradients)
 
-    torch.library.register_autograd(f"dalle_kernels::{name}", first, setup_context=setup_context, lib=_LIBRARY)
+_KINDS = {
+    torch.Tensor: _Kind("Tensor", lambda value: value, lambda value: value),
+    bool: _Kind("bool", lambda value: value, lambda value: value),
+    int: _Kind("int", lambda value: value, lambda value: value),
+    float: _Kind("Tensor", _encode_float, lambda value: value.item() if isinstance(value, torch.Tensor) else value),
+    Pattern: _Kind(
+        "str",
+        lambda value: value.spec if isinstance(value, Pattern) else value,
+        lambda value: Pattern.parse(value) if isinstance(value, str) else value,
+    ),
+}
+
+
+def _kind(hint: Any) -> _Kind:
+    """Of a field's type, or of what it is where it is not None."""
+    return next(_KINDS[kind] for kind in (hint, *get_args(hint)) if kind in _KINDS)
+
+
+class _Form(Generic[In]):
+    """A room's NamedTuple as part of a schema."""
+
+    def __init__(self, record: type[In]) -> None:
+        hints = get_type_hints(record)
+        self.record = record
+        self.fields: tuple[str, ...] = record._fields  # type: ignore[attr-defined]
+        self.optional = [NoneType in get_args(hints[name]) for name in self.fields]
+        self.kinds = [_kind(hints[name]) for name in self.fields]
+
+    def schema(self, prefix: str = "") -> str:
+        """The fields as arguments."""
+        return ", ".join(
+            f"{kind.schema}{'?' * optional} {prefix}{name}"
+            for name, kind, optional in zip(self.fields, self.kinds, self.optional, strict=True)
+        )
+
+    def encode(self, values: Iterable[Any]) -> list[Any]:
+        """What passes through the schema for `values`; what is encoded already stays."""
+        return [None if value is None else kind.encode(value) for kind, value in zip(self.kinds, values, strict=True)]
+
+    def decode(self, values: Iterable[Any]) -> In:
+        """The record again."""
+        return self.record._make(  # type: ignore[attr-defined]
+            (None if value is None else kind.decode(value) for kind, value in zip(self.kinds, values, strict=True))
+        )
+
+
+@dataclass(frozen=True)
+class Derivative:
+    """What makes an operation differentiable.
+
+    Attributes:
+        name: of the operation that computes gradients.
+        grads, kept, needs: the room's NamedTuples.
+        backward: (backend, grads, kept, needs) -> the gradients in the order of `needs`.
+        jvp: (tangents, kept) -> tangents of the outputs in the order of `grads`; tangents in the order of `needs`, None
+            where there is none. Plain PyTorch, for any device.
+        like: what a gradient looks like, by its input.
+    """
+
+    name: str
+    grads: type[tuple[Any, ...]]
+    kept: type[tuple[Any, ...]]
+    needs: type[tuple[Any, ...]]
+    backward: Callable[[Any, Any, Any, Any], tuple[torch.Tensor | None, ...]]
+    jvp: Callable[[Any, Any], tuple[torch.Tensor | None, ...]]
+    like: Callable[[torch.Tensor], torch.Tensor] = torch.empty_like
+
+
+class Entry(Generic[In, Out]):
+    """An operation of the namespace, called with its room's `Inputs` and a backend's name.
+
+    Args:
+        name: in the namespace.
+        operation: its backends.
+        inputs, outputs: the room's NamedTuples.
+        call: Inputs or Kept -> what a backend is chosen by.
+        forward: (backend, inputs) -> outputs, with the checks that look at values.
+        fake: inputs -> outputs without their values; floats are tensors in it.
+        derivative: None for an operation that has none.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        operation: Operation[Any],
+        inputs: type[In],
+        outputs: type[Out],
+        call: Callable[[Any], Call],
+        forward: Callable[[Any, In], Out],
+        fake: Callable[[In], Out],
+        derivative: Derivative | None = None,
+    ) -> None:
+        self._operation, self._call, self._forward = operation, call, forward
+        self._inputs, self._outputs = _Form(inputs), _Form(outputs)
+        self._single = len(self._outputs.fields) == 1
+        returns = "Tensor" if self._single else f"({', '.join(['Tensor'] * len(self._outputs.fields))})"
+
+        def flat(outputs: Out) -> Any:
+            return outputs[0] if self._single else tuple(outputs)
+
+        define(
+            f"{name}({self._inputs.schema()}, str backend) -> {returns}",
+            lambda *args: flat(self._run(self._inputs.decode(args[:-1]), args[-1])),
+            lambda *args: flat(fake(inputs(*args[:-1]))),
+        )
+        self._op = getattr(torch.ops.dalle_kernels, name).default
+        self._derivative = None if derivative is None else _Derived(self, name, derivative)
+        torch.library.register_vmap(f"dalle_kernels::{name}", _sample_by_sample(self._op), lib=_LIBRARY)
+
+    def __call__(self, inputs: In, backend: str) -> Out:
+        if not torch.compiler.is_compiling() and _plain(inputs):
+            if self._derivative is None or not (torch.is_grad_enabled() and _any_requires_grad(inputs)):
+                return self._run(inputs, backend)
+            return self._outputs.record(*self._derivative.function.apply(None, backend, *inputs))
+        result = self._op(*self._inputs.encode(inputs), backend)
+        return self._outputs.record(result) if self._single else self._outputs.record(*result)
+
+    def _run(self, inputs: In, backend: str) -> Out:
+        return self._forward(self._operation.choose(backend, self._call(inputs)), inputs)
+
+
+class _Derived:
+    """The derivative of an `Entry`: the operation for its gradients, and what autograd is told."""
+
+    def __init__(self, entry: Entry[Any, Any], name: str, derivative: Derivative) -> None:
+        self._entry, self._name, self._stated = entry, name, derivative
+        self._grads, self._kept = _Form(derivative.grads), _Form(derivative.kept)
+        inputs, outputs = entry._inputs.fields, entry._outputs.fields
+        self._keeps = [(inputs + outputs).index(field) for field in self._kept.fields]
+        self._needs = [inputs.index(field) for field in derivative.needs._fields]  # type: ignore[attr-defined]
+        self._from = [self._kept.fields.index(inputs[place]) for place in self._needs]
+        self._differentiable = [outputs.index(field) for field in self._grads.fields]
+        self._constant = [place for place in range(len(outputs)) if place not in self._differentiable]
+        define(
+            f"{derivative.name}({self._grads.schema('grad_')}, {self._kept.schema()}, bool[] needs, str backend)"
+            f" -> ({', '.join(['Tensor'] * len(self._needs))})",
+            self._kernel,
+            self._fake,
+        )
+        self._op = getattr(torch.ops.dalle_kernels, derivative.name).default
+        self.function = self._forward_function()
+        once = self._backward_function()
+        torch.library.register_vmap(f"dalle_kernels::{derivative.name}", _sample_by_sample(self._op), lib=_LIBRARY)
+        _differentiate(name, entry._op, lambda keyset, *args: self._apply(keyset, *args))
+        _differentiate(derivative.name, self._op, once.apply)
+
+    def _apply(self, keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
+        outputs = self.function.apply(keyset, args[-1], *args[:-1])
+        return outputs[0] if self._entry._single else outputs
+
+    def _split(self, args: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...], list[bool]]:
+        count = len(self._grads.fields)
+        return args[:count], args[count:-2], args[-2]
+
+    def _run(self, grads: Iterable[Any], kept: Iterable[Any], needs: Iterable[bool], backend: str) -> tuple[Any, ...]:
+        record = self._kept.decode(kept)
+        module = self._entry._operation.choose(backend, self._entry._call(record))
+        asked: Any = self._stated
+        gradients = asked.backward(module, asked.grads(*grads), record, asked.needs(*needs))
+        return tuple(gradient if need else None for gradient, need in zip(gradients, needs, strict=True))
+
+    def _kernel(self, *args: Any) -> tuple[torch.Tensor, ...]:
+        grads, kept, needs = self._split(args)
+        gradients = self._run(grads, kept, needs, args[-1])
+        return tuple(kept[0].new_empty(0) if gradient is None else gradient for gradient in gradients)
+
+    def _fake(self, *args: Any) -> tuple[torch.Tensor, ...]:
+        _, kept, needs = self._split(args)
+        return tuple(
+            self._stated.like(kept[place]) if need and kept[place] is not None else kept[0].new_empty(0)
+            for place, need in zip(self._from, needs, strict=True)
+        )
+
+    def _gradients(self, ctx: Any, grads: tuple[torch.Tensor | None, ...]) -> tuple[torch.Tensor | None, ...]:
+        """For every input of the forward."""
+        gradients: list[torch.Tensor | None] = [None] * len(self._entry._inputs.fields)
+        wanted = [grads[place] for place in self._differentiable]
+        if any(grad is not None for grad in wanted):
+            kept = _restored(ctx)
+            needs = [ctx.needs_input_grad[2 + place] for place in self._needs]
+            if not torch.is_grad_enabled() and _plain((*wanted, *kept)):
+                made = self._run(wanted, kept, needs, ctx.backend)
+            else:
+                made = self._op(*wanted, *self._kept.encode(kept), needs, ctx.backend)
+            for place, gradient, need in zip(self._needs, made, needs, strict=True):
+                gradients[place] = gradient if need else None
+        return tuple(gradients)
+
+    def _forward_function(self) -> Any:
+        derived, entry = self, self._entry
+
+        class Forward(torch.autograd.function._SingleLevelFunction):
+            @staticmethod
+            def forward(keyset: Any, backend: str, *values: Any) -> tuple[torch.Tensor, ...]:
+                if keyset is None:
+                    return tuple(entry._run(entry._inputs.record(*values), backend))
+                result = _below_autograd(entry._op, keyset, (*values, backend))
+                return (result,) if entry._single else result
+
+            @staticmethod
+            def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+                _, ctx.backend, *values = inputs
+                values += output
+                _keep(ctx, [values[place] for place in derived._keeps])
+                ctx.mark_non_differentiable(*(output[place] for place in derived._constant))
+                ctx.set_materialize_grads(False)
+
+            @staticmethod
+            def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
+                return None, None, *derived._gradients(ctx, grads)
+
+            @staticmethod
+            def jvp(ctx: Any, *tangents: Any) -> tuple[torch.Tensor | None, ...]:
+                outputs: list[torch.Tensor | None] = [None] * len(entry._outputs.fields)
+                wanted = tuple(tangents[2 + place] for place in derived._needs)
+                made = derived._stated.jvp(wanted, derived._kept.decode(_restored(ctx)))
+                for place, tangent in zip(derived._differentiable, made, strict=True):
+                    outputs[place] = tangent
+                return tuple(outputs)
+
+        return Forward
+
+    def _backward_function(self) -> Any:
+        derived, message = self, f"{self._name}: asked for a second derivative, which it does not have"
+
+        class Once(torch.autograd.function._SingleLevelFunction):
+            @staticmethod
+            def forward(keyset: Any, *args: Any) -> tuple[torch.Tensor, ...]:
+                return _below_autograd(derived._op, keyset, args)
+
+            @staticmethod
+            def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+                pass
+
+            @staticmethod
+            def backward(ctx: Any, *grads: Any) -> Any:
+                raise RuntimeError(message)
+
+            @staticmethod
+            def jvp(ctx: Any, *tangents: Any) -> Any:
+                raise RuntimeError(message)
+
+        return Once
+
+
+_SAVED = object()
+
+
+def _keep(ctx: Any, values: list[Any]) -> None:
+    tensors = [value for value in values if isinstance(value, torch.Tensor)]
+    ctx.save_for_backward(*tensors)
+    if forward_ad._current_level >= 0:
+        ctx.save_for_forward(*tensors)
+    ctx.kept = [_SAVED if isinstance(value, torch.Tensor) else value for value in values]
+
+
+def _restored(ctx: Any) -> list[Any]:
+    tensors = iter(ctx.saved_tensors)
+    return [next(tensors) if value is _SAVED else value for value in ctx.kept]
+
+
+def _differentiate(name: str, op: Any, apply: Callable[..., Any]) -> None:
+    """Has `apply(keyset, *args)` called where `op` would be differentiated."""
+
+    def kernel(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
+        reverse = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
+        if not reverse and forward_ad._current_level < 0:
+            with torch._C._AutoDispatchBelowAutograd():
+                return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+        if not torch._C._are_functorch_transforms_active():
+            return apply(keyset, *args)
+        with enable_single_level_autograd_function():
+            return apply(keyset, *args)
+
+    _LIBRARY.impl(name, kernel, "Autograd", with_keyset=True)
+
+
+def _below_autograd(op: Any, keyset: torch._C.DispatchKeySet, args: tuple[Any, ...]) -> Any:
+    """What `op` gives at this level. A transform of torch.func further out differentiates it anew at its own."""
+    with torch._C._AutoDispatchBelowAutograd():
+        keys = keyset & torch._C._after_autograd_keyset
+        if not torch._C._are_functorch_transforms_active():
+            return op.redispatch(keys, *args)
+        with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+            return op.redispatch(keys, *args)
+
+
+def _sample_by_sample(op: Any) -> Callable[..., Any]:
+    """How torch.func.vmap calls `op`: once a sample, so that each has the noise it would have alone."""
+
+    def batched(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+        def one(sample: int) -> Any:
+            return op(
+                *(arg if dim is None else arg.select(dim, sample) for arg, dim in zip(args, in_dims, strict=True))
+            )
+
+        if not info.batch_size:
+            raise ValueError(f"{op}: got a batch of no samples under vmap, wanted at least one")
+        results = [one(sample) for sample in range(info.batch_size)]
+        if isinstance(results[0], torch.Tensor):
+            return torch.stack(results), 0
+        stacked = tuple(torch.stack(column) for column in zip(*results, strict=True))
+        return stacked, (0,) * len(stacked)
+
+    return batched
+
+
+@remembered(maxsize=1)
+def _plain_sets() -> tuple[frozenset[int], frozenset[int]]:
+    """The dispatch keys of plain CPU tensors, and those that a thread adds where no mode and no transform is on."""
+    tensors = [torch.empty(0)]
+    threads = [torch._C._dispatch_tls_local_include_set().raw_repr()]
+    with torch.inference_mode():
+        tensors.append(torch.empty(0))
+        threads.append(torch._C._dispatch_tls_local_include_set().raw_repr())
+    return frozenset(torch._C._dispatch_keys(tensor).raw_repr() for tensor in tensors), frozenset(threads)
+
+
+def _plain(values: Iterable[Any]) -> bool:
+    """Whether the dispatcher would do nothing with these values but call a CPU kernel, beside autograd."""
+    tensors, threads = _plain_sets()
+    if (
+        torch._C._dispatch_tls_local_include_set().raw_repr() not in threads
+        or forward_ad._current_level >= 0
+        or torch._C._len_torch_function_stack()
+    ):
+        return False
+    for value in values:
+        if isinstance(value, torch.Tensor) and torch._C._dispatch_keys(value).raw_repr() not in tensors:
+            return False
+    return True
+
+
+def _any_requires_grad(values: Iterable[Any]) -> bool:
+    return any(isinstance(value, torch.Tensor) and value.requires_grad for value in values)

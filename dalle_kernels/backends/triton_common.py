@@ -2,12 +2,38 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
 
-INTERPRETED = triton.knobs.runtime.interpret
+
+def unsupported(triton_version: str, numpy_version: str, interpreted: bool) -> str | None:
+    """What makes these versions of Triton and NumPy useless to the kernels, in one line, or None.
+
+    Example:
+        >>> unsupported("3.6.0", "2.4.6", interpreted=False)
+        >>> unsupported("3.6.0", "2.4.6", interpreted=True)
+        "the interpreter of triton 3.6.0 wants NumPy below 2.4, 2.4.6 is installed: pip install 'numpy<2.4'"
+    """
+    of_triton, of_numpy = (tuple(int(part) for part in v.split(".")[:2]) for v in (triton_version, numpy_version))
+    if of_triton < (3, 6):
+        return f"triton {triton_version} is installed, 3.6 or later is wanted"
+    if interpreted and of_triton < (3, 7) and of_numpy >= (2, 4):
+        # It asks for int(array) of arrays with a dimension, which NumPy 2.4 refuses.
+        return (
+            f"the interpreter of triton {triton_version} wants NumPy below 2.4, {numpy_version} is installed: "
+            "pip install 'numpy<2.4'"
+        )
+    return None
+
+
+INTERPRETED = hasattr(triton, "knobs") and triton.knobs.runtime.interpret  # Triton 3.3 and older have no knobs
 """Whether kernels defined from here on run under Triton's interpreter (TRITON_INTERPRET=1 when they are imported)."""
+
+# Here, because every module with kernels imports this one before it defines them.
+if reason := unsupported(triton.__version__, np.__version__, INTERPRETED):
+    raise ImportError(reason)
 
 
 @triton.jit
@@ -35,9 +61,6 @@ def precision(dtype: torch.dtype) -> str:
 
 def obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why Triton kernels cannot serve tensors of this device and dtype here, or None."""
-    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    if version < (3, 6):
-        return f"triton {triton.__version__} is installed, 3.6 or later is wanted"
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"dtype {dtype} is not one of float32, bfloat16, float16"
     if INTERPRETED:

@@ -6,11 +6,13 @@ from typing import Any
 
 import torch
 
-from dalle_kernels.backends.choice import Call
+from dalle_kernels.backends.contract import Call
 from dalle_kernels.checks import autocast, check_alike, check_tensor
 
 
 def describe(inputs: torch.Tensor, codebook: torch.Tensor, *_: Any, **__: Any) -> Call:
+    check_tensor("the first argument", inputs)
+    check_tensor("codebook", codebook, rank=2)
     return Call(inputs.device, autocast(inputs)[0].dtype, codebook.shape[-1])
 
 
@@ -24,6 +26,11 @@ def check_pair(name: str, inputs: torch.Tensor, codebook: torch.Tensor) -> tuple
     inputs, codebook = autocast(inputs, codebook)
     check_alike("codebook", codebook, name, inputs)
     return inputs, codebook
+
+
+def gradient_like(tensor: torch.Tensor) -> torch.Tensor:
+    """The codebook's gradients are contiguous."""
+    return tensor.new_empty(tensor.shape)
 
 
 def refuse_nan(name: str, inputs: torch.Tensor, row_result: torch.Tensor) -> None:

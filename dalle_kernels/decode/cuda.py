@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from dalle_kernels.backends import cuda_library
-from dalle_kernels.backends.choice import Call
+from dalle_kernels.backends.contract import Call
 from dalle_kernels.decode.store import Store
 from dalle_kernels.patterns.patterns import Pattern
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from dalle_kernels.backends.choice import Call, Operation, register
+from dalle_kernels.backends.choice import Operation, register
+from dalle_kernels.backends.contract import Call
 from dalle_kernels.backends.library import define
 from dalle_kernels.checks import autocast, check_alike, check_scale, check_tensor, rows_contiguous
 from dalle_kernels.decode.cache import KVCache, as_int, check_empty, check_next, check_position
@@ -34,14 +35,14 @@ def _extras(store: Store, by_row: bool) -> tuple[str, ...]:
     return tuple(name for name, asked in wanted.items() if asked)
 
 
-OPERATION = Operation(
+OPERATION: Operation[Any] = Operation(
     "decode_attention",
-    (
-        ("cuda", "dalle_kernels.decode.cuda"),
-        ("triton", "dalle_kernels.decode.triton"),
-        ("cpu", "dalle_kernels.decode.cpu"),
-        ("reference", "dalle_kernels.decode.reference"),
-    ),
+    {
+        "cuda": "dalle_kernels.decode.cuda",
+        "triton": "dalle_kernels.decode.triton",
+        "cpu": "dalle_kernels.decode.cpu",
+        "reference": "dalle_kernels.decode.reference",
+    },
     _describe,
 )
 
@@ -178,6 +179,10 @@ def _forward(
         check_next(lengths, position)
     _check_apart(keys, values)
     module = OPERATION.choose(backend, Call(q.device, q.dtype, q.shape[-1], _extras(store, position.dim() > 0)))
+    if hidden is not None:  # what is new is not padding
+        slots = store.table(parsed, q.device).slot
+        new = position.reshape(-1, 1) + torch.arange(tokens, device=q.device)
+        hidden.scatter_(1, slots[new].long().expand(hidden.shape[0], -1), value=False)
     out = module.forward(q, k, v, store, position, scale, parsed)
     if lengths is not None:
         lengths += tokens

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from dalle_kernels.backends.choice import Call
+from dalle_kernels.backends.contract import Call
 from dalle_kernels.decode.store import Store
 from dalle_kernels.patterns.decode_table import DecodeTable
 from dalle_kernels.patterns.patterns import Pattern
@@ -49,8 +49,6 @@ def _attend(
     slot = int(table.slot[position])
     store.keys[rows, :, slot] = k[:, :, 0]
     store.values[rows, :, slot] = v[:, :, 0]
-    if store.hidden is not None:
-        store.hidden[rows, slot] = False  # what is new is not padding
     seen = _visible(table, position)
     keys, values = store.keys[rows][:, :, seen], store.values[rows][:, :, seen]
     hidden = None if store.hidden is None else store.hidden[rows][:, seen]

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from dalle_kernels.backends import launch
-from dalle_kernels.backends.choice import Call
+from dalle_kernels.backends.contract import Call
 from dalle_kernels.backends.triton_common import ceil_div, obstacle
 from dalle_kernels.decode.store import Store
 from dalle_kernels.patterns.decode_table import DecodeTable, decode_table_for

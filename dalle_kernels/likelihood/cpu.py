@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from dalle_kernels.backends import native
-from dalle_kernels.backends.choice import Call
+from dalle_kernels.backends.contract import Call
+from dalle_kernels.likelihood.contract import Grads, Inputs, Kept, Needs, Outputs
 
 
 def refuse(call: Call) -> str | None:
@@ -16,13 +17,9 @@ def describe() -> str:
     return native.instruction_set()
 
 
-def forward(pixels: torch.Tensor, mu: torch.Tensor, log_b: torch.Tensor) -> torch.Tensor:
-    """float32, shape and layout of `pixels`."""
-    return torch.ops.dalle_kernels_cpu.logit_laplace_forward(pixels, mu, log_b)
+def forward(inputs: Inputs) -> Outputs:
+    return Outputs(torch.ops.dalle_kernels_cpu.logit_laplace_forward(*inputs))
 
 
-def backward(
-    grad: torch.Tensor, pixels: torch.Tensor, mu: torch.Tensor, log_b: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(dmu, dlog_b), like `mu` and `log_b`."""
-    return torch.ops.dalle_kernels_cpu.logit_laplace_backward(grad, pixels, mu, log_b)
+def backward(grads: Grads, kept: Kept, needs: Needs) -> tuple[torch.Tensor | None, ...]:
+    return torch.ops.dalle_kernels_cpu.logit_laplace_backward(*grads, *kept)

@@ -2,26 +2,46 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from dalle_kernels.backends.choice import Call, Operation, register
-from dalle_kernels.backends.library import define, differentiate
-from dalle_kernels.checks import check_alike, check_tensor
+from dalle_kernels.backends.choice import Operation, register
+from dalle_kernels.backends.contract import Call
+from dalle_kernels.backends.library import Derivative, Entry
+from dalle_kernels.checks import autocast, check_alike, check_tensor
+from dalle_kernels.likelihood import reference
+from dalle_kernels.likelihood.contract import Backend, Grads, Inputs, Kept, Needs, Outputs, call_of
+
+if TYPE_CHECKING:
+    from dalle_kernels.likelihood import cpu, triton
+
+    _BACKENDS: tuple[Backend, ...] = (cpu, triton, reference)
+
+
+def _checked(pixels: torch.Tensor, mu: torch.Tensor, log_b: torch.Tensor) -> Inputs:
+    check_tensor("pixels", pixels)
+    check_tensor("mu", mu)
+    check_tensor("log_b", log_b)
+    pixels, mu, log_b = autocast(pixels, mu, log_b)
+    for name, tensor in (("mu", mu), ("log_b", log_b)):
+        check_alike(name, tensor, "pixels", pixels)
+        if tensor.shape != pixels.shape:
+            raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, wanted {tuple(pixels.shape)} as pixels have")
+    return Inputs(pixels.detach(), mu, log_b)
 
 
 def _describe(pixels: torch.Tensor, mu: torch.Tensor, log_b: torch.Tensor) -> Call:
-    return Call(mu.device, mu.dtype, mu.shape[-1] if mu.dim() else 1)
+    return call_of(_checked(pixels, mu, log_b))
 
 
-OPERATION = Operation(
+OPERATION: Operation[Backend] = Operation(
     "logit_laplace_nll",
-    (
-        ("triton", "dalle_kernels.likelihood.triton"),
-        ("cpu", "dalle_kernels.likelihood.cpu"),
-        ("reference", "dalle_kernels.likelihood.reference"),
-    ),
+    {
+        "triton": "dalle_kernels.likelihood.triton",
+        "cpu": "dalle_kernels.likelihood.cpu",
+        "reference": "dalle_kernels.likelihood.reference",
+    },
     _describe,
 )
 
@@ -48,58 +68,32 @@ def logit_laplace_nll(
         >>> logit_laplace_nll(torch.full((2, 3), 0.5), torch.zeros(2, 3), torch.zeros(2, 3)).shape
         torch.Size([2, 3])
     """
-    check_tensor("pixels", pixels)
-    for name, tensor in (("mu", mu), ("log_b", log_b)):
-        check_tensor(name, tensor)
-        check_alike(name, tensor, "pixels", pixels)
-        if tensor.shape != pixels.shape:
-            raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, wanted {tuple(pixels.shape)} as pixels have")
-    return torch.ops.dalle_kernels.logit_laplace_forward(pixels.detach(), mu, log_b, backend)
+    return _ENTRY(_checked(pixels, mu, log_b), backend).nll
 
 
 register(logit_laplace_nll, OPERATION)
 
 
-def _forward(pixels: torch.Tensor, mu: torch.Tensor, log_b: torch.Tensor, backend: str) -> torch.Tensor:
-    return OPERATION.choose(backend, _describe(pixels, mu, log_b)).forward(pixels, mu, log_b)
+def _forward(backend: Backend, inputs: Inputs) -> Outputs:
+    return backend.forward(inputs)
 
 
-def _forward_fake(pixels: torch.Tensor, mu: torch.Tensor, log_b: torch.Tensor, backend: str) -> torch.Tensor:
-    return torch.empty_like(pixels, dtype=torch.float64 if mu.dtype == torch.float64 else torch.float32)
+def _forward_fake(inputs: Inputs) -> Outputs:
+    wide = torch.float64 if inputs.mu.dtype == torch.float64 else torch.float32
+    return Outputs(torch.empty_like(inputs.pixels, dtype=wide))
 
 
-def _backward(
-    grad: torch.Tensor, pixels: torch.Tensor, mu: torch.Tensor, log_b: torch.Tensor, backend: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return OPERATION.choose(backend, _describe(pixels, mu, log_b)).backward(grad, pixels, mu, log_b)
+def _backward(backend: Backend, grads: Grads, kept: Kept, needs: Needs) -> tuple[torch.Tensor | None, ...]:
+    return backend.backward(grads, kept, needs)
 
 
-def _backward_fake(
-    grad: torch.Tensor, pixels: torch.Tensor, mu: torch.Tensor, log_b: torch.Tensor, backend: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.empty_like(mu), torch.empty_like(log_b)
-
-
-define(
-    "logit_laplace_forward(Tensor pixels, Tensor mu, Tensor log_b, str backend) -> Tensor",
+_ENTRY = Entry(
+    "logit_laplace_forward",
+    OPERATION,
+    Inputs,
+    Outputs,
+    call_of,
     _forward,
     _forward_fake,
+    Derivative("logit_laplace_backward", Grads, Kept, Needs, _backward, reference.jvp),
 )
-define(
-    "logit_laplace_backward(Tensor grad, Tensor pixels, Tensor mu, Tensor log_b, str backend) -> (Tensor, Tensor)",
-    _backward,
-    _backward_fake,
-)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    *tensors, ctx.backend = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _autograd(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
-    dmu, dlog_b = torch.ops.dalle_kernels.logit_laplace_backward(grad, *ctx.saved_tensors, ctx.backend)
-    return None, dmu, dlog_b, None
-
-
-differentiate("logit_laplace_forward", _setup_context, _autograd)

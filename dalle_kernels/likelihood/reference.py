@@ -6,7 +6,8 @@ import math
 
 import torch
 
-from dalle_kernels.backends.choice import Call
+from dalle_kernels.backends.contract import Call
+from dalle_kernels.likelihood.contract import Grads, Inputs, Kept, Needs, Outputs
 from dalle_kernels.precision import widen
 
 
@@ -14,18 +15,26 @@ def refuse(call: Call) -> str | None:
     return None
 
 
-def forward(pixels: torch.Tensor, mu: torch.Tensor, log_b: torch.Tensor) -> torch.Tensor:
+def forward(inputs: Inputs) -> Outputs:
     """log(2 b x (1 - x)) + abs(logit(x) - mu) / b."""
-    x, mu, log_b = widen(pixels), widen(mu), widen(log_b)
-    return math.log(2) + log_b + x.log() + (-x).log1p() + (x.logit() - mu).abs() * (-log_b).exp()
+    x, mu, log_b = map(widen, inputs)
+    return Outputs(math.log(2) + log_b + x.log() + (-x).log1p() + (x.logit() - mu).abs() * (-log_b).exp())
 
 
-def backward(
-    grad: torch.Tensor, pixels: torch.Tensor, mu: torch.Tensor, log_b: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _slopes(kept: Kept) -> tuple[torch.Tensor, torch.Tensor]:
     """d/dmu = -sign(logit(x) - mu) / b; d/dlog b = 1 - abs(logit(x) - mu) / b."""
-    x, wide_mu, wide_log_b = widen(pixels), widen(mu), widen(log_b)
-    difference, rate = x.logit() - wide_mu, (-wide_log_b).exp()
-    dmu = -grad * difference.sign() * rate
-    dlog_b = grad * (1 - difference.abs() * rate)
-    return dmu.to(mu.dtype), dlog_b.to(log_b.dtype)
+    x, mu, log_b = map(widen, kept)
+    difference, rate = x.logit() - mu, (-log_b).exp()
+    return -difference.sign() * rate, 1 - difference.abs() * rate
+
+
+def backward(grads: Grads, kept: Kept, needs: Needs) -> tuple[torch.Tensor | None, ...]:
+    assert grads.nll is not None
+    by_mu, by_log_b = _slopes(kept)
+    return (grads.nll * by_mu).to(kept.mu.dtype), (grads.nll * by_log_b).to(kept.log_b.dtype)
+
+
+def jvp(tangents: tuple[torch.Tensor | None, ...], kept: Kept) -> tuple[torch.Tensor]:
+    slopes = _slopes(kept)
+    moved = [widen(tangent) * slope for tangent, slope in zip(tangents, slopes, strict=True) if tangent is not None]
+    return (sum(moved, torch.zeros_like(slopes[0])),)

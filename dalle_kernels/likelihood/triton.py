@@ -10,8 +10,9 @@ import torch
 import triton
 import triton.language as tl
 
-from dalle_kernels.backends.choice import Call
+from dalle_kernels.backends.contract import Call
 from dalle_kernels.backends.triton_common import ceil_div, obstacle
+from dalle_kernels.likelihood.contract import Grads, Inputs, Kept, Needs, Outputs
 
 LN_2 = tl.constexpr(0.6931471805599453)
 BLOCK = 1024
@@ -48,21 +49,19 @@ def refuse(call: Call) -> str | None:
     return obstacle(call.device, call.dtype)
 
 
-def forward(pixels: torch.Tensor, mu: torch.Tensor, log_b: torch.Tensor) -> torch.Tensor:
-    """fp32, shape and layout of `pixels`."""
-    x, location, log_scale = pixels.contiguous(), mu.contiguous(), log_b.contiguous()
+def forward(inputs: Inputs) -> Outputs:
+    x, location, log_scale = (tensor.contiguous() for tensor in inputs)
     nll = torch.empty_like(x, dtype=torch.float32)
     if total := nll.numel():
         forward_kernel[(ceil_div(total, BLOCK),)](
             x, location, log_scale, nll, total, BLOCK=BLOCK, num_warps=4, enable_fp_fusion=True
         )
-    return _laid_out_as(pixels, nll)
+    return Outputs(_laid_out_as(inputs.pixels, nll))
 
 
-def backward(
-    grad: torch.Tensor, pixels: torch.Tensor, mu: torch.Tensor, log_b: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(dmu, dlog_b), like `mu` and `log_b`."""
+def backward(grads: Grads, kept: Kept, needs: Needs) -> tuple[torch.Tensor | None, ...]:
+    grad, pixels, mu, log_b = *grads, *kept
+    assert grad is not None
     inputs = [tensor.contiguous() for tensor in (grad, pixels, mu, log_b)]
     dmu, dlog_b = torch.empty_like(inputs[2]), torch.empty_like(inputs[3])
     if total := grad.numel():

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from dalle_kernels.backends import native
-from dalle_kernels.backends.choice import Call
+from dalle_kernels.backends.contract import Call
+from dalle_kernels.sampling.contract import Inputs, Outputs
 
 
 def refuse(call: Call) -> str | None:
@@ -16,14 +17,6 @@ def describe() -> str:
     return native.instruction_set()
 
 
-def sample(
-    logits: torch.Tensor,
-    unconditional: torch.Tensor | None,
-    guidance_scale: float,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    seed: torch.Tensor,
-) -> torch.Tensor:
-    """One token a row, as in `reference`; no sort: top-k and top-p are thresholds found by selection."""
-    return torch.ops.dalle_kernels_cpu.sample(logits, unconditional, guidance_scale, temperature, top_k, top_p, seed)
+def forward(inputs: Inputs) -> Outputs:
+    """No sort: top-k and top-p are thresholds found by selection."""
+    return Outputs(torch.ops.dalle_kernels_cpu.sample(*inputs))

@@ -5,25 +5,19 @@ from __future__ import annotations
 import torch
 
 from dalle_kernels.backends import cuda_library
-from dalle_kernels.backends.choice import Call
+from dalle_kernels.backends.contract import Call
+from dalle_kernels.sampling.contract import Inputs, Outputs
 
 
 def refuse(call: Call) -> str | None:
     return cuda_library.refuse(call.device, call.dtype, (torch.bfloat16, torch.float16, torch.float32))
 
 
-def sample(
-    logits: torch.Tensor,
-    unconditional: torch.Tensor | None,
-    guidance_scale: float,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    seed: torch.Tensor,
-) -> torch.Tensor:
+def forward(inputs: Inputs) -> Outputs:
+    logits, unconditional, guidance_scale, temperature, top_k, top_p, seed = inputs
     tokens = torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)
     if logits.shape[0]:
         cuda_library.operations().sample_tokens(
             logits, unconditional, guidance_scale, temperature, top_k, top_p, seed, tokens
         )
-    return tokens
+    return Outputs(tokens)

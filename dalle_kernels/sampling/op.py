@@ -3,27 +3,35 @@
 from __future__ import annotations
 
 import numbers
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dalle_kernels.backends.choice import Call, Operation, register
-from dalle_kernels.backends.library import define
+from dalle_kernels.backends.choice import Operation, register
+from dalle_kernels.backends.contract import Call
+from dalle_kernels.backends.library import Entry
 from dalle_kernels.checks import LEAST, check_alike, check_number, check_tensor, rows_contiguous, seed_tensor
+from dalle_kernels.sampling.contract import Backend, Inputs, Outputs, call_of
+
+if TYPE_CHECKING:
+    from dalle_kernels.sampling import cpu, cuda, reference, triton
+
+    _BACKENDS: tuple[Backend, ...] = (cpu, cuda, triton, reference)
 
 
 def _describe(logits: torch.Tensor, *_: Any, **__: Any) -> Call:
+    check_tensor("logits", logits, rank=2)
     return Call(logits.device, logits.dtype, logits.shape[-1])
 
 
-OPERATION = Operation(
+OPERATION: Operation[Backend] = Operation(
     "sample_tokens",
-    (
-        ("cuda", "dalle_kernels.sampling.cuda"),
-        ("triton", "dalle_kernels.sampling.triton"),
-        ("cpu", "dalle_kernels.sampling.cpu"),
-        ("reference", "dalle_kernels.sampling.reference"),
-    ),
+    {
+        "cuda": "dalle_kernels.sampling.cuda",
+        "triton": "dalle_kernels.sampling.triton",
+        "cpu": "dalle_kernels.sampling.cpu",
+        "reference": "dalle_kernels.sampling.reference",
+    },
     _describe,
 )
 
@@ -87,31 +95,25 @@ def sample_tokens(
             came = tuple(unconditional_logits.shape)
             raise ValueError(f"unconditional_logits: got shape {came}, wanted {tuple(logits.shape)}")
         unconditional_logits = rows_contiguous(unconditional_logits.detach())
-    return torch.ops.dalle_kernels.sample_tokens(
-        rows_contiguous(logits.detach()),
-        unconditional_logits,
-        guidance_scale,
-        temperature,
-        0 if top_k is None else min(int(top_k), 2**31 - 1),  # no row is longer, and no int64 too small for it
-        1.0 if top_p is None else top_p,
-        seed_tensor(seed, logits.device),
+    return _ENTRY(
+        Inputs(
+            rows_contiguous(logits.detach()),
+            unconditional_logits,
+            guidance_scale,
+            temperature,
+            0 if top_k is None else min(int(top_k), 2**31 - 1),  # no row is longer, and no int64 too small for it
+            1.0 if top_p is None else top_p,
+            seed_tensor(seed, logits.device),
+        ),
         backend,
-    )
+    ).tokens
 
 
 register(sample_tokens, OPERATION)
 
 
-def _sample(
-    logits: torch.Tensor,
-    unconditional: torch.Tensor | None,
-    guidance_scale: float,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    seed: torch.Tensor,
-    backend: str,
-) -> torch.Tensor:
+def _forward(backend: Backend, inputs: Inputs) -> Outputs:
+    logits, unconditional = inputs.logits, inputs.unconditional
     if logits.device.type == "cpu":
         for name, tensor in (("logits", logits), ("unconditional_logits", unconditional)):
             # A sum is NaN wherever an element is, and costs one pass without a table of flags; opposite infinities
@@ -119,21 +121,15 @@ def _sample(
             if tensor is not None and tensor.sum().isnan() and tensor.isnan().any():
                 row = int(tensor.isnan().any(-1).nonzero()[0])
                 raise ValueError(f"{name}: row {row} holds NaN, wanted numbers")
-    if unconditional is not None and guidance_scale < 0:
+    if unconditional is not None and inputs.guidance_scale < 0:
         # The kernels drop what the formula makes -inf or NaN, as it does of every token that either side rules out, but
         # for this: away from -inf is inf.
-        unconditional = unconditional.masked_fill(logits.isneginf(), -torch.inf)
-    module = OPERATION.choose(backend, Call(logits.device, logits.dtype, logits.shape[1]))
-    return module.sample(logits, unconditional, guidance_scale, temperature, top_k, top_p, seed)
+        inputs = inputs._replace(unconditional=unconditional.masked_fill(logits.isneginf(), -torch.inf))
+    return backend.forward(inputs)
 
 
-def _sample_fake(logits: torch.Tensor, *_: Any) -> torch.Tensor:
-    return logits.new_empty(logits.shape[0], dtype=torch.int64)
+def _forward_fake(inputs: Inputs) -> Outputs:
+    return Outputs(inputs.logits.new_empty(inputs.logits.shape[0], dtype=torch.int64))
 
 
-define(
-    "sample_tokens(Tensor logits, Tensor? unconditional, float guidance_scale, float temperature, int top_k,"
-    " float top_p, Tensor seed, str backend) -> Tensor",
-    _sample,
-    _sample_fake,
-)
+_ENTRY = Entry("sample_tokens", OPERATION, Inputs, Outputs, call_of, _forward, _forward_fake)

@@ -4,25 +4,19 @@ from __future__ import annotations
 
 import torch
 
-from dalle_kernels.backends.choice import Call
+from dalle_kernels.backends.contract import Call
 from dalle_kernels.noise import SAMPLING_STREAM, gumbel_noise
 from dalle_kernels.precision import widen
+from dalle_kernels.sampling.contract import Inputs, Outputs
 
 
 def refuse(call: Call) -> str | None:
     return None
 
 
-def sample(
-    logits: torch.Tensor,
-    unconditional: torch.Tensor | None,
-    guidance_scale: float,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    seed: torch.Tensor,
-) -> torch.Tensor:
-    """`top_k` 0 and `top_p` 1 are off. Both keep or drop equal logits together: no sort's order ever shows."""
+def forward(inputs: Inputs) -> Outputs:
+    """Top-k and top-p keep or drop equal logits together: no sort's order ever shows."""
+    logits, unconditional, guidance_scale, temperature, top_k, top_p, seed = inputs
     wide = widen(logits)
     if unconditional is not None:
         base = unconditional.to(wide.dtype)
@@ -31,7 +25,7 @@ def sample(
         ruled_out = wide.isneginf() | base.isneginf() | guided.isnan()
         wide = guided.masked_fill(ruled_out, -torch.inf)
     if temperature == 0:
-        return wide.argmax(-1)
+        return Outputs(wide.argmax(-1))
     scaled = wide / temperature
     if 0 < top_k < scaled.shape[-1]:
         threshold = scaled.topk(top_k).values[:, -1:]
@@ -44,4 +38,4 @@ def sample(
         first = torch.searchsorted(-ordered, -ordered, side="left")
         dropped = above.gather(-1, first) >= top_p
         scaled = scaled.masked_fill(dropped.scatter(-1, order, dropped), -torch.inf)
-    return (scaled + gumbel_noise(seed, scaled.shape[0], scaled.shape[1], SAMPLING_STREAM)).argmax(-1)
+    return Outputs((scaled + gumbel_noise(seed, scaled.shape[0], scaled.shape[1], SAMPLING_STREAM)).argmax(-1))

@@ -17,10 +17,11 @@ import torch
 import triton
 import triton.language as tl
 
-from dalle_kernels.backends.choice import Call
+from dalle_kernels.backends.contract import Call
 from dalle_kernels.backends.triton_common import ceil_div, obstacle
-from dalle_kernels.backends.triton_noise import LN_2, LOG2_E, gumbel2, philox
+from dalle_kernels.backends.triton_noise import INTERPRETED, LN_2, LOG2_E, gumbel2, philox
 from dalle_kernels.noise import SAMPLING_STREAM
+from dalle_kernels.sampling.contract import Inputs, Outputs
 
 STREAM = tl.constexpr(SAMPLING_STREAM)
 LARGEST = 32768  # a row in the registers of one block
@@ -38,7 +39,9 @@ def load_quarter(
     if GUIDED:
         base = tl.load(unconditional + token, mask=valid, other=0.0).to(tl.float32)
         x = base + guidance * (x - base)
-        x = tl.maximum(x, float("-inf"))  # NaN, of tokens that are ruled out, becomes -inf
+        # NaN, of tokens that are ruled out, becomes -inf. On a GPU a maximum drops NaN, in one instruction; so does the
+        # interpreter, but only from Triton 3.8 on.
+        x = tl.where(x == x, x, float("-inf")) if INTERPRETED else tl.maximum(x, float("-inf"))
     if not GREEDY:
         x = tl.div_rn(x, temperature + tl.zeros_like(x))
     return tl.where(valid, x, float("-inf"))
@@ -48,10 +51,11 @@ def load_quarter(
 def number_of(key):
     """The float that has the place of the scalar `key` among keys: floats in their order have ascending uint32 keys.
 
-    Keys below that of -inf stand for it; those above that of inf give NaN, which no number reaches or exceeds.
+    Keys below that of -inf stand for it; those above that of inf give NaN, which no number reaches or exceeds. (The
+    interpreter of Triton 3.6 to 3.8 fills ~key's ones with -1, which NumPy 2 refuses for uint32.)
     """
     key = tl.maximum(key, 0x007FFFFF)
-    return tl.where(key >= 0x80000000, key & 0x7FFFFFFF, ~key).to(tl.float32, bitcast=True)
+    return tl.where(key >= 0x80000000, key & 0x7FFFFFFF, key ^ 0xFFFFFFFF).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -184,16 +188,8 @@ def refuse(call: Call) -> str | None:
     return obstacle(call.device, call.dtype)
 
 
-def sample(
-    logits: torch.Tensor,
-    unconditional: torch.Tensor | None,
-    guidance_scale: float,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    seed: torch.Tensor,
-) -> torch.Tensor:
-    """int64 [B]. `top_k` 0 and `top_p` 1 are off; `temperature` 0 takes the largest logit."""
+def forward(inputs: Inputs) -> Outputs:
+    logits, unconditional, guidance_scale, temperature, top_k, top_p, seed = inputs
     rows, tokens = logits.shape
     out = logits.new_empty(rows, dtype=torch.int64)
     if rows:
@@ -208,4 +204,4 @@ def sample(
             # Guided logits are rounded as the definition rounds them, so both keep the same tokens.
             BLOCK=block, CHUNK=min(block, 1024), num_warps=max(4, min(16, block // 256)), enable_fp_fusion=False,
         )  # fmt: skip
-    return out
+    return Outputs(out)

@@ -22,6 +22,7 @@ from dalle_reference.errors import UserError, require, require_amount, require_p
 from dalle_reference.evaluate import psnr
 from dalle_reference.files import read_bounded, require_output
 from dalle_reference.generate import generate
+from dalle_reference.load import load_dvae, load_transformer
 from dalle_reference.loop import Interrupted, resolve_device
 from dalle_reference.tokenizer import CaptionTokenizer
 
@@ -93,7 +94,7 @@ def _generate(config: Annotated[GenerateConfig, tyro.conf.arg(name="")]) -> None
         raise UserError("captions: got none, wanted at least one")
     require_output(config.out, ".png")
     device = resolve_device(config.device)
-    model, tokenizer, dvae = train.load_transformer(config.model, device)
+    model, tokenizer, dvae = load_transformer(config.model, device)
     for caption in config.captions:
         _check_caption(caption, tokenizer, model.config.caption_length)
     captions = [caption for caption in config.captions for _ in range(config.number)]
@@ -151,11 +152,11 @@ def _reconstruct(config: Annotated[ReconstructConfig, tyro.conf.arg(name="")]) -
         raise UserError("pictures: got none, wanted at least one file")
     require_output(config.out, ".png")
     device = resolve_device(config.device)
-    dvae = train.load_dvae(config.model, device)
+    dvae = load_dvae(config.model, device)
     originals = torch.stack([_read_picture(path, dvae.config.resolution) for path in config.pictures])
     originals = originals.to(device).float() / 255.0
     decoded = dvae.decode(dvae.encode(originals))
-    train.draw_pairs(config.out, originals, decoded, "above: the pictures; below: what their tokens keep", "")
+    render.pairs(config.out, originals, decoded, heading="above: the pictures; below: what their tokens keep")
     print(f"wrote {config.out}; PSNR {psnr(originals, decoded):.2f} dB")
 
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from dalle_reference import dvae
-from dalle_reference.errors import MOST_SIZE, require, require_amount, require_positive, require_seed, require_share
+from dalle_reference import dvae, transformer
+from dalle_reference.errors import require, require_amount, require_positive, require_seed, require_share
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class RunConfig:
 
 
 # These change nothing in the sequence of losses, so a run may go on with others than it began with.
-_FREE = ("out", "log_every", "save_every", "draw_every", "resume", "cache")
+_FREE = ("out", "dvae", "log_every", "save_every", "draw_every", "resume", "cache")
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class TrainDVAEConfig:
     """Stage 1."""
 
     run: RunConfig
-    model: dvae.DVAEConfig = field(default_factory=lambda: dvae.PRESETS["demo"])
+    model: dvae.DVAEConfig = dvae.PRESETS["demo"]
     data: DataConfig = field(default_factory=DataConfig)
     temperature: float = 1 / 16
     """The relaxation's temperature at the end of its half cosine, which starts at 1."""
@@ -115,21 +115,12 @@ class TrainTransformerConfig:
     run: RunConfig
     dvae: Path
     """Folder of a finished stage 1, or a file of converted weights."""
+    model: transformer.TransformerConfig = transformer.PRESETS["demo"]
     data: DataConfig = field(default_factory=DataConfig)
     one_per_concept: bool = False
     """Keep only the first picture of each concept (for OpenMoji: leave out the variants by skin tone)."""
     pictures: int | None = None
     """Train on this many captioned pictures, taken evenly; all where not given."""
-    vocab_text: int = 2048
-    """Most tokens of the captions' byte-pair encoding."""
-    text_length: int = 16
-    """Text positions; a caption may have one token less."""
-    layers: int = 4
-    """Blocks; their attention patterns are the paper's schedule."""
-    heads: int = 4
-    """Attention heads."""
-    head_dim: int = 64
-    """Width of a head; the model's is heads * head_dim."""
     bpe_dropout: float = 0.1
     """Probability with which a merge of the byte-pair encoding is left out, in training."""
     caption_dropout: float = 0.1
@@ -139,9 +130,7 @@ class TrainTransformerConfig:
 
     def __post_init__(self) -> None:
         require_positive(self, "pictures")
-        require_positive(self, "layers", "heads", "head_dim", "vocab_text", "text_length", most=MOST_SIZE)
-        require(self, "at least 256, one for each byte", lambda value: value >= 256, "vocab_text")
-        require(self, "at least 2, the start of text and one token", lambda value: value >= 2, "text_length")
+        require(self.model, "at least 256, one for each byte", lambda value: value >= 256, "vocab_text")
         require_share(self, "bpe_dropout", "caption_dropout")
         require(self, "a finite number", math.isfinite, "guidance_scale")
 
@@ -151,11 +140,8 @@ def to_json(config: Any) -> dict[str, Any]:
 
     def plain(value: Any) -> Any:
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            kept = [f for f in dataclasses.fields(value) if f.name not in _FREE]
-            pairs = [(f, getattr(value, f.name)) for f in kept]
-            return {f.name: plain(entry) for f, entry in pairs if not ("added" in f.metadata and entry == f.default)}
-        if isinstance(value, Path):
-            return str(value)
+            kept = (entry.name for entry in dataclasses.fields(value) if entry.name not in _FREE)
+            return {name: plain(getattr(value, name)) for name in kept}
         return list(value) if isinstance(value, tuple) else value
 
     return plain(config)
@@ -200,14 +186,11 @@ DVAE_PRESETS: dict[str, tuple[str, TrainDVAEConfig]] = {
 
 TRANSFORMER_PRESETS: dict[str, tuple[str, TrainTransformerConfig]] = {
     "small": (
-        "12 layers of 8 x 64 over whatever grid the dVAE has",
+        "12 layers of 8 x 64 over the small dVAE's 16 x 16 tokens; hours on a GPU",
         TrainTransformerConfig(
             _run("runs/transformer", steps=50_000, batch=64, learning_rate=5e-4, beta2=0.96, weight_decay=4.5e-2),
-            dvae=Path("runs/dvae"),
-            vocab_text=8192,
-            text_length=32,
-            layers=12,
-            heads=8,
+            Path("runs/dvae"),
+            transformer.PRESETS["small"],
         ),
     ),
     "demo": (
@@ -221,10 +204,10 @@ TRANSFORMER_PRESETS: dict[str, tuple[str, TrainTransformerConfig]] = {
                 beta2=0.96,
                 weight_decay=4.5e-2,
             ),
-            dvae=Path("runs/dvae"),
+            Path("runs/dvae"),
+            transformer.PRESETS["demo"],
             one_per_concept=True,
             pictures=300,
-            heads=2,
         ),
     ),
     "paper": (
@@ -242,11 +225,8 @@ TRANSFORMER_PRESETS: dict[str, tuple[str, TrainTransformerConfig]] = {
                 clip=4.0,
                 average=0.999,
             ),
-            dvae=Path("runs/dvae"),
-            vocab_text=16384,
-            text_length=256,
-            layers=64,
-            heads=62,
+            Path("runs/dvae"),
+            transformer.PRESETS["paper"],
         ),
     ),
 }

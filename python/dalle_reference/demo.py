@@ -28,6 +28,7 @@ from dalle_reference.errors import UserError, require
 from dalle_reference.evaluate import psnr, retrieval
 from dalle_reference.files import exclusive, replacing
 from dalle_reference.generate import generate
+from dalle_reference.load import load_dvae, load_transformer
 from dalle_reference.loop import Interrupted, autocast, resolve_device
 from dalle_reference.tokenizer import CaptionTokenizer
 from dalle_reference.transformer import DalleTransformer
@@ -86,12 +87,12 @@ def _run(config: DemoConfig) -> dict[str, Any]:
     with _timed("dvae", seconds):
         stage_1 = _plan(stage_1, train.train_dvae, 60 * config.minutes * _SHARE)
         train.train_dvae(stage_1)
-    dvae = train.load_dvae(stage_1.run.out, device)
+    dvae = load_dvae(stage_1.run.out, device)
 
     with _timed("transformer", seconds):
         stage_2 = _plan(stage_2, train.train_transformer, 60 * config.minutes * (1 - _SHARE))
         train.train_transformer(stage_2)
-    model, tokenizer, dvae = train.load_transformer(stage_2.run.out, device)
+    model, tokenizer, dvae = load_transformer(stage_2.run.out, device)
 
     with _timed("samples", seconds):
         quality = _reconstructions(config, stage_1, dvae)
@@ -164,12 +165,12 @@ def _reconstructions(config: DemoConfig, stage_1: TrainDVAEConfig, dvae: Discret
     decoded = torch.cat([dvae.decode(dvae.encode(part)) for part in originals.split(64)])
     shown = torch.linspace(0, len(originals) - 1, 24).long()
     grid = " x ".join(map(str, dvae.config.grid))
-    train.draw_pairs(
+    render.pairs(
         config.out / "reconstructions.png",
         originals[shown],
         decoded[shown],
-        f"Pictures the dVAE never saw, above what their {grid} tokens keep",
-        OPENMOJI_CREDIT,
+        heading=f"Pictures the dVAE never saw, above what their {grid} tokens keep",
+        footer=OPENMOJI_CREDIT,
     )
     return psnr(originals, decoded)
 
@@ -183,7 +184,7 @@ def _samples(
 ) -> dict[str, Any]:
     """Draws pictures of 64 captions, a quarter in each language; writes samples.png; measures the retrieval."""
     device = next(model.parameters()).device
-    training = train.select_training(stage_2, dvae.config, config.cache)
+    training = train.select_training(stage_2, dvae.config)
     gallery = train.tokenize_pictures(dvae, training.images)
     named = [i for i, record in enumerate(training.records) if set(LANGUAGES) <= record.captions.keys()]
     chosen = np.random.default_rng(_SEED).choice(named, size=min(_ASKED, len(named)), replace=False)
@@ -226,7 +227,7 @@ def _explain(model: DalleTransformer, dvae: DiscreteVAE) -> dict[str, str]:
         answers = [
             explain(sparse_attention, q, q, q, Row(layout)),
             explain(dalle_kernels.decode_attention, one, one, one, cache, 0),
-            explain(dalle_kernels.gumbel_lookup, logits, dvae.codebook, 1.0),
+            explain(dalle_kernels.gumbel_lookup, logits, dvae.quantizer.codebook, 1.0),
             explain(dalle_kernels.logit_laplace_nll, pixels, pixels, pixels),
             explain(dalle_kernels.sample_tokens, logits),
         ]

@@ -3,10 +3,10 @@
 Encoder and decoder are those of Ramesh et al. 2021 (appendix A.2) and of the weights that OpenAI published: residual
 blocks with a bottleneck, max-pool down, nearest-neighbour up. Between them stands one codebook lookup:
 
-    features --1x1--> logits [N, K] --gumbel_lookup--> latents [N, D] --decoder--> mu, log b of a logit-Laplace
+    features --1x1--> logits [N, K] --GumbelQuantizer--> latents [N, D] --decoder--> mu, log b of a logit-Laplace
 
 The codebook is the weight of the decoder's first 1 x 1 convolution: a one-hot vector through a 1 x 1 convolution is a
-row of its weight, plus its bias. With `quantizer="vq"` the lookup is `vq_lookup` and the features are of width D.
+row of its weight, plus its bias. With `quantizer="vq"` features of width D take their nearest code instead.
 """
 
 from __future__ import annotations
@@ -19,10 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dalle_kernels import gumbel_lookup, logit_laplace_nll, vq_lookup
+from dalle_kernels import logit_laplace_nll, vq_lookup
+from dalle_kernels.nn import GumbelQuantizer, VectorQuantizer
 from dalle_reference.errors import MOST_SIZE, require, require_positive
 
 LOGIT_LAPLACE_EPS = 0.1
+COMMITMENT = 0.25
+"""Weight of the features' distance to their codes against the codes' to them (van den Oord et al. 2017)."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,8 @@ class DVAEOutput(NamedTuple):
     Attributes:
         nll: 0-dim, reconstruction in nats per pixel and channel.
         kl: 0-dim, KL to the uniform distribution over codes in nats per pixel and channel; 0 for vq.
-        distance: 0-dim, mean squared distance of the features to their codes; 0 for dvae.
+        distance: 0-dim, the codebook's mean squared distance to its features, and a quarter of the features' to their
+            codes; 0 for dvae.
         indices: int64 [B, h, w], the sampled codes.
         pictures: [B, 3, S, S] in 0..1, the reconstruction's location; carries no gradient.
     """
@@ -199,9 +203,10 @@ class DiscreteVAE(nn.Module):
         self.to_scores = nn.Linear(features, scores)
         nn.init.normal_(self.to_scores.weight, std=1.0 / math.sqrt(features))
         nn.init.zeros_(self.to_scores.bias)
-        # OpenAI's scale for this convolution is 1 / sqrt(vocab): mixtures then start far below the block's own
-        # scale. With an eighth of the code width's they reach the decoder at a scale at which it learns at once.
-        self.codebook = nn.Parameter(torch.randn(config.vocab, config.code_width) / math.sqrt(config.code_width))
+        # Its codes begin with deviation 1 / sqrt(code_width). OpenAI's scale for this convolution is 1 / sqrt(vocab),
+        # with which mixtures start far below the decoder's own scale.
+        quantizer = GumbelQuantizer if config.quantizer == "dvae" else VectorQuantizer
+        self.quantizer = quantizer(config.vocab, config.code_width)
         self.code_bias = nn.Parameter(torch.zeros(config.code_width))
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
@@ -219,16 +224,16 @@ class DiscreteVAE(nn.Module):
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         """The most likely tokens of pictures in 0..1: [B, 3, S, S] -> int64 [B, h, w]."""
         scores = self.scores(images)
-        if self.config.quantizer == "vq":
-            indices = vq_lookup(scores, self.codebook.to(scores.dtype))[1]
+        if isinstance(self.quantizer, VectorQuantizer):
+            indices = vq_lookup(scores, self.quantizer.codebook)[1]
         else:
-            indices = gumbel_lookup(scores, self.codebook.to(scores.dtype), temperature=1.0, noise=False)[1]
+            indices = scores.argmax(dim=1)
         return indices.reshape(len(images), *self.config.grid)
 
     @torch.no_grad()
     def decode(self, indices: torch.Tensor) -> torch.Tensor:
         """Pictures in 0..1 of tokens: int64 [B, h, w] -> [B, 3, S, S]."""
-        latents = F.embedding(indices, self.codebook).reshape(-1, self.config.code_width)
+        latents = F.embedding(indices, self.quantizer.codebook).reshape(-1, self.config.code_width)
         return _unsqueeze(torch.sigmoid(self._decode(latents, len(indices))[:, :3].float()))
 
     def _decode(self, latents: torch.Tensor, batch: int) -> torch.Tensor:
@@ -242,7 +247,7 @@ class DiscreteVAE(nn.Module):
         Args:
             images: [B, 3, S, S] in 0..1.
             temperature: of the relaxation, above 0; the vq variant does not look at it.
-            seed: of the Gumbel noise.
+            seed: of the Gumbel noise, which there is in training mode only.
 
         Raises:
             ValueError: for pictures of another size than the configuration's.
@@ -251,15 +256,13 @@ class DiscreteVAE(nn.Module):
         if images.shape[1:] != (3, side, side):
             raise ValueError(f"images: got shape {tuple(images.shape)}, wanted [B, 3, {side}, {side}]")
         scores = self.scores(images)
-        codebook = self.codebook.to(scores.dtype)
-        channels = images.numel()
-        zero = scores.new_zeros((), dtype=torch.float32)
-        if self.config.quantizer == "vq":
-            latents, indices, squared = vq_lookup(scores, codebook)
-            kl, distance = zero, squared.mean() / self.config.code_width
+        kl = distance = scores.new_zeros((), dtype=torch.float32)
+        if isinstance(self.quantizer, VectorQuantizer):
+            latents, indices, codebook_loss, commitment_loss = self.quantizer(scores)
+            distance = codebook_loss + COMMITMENT * commitment_loss
         else:
-            latents, indices, row_kl = gumbel_lookup(scores, codebook, temperature, seed=seed)
-            kl, distance = row_kl.sum() / channels, zero
+            latents, indices, row_kl = self.quantizer(scores, temperature, seed)
+            kl = row_kl.sum() / images.numel()
         maps = self._decode(latents, len(images)).float()
         mu, log_b = maps.chunk(2, dim=1)
         if self.config.least_log_b is not None:

@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Generic, TypeVar
+
 import torch
 
+M = TypeVar("M", bound=torch.nn.Module)
 
-class MovingAverage:
-    """shadow <- decay * shadow + (1 - decay) * weight, after every step.
+
+class MovingAverage(Generic[M]):
+    """mean <- decay * mean + (1 - decay) * weight, after every step.
 
     Early on the decay is smaller, (1 + step) / (10 + step), so that the first weights are soon forgotten.
 
     Args:
-        module: whose parameters are averaged.
+        module: whose parameters are averaged; its buffers are taken as they are.
         decay: the share of the mean that a step keeps.
+
+    Attributes:
+        module: a copy of the module, in evaluation mode, whose weights are the mean.
     """
 
-    def __init__(self, module: torch.nn.Module, decay: float) -> None:
+    def __init__(self, module: M, decay: float) -> None:
         self.decay = decay
-        self.shadow = {name: value.detach().clone() for name, value in module.named_parameters()}
+        self.module = copy.deepcopy(module).eval().requires_grad_(False)
 
     @torch.no_grad()
-    def update(self, module: torch.nn.Module, step: int) -> None:
-        weights = dict(module.named_parameters())
+    def update(self, module: M, step: int) -> None:
         share = 1.0 - min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(self.shadow.values()), [weights[name] for name in self.shadow], share)
-
-    @torch.no_grad()
-    def copy_to(self, module: torch.nn.Module) -> None:
-        """Gives `module` the mean as its weights."""
-        for name, value in module.named_parameters():
-            value.copy_(self.shadow[name])
+        torch._foreach_lerp_(list(self.module.parameters()), list(module.parameters()), share)
+        for mine, theirs in zip(self.module.buffers(), module.buffers(), strict=True):
+            mine.copy_(theirs)

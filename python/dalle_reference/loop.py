@@ -14,21 +14,22 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from functools import lru_cache
+from functools import lru_cache, wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from dalle_reference import checkpoint, schedules
-from dalle_reference.config import RunConfig
-from dalle_reference.ema import MovingAverage
+from dalle_reference.config import RunConfig, TrainDVAEConfig, TrainTransformerConfig
+from dalle_reference.ema import M, MovingAverage
 from dalle_reference.errors import UserError
 from dalle_reference.files import exclusive, replacing
 from dalle_reference.render import read_metrics
 
+C = TypeVar("C", TrainDVAEConfig, TrainTransformerConfig)
 LossFunction = Callable[[int, bool], tuple[torch.Tensor, dict[str, float]]]
 
 
@@ -72,28 +73,32 @@ def step_generator(seed: int, step: int) -> np.random.Generator:
     return np.random.default_rng([seed, step, 1])
 
 
-@contextmanager
-def run_folder(config: RunConfig) -> Iterator[None]:
-    """Makes a run's folder this process's own, once it is clear that a run may begin (or go on) there.
+def alone_in_its_folder(train: Callable[[C], Path]) -> Callable[[C], Path]:
+    """A training function that has its run's folder to itself, and begins (or goes on) only where a run may.
 
-    Raises:
-        UserError: if the folder holds a run and `resume` was not asked for, if there is none to resume, or if another
-            process is at work there.
+    It raises UserError if the folder holds a run and `resume` was not asked for, if there is none to resume, or if
+    another process is at work there.
     """
-    if config.out.exists() and not config.out.is_dir():
-        raise UserError(f"{config.out}: is no folder; choose another --out")
-    if config.resume and checkpoint.latest(config.out) is None:
-        raise UserError(f"{config.out}: no checkpoint there to go on from; without --resume the run begins anew")
-    with exclusive(config.out):
-        if not config.resume and checkpoint.latest(config.out) is not None:
-            raise UserError(f"{config.out}: holds a run already; go on with --resume, or choose another --out")
-        try:
-            yield
-        except OSError as error:  # a full disk, most of all
-            raise UserError(f"{config.out}: {error}; what was saved before stands") from error
+
+    @wraps(train)
+    def train_alone(config: C) -> Path:
+        run = config.run
+        if run.out.exists() and not run.out.is_dir():
+            raise UserError(f"{run.out}: is no folder; choose another --out")
+        if run.resume and checkpoint.latest(run.out) is None:
+            raise UserError(f"{run.out}: no checkpoint there to go on from; without --resume the run begins anew")
+        with exclusive(run.out):
+            if not run.resume and checkpoint.latest(run.out) is not None:
+                raise UserError(f"{run.out}: holds a run already; go on with --resume, or choose another --out")
+            try:
+                return train(config)
+            except OSError as error:  # a full disk, most of all
+                raise UserError(f"{run.out}: {error}; what was saved before stands") from error
+
+    return train_alone
 
 
-class Run:
+class Run(Generic[M]):
     """One training run: a model, its optimizer, its running mean, and the folder they are kept in.
 
     Args:
@@ -106,7 +111,7 @@ class Run:
         UserError: if the run to resume is damaged or of another configuration.
     """
 
-    def __init__(self, config: RunConfig, kind: str, model: torch.nn.Module, document: Mapping[str, Any]) -> None:
+    def __init__(self, config: RunConfig, kind: str, model: M, document: Mapping[str, Any]) -> None:
         self.config, self.kind, self.model, self.document = config, kind, model, document
         groups: list[dict[str, Any]] = [
             {"params": [value for value in model.parameters() if value.dim() > 1]},
@@ -128,11 +133,6 @@ class Run:
         else:
             # What a run that left no checkpoint has measured is measured again.
             self.metrics.unlink(missing_ok=True)
-
-    def averaged(self, model: torch.nn.Module) -> torch.nn.Module:
-        """`model`, a second instance, with the running mean as its weights, for drawing and measuring."""
-        self.average.copy_to(model)
-        return model.eval()
 
     def train(self, compute_loss: LossFunction, draw: Callable[[int, Any], None]) -> None:
         """Makes the steps that remain.
@@ -205,7 +205,7 @@ class Run:
     def save(self) -> Path:
         """Writes a checkpoint of this moment."""
         tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
-        tensors |= {f"ema.{name}": value for name, value in self.average.shadow.items()}
+        tensors |= {f"ema.{name}": value for name, value in self.average.module.state_dict().items()}
         for name, parameter in self.model.named_parameters():
             for entry, value in self.optimizer.state[parameter].items():
                 tensors[f"optimizer.{entry}.{name}"] = value
@@ -228,10 +228,9 @@ class Run:
         saved = checkpoint.load(self.config.out, self.kind)
         checkpoint.require_same(saved, self.document)
         checkpoint.restore(self.model, saved.group("model"), saved.path)
-        moments, mean = saved.group("optimizer"), saved.group("ema")
+        checkpoint.restore(self.average.module, saved.group("ema"), saved.path)
+        moments = saved.group("optimizer")
         try:
-            for name, shadow in self.average.shadow.items():
-                shadow.copy_(mean[name])
             for name, parameter in self.model.named_parameters():
                 self.optimizer.state[parameter] = {
                     "step": moments[f"step.{name}"].to(parameter.device),

@@ -73,6 +73,18 @@ def sheet(
         canvas.save(draft, "png")
 
 
+def pairs(
+    path: Path, originals: torch.Tensor, decoded: torch.Tensor, *, columns: int = 8, heading: str, footer: str = ""
+) -> None:
+    """Writes a sheet of rows of originals, each above the row of what a dVAE makes of them: [N, 3, S, S] in 0..1."""
+    rows: list[torch.Tensor] = []
+    for above, below in zip(originals.split(columns), decoded.split(columns), strict=True):
+        blank = torch.ones_like(below[0])
+        for row in (above, below):
+            rows += [*row, *[blank] * (columns - len(row))]
+    sheet(path, rows, columns=columns, heading=heading, footer=footer)
+
+
 def _wrap(text: str, size: int, width: int, most: int = 3) -> list[str]:
     """Lines no wider than `width`; broken at spaces, or anywhere in scripts that have none; at most `most`."""
     font = _font(text, size)

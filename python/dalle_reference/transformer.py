@@ -26,8 +26,8 @@ their norms, in how the convolution treats the grid's edge, and in where the gri
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple, cast
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -35,15 +35,13 @@ from torch import Tensor, nn
 
 from dalle_kernels import Convolution, KVCache, Pattern, TokenLayout, dalle_pattern_schedule
 from dalle_kernels.nn import SparseSelfAttention
+from dalle_reference.errors import MOST_SIZE, require, require_positive
 
 TEXT_WEIGHT = 1 / 8
 """The text's share of the loss; the image's is the rest. Each is first divided by its own count of tokens."""
 
 NO_TOKEN = -1
 """Stands in `text_tokens` where a caption has ended."""
-
-_ADDED = {"added": True}
-"""Marks fields that stored configurations leave out at their default, as those of earlier versions did."""
 
 
 @dataclass(frozen=True)
@@ -54,47 +52,33 @@ class TransformerConfig:
     """Caption tokens are 0 .. vocab_text - 1."""
     text_length: int = 16
     """Text positions, the start of text among them: captions have at most text_length - 1 tokens."""
-    grid: tuple[int, int] = (8, 8)
-    """Rows and columns of image tokens."""
+    grid: tuple[int, int] = (12, 12)
+    """Rows and columns of image tokens, as the dVAE has them."""
     vocab_image: int = 512
-    """Image tokens are 0 .. vocab_image - 1."""
+    """Image tokens are 0 .. vocab_image - 1, as the dVAE has them."""
     layers: int = 4
+    """Blocks; their attention patterns are the paper's schedule."""
     heads: int = 2
+    """Attention heads."""
     head_dim: int = 64
     """Width of one head; the model's width is heads x head_dim."""
-    sandwich_norm: bool = field(default=False, metadata=_ADDED)
+    sandwich_norm: bool = False
     """Also normalise what attention and the MLP add to the stream (CogView, Ding et al. 2021, section 2.4)."""
-    head_norm: bool = field(default=False, metadata=_ADDED)
+    head_norm: bool = False
     """Normalise a second time before the heads."""
-    convolution: Literal["raster", "clamp", "torus"] = field(default="raster", metadata=_ADDED)
+    convolution: Literal["raster", "clamp", "torus"] = "raster"
     """How the last layer's convolution treats the grid's edge; `dalle_kernels.Convolution` explains."""
-    text_on_grid: bool = field(default=False, metadata=_ADDED)
+    text_on_grid: bool = False
     """The patterns take the last text position for the grid's first cell, and every cell for the next one."""
 
     def __post_init__(self) -> None:
-        for name in ("vocab_text", "vocab_image", "layers", "heads", "head_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}, wanted at least 1")
-        if self.text_length < 2:
-            raise ValueError(
-                f"text_length: got {self.text_length}, wanted at least 2 (the start of text and one token)"
-            )
-        if len(self.grid) != 2 or min(self.grid) < 1:
-            raise ValueError(f"grid: got {self.grid}, wanted two positive numbers (rows, columns)")
+        sizes = ("vocab_text", "text_length", "vocab_image", "layers", "heads", "head_dim")
+        require_positive(self, *sizes, most=MOST_SIZE)
+        require(self, "at least 2 (the start of text and one token)", lambda value: value >= 2, "text_length")
+        two = "two positive numbers (rows, columns)"
+        require(self, two, lambda value: len(value) == 2 and 1 <= min(value) <= max(value) <= MOST_SIZE, "grid")
         if self.convolution not in ("raster", "clamp", "torus"):
             raise ValueError(f"convolution: got {self.convolution!r}, wanted 'raster', 'clamp' or 'torus'")
-
-    @classmethod
-    def preset(cls, name: str, **changes: Any) -> TransformerConfig:
-        """A named configuration, with fields replaced by `changes`.
-
-        Example:
-            >>> TransformerConfig.preset("paper").width
-            3968
-        """
-        if name not in PRESETS:
-            raise ValueError(f"preset: got {name!r}, wanted one of {', '.join(PRESETS)}")
-        return replace(PRESETS[name], **changes)
 
     @property
     def width(self) -> int:

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from dalle_kernels.attention import cpu, reference
+from dalle_kernels.attention.contract import Grads, Inputs, Kept, Needs
 from dalle_kernels.backends import native
-from dalle_kernels.backends.choice import Call
+from dalle_kernels.backends.contract import Call
 from dalle_kernels.patterns.layout import TokenLayout
 from dalle_kernels.patterns.patterns import (
     AxialRow,
@@ -73,8 +74,14 @@ def tensors(
 
 def run(module, q, k, v, grad, grad_lse, padding, scale, pattern):
     """out, lse, dq, dk, dv."""
-    out, lse = module.forward(q, k, v, padding, scale, pattern)
-    return out, lse, *module.backward(grad, grad_lse, q, k, v, out, lse, padding, scale, pattern)
+    out, lse = module.forward(Inputs(q, k, v, padding, scale, pattern))
+    return (
+        out,
+        lse,
+        *module.backward(
+            Grads(grad, grad_lse), Kept(q, k, v, out, lse, padding, scale, pattern), Needs(True, True, True)
+        ),
+    )
 
 
 def check(pattern, q, k, v, grad, grad_lse, padding=None, scale=None) -> None:
@@ -185,9 +192,11 @@ def test_bits_do_not_depend_on_threads(isa: str, threads: None, heads: int, dtyp
 
 def test_no_gradient_of_the_log_sum_exp(isa: str) -> None:
     q, k, v, grad, _ = tensors(PATTERNS[0], 1, 2, 32, torch.float32)
-    out, lse = cpu.forward(q, k, v, None, 0.2, PATTERNS[0])
-    without = cpu.backward(grad, None, q, k, v, out, lse, None, 0.2, PATTERNS[0])
-    zero = cpu.backward(grad, torch.zeros_like(lse), q, k, v, out, lse, None, 0.2, PATTERNS[0])
+    out, lse = cpu.forward(Inputs(q, k, v, None, 0.2, PATTERNS[0]))
+    without = cpu.backward(Grads(grad, None), Kept(q, k, v, out, lse, None, 0.2, PATTERNS[0]), Needs(True, True, True))
+    zero = cpu.backward(
+        Grads(grad, torch.zeros_like(lse)), Kept(q, k, v, out, lse, None, 0.2, PATTERNS[0]), Needs(True, True, True)
+    )
     assert all(torch.equal(a, b) for a, b in zip(without, zero, strict=True))
 
 
@@ -199,13 +208,17 @@ def test_huge_scores(isa: str, size: float, dtype: torch.dtype) -> None:
     q, k, v, grad, _ = tensors(pattern, 1, 2, 128, dtype)
     q, k = (t * size for t in (q, k))
     scale = 128**-0.5
-    out, lse = cpu.forward(q, k, v, None, scale, pattern)
-    want_out, want_lse = reference.forward(q.double(), k.double(), v.double(), None, scale, pattern)
+    out, lse = cpu.forward(Inputs(q, k, v, None, scale, pattern))
+    want_out, want_lse = reference.forward(Inputs(q.double(), k.double(), v.double(), None, scale, pattern))
     torch.testing.assert_close(out.double(), want_out, rtol=1e-2, atol=1e-5)
     # What a sum of 128 products in float32 can lose.
     terms = (q.double().abs() @ k.double().abs().mT).amax(-1) * scale
     assert ((lse - want_lse).abs() <= 128 * torch.finfo(torch.float32).eps * terms).all()
-    for name, gradient in zip("qkv", cpu.backward(grad, None, q, k, v, out, lse, None, scale, pattern), strict=True):
+    for name, gradient in zip(
+        "qkv",
+        cpu.backward(Grads(grad, None), Kept(q, k, v, out, lse, None, scale, pattern), Needs(True, True, True)),
+        strict=True,
+    ):
         bound = grad.double().abs().sum(-2).max() * (1 if name == "v" else 4 * 128 * size * v.double().abs().max())
         assert gradient.isfinite().all(), name
         assert gradient.abs().max() <= bound, name
@@ -215,7 +228,7 @@ def test_nan_reaches_every_result_of_the_rows_that_see_it(isa: str) -> None:
     pattern = Causal(LAYOUT)
     q, k, v, *_ = tensors(pattern, 1, 1, 32, torch.float32)
     q[0, 0, 3], k[0, 0, -2] = torch.nan, torch.nan
-    out, lse = cpu.forward(q, k, v, None, 0.2, pattern)
+    out, lse = cpu.forward(Inputs(q, k, v, None, 0.2, pattern))
     touched = torch.zeros(pattern.length, dtype=torch.bool)
     touched[[3, -2, -1]] = True
     assert torch.equal(lse[0, 0].isnan(), touched)

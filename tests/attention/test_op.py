@@ -55,11 +55,12 @@ def test_opcheck(dtype: torch.dtype) -> None:
     pattern = Column(LAYOUT)
     q, k, v = inputs(pattern, dtype=dtype)
     padding = torch.zeros(2, pattern.length, dtype=torch.bool)
+    scale = torch.tensor(0.2, dtype=torch.float64)
     for mask in (None, padding):
-        opcheck(torch.ops.dalle_kernels.attention_forward.default, (q, k, v, mask, 0.2, pattern.spec, "auto"))
+        opcheck(torch.ops.dalle_kernels.attention_forward.default, (q, k, v, mask, scale, pattern.spec, "auto"))
     with torch.no_grad():
-        out, lse = torch.ops.dalle_kernels.attention_forward(q, k, v, None, 0.2, pattern.spec, "auto")
-        arguments = (out, lse, q, k, v, out, lse, None, 0.2, pattern.spec, "auto")
+        out, lse = torch.ops.dalle_kernels.attention_forward(q, k, v, None, scale, pattern.spec, "auto")
+        arguments = (out, lse, q, k, v, out, lse, None, scale, pattern.spec, [True, False, True], "auto")
     detached = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in arguments)
     opcheck(torch.ops.dalle_kernels.attention_backward.default, detached)
 

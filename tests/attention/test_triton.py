@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 from dalle_kernels import Causal, Column, Convolution, MaskPattern, Pattern, Row, TokenLayout, sparse_attention
 from dalle_kernels.attention import triton as triton_backend
 from dalle_kernels.attention import triton_backward
-from dalle_kernels.backends.choice import Call
+from dalle_kernels.backends.contract import Call
 from dalle_kernels.patterns.schedule import schedule_for
 from tests.oracles import attention, every_pattern
 
@@ -228,12 +228,16 @@ def test_gradients_are_the_same_bits_and_pieces_are_summed() -> None:
 def test_opcheck(dtype: torch.dtype) -> None:
     pattern = Row(TokenLayout(3, (2, 4)))
     q, k, v = packed_inputs(1, 2, pattern.length, 16, dtype)
-    arguments = (q, k, v, None, 0.2, pattern.spec, "triton")
+    scale = torch.tensor(0.2, dtype=torch.float64)
+    arguments = (q, k, v, None, scale, pattern.spec, "triton")
     opcheck(torch.ops.dalle_kernels.attention_forward.default, arguments)
     with torch.no_grad():
         out, lse = torch.ops.dalle_kernels.attention_forward(*arguments)
         saved = (torch.randn_like(out), torch.randn_like(lse), *(x.detach() for x in (q, k, v)), out, lse)
-        opcheck(torch.ops.dalle_kernels.attention_backward.default, (*saved, None, 0.2, pattern.spec, "triton"))
+        opcheck(
+            torch.ops.dalle_kernels.attention_backward.default,
+            (*saved, None, scale, pattern.spec, [True] * 3, "triton"),
+        )
 
 
 def test_compiles_as_one_graph() -> None:

@@ -8,6 +8,8 @@ import torch
 from dalle_kernels import gumbel_lookup, vq_lookup
 from dalle_kernels.backends import native
 from dalle_kernels.codebook.gumbel import cpu, reference
+from dalle_kernels.codebook.gumbel.contract import Grads, Inputs, Kept, Needs
+from dalle_kernels.codebook.vq import contract as vq_contract
 from dalle_kernels.codebook.vq import cpu as vq_cpu
 from dalle_kernels.codebook.vq import reference as vq_reference
 from dalle_kernels.noise import GUMBEL_STREAM, gumbel_noise
@@ -61,11 +63,15 @@ def test_gumbel_against_float64(isa: str, shape: tuple, dtype: torch.dtype, hard
     logits, codebook, grad_latents, grad_kl = draw(*shape, dtype)
     temperature, seed = torch.tensor(0.6), torch.tensor(-(2**62) - 12345)
     exact = [t.double() for t in (logits, codebook)]
-    got = cpu.gumbel_forward(logits, codebook, temperature, hard, noise, seed)
-    want = reference.gumbel_forward(*exact, temperature, hard, noise, seed)
-    mine = cpu.gumbel_backward(grad_latents, grad_kl, logits, codebook, temperature, hard, noise, seed, *got)
-    theirs = reference.gumbel_backward(
-        grad_latents.double(), grad_kl.double(), *exact, temperature, hard, noise, seed, *want
+    got = cpu.forward(Inputs(logits, codebook, temperature, hard, noise, seed))
+    want = reference.forward(Inputs(*exact, temperature, hard, noise, seed))
+    mine = cpu.backward(
+        Grads(grad_latents, grad_kl), Kept(logits, codebook, temperature, hard, noise, seed, *got), Needs(True, True)
+    )
+    theirs = reference.backward(
+        Grads(grad_latents.double(), grad_kl.double()),
+        Kept(*exact, temperature, hard, noise, seed, *want),
+        Needs(True, True),
     )
     plain = plain_gumbel(logits, codebook, temperature, hard, noise, seed, grad_latents, grad_kl)
 
@@ -87,11 +93,11 @@ def test_gumbel_against_float64(isa: str, shape: tuple, dtype: torch.dtype, hard
 def test_gradients_of_one_output_alone(isa: str, dtype: torch.dtype) -> None:
     logits, codebook, grad_latents, grad_kl = draw(66, 259, 24, dtype)
     temperature, seed = torch.tensor(1.5), torch.tensor(3)
-    saved = cpu.gumbel_forward(logits, codebook, temperature, False, True, seed)
+    saved = cpu.forward(Inputs(logits, codebook, temperature, False, True, seed))
     common = (logits, codebook, temperature, False, True, seed, *saved)
-    both = cpu.gumbel_backward(grad_latents, grad_kl, *common)
-    only_latents = cpu.gumbel_backward(grad_latents, None, *common)
-    only_kl = cpu.gumbel_backward(None, grad_kl, *common)
+    both = cpu.backward(Grads(grad_latents, grad_kl), Kept(*common), Needs(True, True))
+    only_latents = cpu.backward(Grads(grad_latents, None), Kept(*common), Needs(True, True))
+    only_kl = cpu.backward(Grads(None, grad_kl), Kept(*common), Needs(True, True))
     assert torch.equal(both[1], only_latents[1])
     assert not only_kl[1].any()
     tolerance = 1e-5 if dtype == torch.float32 else 0.03
@@ -133,7 +139,7 @@ def test_ties_take_the_first_index(isa: str, dtype: torch.dtype) -> None:
     logits[1, [650, 130, 333]] = 2
     logits[2, [699, 350]] = 1
     codebook = torch.randn(700, 8).to(dtype)
-    indices = cpu.gumbel_forward(logits, codebook, torch.tensor(1.0), True, False, torch.tensor(0))[1]
+    indices = cpu.forward(Inputs(logits, codebook, torch.tensor(1.0), True, False, torch.tensor(0)))[1]
     assert indices.tolist() == [0, 130, 350]
     table = torch.randn(50, 6).to(dtype)
     table[31] = table[17]
@@ -162,13 +168,13 @@ def test_minus_infinity_and_huge_logits(isa: str, noise: bool) -> None:
     logits[:, 500:] += 3e4
     logits[8] = -1e20 * torch.arange(600)
     arguments = (torch.tensor(0.05), not noise, noise, torch.tensor(8))
-    got = cpu.gumbel_forward(logits, codebook, *arguments)
-    want = reference.gumbel_forward(logits.double(), codebook.double(), *arguments)
-    plain = reference.gumbel_forward(logits, codebook, *arguments)
+    got = cpu.forward(Inputs(logits, codebook, *arguments))
+    want = reference.forward(Inputs(logits.double(), codebook.double(), *arguments))
+    plain = reference.forward(Inputs(logits, codebook, *arguments))
     assert torch.equal(got[1], want[1])
     for index, name in enumerate(("latents", "indices", "kl", "lse_noisy", "lse_clean")):
         check(name, got[index].float(), want[index].double(), plain[index].float())
-    dlogits, _ = cpu.gumbel_backward(grad_latents, grad_kl, logits, codebook, *arguments, *got)
+    dlogits, _ = cpu.backward(Grads(grad_latents, grad_kl), Kept(logits, codebook, *arguments, *got), Needs(True, True))
     assert dlogits.isfinite().all()
     assert not dlogits[:8, :400].any()
 
@@ -182,19 +188,27 @@ def test_bits_do_not_depend_on_threads(isa: str, shape: tuple, dtype: torch.dtyp
     try:
         for count in (1, 2, 7):
             torch.set_num_threads(count)
-            forward = cpu.gumbel_forward(logits, codebook, *arguments)
-            hard = cpu.gumbel_forward(logits, codebook, arguments[0], True, True, arguments[3])
-            nearest = vq_cpu.vq_forward(grad_latents, codebook)
+            forward = cpu.forward(Inputs(logits, codebook, *arguments))
+            hard = cpu.forward(Inputs(logits, codebook, arguments[0], True, True, arguments[3]))
+            nearest = vq_cpu.forward(vq_contract.Inputs(grad_latents, codebook))
             results.append(
                 (
                     *forward,
                     *hard,
-                    *cpu.gumbel_backward(grad_latents, grad_kl, logits, codebook, *arguments, *forward),
-                    *cpu.gumbel_backward(
-                        grad_latents, grad_kl, logits, codebook, arguments[0], True, True, arguments[3], *hard
+                    *cpu.backward(
+                        Grads(grad_latents, grad_kl), Kept(logits, codebook, *arguments, *forward), Needs(True, True)
+                    ),
+                    *cpu.backward(
+                        Grads(grad_latents, grad_kl),
+                        Kept(logits, codebook, arguments[0], True, True, arguments[3], *hard),
+                        Needs(True, True),
                     ),
                     *nearest,
-                    *vq_cpu.vq_backward(grad_kl, grad_latents, codebook, nearest[0]),
+                    *vq_cpu.backward(
+                        vq_contract.Grads(grad_kl),
+                        vq_contract.Kept(grad_latents, codebook, nearest.indices),
+                        vq_contract.Needs(True, True),
+                    ),
                 )
             )
     finally:
@@ -208,12 +222,18 @@ def test_bits_do_not_depend_on_threads(isa: str, shape: tuple, dtype: torch.dtyp
 @pytest.mark.usefixtures("poisoned_memory")
 def test_vq_against_float64(isa: str, shape: tuple, dtype: torch.dtype) -> None:
     _, codebook, features, grad = draw(*shape, dtype)
-    indices, distance = vq_cpu.vq_forward(features, codebook)
+    distance, indices = vq_cpu.forward(vq_contract.Inputs(features, codebook))
     exact = (features.double()[:, None] - codebook.double()).square().sum(-1)
     assert torch.equal(indices, exact.argmin(-1))
     torch.testing.assert_close(distance.double(), exact.min(-1).values, rtol=2e-6, atol=1e-12)
-    got = vq_cpu.vq_backward(grad, features, codebook, indices)
-    want = vq_reference.vq_backward(grad.double(), features.double(), codebook.double(), indices)
+    got = vq_cpu.backward(
+        vq_contract.Grads(grad), vq_contract.Kept(features, codebook, indices), vq_contract.Needs(True, True)
+    )
+    want = vq_reference.backward(
+        vq_contract.Grads(grad.double()),
+        vq_contract.Kept(features.double(), codebook.double(), indices),
+        vq_contract.Needs(True, True),
+    )
     tolerance = 1e-5 if dtype == torch.float32 else 2**-7
     for mine, theirs in zip(got, want, strict=True):
         torch.testing.assert_close(mine.double(), theirs, rtol=tolerance, atol=tolerance)
@@ -224,8 +244,8 @@ def test_rows_further_apart_and_no_rows(isa: str) -> None:
     logits, codebook = wide[:, 20:277], codebook[:257].contiguous()
     arguments = (torch.tensor(1.0), False, True, torch.tensor(5))
     for one, other in zip(
-        cpu.gumbel_forward(logits, codebook, *arguments),
-        cpu.gumbel_forward(logits.contiguous(), codebook, *arguments),
+        cpu.forward(Inputs(logits, codebook, *arguments)),
+        cpu.forward(Inputs(logits.contiguous(), codebook, *arguments)),
         strict=True,
     ):
         assert torch.equal(one, other)
@@ -240,11 +260,13 @@ def test_rows_further_apart_and_no_rows(isa: str) -> None:
 def test_scores_far_apart(isa: str, noise: bool, size: float, temperature: float) -> None:
     logits, codebook, grad_latents, grad_kl = draw(20, 333, 32, torch.float32)
     settings = torch.tensor(temperature), False, noise, torch.tensor(4)
-    got = cpu.gumbel_forward(size * logits, codebook, *settings)
-    want = reference.gumbel_forward((size * logits).double(), codebook.double(), *settings)
+    got = cpu.forward(Inputs(size * logits, codebook, *settings))
+    want = reference.forward(Inputs((size * logits).double(), codebook.double(), *settings))
     assert torch.equal(got[0].double(), want[0])  # one code takes all
     torch.testing.assert_close(got[3].double(), want[3], rtol=1e-6, atol=0)
-    gradients = cpu.gumbel_backward(grad_latents, grad_kl, size * logits, codebook, *settings, *got)
+    gradients = cpu.backward(
+        Grads(grad_latents, grad_kl), Kept(size * logits, codebook, *settings, *got), Needs(True, True)
+    )
     assert all(gradient.isfinite().all() for gradient in gradients)
 
 
@@ -252,8 +274,8 @@ def test_scores_far_apart(isa: str, noise: bool, size: float, temperature: float
 @pytest.mark.parametrize("floor", [-2e30, torch.finfo(torch.float32).min])
 def test_rows_at_the_floor_are_uniform(isa: str, floor: float, noise: bool) -> None:
     codebook = torch.randn(40, 8)
-    latents, indices, kl, *_ = cpu.gumbel_forward(
-        torch.full((3, 40), floor), codebook, torch.tensor(1.0), False, noise, torch.tensor(1)
+    latents, indices, kl, *_ = cpu.forward(
+        Inputs(torch.full((3, 40), floor), codebook, torch.tensor(1.0), False, noise, torch.tensor(1))
     )
     torch.testing.assert_close(latents, codebook.mean(0).expand(3, -1))
     assert torch.equal(indices, torch.zeros(3, dtype=torch.int64))

@@ -13,7 +13,7 @@ from torch.library import opcheck
 pytest.importorskip("triton")
 
 from dalle_kernels import gumbel_lookup, gumbel_projection_lookup, vq_lookup
-from dalle_kernels.backends.choice import Call
+from dalle_kernels.backends.contract import Call
 from dalle_kernels.codebook.gumbel import triton as triton_gumbel
 from dalle_kernels.codebook.projection import triton as triton_projection
 from dalle_kernels.codebook.vq import triton as triton_vq

@@ -10,6 +10,7 @@ import torch
 
 from dalle_kernels import TokenLayout, sparse_attention
 from dalle_kernels.attention import reference
+from dalle_kernels.attention.contract import Grads, Inputs, Kept, Needs
 from dalle_kernels.attention.cuda import backward
 from dalle_kernels.backends import cuda_library
 from dalle_kernels.patterns.patterns import (
@@ -54,7 +55,7 @@ def _check(
     """At most twice the error that PyTorch makes in the same precision, plus a rounding of the result."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     out, lse = sparse_attention(q, k, v, pattern, scale, padding, return_lse=True, backend="cuda")
-    want, want_lse = reference.forward(q.double(), k.double(), v.double(), padding, scale, pattern)
+    want, want_lse = reference.forward(Inputs(q.double(), k.double(), v.double(), padding, scale, pattern))
     visible = pattern.mask(q.shape[2])
     if padding is not None:
         visible = visible & ~padding[:, None, None]
@@ -138,11 +139,15 @@ def _check_backward(
     generator = torch.Generator().manual_seed(11)
     grad_out = torch.randn(q.shape, generator=generator).to(q.dtype)
     wide = [tensor.double() for tensor in (q, k, v)]
-    want_out, want_lse = reference.forward(*wide, padding, scale, pattern)
+    want_out, want_lse = reference.forward(Inputs(*wide, padding, scale, pattern))
     grad_lse = torch.randn(want_lse.shape, generator=generator) if with_lse else None
     out = want_out.to(q.dtype)
     got = backward(grad_out, grad_lse, q, k, v, out, want_lse.float(), padding, scale, pattern)
-    want = reference.backward(grad_out.double(), grad_lse, *wide, want_out, want_lse, padding, scale, pattern)
+    want = reference.backward(
+        Grads(grad_out.double(), grad_lse),
+        Kept(*wide, want_out, want_lse, padding, scale, pattern),
+        Needs(True, True, True),
+    )
     # Plain PyTorch in the inputs' own precision.
     visible = pattern.mask(q.shape[2])
     if padding is not None:

@@ -9,6 +9,7 @@ import torch
 
 from dalle_kernels import KVCache, TokenLayout, decode_attention
 from dalle_kernels.attention import reference
+from dalle_kernels.attention.contract import Inputs
 from dalle_kernels.patterns.patterns import Causal, Column, Convolution, MaskPattern, Pattern, Row, Strided
 
 LAYOUT = TokenLayout(text_length=5, grid=(4, 6))
@@ -37,7 +38,7 @@ def _decode(pattern: Pattern, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
 
 
 def _want(pattern: Pattern, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    return reference.forward(q.double(), k.double(), v.double(), None, q.shape[-1] ** -0.5, pattern)[0]
+    return reference.forward(Inputs(q.double(), k.double(), v.double(), None, q.shape[-1] ** -0.5, pattern))[0]
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)

@@ -10,6 +10,7 @@ import torch
 
 from dalle_kernels import gumbel_lookup, vq_lookup
 from dalle_kernels.codebook.gumbel import cuda, reference
+from dalle_kernels.codebook.gumbel.contract import Grads, Inputs, Kept, Needs
 from dalle_kernels.noise import GUMBEL_STREAM, gumbel_noise
 
 MODES = [(False, True), (True, True), (True, False)]  # (hard, noise)
@@ -28,8 +29,8 @@ def _inputs(rows: int, codes: int, width: int, dtype: torch.dtype) -> tuple[torc
 
 def _check_forward(rows: int, codes: int, width: int, dtype: torch.dtype, hard: bool, noise: bool) -> None:
     logits, codebook, temperature, seed = _inputs(rows, codes, width, dtype)
-    got = cuda.gumbel_forward(logits, codebook, temperature, hard, noise, seed)
-    want = reference.gumbel_forward(logits.double(), codebook.double(), temperature, hard, noise, seed)
+    got = cuda.forward(Inputs(logits, codebook, temperature, hard, noise, seed))
+    want = reference.forward(Inputs(logits.double(), codebook.double(), temperature, hard, noise, seed))
     noisy = logits.float() + (gumbel_noise(seed, rows, codes, GUMBEL_STREAM) if noise else 0)
     best = noisy.gather(1, torch.stack([got[1], want[1]], dim=1))
     assert ((got[1] == want[1]) | (best[:, 0] - best[:, 1] > -1e-5)).all()  # equal but for scores within rounding
@@ -65,12 +66,14 @@ def _check_backward(
     generator = torch.Generator().manual_seed(1)
     grad_latents = torch.randn(rows, width, generator=generator).to(dtype) if latents else None
     grad_kl = torch.randn(rows, generator=generator) if kl else None
-    kept = cuda.gumbel_forward(logits, codebook, temperature, hard, noise, seed)
-    got = cuda.gumbel_backward(grad_latents, grad_kl, *inputs[:3], hard, noise, seed, *kept)
+    kept = cuda.forward(Inputs(logits, codebook, temperature, hard, noise, seed))
+    got = cuda.backward(Grads(grad_latents, grad_kl), Kept(*inputs[:3], hard, noise, seed, *kept), Needs(True, True))
     wide = logits.double(), codebook.double()
-    exact = reference.gumbel_forward(*wide, temperature, hard, noise, seed)
-    want = reference.gumbel_backward(
-        None if grad_latents is None else grad_latents.double(), grad_kl, *wide, temperature, hard, noise, seed, *exact
+    exact = reference.forward(Inputs(*wide, temperature, hard, noise, seed))
+    want = reference.backward(
+        Grads(None if grad_latents is None else grad_latents.double(), grad_kl),
+        Kept(*wide, temperature, hard, noise, seed, *exact),
+        Needs(True, True),
     )
     # 16 bits: what float32 arithmetic on results rounded to them allows; y and dL enter products rounded.
     # float32: an exponent of size E that is rounded a few times leaves y wrong by E eps of itself, and d - delta, which

@@ -11,9 +11,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dalle_kernels import KVCache, Row, TokenLayout
+from dalle_kernels.attention import contract as attention_contract
 from dalle_kernels.attention import cuda as attention
+from dalle_kernels.codebook.gumbel import contract as gumbel_contract
 from dalle_kernels.codebook.gumbel import cuda as codebook
 from dalle_kernels.decode import cuda as decode
+from dalle_kernels.sampling import contract as sampling_contract
 from dalle_kernels.sampling import cuda as sampling
 from tests.cuda.elsewhere import Elsewhere
 
@@ -35,8 +38,12 @@ class Recorder(TorchDispatchMode):
 
 def _attention() -> None:
     q = torch.ones(1, 2, PATTERN.length, 32, dtype=torch.bfloat16)
-    out, lse = attention.forward(q, q, q, None, 0.1, PATTERN)
-    attention.backward(out, None, q, q, q, out, lse, None, 0.1, PATTERN)
+    out, lse = attention.forward(attention_contract.Inputs(q, q, q, None, 0.1, PATTERN))
+    attention.backward(
+        attention_contract.Grads(out, None),
+        attention_contract.Kept(q, q, q, out, lse, None, 0.1, PATTERN),
+        attention_contract.Needs(True, True, True),
+    )
 
 
 def _decode() -> None:
@@ -46,14 +53,16 @@ def _decode() -> None:
 
 
 def _gumbel_forward() -> None:
-    codebook.gumbel_forward(*_gumbel_inputs(), False, True, SEED)
+    codebook.forward(gumbel_contract.Inputs(*_gumbel_inputs(), False, True, SEED))
 
 
 def _gumbel_backward() -> None:
     """Hard, so that a codebook row's gradient is a sum over the rows that drew it: not one of atomic additions."""
     inputs = _gumbel_inputs()
-    kept = codebook.gumbel_forward(*inputs, True, True, SEED)
-    codebook.gumbel_backward(kept[0], kept[2], *inputs, True, True, SEED, *kept)
+    settings = (*inputs, True, True, SEED)
+    made = codebook.forward(gumbel_contract.Inputs(*settings))
+    kept, grads = gumbel_contract.Kept(*settings, *made), gumbel_contract.Grads(made.latents, made.kl)
+    codebook.backward(grads, kept, gumbel_contract.Needs(True, True))
 
 
 def _gumbel_inputs() -> tuple[torch.Tensor, ...]:
@@ -61,7 +70,7 @@ def _gumbel_inputs() -> tuple[torch.Tensor, ...]:
 
 
 def _sampling() -> None:
-    sampling.sample(torch.ones(4, 64), None, 1.0, 1.0, 5, 0.9, SEED)
+    sampling.forward(sampling_contract.Inputs(torch.ones(4, 64), None, 1.0, 1.0, 5, 0.9, SEED))
 
 
 @pytest.mark.parametrize(
@@ -69,15 +78,15 @@ def _sampling() -> None:
     [
         (_attention, attention, ("forward", "backward"), {"aten::empty", "aten::empty_like"}),
         (_decode, decode, ("forward",), {"aten::empty"}),
-        (_gumbel_forward, codebook, ("gumbel_forward",), {"aten::empty", "aten::unbind", "aten::unsqueeze"}),
+        (_gumbel_forward, codebook, ("forward",), {"aten::empty", "aten::unbind", "aten::unsqueeze"}),
         (
             _gumbel_backward,
             codebook,
-            ("gumbel_backward",),
+            ("backward",),
             # And what makes delta, and adds up shares of the codebook's gradient, in a fixed order.
             {"aten::empty", "aten::unsqueeze", "aten::_to_copy", "aten::mul", "aten::sum"},
         ),
-        (_sampling, sampling, ("sample",), {"aten::empty"}),
+        (_sampling, sampling, ("forward",), {"aten::empty"}),
     ],
     ids=["attention", "decode", "gumbel", "gumbel-backward", "sampling"],
 )

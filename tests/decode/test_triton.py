@@ -21,7 +21,7 @@ from dalle_kernels import (
     TokenLayout,
     decode_attention,
 )
-from dalle_kernels.backends.choice import Call
+from dalle_kernels.backends.contract import Call
 from dalle_kernels.decode import triton as triton_kernel
 from tests.oracles import attention
 

@@ -11,6 +11,7 @@ from torch.library import opcheck
 from dalle_kernels import explain, logit_laplace_nll
 from dalle_kernels.backends import native
 from dalle_kernels.likelihood import cpu
+from dalle_kernels.likelihood.contract import Inputs
 
 
 def plain(x: torch.Tensor, mu: torch.Tensor, log_b: torch.Tensor) -> torch.Tensor:
@@ -86,6 +87,6 @@ def test_it_serves_by_default_and_keeps_layouts() -> None:
     x = torch.full((2, 3, 4, 5), 0.4).to(memory_format=torch.channels_last)
     answer = explain(logit_laplace_nll, x, x, x)
     assert (answer.backend, answer.detail) == ("cpu", native.instruction_set())
-    assert cpu.forward(x, x, x).stride() == x.stride()
+    assert cpu.forward(Inputs(x, x, x)).nll.stride() == x.stride()
     opcheck(torch.ops.dalle_kernels.logit_laplace_forward.default, (x, x.clone(), x.clone(), "cpu"))
     assert logit_laplace_nll(*(torch.zeros(3, 0, 3, 2)), backend="cpu").shape == (0, 3, 2)

@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("triton")
 
 from dalle_kernels import logit_laplace_nll
-from dalle_kernels.backends.choice import Call
+from dalle_kernels.backends.contract import Call
 from dalle_kernels.likelihood import triton as triton_kernel
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

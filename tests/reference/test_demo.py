@@ -22,7 +22,10 @@ def test_demo_leaves_all_it_promises(
     monkeypatch.setitem(demo.DVAE_PRESETS, "demo", (description, stage_1))
     description, stage_2 = demo.TRANSFORMER_PRESETS["demo"]
     stage_2 = replace(
-        stage_2, layers=2, heads=2, head_dim=16, vocab_text=512, pictures=80, run=replace(stage_2.run, steps=50)
+        stage_2,
+        model=replace(stage_2.model, grid=(8, 8), vocab_image=32, layers=2, heads=2, head_dim=16, vocab_text=512),
+        pictures=80,
+        run=replace(stage_2.run, steps=50),
     )
     monkeypatch.setitem(demo.TRANSFORMER_PRESETS, "demo", (description, stage_2))
     config = demo.DemoConfig(out=tmp_path / "demo", device="cpu", cache=tmp_path / "cache")

@@ -30,7 +30,7 @@ def test_paper_preset_has_the_published_shapes() -> None:
     assert PRESETS["paper"].grid == (32, 32)
     assert model.encoder.stem.weight.shape == (256, 3, 7, 7)
     assert model.to_scores.weight.shape == (8192, 2048)
-    assert model.codebook.shape == (8192, 128)
+    assert model.quantizer.codebook.shape == (8192, 128)
     assert model.decoder.head.weight.shape == (6, 256, 1, 1)
     kernels = [c.kernel_size[0] for c in model.encoder.groups[0][0].convolutions]
     assert kernels == [3, 3, 3, 1]
@@ -75,7 +75,7 @@ def test_forward_is_the_elbo_that_plain_pytorch_computes(model: DiscreteVAE) -> 
     output = model(images, temperature, seed)
     logits = model.scores(images)
     gumbel = gumbel_noise(torch.tensor(seed), len(logits), TINY.vocab, GUMBEL_STREAM)
-    soft = torch.softmax((logits + gumbel) / temperature, dim=1) @ model.codebook + model.code_bias
+    soft = torch.softmax((logits + gumbel) / temperature, dim=1) @ model.quantizer.codebook + model.code_bias
     side = TINY.grid[0]
     maps = model.decoder(soft.reshape(3, side, side, -1).permute(0, 3, 1, 2))
     mu, log_b = maps[:, :3], maps[:, 3:]
@@ -105,7 +105,7 @@ def test_encode_takes_the_likeliest_code_and_decode_its_row(model: DiscreteVAE) 
     tokens = model.encode(images)
     assert tokens.shape == (3, 8, 8)
     assert torch.equal(tokens.flatten(), model.scores(images).argmax(dim=1))
-    one_hot = F.one_hot(tokens, TINY.vocab).float() @ model.codebook + model.code_bias
+    one_hot = F.one_hot(tokens, TINY.vocab).float() @ model.quantizer.codebook + model.code_bias
     mu = model.decoder(one_hot.permute(0, 3, 1, 2))[:, :3]
     torch.testing.assert_close(model.decode(tokens), ((torch.sigmoid(mu) - 0.1) / 0.8).clamp(0, 1))
 
@@ -116,10 +116,10 @@ def test_vq_variant_learns_on_both_sides() -> None:
     output = model(pictures(), 1.0, 0)
     assert float(output.kl) == 0
     features = model.scores(pictures())
-    nearest = torch.cdist(features, model.codebook)
+    nearest = torch.cdist(features, model.quantizer.codebook)
     assert torch.equal(output.indices.flatten(), nearest.argmin(dim=1))
     torch.testing.assert_close(
-        output.distance, nearest.amin(dim=1).square().mean() / TINY.code_width, rtol=1e-4, atol=1e-6
+        output.distance, 1.25 * nearest.amin(dim=1).square().mean() / TINY.code_width, rtol=1e-4, atol=1e-6
     )
     (output.nll + output.distance).backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())

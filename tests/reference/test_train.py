@@ -11,9 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from dalle_reference import cli
 from dalle_reference.checkpoint import latest
 from dalle_reference.files import exclusive
+from dalle_reference.load import load_dvae
 from dalle_reference.loop import batch_indices
 from dalle_reference.schedules import half_cosine, warm_up
 from PIL import Image
@@ -24,6 +26,7 @@ TINY_DVAE = [
 ]
 TINY_TRANSFORMER = [
     *["--layers", "2", "--heads", "2", "--head-dim", "16", "--text-length", "8", "--vocab-text", "300"],
+    *["--grid", "8", "8", "--vocab-image", "32"],
     *["--batch", "4", "--log-every", "1", "--precision", "fp32", "--draw-every", "0"],
 ]
 
@@ -309,6 +312,26 @@ def test_a_copy_of_the_dvae_replaces_nobody_s_folder(
     command = ["train-transformer", "demo", "--dvae", str(tmp_path / "dvae"), "--out", str(tmp_path)]
     assert "dvae: is in the way" in refused([*command, *TINY_TRANSFORMER, *common, "--steps", "2"], capsys)
     assert weights(tmp_path / "dvae") == weights(stage_1)
+
+
+def test_a_dvae_of_another_grid_is_refused_with_the_options_that_fit(
+    stage_1: Path, common: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["train-transformer", "demo", "--dvae", str(stage_1), "--out", str(tmp_path / "run"), *TINY_TRANSFORMER]
+    message = refused([*command, *common, "--grid", "6", "6"], capsys)
+    assert "its pictures are --grid 8 8 of --vocab-image 32, the transformer's 6 6 of 32" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_vq_run_resumes_bit_for_bit_and_loads(common: list[str], tmp_path: Path) -> None:
+    command = ["train-dvae", "demo", *TINY_DVAE, *common, "--quantizer", "vq", "--steps", "6", "--save-every", "4"]
+    cli.main([*command, "--out", str(tmp_path / "whole")])
+    cli.main([*command, "--out", str(tmp_path / "half")])
+    shutil.rmtree(tmp_path / "half" / "checkpoints" / "step-00000006")
+    cli.main([*command, "--out", str(tmp_path / "half"), "--resume"])
+    assert weights(tmp_path / "half") == weights(tmp_path / "whole")
+    model = load_dvae(tmp_path / "whole", torch.device("cpu"))
+    assert int(model.quantizer.idle.max()) == 6  # a code that nothing has chosen yet
 
 
 def test_a_caption_longer_than_the_text_is_said_to_be_cut(

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from dalle_reference import dvae
+from dalle_reference.load import require_grid
 from dalle_reference.transformer import NO_TOKEN, PRESETS, DalleTransformer, TransformerConfig
 
 from dalle_kernels import AxialRow, Column, Convolution, Row, dalle_pattern_schedule
@@ -193,7 +196,7 @@ def test_the_model_is_one_graph_to_the_compiler() -> None:
 
 
 def test_paper_preset_is_the_twelve_billion_model() -> None:
-    config = TransformerConfig.preset("paper")
+    config = PRESETS["paper"]
     assert (config.width, config.layers, config.layout.length) == (3968, 64, 1280)
     with torch.device("meta"):
         model = DalleTransformer(config)
@@ -211,11 +214,11 @@ def test_paper_preset_is_the_twelve_billion_model() -> None:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_state_whole_models(name: str) -> None:
-    config = TransformerConfig.preset(name, vocab_text=77)
-    assert config.vocab_text == 77
+    config = PRESETS[name]
     with torch.device("meta"):
         model = DalleTransformer(config)
     assert len(model.blocks) == config.layers
+    require_grid(config, dvae.PRESETS[name], Path("dvae"))  # the two stages' presets are of one picture
 
 
 def test_initial_losses_are_those_of_uniform_guesses() -> None:
@@ -261,8 +264,3 @@ def test_bad_tokens_are_refused(text: torch.Tensor, image: torch.Tensor, error: 
 def test_bad_configurations_are_refused(changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         replace(TINY, **changes)
-
-
-def test_unknown_preset_is_refused() -> None:
-    with pytest.raises(ValueError, match="preset: got 'huge', wanted one of demo, small, paper"):
-        TransformerConfig.preset("huge")

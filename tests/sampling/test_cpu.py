@@ -11,6 +11,7 @@ from dalle_kernels import explain, sample_tokens
 from dalle_kernels.backends import native
 from dalle_kernels.noise import SAMPLING_STREAM, gumbel_noise
 from dalle_kernels.sampling import cpu, reference
+from dalle_kernels.sampling.contract import Inputs
 from tests.sampling import masked
 
 
@@ -21,9 +22,9 @@ def agree(logits, unconditional, scale, temperature, top_k, top_p, seed) -> None
     winner is taken under slightly tighter or slightly looser filters.
     """
     seed = torch.tensor(seed)
-    got = cpu.sample(logits, unconditional, scale, temperature, top_k, top_p, seed)
+    got = cpu.forward(Inputs(logits, unconditional, scale, temperature, top_k, top_p, seed)).tokens
     base = None if unconditional is None else unconditional.double()
-    want = reference.sample(logits.double(), base, scale, temperature, top_k, top_p, seed)
+    want = reference.forward(Inputs(logits.double(), base, scale, temperature, top_k, top_p, seed)).tokens
     if torch.equal(got, want):
         return
     wide = logits.double() if base is None else base + scale * (logits.double() - base)
@@ -32,8 +33,12 @@ def agree(logits, unconditional, scale, temperature, top_k, top_p, seed) -> None
         if temperature == 0:
             assert abs(wide[row, one] - wide[row, other]) <= 4e-7 * wide[row].abs().max()
             continue
-        loose = reference.sample(logits.double(), base, scale, temperature, top_k, min(top_p + 2e-6, 1), seed)[row]
-        tight = reference.sample(logits.double(), base, scale, temperature, top_k, max(top_p - 2e-6, 1e-9), seed)[row]
+        loose = reference.forward(
+            Inputs(logits.double(), base, scale, temperature, top_k, min(top_p + 2e-6, 1), seed)
+        ).tokens[row]
+        tight = reference.forward(
+            Inputs(logits.double(), base, scale, temperature, top_k, max(top_p - 2e-6, 1e-9), seed)
+        ).tokens[row]
         noisy = wide[row] / temperature + gumbel_noise(seed, *logits.shape, SAMPLING_STREAM)[row]
         assert one in (loose, tight) or abs(noisy[one] - noisy[other]) <= 1e-6 * noisy[other].abs() + 1e-6
 
@@ -96,7 +101,7 @@ def test_equal_logits_are_kept_together(isa: str) -> None:
     logits = torch.full((4000, 40), -5.0)
     logits[:, 7] = 2.0
     logits[:, [3, 21, 38]] = 1.0
-    tokens = cpu.sample(logits, None, 1.0, 1.0, 2, 1.0, torch.tensor(4))
+    tokens = cpu.forward(Inputs(logits, None, 1.0, 1.0, 2, 1.0, torch.tensor(4))).tokens
     counts = torch.bincount(tokens, minlength=40).double()
     expected = torch.where(logits[0] >= 1, logits[0], -torch.inf).softmax(0).double() * 4000
     assert not counts[expected == 0].any()
@@ -113,10 +118,10 @@ def test_rows_and_threads(isa: str) -> None:
     try:
         for count in (1, 2, 7):
             torch.set_num_threads(count)
-            results.append(cpu.sample(table[:, 100:811], None, 1.0, 0.9, 50, 0.9, torch.tensor(1)))
+            results.append(cpu.forward(Inputs(table[:, 100:811], None, 1.0, 0.9, 50, 0.9, torch.tensor(1))).tokens)
     finally:
         torch.set_num_threads(threads)
-    dense = cpu.sample(table[:, 100:811].contiguous(), None, 1.0, 0.9, 50, 0.9, torch.tensor(1))
+    dense = cpu.forward(Inputs(table[:, 100:811].contiguous(), None, 1.0, 0.9, 50, 0.9, torch.tensor(1))).tokens
     assert all(torch.equal(dense, other) for other in results)
     assert sample_tokens(torch.empty(0, 9), seed=1, backend="cpu").shape == (0,)
 

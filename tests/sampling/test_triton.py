@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("triton")
 
 from dalle_kernels import sample_tokens
-from dalle_kernels.backends.choice import Call
+from dalle_kernels.backends.contract import Call
 from dalle_kernels.sampling import triton as triton_kernel
 from tests.sampling import masked
 

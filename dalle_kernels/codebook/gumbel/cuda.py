@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from dalle_kernels.backends import cuda_library
-from dalle_kernels.backends.choice import Call
+from dalle_kernels.backends.contract import Call
+from dalle_kernels.codebook.gumbel.contract import Grads, Inputs, Kept, Needs, Outputs
 
 _WIDTHS = (32, 64, 128, 256)  # as csrc/codebook/gumbel_forward_kernel.cuh has them
 _ROWS = 256  # of the table; fewer are not worth another block of the backward
@@ -45,14 +46,8 @@ def _terms(tensor: torch.Tensor) -> torch.Tensor:
     return torch.stack([first, second, (tensor - first - second).bfloat16()])
 
 
-def gumbel_forward(
-    logits: torch.Tensor,
-    codebook: torch.Tensor,
-    temperature: torch.Tensor,
-    hard: bool,
-    noise: bool,
-    seed: torch.Tensor,
-) -> tuple[torch.Tensor, ...]:
+def forward(inputs: Inputs) -> Outputs:
+    logits, codebook, temperature, hard, noise, seed = inputs
     rows, width = logits.shape[0], codebook.shape[1]
     latents = torch.empty((rows, width), dtype=logits.dtype, device=logits.device)
     indices = torch.empty(rows, dtype=torch.int64, device=logits.device)
@@ -75,25 +70,12 @@ def gumbel_forward(
             lse_clean,
             mixture,
         )
-    return latents, indices, kl, lse_noisy, lse_clean, mixture
+    return Outputs(latents, indices, kl, lse_noisy, lse_clean, mixture)
 
 
-def gumbel_backward(
-    grad_latents: torch.Tensor | None,
-    grad_kl: torch.Tensor | None,
-    logits: torch.Tensor,
-    codebook: torch.Tensor,
-    temperature: torch.Tensor,
-    hard: bool,
-    noise: bool,
-    seed: torch.Tensor,
-    latents: torch.Tensor,
-    indices: torch.Tensor,
-    kl: torch.Tensor,
-    lse_noisy: torch.Tensor,
-    lse_clean: torch.Tensor,
-    mixture: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def backward(grads: Grads, kept: Kept, needs: Needs) -> tuple[torch.Tensor | None, ...]:
+    grad_latents, grad_kl = grads
+    logits, codebook, temperature, hard, noise, seed, latents, indices, kl, lse_noisy, lse_clean, mixture = kept
     rows, codes = logits.shape
     delta = partial = None
     # A block walks over its codes' column of the logits, or a share of its rows where columns are few.

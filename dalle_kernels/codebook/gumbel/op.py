@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from dalle_kernels.backends.choice import Call, Operation, register
-from dalle_kernels.backends.library import define, differentiate
+from dalle_kernels.backends.choice import Operation, register
+from dalle_kernels.backends.library import Derivative, Entry
 from dalle_kernels.checks import check_temperature, positive_temperature, rows_contiguous, seed_tensor
-from dalle_kernels.codebook.checks import check_pair, describe, refuse_nan
+from dalle_kernels.codebook.checks import check_pair, describe, gradient_like, refuse_nan
+from dalle_kernels.codebook.gumbel import reference
+from dalle_kernels.codebook.gumbel.contract import Backend, Grads, Inputs, Kept, Needs, Outputs, call_of
 
-OPERATION = Operation(
+if TYPE_CHECKING:
+    from dalle_kernels.codebook.gumbel import cpu, cuda, triton
+
+    _BACKENDS: tuple[Backend, ...] = (cpu, cuda, triton, reference)
+
+OPERATION: Operation[Backend] = Operation(
     "gumbel_lookup",
-    (
-        ("cuda", "dalle_kernels.codebook.gumbel.cuda"),
-        ("triton", "dalle_kernels.codebook.gumbel.triton"),
-        ("cpu", "dalle_kernels.codebook.gumbel.cpu"),
-        ("reference", "dalle_kernels.codebook.gumbel.reference"),
-    ),
+    {
+        "cuda": "dalle_kernels.codebook.gumbel.cuda",
+        "triton": "dalle_kernels.codebook.gumbel.triton",
+        "cpu": "dalle_kernels.codebook.gumbel.cpu",
+        "reference": "dalle_kernels.codebook.gumbel.reference",
+    },
     describe,
 )
 
@@ -69,13 +76,15 @@ def gumbel_lookup(
             f"codebook: got {codebook.shape[0]} rows, wanted {logits.shape[-1]}, one for each of the logits' codes"
         )
     rows = logits.shape[:-1]
-    latents, indices, kl, *_ = torch.ops.dalle_kernels.gumbel_forward(
-        rows_contiguous(logits).reshape(-1, logits.shape[-1]),
-        codebook.contiguous(),
-        positive_temperature(temperature, logits.device),
-        hard or not noise,
-        noise,
-        seed_tensor(seed, logits.device),
+    latents, indices, kl, *_ = _ENTRY(
+        Inputs(
+            rows_contiguous(logits).reshape(-1, logits.shape[-1]),
+            codebook.contiguous(),
+            positive_temperature(temperature, logits.device),
+            hard or not noise,
+            noise,
+            seed_tensor(seed, logits.device),
+        ),
         backend,
     )
     return latents.reshape(*rows, codebook.shape[1]), indices.reshape(rows), kl.reshape(rows)
@@ -84,128 +93,48 @@ def gumbel_lookup(
 register(gumbel_lookup, OPERATION)
 
 
-def _forward(
-    logits: torch.Tensor,
-    codebook: torch.Tensor,
-    temperature: torch.Tensor,
-    hard: bool,
-    noise: bool,
-    seed: torch.Tensor,
-    backend: str,
-) -> tuple[torch.Tensor, ...]:
-    if logits.device.type == "cpu":
-        check_temperature(float(temperature))
-    module = OPERATION.choose(backend, Call(logits.device, logits.dtype, codebook.shape[1]))
-    result = module.gumbel_forward(logits, codebook, temperature, hard, noise, seed)
-    refuse_nan("logits", logits, result[2])
-    return result
+def _forward(backend: Backend, inputs: Inputs) -> Outputs:
+    if inputs.logits.device.type == "cpu":
+        check_temperature(float(inputs.temperature))
+    outputs = backend.forward(inputs)
+    refuse_nan("logits", inputs.logits, outputs.kl)
+    return outputs
 
 
-def _forward_fake(
-    logits: torch.Tensor, codebook: torch.Tensor, temperature: torch.Tensor, hard: bool, *_: Any
-) -> tuple[torch.Tensor, ...]:
-    rows, width = logits.shape[0], codebook.shape[1]
-    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    per_row = [logits.new_empty(rows, dtype=wide) for _ in range(3)]
-    return (
-        logits.new_empty(rows, width),
-        logits.new_empty(rows, dtype=torch.int64),
-        *per_row,
-        logits.new_empty((rows, width) if hard else (0,), dtype=wide),
+def _forward_fake(inputs: Inputs) -> Outputs:
+    return fake_outputs(inputs.logits, inputs.codebook, inputs.hard)
+
+
+def fake_outputs(rows_of: torch.Tensor, codebook: torch.Tensor, hard: bool) -> Outputs:
+    """What a lookup of as many rows as `rows_of` has gives."""
+    rows, width = rows_of.shape[0], codebook.shape[1]
+    wide = torch.float64 if rows_of.dtype == torch.float64 else torch.float32
+    kl, lse_noisy, lse_clean = (rows_of.new_empty(rows, dtype=wide) for _ in range(3))
+    return Outputs(
+        latents=rows_of.new_empty(rows, width),
+        indices=rows_of.new_empty(rows, dtype=torch.int64),
+        kl=kl,
+        lse_noisy=lse_noisy,
+        lse_clean=lse_clean,
+        mixture=rows_of.new_empty((rows, width) if hard else (0,), dtype=wide),
     )
 
 
-def _backward(
-    grad_latents: torch.Tensor | None,
-    grad_kl: torch.Tensor | None,
-    logits: torch.Tensor,
-    codebook: torch.Tensor,
-    temperature: torch.Tensor,
-    hard: bool,
-    noise: bool,
-    seed: torch.Tensor,
-    latents: torch.Tensor,
-    indices: torch.Tensor,
-    kl: torch.Tensor,
-    lse_noisy: torch.Tensor,
-    lse_clean: torch.Tensor,
-    mixture: torch.Tensor,
-    backend: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    module = OPERATION.choose(backend, Call(logits.device, logits.dtype, codebook.shape[1]))
-    return module.gumbel_backward(
-        grad_latents,
-        grad_kl,
-        logits,
-        codebook,
-        temperature,
-        hard,
-        noise,
-        seed,
-        latents,
-        indices,
-        kl,
-        lse_noisy,
-        lse_clean,
-        mixture,
-    )
+def contiguous(grads: Grads) -> Grads:
+    return Grads(*(None if grad is None else grad.contiguous() for grad in grads))
 
 
-def _backward_fake(
-    grad_latents: torch.Tensor | None,
-    grad_kl: torch.Tensor | None,
-    logits: torch.Tensor,
-    codebook: torch.Tensor,
-    *_: Any,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return logits.new_empty(logits.shape), codebook.new_empty(codebook.shape)
+def _backward(backend: Backend, grads: Grads, kept: Kept, needs: Needs) -> tuple[torch.Tensor | None, ...]:
+    return backend.backward(contiguous(grads), kept, needs)
 
 
-define(
-    "gumbel_forward(Tensor logits, Tensor codebook, Tensor temperature, bool hard, bool noise, Tensor seed,"
-    " str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+_ENTRY = Entry(
+    "gumbel_forward",
+    OPERATION,
+    Inputs,
+    Outputs,
+    call_of,
     _forward,
     _forward_fake,
+    Derivative("gumbel_backward", Grads, Kept, Needs, _backward, reference.jvp, gradient_like),
 )
-define(
-    "gumbel_backward(Tensor? grad_latents, Tensor? grad_kl, Tensor logits, Tensor codebook, Tensor temperature,"
-    " bool hard, bool noise, Tensor seed, Tensor latents, Tensor indices, Tensor kl, Tensor lse_noisy,"
-    " Tensor lse_clean, Tensor mixture, str backend) -> (Tensor, Tensor)",
-    _backward,
-    _backward_fake,
-)
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    logits, codebook, temperature, ctx.hard, ctx.noise, seed, ctx.backend = inputs
-    ctx.save_for_backward(logits, codebook, temperature, seed, *output)
-    ctx.mark_non_differentiable(output[1], *output[3:])
-    ctx.set_materialize_grads(False)
-
-
-def _autograd(
-    ctx: Any,
-    grad_latents: torch.Tensor | None,
-    _indices: None,
-    grad_kl: torch.Tensor | None,
-    *_: None,
-) -> tuple[Any, ...]:
-    if grad_latents is None and grad_kl is None:
-        return (None,) * 7
-    logits, codebook, temperature, seed, *kept = ctx.saved_tensors
-    dlogits, dcodebook = torch.ops.dalle_kernels.gumbel_backward(
-        None if grad_latents is None else grad_latents.contiguous(),
-        None if grad_kl is None else grad_kl.contiguous(),
-        logits,
-        codebook,
-        temperature,
-        ctx.hard,
-        ctx.noise,
-        seed,
-        *kept,
-        ctx.backend,
-    )
-    return dlogits, dcodebook, None, None, None, None, None
-
-
-differentiate("gumbel_forward", _setup, _autograd)

@@ -1,4 +1,4 @@
-"""Codebook lookups, defined: plain PyTorch, in float32 or float64, over the whole N x K table."""
+"""The Gumbel-softmax lookup, defined: plain PyTorch, in float32 or float64, over the whole N x K table."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import math
 
 import torch
 
-from dalle_kernels.backends.choice import Call
+from dalle_kernels.backends.contract import Call
+from dalle_kernels.codebook.gumbel.contract import Grads, Inputs, Kept, Needs, Outputs
 from dalle_kernels.noise import GUMBEL_STREAM, gumbel_noise
 from dalle_kernels.precision import widen
 
@@ -19,15 +20,8 @@ def _noisy(logits: torch.Tensor, noise: bool, seed: torch.Tensor) -> torch.Tenso
     return logits + gumbel_noise(seed, logits.shape[0], logits.shape[1], GUMBEL_STREAM) if noise else logits
 
 
-def gumbel_forward(
-    logits: torch.Tensor,
-    codebook: torch.Tensor,
-    temperature: torch.Tensor,
-    hard: bool,
-    noise: bool,
-    seed: torch.Tensor,
-) -> tuple[torch.Tensor, ...]:
-    """(latents, indices, kl, log-sum-exp of (logits + g) / tau, that of logits, the soft mixture where hard)."""
+def forward(inputs: Inputs) -> Outputs:
+    logits, codebook, temperature, hard, noise, seed = inputs
     wide, table = widen(logits), widen(codebook)
     noisy = _noisy(wide, noise, seed)
     scaled = noisy / temperature
@@ -38,41 +32,51 @@ def gumbel_forward(
     kl = math.log(logits.shape[-1]) + torch.xlogy(clean.exp(), clean.exp()).sum(-1)
     latents = codebook[indices] if hard else mixture.to(codebook.dtype)
     kept = mixture if hard else mixture.new_empty(0)
-    return latents, indices, kl, scaled.logsumexp(-1), wide.logsumexp(-1), kept
+    return Outputs(latents, indices, kl, scaled.logsumexp(-1), wide.logsumexp(-1), kept)
 
 
-def gumbel_backward(
-    grad_latents: torch.Tensor | None,
-    grad_kl: torch.Tensor | None,
-    logits: torch.Tensor,
-    codebook: torch.Tensor,
-    temperature: torch.Tensor,
-    hard: bool,
-    noise: bool,
-    seed: torch.Tensor,
-    latents: torch.Tensor,
-    indices: torch.Tensor,
-    kl: torch.Tensor,
-    lse_noisy: torch.Tensor,
-    lse_clean: torch.Tensor,
-    mixture: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def backward(grads: Grads, kept: Kept, needs: Needs) -> tuple[torch.Tensor | None, ...]:
     """With y = softmax((logits + g) / tau), p = softmax(logits) and d = dL codebook^T:
 
     dlogits = y (d - dL . mixture) / tau + dKL p (log p + H(p)); the codebook receives y^T dL, or where hard the
     one-hot rows' share.
     """
+    grad_latents, grad_kl = grads
+    logits, codebook, temperature, hard, noise, seed, latents, indices, kl, lse_noisy, lse_clean, mixture = kept
     wide, table = widen(logits), widen(codebook)
     dlogits, dcodebook = torch.zeros_like(wide), torch.zeros_like(table)
     if grad_latents is not None:
         grad = widen(grad_latents)
-        y = (_noisy(wide, noise, seed) / temperature - lse_noisy[:, None]).exp()
-        delta = (grad * (mixture if hard else widen(latents))).sum(-1, keepdim=True)
-        dlogits += y * (grad @ table.T - delta) / temperature
-        dcodebook = dcodebook.index_add_(0, indices, grad) if hard else y.T @ grad
-    if grad_kl is not None:
+        if needs.logits or not hard:
+            y = (_noisy(wide, noise, seed) / temperature - lse_noisy[:, None]).exp()
+        if needs.logits:
+            delta = (grad * (mixture if hard else widen(latents))).sum(-1, keepdim=True)
+            dlogits += y * (grad @ table.T - delta) / temperature
+        if needs.codebook:
+            dcodebook = dcodebook.index_add_(0, indices, grad) if hard else y.T @ grad
+    if grad_kl is not None and needs.logits:
         log_p = wide - lse_clean[:, None]
         entropy = math.log(logits.shape[-1]) - kl[:, None]
         p = log_p.exp()
         dlogits += grad_kl[:, None] * (torch.xlogy(p, p) + p * entropy)
     return dlogits.to(logits.dtype), dcodebook.to(codebook.dtype)
+
+
+def jvp(tangents: tuple[torch.Tensor | None, ...], kept: Kept) -> tuple[torch.Tensor, torch.Tensor]:
+    """With y and p as above and z = dlogits / tau: dlatents = (y (z - y . z)) codebook + y dcodebook, the latter of the
+    one-hot rows where hard, and dkl = p (log p + H(p)) . dlogits.
+    """
+    dlogits, dcodebook = (None if tangent is None else widen(tangent) for tangent in tangents)
+    logits, table = widen(kept.logits), widen(kept.codebook)
+    dlatents, dkl = torch.zeros_like(kept.latents, dtype=logits.dtype), torch.zeros_like(kept.kl)
+    y = (_noisy(logits, kept.noise, kept.seed) / kept.temperature).softmax(-1)
+    if dlogits is not None:
+        z = dlogits / kept.temperature
+        dlatents = dlatents + (y * (z - (y * z).sum(-1, keepdim=True))) @ table
+        log_p = logits.log_softmax(-1)
+        p = log_p.exp()
+        entropy = math.log(logits.shape[-1]) - kept.kl[:, None]
+        dkl = ((torch.xlogy(p, p) + p * entropy) * dlogits).sum(-1)
+    if dcodebook is not None:
+        dlatents = dlatents + (dcodebook[kept.indices] if kept.hard else y @ dcodebook)
+    return dlatents.to(kept.latents.dtype), dkl

@@ -32,9 +32,10 @@ import triton
 import triton.language as tl
 
 from dalle_kernels.backends import launch
-from dalle_kernels.backends.choice import Call
+from dalle_kernels.backends.contract import Call
 from dalle_kernels.backends.triton_common import ceil_div, dot, obstacle, precision
 from dalle_kernels.backends.triton_noise import GUMBEL2_CONSTANT, LN_2, LOG2_E, fast_log2, gumbel2, philox
+from dalle_kernels.codebook.gumbel.contract import Grads, Inputs, Kept, Needs, Outputs
 from dalle_kernels.noise import GUMBEL_STREAM
 
 STREAM = tl.constexpr(GUMBEL_STREAM)
@@ -414,15 +415,8 @@ def refuse(call: Call) -> str | None:
     return obstacle(call.device, call.dtype)
 
 
-def gumbel_forward(
-    logits: torch.Tensor,
-    codebook: torch.Tensor,
-    temperature: torch.Tensor,
-    hard: bool,
-    noise: bool,
-    seed: torch.Tensor,
-) -> tuple[torch.Tensor, ...]:
-    """(latents, indices, kl, log-sum-exp of (logits + g) / tau, that of logits, the soft mixture where hard)."""
+def forward(inputs: Inputs) -> Outputs:
+    logits, codebook, temperature, hard, noise, seed = inputs
     (rows, codes), width = logits.shape, codebook.shape[1]
     latents = logits.new_empty(rows, width)
     indices = logits.new_empty(rows, dtype=torch.int64)
@@ -434,26 +428,13 @@ def gumbel_forward(
             logits, codebook, temperature, seed, latents, indices, kl, lse_noisy, lse_clean, mixture,
             rows, codes, ceil_div(codes, 4), width, logits.stride(0), HARD=hard, NOISE=noise, **settings,
         )  # fmt: skip
-    return latents, indices, kl, lse_noisy, lse_clean, mixture
+    return Outputs(latents, indices, kl, lse_noisy, lse_clean, mixture)
 
 
-def gumbel_backward(
-    grad_latents: torch.Tensor | None,
-    grad_kl: torch.Tensor | None,
-    logits: torch.Tensor,
-    codebook: torch.Tensor,
-    temperature: torch.Tensor,
-    hard: bool,
-    noise: bool,
-    seed: torch.Tensor,
-    latents: torch.Tensor,
-    indices: torch.Tensor,
-    kl: torch.Tensor,
-    lse_noisy: torch.Tensor,
-    lse_clean: torch.Tensor,
-    mixture: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(dlogits, dcodebook); see the formulas at the top of the file."""
+def backward(grads: Grads, kept: Kept, needs: Needs) -> tuple[torch.Tensor | None, ...]:
+    """See the formulas at the top of the file."""
+    grad_latents, grad_kl = grads
+    logits, codebook, temperature, hard, noise, seed, latents, indices, kl, lse_noisy, lse_clean, mixture = kept
     (rows, codes), width = logits.shape, codebook.shape[1]
     dlogits = logits.new_empty(rows, codes)
     if not rows:
@@ -470,11 +451,11 @@ def gumbel_backward(
     parts = ceil_div(rows, share)
     partial = None if grad_latents is None else logits.new_empty(parts, codes, width, dtype=torch.float32)
     for first, size in pieces(width, logits.dtype, grad_latents):
-        grads, rest, part, deltas = slice_piece(
+        grad, rest, part, deltas = slice_piece(
             first, size, grad_latents, codebook, partial, mixture if hard else latents
         )
         gumbel_backward_kernel[(tiles, parts)](
-            grads, grad_kl, logits, rest, temperature, seed, indices, deltas, kl, lse_noisy, lse_clean, dlogits, part,
+            grad, grad_kl, logits, rest, temperature, seed, indices, deltas, kl, lse_noisy, lse_clean, dlogits, part,
             rows, codes, quarter, size, width, logits.stride(0), share,
             MORE=first > 0, LATENTS=grad_latents is not None, KL=grad_kl is not None and first == 0,
             HARD=hard, NOISE=noise, **settings,

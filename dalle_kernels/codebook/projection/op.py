@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dalle_kernels.backends.choice import Call, Operation, register
-from dalle_kernels.backends.library import define, differentiate
+from dalle_kernels.backends.choice import Operation, register
+from dalle_kernels.backends.contract import Call
+from dalle_kernels.backends.library import Derivative, Entry
 from dalle_kernels.checks import (
     autocast,
     check_alike,
@@ -17,20 +18,31 @@ from dalle_kernels.checks import (
     rows_contiguous,
     seed_tensor,
 )
+from dalle_kernels.codebook.checks import gradient_like
+from dalle_kernels.codebook.gumbel.op import contiguous, fake_outputs
+from dalle_kernels.codebook.projection import reference
+from dalle_kernels.codebook.projection.contract import Backend, Grads, Inputs, Kept, Needs, Outputs, call_of
+
+if TYPE_CHECKING:
+    from dalle_kernels.codebook.projection import triton
+
+    _BACKENDS: tuple[Backend, ...] = (triton, reference)
 
 
 def _describe(
     features: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, codebook: torch.Tensor, *_: Any, **__: Any
 ) -> Call:
+    check_tensor("features", features)
+    check_tensor("codebook", codebook, rank=2)
     return Call(features.device, autocast(features)[0].dtype, codebook.shape[-1])
 
 
-OPERATION = Operation(
+OPERATION: Operation[Backend] = Operation(
     "gumbel_projection_lookup",
-    (
-        ("triton", "dalle_kernels.codebook.projection.triton"),
-        ("reference", "dalle_kernels.codebook.projection.reference"),
-    ),
+    {
+        "triton": "dalle_kernels.codebook.projection.triton",
+        "reference": "dalle_kernels.codebook.projection.reference",
+    },
     _describe,
 )
 
@@ -97,15 +109,17 @@ def gumbel_projection_lookup(
         (bias,) = autocast(bias)
         check_alike("bias", bias, "features", features)
     rows = features.shape[:-1]
-    latents, indices, kl, *_ = torch.ops.dalle_kernels.gumbel_projection_forward(
-        rows_contiguous(features).reshape(-1, features.shape[-1]),
-        weight.contiguous(),
-        None if bias is None else bias.contiguous(),
-        codebook.contiguous(),
-        positive_temperature(temperature, features.device),
-        hard or not noise,
-        noise,
-        seed_tensor(seed, features.device),
+    latents, indices, kl, *_ = _ENTRY(
+        Inputs(
+            rows_contiguous(features).reshape(-1, features.shape[-1]),
+            weight.contiguous(),
+            None if bias is None else bias.contiguous(),
+            codebook.contiguous(),
+            positive_temperature(temperature, features.device),
+            hard or not noise,
+            noise,
+            seed_tensor(seed, features.device),
+        ),
         backend,
     )
     return latents.reshape(*rows, codebook.shape[1]), indices.reshape(rows), kl.reshape(rows)
@@ -114,126 +128,27 @@ def gumbel_projection_lookup(
 register(gumbel_projection_lookup, OPERATION)
 
 
-def _forward(
-    features: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    codebook: torch.Tensor,
-    temperature: torch.Tensor,
-    hard: bool,
-    noise: bool,
-    seed: torch.Tensor,
-    backend: str,
-) -> tuple[torch.Tensor, ...]:
-    if features.device.type == "cpu":
-        check_temperature(float(temperature))
-    module = OPERATION.choose(backend, Call(features.device, features.dtype, codebook.shape[1]))
-    latents, *rest = module.projection_forward(features, weight, bias, codebook, temperature, hard, noise, seed)
-    return latents.to(features.dtype), *rest
+def _forward(backend: Backend, inputs: Inputs) -> Outputs:
+    if inputs.features.device.type == "cpu":
+        check_temperature(float(inputs.temperature))
+    return backend.forward(inputs)
 
 
-def _forward_fake(
-    features: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    codebook: torch.Tensor,
-    temperature: torch.Tensor,
-    hard: bool,
-    *_: Any,
-) -> tuple[torch.Tensor, ...]:
-    rows, width = features.shape[0], codebook.shape[1]
-    wide = torch.float64 if features.dtype == torch.float64 else torch.float32
-    return (
-        features.new_empty(rows, width),
-        features.new_empty(rows, dtype=torch.int64),
-        *(features.new_empty(rows, dtype=wide) for _ in range(3)),
-        features.new_empty((rows, width) if hard else (0,), dtype=wide),
-    )
+def _forward_fake(inputs: Inputs) -> Outputs:
+    return fake_outputs(inputs.features, inputs.codebook, inputs.hard)
 
 
-def _backward(
-    grad_latents: torch.Tensor | None,
-    grad_kl: torch.Tensor | None,
-    features: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    codebook: torch.Tensor,
-    temperature: torch.Tensor,
-    hard: bool,
-    noise: bool,
-    seed: torch.Tensor,
-    latents: torch.Tensor,
-    indices: torch.Tensor,
-    kl: torch.Tensor,
-    lse_noisy: torch.Tensor,
-    lse_clean: torch.Tensor,
-    mixture: torch.Tensor,
-    backend: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    module = OPERATION.choose(backend, Call(features.device, features.dtype, codebook.shape[1]))
-    saved = (temperature, hard, noise, seed, latents, indices, kl, lse_noisy, lse_clean, mixture)
-    dfeatures, dweight, dbias, dcodebook = module.projection_backward(
-        grad_latents, grad_kl, features, weight, bias, codebook, *saved
-    )
-    return dfeatures, dweight, features.new_empty(0) if dbias is None else dbias, dcodebook
+def _backward(backend: Backend, grads: Grads, kept: Kept, needs: Needs) -> tuple[torch.Tensor | None, ...]:
+    return backend.backward(contiguous(grads), kept, needs)
 
 
-def _backward_fake(
-    grad_latents: torch.Tensor | None,
-    grad_kl: torch.Tensor | None,
-    features: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    codebook: torch.Tensor,
-    *_: Any,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    dbias = features.new_empty(0 if bias is None else bias.shape[0])
-    return features.new_empty(features.shape), torch.empty_like(weight), dbias, torch.empty_like(codebook)
-
-
-define(
-    "gumbel_projection_forward(Tensor features, Tensor weight, Tensor? bias, Tensor codebook, Tensor temperature,"
-    " bool hard, bool noise, Tensor seed, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+_ENTRY = Entry(
+    "gumbel_projection_forward",
+    OPERATION,
+    Inputs,
+    Outputs,
+    call_of,
     _forward,
     _forward_fake,
+    Derivative("gumbel_projection_backward", Grads, Kept, Needs, _backward, reference.jvp, gradient_like),
 )
-define(
-    "gumbel_projection_backward(Tensor? grad_latents, Tensor? grad_kl, Tensor features, Tensor weight, Tensor? bias,"
-    " Tensor codebook, Tensor temperature, bool hard, bool noise, Tensor seed, Tensor latents, Tensor indices,"
-    " Tensor kl, Tensor lse_noisy, Tensor lse_clean, Tensor mixture, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
-    _backward,
-    _backward_fake,
-)
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    features, weight, bias, codebook, temperature, ctx.hard, ctx.noise, seed, ctx.backend = inputs
-    ctx.save_for_backward(features, weight, bias, codebook, temperature, seed, *output)
-    ctx.mark_non_differentiable(output[1], *output[3:])
-    ctx.set_materialize_grads(False)
-
-
-def _autograd(
-    ctx: Any, grad_latents: torch.Tensor | None, _indices: None, grad_kl: torch.Tensor | None, *_: None
-) -> tuple[Any, ...]:
-    if grad_latents is None and grad_kl is None:
-        return (None,) * 9
-    features, weight, bias, codebook, temperature, seed, *kept = ctx.saved_tensors
-    dfeatures, dweight, dbias, dcodebook = torch.ops.dalle_kernels.gumbel_projection_backward(
-        None if grad_latents is None else grad_latents.contiguous(),
-        None if grad_kl is None else grad_kl.contiguous(),
-        features,
-        weight,
-        bias,
-        codebook,
-        temperature,
-        ctx.hard,
-        ctx.noise,
-        seed,
-        *kept,
-        ctx.backend,
-    )
-    return dfeatures, dweight, None if bias is None else dbias, dcodebook, None, None, None, None, None
-
-
-differentiate("gumbel_projection_forward", _setup, _autograd)

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from dalle_kernels.backends.choice import Call
+from dalle_kernels.backends.contract import Call
 from dalle_kernels.backends.triton_common import ceil_div, dot, obstacle
 from dalle_kernels.backends.triton_noise import LOG2_E, philox
 from dalle_kernels.codebook.gumbel.triton import (
@@ -36,6 +36,7 @@ from dalle_kernels.codebook.gumbel.triton import (
     sum_parts,
     unkept,
 )
+from dalle_kernels.codebook.projection.contract import Grads, Inputs, Kept, Needs, Outputs
 
 WIDEST = 256
 STRIP_BYTES = 64 * 1024 * 1024
@@ -169,17 +170,8 @@ def refuse(call: Call) -> str | None:
     return obstacle(call.device, call.dtype)
 
 
-def projection_forward(
-    features: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    codebook: torch.Tensor,
-    temperature: torch.Tensor,
-    hard: bool,
-    noise: bool,
-    seed: torch.Tensor,
-) -> tuple[torch.Tensor, ...]:
-    """What `gumbel_forward(features @ weight.T + bias, codebook, ...)` returns."""
+def forward(inputs: Inputs) -> Outputs:
+    features, weight, bias, codebook, temperature, hard, noise, seed = inputs
     (rows, channels), (codes, width) = features.shape, codebook.shape
     latents = features.new_empty(rows, width)
     indices = features.new_empty(rows, dtype=torch.int64)
@@ -192,28 +184,13 @@ def projection_forward(
             rows, channels, codes, ceil_div(codes, 4), width, features.stride(0),
             BIAS=bias is not None, HARD=hard, NOISE=noise, EVEN_C=channels % settings["BLOCK_C"] == 0, **settings,
         )  # fmt: skip
-    return latents, indices, kl, lse_noisy, lse_clean, mixture
+    return Outputs(latents, indices, kl, lse_noisy, lse_clean, mixture)
 
 
-def projection_backward(
-    grad_latents: torch.Tensor | None,
-    grad_kl: torch.Tensor | None,
-    features: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    codebook: torch.Tensor,
-    temperature: torch.Tensor,
-    hard: bool,
-    noise: bool,
-    seed: torch.Tensor,
-    latents: torch.Tensor,
-    indices: torch.Tensor,
-    kl: torch.Tensor,
-    lse_noisy: torch.Tensor,
-    lse_clean: torch.Tensor,
-    mixture: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    """(dfeatures, dweight, dbias or None, dcodebook)."""
+def backward(grads: Grads, kept: Kept, needs: Needs) -> tuple[torch.Tensor | None, ...]:
+    grad_latents, grad_kl = grads
+    features, weight, bias, codebook, temperature, hard, noise, seed, *made = kept
+    latents, indices, kl, lse_noisy, lse_clean, mixture = made
     (rows, channels), (codes, width) = features.shape, codebook.shape
     dfeatures = features.new_empty(rows, channels)
     dweight = weight.new_zeros(weight.shape, dtype=torch.float32)
@@ -238,9 +215,9 @@ def projection_backward(
         ]
         for low in range(0, rows, strip_steps * block):
             high = min(rows, low + strip_steps * block)
-            for first, size, grads, rest, part, deltas in sliced:
+            for first, size, grad, rest, part, deltas in sliced:
                 projection_backward_kernel[(tiles, ceil_div(high - low, share))](
-                    features, weight, bias, grads, grad_kl, rest, temperature, seed, indices, deltas, kl, lse_noisy,
+                    features, weight, bias, grad, grad_kl, rest, temperature, seed, indices, deltas, kl, lse_noisy,
                     lse_clean, strip, part, low, high, channels, codes, quarter, size, width, features.stride(0), share,
                     BIAS=bias is not None, ACCUMULATE=low > 0, MORE=first > 0, LATENTS=grad_latents is not None,
                     KL=grad_kl is not None and first == 0, HARD=hard, NOISE=noise,

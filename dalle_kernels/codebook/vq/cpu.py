@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from dalle_kernels.backends import native
-from dalle_kernels.backends.choice import Call
+from dalle_kernels.backends.contract import Call
+from dalle_kernels.codebook.vq.contract import Grads, Inputs, Kept, Needs, Outputs
 
 _ops = torch.ops.dalle_kernels_cpu
 
@@ -18,13 +19,11 @@ def describe() -> str:
     return native.instruction_set()
 
 
-def vq_forward(features: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(indices, squared distances), as in `reference`."""
-    return _ops.vq_forward(features, codebook)
+def forward(inputs: Inputs) -> Outputs:
+    indices, squared_distance = _ops.vq_forward(*inputs)
+    return Outputs(squared_distance, indices)
 
 
-def vq_backward(
-    grad_squared_distance: torch.Tensor, features: torch.Tensor, codebook: torch.Tensor, indices: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(dfeatures, dcodebook), as in `reference`; the same bits for any number of threads."""
-    return _ops.vq_backward(grad_squared_distance, features, codebook, indices)
+def backward(grads: Grads, kept: Kept, needs: Needs) -> tuple[torch.Tensor | None, ...]:
+    """The same bits for any number of threads."""
+    return _ops.vq_backward(*grads, *kept)

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from dalle_kernels.backends.choice import Call, Operation, register
-from dalle_kernels.backends.library import define, differentiate
+from dalle_kernels.backends.choice import Operation, register
+from dalle_kernels.backends.library import Derivative, Entry
 from dalle_kernels.checks import rows_contiguous
-from dalle_kernels.codebook.checks import check_pair, describe, refuse_nan
+from dalle_kernels.codebook.checks import check_pair, describe, gradient_like, refuse_nan
+from dalle_kernels.codebook.vq import reference
+from dalle_kernels.codebook.vq.contract import Backend, Grads, Inputs, Kept, Needs, Outputs, call_of
 
-OPERATION = Operation(
+if TYPE_CHECKING:
+    from dalle_kernels.codebook.vq import cpu, triton
+
+    _BACKENDS: tuple[Backend, ...] = (cpu, triton, reference)
+
+OPERATION: Operation[Backend] = Operation(
     "vq_lookup",
-    (
-        ("triton", "dalle_kernels.codebook.vq.triton"),
-        ("cpu", "dalle_kernels.codebook.vq.cpu"),
-        ("reference", "dalle_kernels.codebook.vq.reference"),
-    ),
+    {
+        "triton": "dalle_kernels.codebook.vq.triton",
+        "cpu": "dalle_kernels.codebook.vq.cpu",
+        "reference": "dalle_kernels.codebook.vq.reference",
+    },
     describe,
 )
 
@@ -52,8 +59,8 @@ def vq_lookup(
     if features.shape[-1] != codebook.shape[1]:
         raise ValueError(f"codebook: got width {codebook.shape[1]}, wanted {features.shape[-1]} as features have")
     rows = features.shape[:-1]
-    squared_distance, indices = torch.ops.dalle_kernels.vq_forward(
-        rows_contiguous(features).reshape(-1, features.shape[-1]), codebook.contiguous(), backend
+    squared_distance, indices = _ENTRY(
+        Inputs(rows_contiguous(features).reshape(-1, features.shape[-1]), codebook.contiguous()), backend
     )
     indices = indices.reshape(rows)
     nearest = torch.nn.functional.embedding(indices, codebook.detach())
@@ -65,61 +72,31 @@ def vq_lookup(
 register(vq_lookup, OPERATION)
 
 
-def _forward(features: torch.Tensor, codebook: torch.Tensor, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
-    module = OPERATION.choose(backend, Call(features.device, features.dtype, codebook.shape[1]))
-    indices, squared_distance = module.vq_forward(features, codebook)
-    refuse_nan("features", features, squared_distance)
-    return squared_distance, indices
+def _forward(backend: Backend, inputs: Inputs) -> Outputs:
+    outputs = backend.forward(inputs)
+    refuse_nan("features", inputs.features, outputs.squared_distance)
+    return outputs
 
 
-def _forward_fake(features: torch.Tensor, codebook: torch.Tensor, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
+def _forward_fake(inputs: Inputs) -> Outputs:
+    features = inputs.features
     wide = torch.float64 if features.dtype == torch.float64 else torch.float32
     rows = features.shape[0]
-    return features.new_empty(rows, dtype=wide), features.new_empty(rows, dtype=torch.int64)
+    return Outputs(features.new_empty(rows, dtype=wide), features.new_empty(rows, dtype=torch.int64))
 
 
-def _backward(
-    grad_squared_distance: torch.Tensor,
-    features: torch.Tensor,
-    codebook: torch.Tensor,
-    indices: torch.Tensor,
-    backend: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    module = OPERATION.choose(backend, Call(features.device, features.dtype, codebook.shape[1]))
-    return module.vq_backward(grad_squared_distance, features, codebook, indices)
+def _backward(backend: Backend, grads: Grads, kept: Kept, needs: Needs) -> tuple[torch.Tensor | None, ...]:
+    assert grads.squared_distance is not None
+    return backend.backward(Grads(grads.squared_distance.contiguous()), kept, needs)
 
 
-def _backward_fake(
-    grad_squared_distance: torch.Tensor, features: torch.Tensor, codebook: torch.Tensor, *_: Any
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return features.new_empty(features.shape), codebook.new_empty(codebook.shape)
-
-
-define(
-    "vq_forward(Tensor features, Tensor codebook, str backend) -> (Tensor, Tensor)",
+_ENTRY = Entry(
+    "vq_forward",
+    OPERATION,
+    Inputs,
+    Outputs,
+    call_of,
     _forward,
     _forward_fake,
+    Derivative("vq_backward", Grads, Kept, Needs, _backward, reference.jvp, gradient_like),
 )
-define(
-    "vq_backward(Tensor grad_squared_distance, Tensor features, Tensor codebook, Tensor indices, str backend)"
-    " -> (Tensor, Tensor)",
-    _backward,
-    _backward_fake,
-)
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    features, codebook, ctx.backend = inputs
-    ctx.save_for_backward(features, codebook, output[1])
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-
-
-def _autograd(ctx: Any, grad: torch.Tensor | None, _indices: None) -> tuple[Any, ...]:
-    if grad is None:
-        return None, None, None
-    features, codebook, indices = ctx.saved_tensors
-    return *torch.ops.dalle_kernels.vq_backward(grad.contiguous(), features, codebook, indices, ctx.backend), None
-
-
-differentiate("vq_forward", _setup, _autograd)

@@ -18,8 +18,9 @@ import triton
 import triton.language as tl
 
 from dalle_kernels.backends import launch
-from dalle_kernels.backends.choice import Call
+from dalle_kernels.backends.contract import Call
 from dalle_kernels.backends.triton_common import ceil_div, dot, obstacle, precision
+from dalle_kernels.codebook.vq.contract import Grads, Inputs, Kept, Needs, Outputs
 
 WIDEST = 256
 CHUNK = 32  # sorted rows a program
@@ -153,8 +154,8 @@ def refuse(call: Call) -> str | None:
     return obstacle(call.device, call.dtype)
 
 
-def vq_forward(features: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The nearest row's index, int64 [N], and its squared distance, fp32 [N]."""
+def forward(inputs: Inputs) -> Outputs:
+    features, codebook = inputs
     (rows, width), codes = features.shape, codebook.shape[0]
     indices = features.new_empty(rows, dtype=torch.int64)
     distances = features.new_empty(rows, dtype=torch.float32)
@@ -167,13 +168,12 @@ def vq_forward(features: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Te
         vq_forward_kernel[(ceil_div(rows, plan["BLOCK_N"]),)](
             features, codebook, norms, indices, distances, rows, codes, width, features.stride(0), **plan
         )
-    return indices, distances
+    return Outputs(distances, indices)
 
 
-def vq_backward(
-    grad_squared_distance: torch.Tensor, features: torch.Tensor, codebook: torch.Tensor, indices: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(dfeatures, dcodebook); see the top of the file."""
+def backward(grads: Grads, kept: Kept, needs: Needs) -> tuple[torch.Tensor | None, ...]:
+    """See the top of the file."""
+    features, codebook, indices = kept
     rows, width = features.shape
     dfeatures = features.new_empty(rows, width)
     dcodebook = codebook.new_zeros(codebook.shape, dtype=torch.float32)
@@ -183,7 +183,7 @@ def vq_backward(
         heads = features.new_empty(chunks, width, dtype=torch.float32)
         block = _block(width)
         vq_backward_kernel[(chunks,)](
-            grad_squared_distance, features, codebook, sorted_codes, order, dfeatures, dcodebook, heads,
+            grads.squared_distance, features, codebook, sorted_codes, order, dfeatures, dcodebook, heads,
             rows, width, features.stride(0), CHUNK=CHUNK, BLOCK_D=block, num_warps=max(4, block // 32),
             enable_fp_fusion=True,
         )  # fmt: skip

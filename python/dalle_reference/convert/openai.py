@@ -24,7 +24,7 @@ KINDS = ("openai-dvae", "flava-codebook")
 _RESOLUTION = 256  # of the pictures that both were trained on; the weights do not tell
 _FLAVA = "image_codebook."  # what FlavaForPreTraining puts before each name
 _BLOCK = re.compile(r"blocks\.group_(\d+)\.block_(\d+)\.(?:res_path\.conv_(\d+)|id_path)\.(weight|bias)")
-_HALVES = {"encoder": ("encoder.", "to_scores."), "decoder": ("decoder.", "codebook", "code_bias")}
+_HALVES = {"encoder": ("encoder.", "to_scores."), "decoder": ("decoder.", "quantizer.codebook", "code_bias")}
 
 
 def recognises(source: Source) -> bool:
@@ -96,7 +96,7 @@ def _ours(half: str, name: str, tensor: Tensor) -> tuple[str, Tensor]:
         case "encoder", "blocks.output.conv.weight" | "blocks.output.conv.bias":
             return name.replace("blocks.output.conv", "to_scores"), pointwise
         case "decoder", "blocks.input.weight":
-            return "codebook", pointwise.t()
+            return "quantizer.codebook", pointwise.t()
         case "decoder", "blocks.input.bias":
             return "code_bias", tensor
         case "decoder", "blocks.output.conv.weight" | "blocks.output.conv.bias":

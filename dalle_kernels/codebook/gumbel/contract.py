@@ -1,0 +1,59 @@
+"""What the Gumbel-softmax lookup asks of its backends; see backends/contract.py."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, TypeAlias
+
+import torch
+
+from dalle_kernels.backends.contract import Call, Differentiable
+
+
+class Inputs(NamedTuple):
+    logits: torch.Tensor  # [N, K], rows contiguous
+    codebook: torch.Tensor  # [K, D], contiguous
+    temperature: torch.Tensor  # 0-dim float32
+    hard: bool
+    noise: bool
+    seed: torch.Tensor  # 0-dim int64
+
+
+class Outputs(NamedTuple):
+    latents: torch.Tensor  # [N, D], the dtype of logits
+    indices: torch.Tensor  # int64 [N]
+    kl: torch.Tensor  # [N], float32 as what follows (float64 for float64 logits)
+    lse_noisy: torch.Tensor  # [N], log-sum-exp of (logits + g) / temperature
+    lse_clean: torch.Tensor  # [N], log-sum-exp of logits
+    mixture: torch.Tensor  # [N, D] the soft mixture where `hard`, else [0]
+
+
+class Kept(NamedTuple):
+    logits: torch.Tensor
+    codebook: torch.Tensor
+    temperature: torch.Tensor
+    hard: bool
+    noise: bool
+    seed: torch.Tensor
+    latents: torch.Tensor
+    indices: torch.Tensor
+    kl: torch.Tensor
+    lse_noisy: torch.Tensor
+    lse_clean: torch.Tensor
+    mixture: torch.Tensor
+
+
+class Grads(NamedTuple):
+    latents: torch.Tensor | None  # contiguous
+    kl: torch.Tensor | None  # contiguous
+
+
+class Needs(NamedTuple):
+    logits: bool
+    codebook: bool
+
+
+Backend: TypeAlias = Differentiable[Inputs, Outputs, Grads, Kept, Needs]
+
+
+def call_of(values: Inputs | Kept) -> Call:
+    return Call(values.logits.device, values.logits.dtype, values.codebook.shape[1])

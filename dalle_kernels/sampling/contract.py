@@ -1,0 +1,31 @@
+"""What sampling asks of its backends; see backends/contract.py."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, TypeAlias
+
+import torch
+
+from dalle_kernels.backends import contract
+from dalle_kernels.backends.contract import Call
+
+
+class Inputs(NamedTuple):
+    logits: torch.Tensor  # [B, V], rows contiguous
+    unconditional: torch.Tensor | None  # likewise
+    guidance_scale: float
+    temperature: float  # 0 takes the largest logit
+    top_k: int  # 0 is off
+    top_p: float  # 1 is off
+    seed: torch.Tensor  # 0-dim int64
+
+
+class Outputs(NamedTuple):
+    tokens: torch.Tensor  # int64 [B]
+
+
+Backend: TypeAlias = contract.Backend[Inputs, Outputs]
+
+
+def call_of(values: Inputs) -> Call:
+    return Call(values.logits.device, values.logits.dtype, values.logits.shape[1])

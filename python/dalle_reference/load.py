@@ -1,0 +1,81 @@
+"""Models read back, from the folders that runs leave or from files of converted weights."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dalle_reference import checkpoint
+from dalle_reference.dvae import DiscreteVAE, DVAEConfig
+from dalle_reference.errors import UserError
+from dalle_reference.tokenizer import CaptionTokenizer
+from dalle_reference.transformer import DalleTransformer, TransformerConfig
+
+
+def load_dvae(run: Path, device: torch.device) -> DiscreteVAE:
+    """The dVAE of a finished (or running) stage 1, with the running mean of its weights, or one of converted weights.
+
+    Raises:
+        UserError: for a missing or damaged checkpoint, or one of another configuration.
+    """
+    return _load(run, "dvae", DiscreteVAE, DVAEConfig, device)
+
+
+def load_transformer(run: Path, device: torch.device) -> tuple[DalleTransformer, CaptionTokenizer, DiscreteVAE]:
+    """All that draws pictures: the transformer with the running mean of its weights, its tokenizer, its dVAE.
+
+    Raises:
+        UserError: for missing or damaged files, or ones of another configuration.
+    """
+    if run.is_file():
+        raise UserError(f"{run}: a file of weights; wanted the folder of a stage 2, which has tokenizer and dVAE too")
+    model = load_transformer_alone(run, device)
+    dvae = load_dvae(run / "dvae", device)
+    require_grid(model.config, dvae.config, run / "dvae")
+    tokenizer = CaptionTokenizer.load(run / "tokenizer.json")
+    if tokenizer.vocab_size > model.config.vocab_text:
+        raise UserError(
+            f"{run / 'tokenizer.json'}: has {tokenizer.vocab_size} tokens, the transformer {model.config.vocab_text}"
+        )
+    return model, tokenizer, dvae
+
+
+def load_transformer_alone(run: Path, device: torch.device) -> DalleTransformer:
+    """The transformer of a stage 2, or one of converted weights, without what turns captions and pictures into tokens.
+
+    Raises:
+        UserError: as `load_transformer`.
+    """
+    return _load(run, "transformer", DalleTransformer, TransformerConfig, device)
+
+
+def require_grid(model: TransformerConfig, dvae: DVAEConfig, where: Path) -> None:
+    """Raises UserError unless a transformer's picture tokens are those of the dVAE that was found at `where`."""
+    if (dvae.grid, dvae.vocab) != (model.grid, model.vocab_image):
+        raise UserError(
+            f"{where}: its pictures are --grid {dvae.grid[0]} {dvae.grid[1]} of --vocab-image {dvae.vocab},"
+            f" the transformer's {model.grid[0]} {model.grid[1]} of {model.vocab_image}"
+        )
+
+
+def _load(run: Path, kind: str, model_of: Any, config_of: type, device: torch.device) -> Any:
+    saved = checkpoint.load(run, kind)
+    with torch.device("meta"):  # initial weights, drawn only to be replaced, take a minute for a billion
+        model = model_of(_config(config_of, saved))
+    model.to_empty(device=device)
+    checkpoint.restore(model, saved.group("ema"), saved.path)
+    return model.eval()
+
+
+def _config(config_of: type, saved: checkpoint.Checkpoint) -> Any:
+    stored = saved.config.get("model")
+    names = {entry.name for entry in fields(config_of)}
+    if not isinstance(stored, dict) or stored.keys() != names:
+        raise UserError(f"{saved.path}: made with another configuration: its model is {stored}, wanted {sorted(names)}")
+    try:
+        return config_of(**{name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()})
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{saved.path}: made with another configuration: {error}") from error
