@@ -1,6 +1,10 @@
 // Attention of one query. Its work is to read the keys and values once, so both loops go through the rows one after
 // another in memory order: scores a vector of keys at a time (a row each, then the transpose adds up the lanes), and
 // the weighted sum of value rows in registers. A block of 256 entries keeps its scores in the first cache.
+//
+// Attention of many queries that see the same keys, as the continuations of one prompt do: there the work is arithmetic.
+// Queries lie across the lanes, so that scores are products of broadcast keys, the softmax runs down the rows, and a
+// block of 64 keys serves up to 64 queries while it is in the first cache.
 #pragma once
 
 #include "attention/tiles.h"
@@ -110,6 +114,113 @@ static decode::Part attend(const void* q_in, const void* keys, const void* value
   return part;
 }
 
+// The block's rows as float32, where products cannot read them in place.
+template <class T>
+DALLE_INLINE void widen_rows(const T** rows, int count, int width, int rounded, float* packed, const float** out) {
+  for (int j = 0; j < count; j++, packed += rounded) {
+    for (int d = 0; d < rounded; d += kLanes) store(packed + d, load_row(rows[j], d, width));
+    out[j] = packed;
+  }
+}
+
+// kQueries queries, of which the first `count` are asked for.
+template <class T, int kQueries>
+DALLE_INLINE void attend_block(const void* const* q, int count, const T* keys, const T* values, int64_t row, int width,
+                               float scale, const decode::Visible& visible, int32_t first, int32_t last,
+                               decode::Part* parts, float* sums, int64_t step, int64_t stride, float* memory) {
+  constexpr int N = kQueries / kLanes < kWide ? kQueries / kLanes : kWide, kRows = N == 4 || kLanes == 8 ? 6 : 8;
+  const int rounded = round_up(width, kLanes);
+  const bool packs = sizeof(T) == 2 || rounded != width;
+  Carver carver{memory};
+  float* const transposed = carver.floats(int64_t(rounded) * kTile);
+  float* const scores = carver.floats(int64_t(kTile) * kQueries);
+  float* const out = carver.floats(int64_t(kQueries) * rounded);
+  float* const packed = packs ? carver.floats(2 * int64_t(kTile) * rounded) : nullptr;
+  alignas(64) float highest[kQueries], total[kQueries], decay[kQueries];
+  for (int i = 0; i < kQueries; i += kLanes) {
+    store(highest + i, set(-INFINITY));
+    store(total + i, zero());
+  }
+  for (int i = 0; i < kQueries; i += kLanes)
+    for (int d = 0; d < rounded; d += kLanes) {
+      F block[kLanes];
+      DALLE_UNROLL for (int j = 0; j < kLanes; j++)
+        block[j] = i + j < count ? set(scale) * load_row((const T*)q[i + j], d, width) : zero();
+      transpose(block);
+      DALLE_UNROLL for (int j = 0; j < kLanes; j++) store(transposed + (d + j) * kTile + i, block[j]);
+    }
+  for (int32_t begin = first; begin < last; begin += kTile) {
+    const int here = last - begin < kTile ? last - begin : kTile, even = round_up(here, 2);
+    const T *key_rows[kTile], *value_rows[kTile];
+    const float *key_units[kTile], *value_units[kTile];
+    for (int j = 0; j < even; j++) {
+      const int32_t entry = begin + (j < here ? j : here - 1);
+      key_rows[j] = visible_row(keys, row, visible, entry);
+      value_rows[j] = visible_row(values, row, visible, entry);
+    }
+    if (packs) {
+      widen_rows(key_rows, even, width, rounded, packed, key_units);
+      widen_rows(value_rows, even, width, rounded, packed + kTile * rounded, value_units);
+    } else {
+      for (int j = 0; j < even; j++) {
+        key_units[j] = (const float*)key_rows[j];
+        value_units[j] = (const float*)value_rows[j];
+        prefetch_row(value_rows[j], width * int64_t(sizeof(T)));
+      }
+    }
+    for (int lane = 0; lane < kQueries; lane += N * kLanes)
+      for_rows<kRows>(even, [&](auto m, int i) __attribute__((always_inline)) {
+        constexpr int M = m.value;
+        dot_rows<SingleDot, M, N, 1>(key_units + i, transposed + lane, width,
+                                     [&](const F(&s)[M][N]) __attribute__((always_inline)) {
+          DALLE_UNROLL for (int j = 0; j < M; j++)
+            DALLE_UNROLL for (int v = 0; v < N; v++) store(scores + (i + j) * kQueries + lane + v * kLanes, s[j][v]);
+        });
+      });
+    for (int lane = 0; lane < kQueries; lane += kLanes) {
+      float* s = scores + lane;
+      F high = set(-INFINITY);
+      for (int j = 0; j < here; j++) high = max(high, load(s + j * kQueries));
+      const F before = load(highest + lane), now = max(high, before);
+      const F base = select(equal(now, set(-INFINITY)), zero(), now);
+      const F factor = select(equal(before, set(-INFINITY)), zero(), power((before - base) * set(kLog2E)));
+      F added = zero();
+      for (int j = 0; j < here; j++) {
+        const F x = load(s + j * kQueries);
+        const F e = select(equal(x, set(-INFINITY)), zero(), power((x - base) * set(kLog2E)));
+        store(s + j * kQueries, e);
+        added += e;
+      }
+      store(highest + lane, now);
+      store(decay + lane, factor);
+      store(total + lane, fma(load(total + lane), factor, added));
+    }
+    if (begin == first) {
+      mix<SingleDot, Start::zero, kQueries>(scores, value_units, here, out, rounded, nullptr);
+    } else {
+      mix<SingleDot, Start::scale, kQueries>(scores, value_units, here, out, rounded, decay);
+    }
+  }
+  for (int i = 0; i < count; i++) {
+    parts[i * step] = {highest[i], total[i]};
+    float* to = sums + i * step * stride;
+    for (int d = 0; d < rounded; d += kLanes) store(to + d, first < last ? load(out + i * rounded + d) : zero());
+  }
+}
+
+template <class T>
+static void attend_many(const void* const* q, int count, const void* keys, const void* values, int64_t row, int width,
+                        float scale, const decode::Visible& visible, int32_t first, int32_t last, decode::Part* parts,
+                        float* sums, int64_t step, int64_t stride, float* memory) {
+  const auto run = [&](auto queries) __attribute__((always_inline)) {
+    attend_block<T, queries.value>(q, count, (const T*)keys, (const T*)values, row, width, scale, visible, first, last,
+                                   parts, sums, step, stride, memory);
+  };
+  if (count <= 16) return run(Int<16>{});
+  if (count <= 32) return run(Int<32>{});
+  run(Int<decode::kMostQueries>{});
+}
+
 template <class T>
 static void combine(const decode::Part* parts, const float* sums, int64_t stride, int count, int width, void* out) {
   float highest = -INFINITY, total = 0.f;
@@ -129,7 +240,7 @@ static void combine(const decode::Part* parts, const float* sums, int64_t stride
 
 template <class T>
 constexpr decode::Kernels decode_kernels() {
-  return {attend<T>, combine<T>};
+  return {attend<T>, attend_many<T>, combine<T>};
 }
 
 }  // namespace dalle::DALLE_ISA

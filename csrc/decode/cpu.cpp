@@ -1,6 +1,8 @@
 // decode_attention on tensors and torch's threads: torch.ops.dalle_kernels_cpu.decode_forward.
 #include <algorithm>
 #include <cstring>
+#include <deque>
+#include <optional>
 #include <vector>
 
 #include "decode/kernels.h"
@@ -8,6 +10,7 @@
 #include "memory.h"
 #include "operators.h"
 #include "parallel.h"
+#include "scratch.h"
 #include "tensor.h"
 
 namespace dalle::decode {
@@ -33,66 +36,221 @@ struct Rows {
   char* at(int64_t b, int64_t h, int64_t s) const { return data + b * batch + h * head + s * row; }
 };
 
-// slot [S], prefix [S], offsets [S + 1], slots: a DecodeTable. Writes k and v into their slot first.
-Tensor decode_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& keys, const Tensor& values,
-                      const Tensor& position, double scale, const Tensor& slot, const Tensor& prefix,
-                      const Tensor& offsets, const Tensor& slots) {
-  const int64_t batch = q.size(0), heads = q.size(1), width = q.size(3), element = q.element_size();
-  require(width % 8 == 0 && width <= 256, "q: got D = ", width, ", wanted a multiple of 8 up to 256");
-  for (const Tensor* tensor : {&k, &v, &keys, &values})
-    require(tensor->dtype() == q.dtype(), "got dtype ", tensor->dtype(), ", wanted that of q");
-  for (const Tensor* tensor : {&q, &k, &v, &keys, &values})
-    require(tensor->dim() == 4 && tensor->size(0) == batch && tensor->size(1) == heads && tensor->size(3) == width &&
-                tensor->stride(3) == 1,
-            "got shape ", shape_of(*tensor), ", wanted the B, H and D of q, ", shape_of(q),
-            ", and unit stride along D");
-  const int64_t here = *position.data<const int64_t>();
-  require(here >= 0 && here < slot.numel(), "position: got ", here, ", wanted 0 to ", slot.numel() - 1);
-  Tensor out = new_rows_like(q);
-  const int64_t to = slot.data<const int32_t>()[here];
-  const int64_t* ends = offsets.data<const int64_t>() + here;
-  const Visible visible{prefix.data<const int32_t>()[here], int32_t(ends[1] - ends[0]),
-                        slots.data<const int32_t>() + ends[0]};
-  const int64_t last = std::max<int64_t>({to, visible.prefix - 1, visible.listed ? visible.slots[visible.listed - 1] : 0});
-  for (const Tensor* cache : {&keys, &values})
-    require(last < cache->size(2), "cache: got ", cache->size(2), " slots, wanted at least ", last + 1);
-  const Rows q_rows(q), k_rows(k), v_rows(v), key_rows(keys, true), value_rows(values, true), out_rows(out, true);
-  for (int64_t b = 0; b < batch; b++)
-    for (int64_t h = 0; h < heads; h++) {
-      std::memcpy(key_rows.at(b, h, to), k_rows.at(b, h, 0), size_t(width * element));
-      std::memcpy(value_rows.at(b, h, to), v_rows.at(b, h, 0), size_t(width * element));
-    }
+// A DecodeTable's lists.
+struct Lists {
+  const int32_t* prefix;
+  const int64_t* offsets;
+  const int32_t* slots;
 
-  const int32_t count = visible.prefix + visible.listed;
-  // Few heads: the keys are cut into parts, as many as the shape says and never the number of threads.
-  const int64_t queries = batch * heads;
-  const int32_t parts = int32_t(std::clamp<int64_t>(std::min<int64_t>(kMostParts / std::max<int64_t>(queries, 1), count / 64),
-                                                    1, kMostParts));
-  const int64_t stride = (width + kAlign - 1) / kAlign * kAlign;
+  Lists(const Tensor& prefix, const Tensor& offsets, const Tensor& slots)
+      : prefix(prefix.data<const int32_t>()),
+        offsets(offsets.data<const int64_t>()),
+        slots(slots.data<const int32_t>()) {}
+  Visible at(int64_t position) const {
+    const int64_t first = offsets[position];
+    return {prefix[position], int32_t(offsets[position + 1] - first), slots + first};
+  }
+};
+
+// `visible` without the slots at which `hidden` is set, its list kept in `lists`.
+Visible without(const Visible& visible, const bool* hidden, std::deque<std::vector<int32_t>>& lists) {
+  std::vector<int32_t>& left = lists.emplace_back();
+  for (int32_t entry = 0; entry < visible.prefix + visible.listed; entry++) {
+    const int32_t slot = entry < visible.prefix ? entry : visible.slots[entry - visible.prefix];
+    if (!hidden[slot]) left.push_back(slot);
+  }
+  return {0, int32_t(left.size()), left.data()};
+}
+
+int32_t entries(const Visible& visible) { return visible.prefix + visible.listed; }
+
+void require_slots(const Visible& visible, int64_t slots) {
+  const int64_t last = std::max(visible.prefix - 1, visible.listed ? visible.slots[visible.listed - 1] : 0);
+  require(entries(visible) == 0 || last < slots, "cache: got ", slots, " slots, wanted at least ", last + 1);
+}
+
+// What every row and token sees, worked out before the threads start.
+struct Sight {
+  std::vector<int64_t> slot;     // [rows, tokens]
+  std::vector<Visible> own;      // [rows, tokens]
+  std::vector<Visible> shared;   // [rows, tokens]; empty without a shared prompt
+  std::vector<bool> together;    // [prompts]: whether a prompt's rows stand at one position
+  std::deque<std::vector<int32_t>> lists;  // where padding leaves holes
+};
+
+// The first `tokens` of attend_many()'s queries worth a product: fewer are faster one by one.
+constexpr int64_t kFewestTogether = 8;
+constexpr int64_t kMostSharedParts = 8;
+
+// Writes the new keys and values k and v [B, H, G, D] into their slots of keys and values [B, H, L, D], then attends from
+// q; row by row G tokens from position (one, or [B]) on. Each B / P rows also see shared_keys and shared_values
+// [P, H, M, D]. hidden [B, L] and shared_hidden [P, M] are true at slots of padding. slot [S], prefix [S],
+// offsets [S + 1], slots: a DecodeTable, as the shared ones, which have no slot.
+Tensor decode_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& keys, const Tensor& values,
+                      const std::optional<Tensor>& shared_keys, const std::optional<Tensor>& shared_values,
+                      const std::optional<Tensor>& hidden, const std::optional<Tensor>& shared_hidden,
+                      const Tensor& position, double scale, const Tensor& slot, const Tensor& prefix,
+                      const Tensor& offsets, const Tensor& slots, const std::optional<Tensor>& shared_prefix,
+                      const std::optional<Tensor>& shared_offsets, const std::optional<Tensor>& shared_slots) {
+  const int64_t rows = q.size(0), heads = q.size(1), tokens = q.size(2), width = q.size(3), element = q.element_size();
+  require(width % 8 == 0 && width <= 256, "q: got D = ", width, ", wanted a multiple of 8 up to 256");
+  const bool shares = shared_keys.has_value();
+  const int64_t prompts = shares ? shared_keys->size(0) : rows, copies = prompts ? rows / prompts : 1;
+  const auto check = [&](const Tensor& tensor, int64_t batch) {
+    require(tensor.dtype() == q.dtype(), "got dtype ", tensor.dtype(), ", wanted that of q");
+    require(tensor.dim() == 4 && tensor.size(0) == batch && tensor.size(1) == heads && tensor.size(3) == width &&
+                tensor.stride(3) == 1,
+            "got shape ", shape_of(tensor), ", wanted the B, H and D of q, ", shape_of(q),
+            ", and unit stride along D");
+  };
+  for (const Tensor* tensor : {&q, &k, &v, &keys, &values}) check(*tensor, rows);
+  require(k.size(2) == tokens && v.size(2) == tokens, "k, v: wanted ", tokens, " tokens as q has");
+  require(position.numel() == 1 || position.numel() == rows, "position: wanted one, or ", rows);
+  if (shares) {
+    require(shared_values && shared_prefix && shared_offsets && shared_slots && rows == prompts * copies,
+            "shared_keys: wanted values, a table, and a divisor of ", rows, " prompts with them");
+    check(*shared_keys, prompts);
+    check(*shared_values, prompts);
+  }
+  for (const std::optional<Tensor>* mask : {&hidden, &shared_hidden})
+    require(!*mask || ((*mask)->dtype() == DType::boolean && (*mask)->is_contiguous()),
+            "hidden: wanted contiguous booleans");
+  Tensor out = new_rows_like(q);
+
+  Sight sight;
+  const Lists own(prefix, offsets, slots);
+  const std::optional<Lists> prompt =
+      shares ? std::optional<Lists>({*shared_prefix, *shared_offsets, *shared_slots}) : std::nullopt;
+  const int64_t* start = position.data<const int64_t>();
+  const bool by_row = position.numel() > 1;
+  bool* const own_hidden = hidden ? hidden->data<bool>() : nullptr;
+  const bool* const prompt_hidden = shared_hidden ? shared_hidden->data<const bool>() : nullptr;
+  for (int64_t b = 0; b < rows; b++) {
+    const int64_t first = start[by_row ? b : 0], p = b / copies;
+    require(first >= 0 && first + tokens <= slot.numel(), "position: got ", first, ", wanted 0 to ",
+            slot.numel() - tokens);
+    const bool leads = b % copies == 0;
+    if (leads) sight.together.push_back(true);
+    if (first != start[by_row ? p * copies : 0]) sight.together[size_t(p)] = false;
+    for (int64_t g = 0; g < tokens; g++) {
+      const int64_t to = slot.data<const int32_t>()[first + g];
+      require(to >= 0 && to < keys.size(2) && to < values.size(2), "cache: got ", keys.size(2), " slots, wanted slot ", to);
+      Visible seen = own.at(first + g);
+      require_slots(seen, std::min(keys.size(2), values.size(2)));
+      if (own_hidden) {
+        own_hidden[b * keys.size(2) + to] = false;  // what is new is not padding
+        seen = without(seen, own_hidden + b * keys.size(2), sight.lists);
+      }
+      sight.slot.push_back(to);
+      sight.own.push_back(seen);
+      if (!shares) continue;
+      Visible before = prompt->at(first + g);
+      require_slots(before, std::min(shared_keys->size(2), shared_values->size(2)));
+      if (prompt_hidden && !leads && sight.together[size_t(p)]) {
+        before = sight.shared[size_t(p * copies * tokens + g)];
+      } else if (prompt_hidden) {
+        before = without(before, prompt_hidden + p * shared_keys->size(2), sight.lists);
+      }
+      sight.shared.push_back(before);
+    }
+  }
+
+  const Rows q_rows(q), k_rows(k), v_rows(v), key_rows(keys, true), value_rows(values, true), out_rows(out, true);
   const Kernels& kernels = kernels_for(q.dtype());
-  std::vector<Part> results(size_t(queries * parts));
-  const Tensor sums = empty({queries * parts, stride}, DType::float32);
-  float* sums_data = sums.data<float>();
-  const int64_t bytes = std::max<int64_t>(1, count / parts * width * element * 2);  // that an item reads
-  parallel_for(0, queries * parts, std::max<int64_t>(1, 32768 / bytes), [&](int64_t begin, int64_t end) {
+  const int64_t queries = rows * heads;
+  const auto write = [&](int64_t b, int64_t h, int64_t g) {
+    const int64_t to = sight.slot[size_t(b * tokens + g)];
+    std::memcpy(key_rows.at(b, h, to), k_rows.at(b, h, g), size_t(width * element));
+    std::memcpy(value_rows.at(b, h, to), v_rows.at(b, h, g), size_t(width * element));
+  };
+  const auto grain = [&](int64_t items, int64_t count) {  // items that read 32 KB, or all of them in one
+    return items ? std::max<int64_t>(1, 32768 / std::max<int64_t>(1, count * width * element * 2)) : 1;
+  };
+  int64_t most = 0, most_shared = 0;
+  for (const Visible& visible : sight.own) most = std::max<int64_t>(most, entries(visible));
+  for (const Visible& visible : sight.shared) most_shared = std::max<int64_t>(most_shared, entries(visible));
+  // Few heads: the keys are cut into parts, as many as the shape says and never the number of threads.
+  const int64_t cut = shares || tokens > 1 ? 1 : std::min<int64_t>(kMostParts / std::max<int64_t>(queries, 1), most / 64);
+  const int64_t parts = std::clamp<int64_t>(cut, 1, kMostParts);
+  const int64_t blocks = (copies + kMostQueries - 1) / kMostQueries, products = prompts * heads * tokens * blocks;
+  const int64_t shared_parts =
+      shares ? std::clamp<int64_t>(std::min(kMostSharedParts / std::max<int64_t>(products, 1), most_shared / 128), 1,
+                                   kMostSharedParts)
+             : 0;
+  const int64_t stride = (width + kAlign - 1) / kAlign * kAlign, all = parts + shared_parts;
+  std::vector<Part> results(size_t(queries * tokens * all));
+  const Tensor sums = empty({queries * tokens * all, stride}, DType::float32);
+  float* const sums_data = sums.data<float>();
+  const auto at = [&](int64_t b, int64_t h, int64_t g) { return ((b * heads + h) * tokens + g) * all; };
+
+  if (shares) {
+    const Rows before_keys(*shared_keys), before_values(*shared_values);
+    parallel_for(0, products * shared_parts, grain(products, copies * most_shared / shared_parts),
+                 [&](int64_t begin, int64_t end) {
+      float* const memory =
+          static_cast<float*>(thread_scratch(kMostQueries * (kMostQueries + 4 * stride) * int64_t(sizeof(float))));
+      for (int64_t i = begin; i < end; i++) {
+        const int64_t part = i % shared_parts, block = i / shared_parts % blocks;
+        const int64_t g = i / shared_parts / blocks % tokens, head = i / shared_parts / blocks / tokens;
+        const int64_t p = head / heads, h = head % heads, first = p * copies + block * kMostQueries;
+        const int64_t count = std::min<int64_t>(kMostQueries, (p + 1) * copies - first);
+        const char *const prompt_keys = before_keys.at(p, h, 0), *const prompt_values = before_values.at(p, h, 0);
+        const auto range = [&](const Visible& visible, int64_t j) { return int32_t(entries(visible) * j / shared_parts); };
+        if (sight.together[size_t(p)] && count >= kFewestTogether) {
+          const void* at_once[kMostQueries];
+          for (int64_t j = 0; j < count; j++) at_once[j] = q_rows.at(first + j, h, g);
+          const Visible& visible = sight.shared[size_t(first * tokens + g)];
+          const int64_t to = at(first, h, g) + part;
+          kernels.attend_many(at_once, int(count), prompt_keys, prompt_values, shared_keys->stride(2), int(width),
+                              float(scale), visible, range(visible, part), range(visible, part + 1),
+                              results.data() + to, sums_data + to * stride, heads * tokens * all, stride, memory);
+          continue;
+        }
+        for (int64_t b = first; b < first + count; b++) {
+          const Visible& visible = sight.shared[size_t(b * tokens + g)];
+          const int64_t to = at(b, h, g) + part;
+          results[size_t(to)] = kernels.attend(q_rows.at(b, h, g), prompt_keys, prompt_values, shared_keys->stride(2),
+                                               int(width), float(scale), visible, range(visible, part),
+                                               range(visible, part + 1), sums_data + to * stride);
+        }
+      }
+    });
+  }
+
+  if (parts > 1)
+    for (int64_t b = 0; b < rows; b++)
+      for (int64_t h = 0; h < heads; h++) write(b, h, 0);
+  // A head's tokens one after another: a later one may take a slot that an earlier one reads.
+  parallel_for(0, queries * parts, grain(queries, most * tokens / parts), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) {
       const int64_t b = i / parts / heads, h = i / parts % heads, part = i % parts;
-      results[size_t(i)] = kernels.attend(q_rows.at(b, h, 0), key_rows.at(b, h, 0), value_rows.at(b, h, 0),
-                                          keys.stride(2), int(width), float(scale), visible,
-                                          int32_t(count * part / parts), int32_t(count * (part + 1) / parts),
-                                          sums_data + i * stride);
+      for (int64_t g = 0; g < tokens; g++) {
+        if (parts == 1) write(b, h, g);
+        const Visible& visible = sight.own[size_t(b * tokens + g)];
+        const int64_t count = entries(visible), mine = at(b, h, g), to = mine + shared_parts + part;
+        results[size_t(to)] = kernels.attend(q_rows.at(b, h, g), key_rows.at(b, h, 0), value_rows.at(b, h, 0),
+                                             keys.stride(2), int(width), float(scale), visible,
+                                             int32_t(count * part / parts), int32_t(count * (part + 1) / parts),
+                                             sums_data + to * stride);
+        if (parts == 1)
+          kernels.combine(results.data() + mine, sums_data + mine * stride, stride, int(all), int(width),
+                          out_rows.at(b, h, g));
+      }
     }
   });
-  for (int64_t i = 0; i < queries; i++)
-    kernels.combine(results.data() + i * parts, sums_data + i * parts * stride, stride, parts, int(width),
-                    out_rows.at(i / heads, i % heads, 0));
+  if (parts > 1)
+    for (int64_t i = 0; i < queries; i++)
+      kernels.combine(results.data() + i * parts, sums_data + i * parts * stride, stride, int(parts), int(width),
+                      out_rows.at(i / heads, i % heads, 0));
   return out;
 }
 
 const Operators operators(
     "CPU",
-    {{"decode_forward(Tensor q, Tensor k, Tensor v, Tensor(a!) keys, Tensor(b!) values, Tensor position, float scale, "
-      "Tensor slot, Tensor prefix, Tensor offsets, Tensor slots) -> Tensor",
+    {{"decode_forward(Tensor q, Tensor k, Tensor v, Tensor(a!) keys, Tensor(b!) values, Tensor? shared_keys, "
+      "Tensor? shared_values, Tensor(c!)? hidden, Tensor? shared_hidden, Tensor position, float scale, Tensor slot, "
+      "Tensor prefix, Tensor offsets, Tensor slots, Tensor? shared_prefix, Tensor? shared_offsets, "
+      "Tensor? shared_slots) -> Tensor",
       boxed<&decode_forward>}});
 
 }  // namespace

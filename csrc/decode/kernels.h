@@ -1,4 +1,4 @@
-// One decoding step as the rest of the library sees it: plain pointers, one function per instruction set.
+// Decoding as the rest of the library sees it: plain pointers, one function per instruction set.
 #pragma once
 
 #include <cstdint>
@@ -19,17 +19,25 @@ struct Part {
   // and sum exp(score - highest) value in the `sums` that the caller passes, [rounded D]
 };
 
-constexpr int kAlign = 16;      // `sums` is padded to a multiple of this many floats
-constexpr int kMostParts = 16;  // that combine() takes
+constexpr int kAlign = 16;        // `sums` is padded to a multiple of this many floats
+constexpr int kMostParts = 16;    // that combine() takes
+constexpr int kMostQueries = 64;  // that attend_many() takes
 
 // q [D], rows of keys and values `row` elements apart.
 using Attend = Part (*)(const void* q, const void* keys, const void* values, int64_t row, int width, float scale,
                         const Visible& visible, int32_t first, int32_t last, float* sums);
+// The same for `count` queries that see the same entries: one product, which reads each key and value once. Query i is at
+// q[i], its part and its sums at parts + i * step and sums + i * step * stride. `memory` has room for 64 (64 + 4 D) floats,
+// D rounded up to kAlign, on a 64-byte boundary.
+using AttendMany = void (*)(const void* const* q, int count, const void* keys, const void* values, int64_t row, int width,
+                            float scale, const Visible& visible, int32_t first, int32_t last, Part* parts, float* sums,
+                            int64_t step, int64_t stride, float* memory);
 // out [D] = the parts put together; parts' sums lie `stride` floats apart.
 using Combine = void (*)(const Part* parts, const float* sums, int64_t stride, int count, int width, void* out);
 
 struct Kernels {
   Attend attend;
+  AttendMany attend_many;
   Combine combine;
 };
 

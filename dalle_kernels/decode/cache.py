@@ -126,7 +126,16 @@ class KVCache:
         if values.shape != keys.shape:
             raise ValueError(f"cache.values: got shape {tuple(values.shape)}, wanted {tuple(keys.shape)} as keys has")
         check_alike("cache.values", values, "cache.keys", keys)
-        for name, tensor in (("keys", keys), ("values", values)):
+        shared = {}
+        if self.shared_keys is not None and self.shared_values is not None:
+            kept = _slots(self.pattern.spec, self._prompt, self.rewind, shared=True)
+            wanted = (keys.shape[0] // self.copies, keys.shape[1], kept, keys.shape[3])
+            shared = {"shared_keys": self.shared_keys, "shared_values": self.shared_values}
+            for name, tensor in shared.items():
+                if tensor.shape != wanted:
+                    raise ValueError(f"cache.{name}: got shape {tuple(tensor.shape)}, wanted {wanted}")
+                check_alike(f"cache.{name}", tensor, "cache.keys", keys)
+        for name, tensor in {"keys": keys, "values": values, **shared}.items():
             if not tensor.is_contiguous():
                 came = f"strides {tuple(tensor.stride())} for shape {tuple(tensor.shape)}"
                 raise ValueError(f"cache.{name}: got {came}, wanted a contiguous tensor")

@@ -179,10 +179,6 @@ def _forward(
         check_next(lengths, position)
     _check_apart(keys, values)
     module = OPERATION.choose(backend, Call(q.device, q.dtype, q.shape[-1], _extras(store, position.dim() > 0)))
-    if hidden is not None:  # what is new is not padding
-        slots = store.table(parsed, q.device).slot
-        new = position.reshape(-1, 1) + torch.arange(tokens, device=q.device)
-        hidden.scatter_(1, slots[new].long().expand(hidden.shape[0], -1), value=False)
     out = module.forward(q, k, v, store, position, scale, parsed)
     if lengths is not None:
         lengths += tokens

@@ -49,6 +49,8 @@ def _attend(
     slot = int(table.slot[position])
     store.keys[rows, :, slot] = k[:, :, 0]
     store.values[rows, :, slot] = v[:, :, 0]
+    if store.hidden is not None:
+        store.hidden[rows, slot] = False  # what is new is not padding
     seen = _visible(table, position)
     keys, values = store.keys[rows][:, :, seen], store.values[rows][:, :, seen]
     hidden = None if store.hidden is None else store.hidden[rows][:, seen]

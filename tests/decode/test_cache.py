@@ -132,9 +132,10 @@ def test_positions_are_integers_of_any_type(position: int) -> None:
         decode_attention(*cut(qkv, 8, 9), cache, 7.5)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("chunk", [1, 5])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("pattern", CAUSAL, ids=str)
-def test_padding_of_the_prompt_stays_hidden(pattern: Pattern, backend: str) -> None:
+def test_padding_of_the_prompt_stays_hidden(pattern: Pattern, backend: str, chunk: int) -> None:
     torch.manual_seed(0)
     dtype = torch.float64 if backend == "reference" else torch.float32
     module = SparseSelfAttention(pattern, 24, 3, head_dim=16, backend=backend).to(dtype)
@@ -145,8 +146,8 @@ def test_padding_of_the_prompt_stays_hidden(pattern: Pattern, backend: str) -> N
         whole = module(x, key_padding_mask=padding)
         cache = module.new_cache(3)
         parts = [module(x[:, :9], key_padding_mask=padding[:, :9], cache=cache)]
-        for position in range(9, pattern.length):
-            parts.append(module.step(x[:, position : position + 1], cache, position))
+        for position in range(9, pattern.length, chunk):
+            parts.append(module.step(x[:, position : position + chunk], cache, position))
     torch.testing.assert_close(torch.cat(parts, 1), whole)
 
 

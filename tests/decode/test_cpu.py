@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -112,6 +114,88 @@ def test_bits_do_not_depend_on_threads(isa: str, heads: int, dtype: torch.dtype)
         torch.set_num_threads(before)
     assert torch.equal(outs[0], outs[1])
     assert torch.equal(outs[0], outs[2])
+
+
+def shared(
+    pattern: Pattern,
+    prompts: int,
+    copies: int,
+    heads: int,
+    width: int,
+    prompt: int,
+    dtype: torch.dtype,
+    **options: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The tokens after a shared prompt: ours, in float64, and plain PyTorch's in `dtype`; [B, H, S - prompt, D]."""
+    scale, chunk = options.get("scale", 0.3), int(options.get("chunk", 1))
+    generator = torch.Generator().manual_seed(width + copies)
+    shape = (prompts * copies, heads, pattern.length, width)
+    q, k, v = (torch.randn(shape, generator=generator).to(dtype) for _ in range(3))
+    for tensor in (k, v):
+        tensor[:, :, :prompt] = tensor[::copies, :, :prompt].repeat_interleave(copies, 0)
+    exact, _ = attention.forward(q.double(), k.double(), v.double(), None, scale, pattern)
+    plain, _ = attention.forward(q, k, v, None, scale, pattern)
+    cache = KVCache(pattern, prompts, heads, width, dtype=dtype, copies=copies)
+    cache.prefill(k[::copies, :, :prompt], v[::copies, :, :prompt])
+    outs = []
+    for first in range(prompt, pattern.length, chunk):
+        new = (t[:, :, first : first + chunk] for t in (q, k, v))
+        outs.append(cpu.forward(*new, cache.store, torch.tensor(first), scale, pattern))
+    return torch.cat(outs, 2), exact[:, :, prompt:], plain[:, :, prompt:]
+
+
+def check_shared(*arguments: Any, **options: float) -> None:
+    ours, exact, plain = shared(*arguments, **options)
+    error, allowed = ((x.double() - exact).abs().max().item() for x in (ours, plain))
+    assert error <= 2 * allowed + 4 * torch.finfo(torch.float32).eps * exact.abs().max().item()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("copies", [2, 8, 15, 16, 17, 33, 64, 71, 136])
+def test_as_many_copies_as_fill_products_and_more(isa: str, copies: int, dtype: torch.dtype) -> None:
+    """Odd numbers of keys, several blocks of them, products of 16, 32 and 64 queries and what is left of them."""
+    check_shared(Row(TokenLayout(197, (2, 3))), 2, copies, 1, 64, 197, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [8, 16, 24, 40, 96, 128, 256])
+def test_widths_of_shared_prompts(isa: str, width: int, dtype: torch.dtype) -> None:
+    check_shared(Row(TokenLayout(71, (2, 3))), 1, 20, 2, width, 73, dtype, scale=1.7)
+
+
+@pytest.mark.parametrize("chunk", [1, 3])
+@pytest.mark.parametrize("pattern", PATTERNS[:-1], ids=lambda p: type(p).__name__)
+def test_patterns_of_shared_prompts(isa: str, pattern: Pattern, chunk: int) -> None:
+    check_shared(pattern, 2, 9, 2, 16, pattern.length // 2, torch.float32, chunk=chunk)
+
+
+def test_shared_prompts_of_few_heads_are_cut(isa: str) -> None:
+    check_shared(Causal(TokenLayout(700, (1, 3))), 1, 12, 1, 16, 700, torch.float32)
+
+
+def test_bits_of_shared_prompts_do_not_depend_on_threads(isa: str) -> None:
+    before, outs = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 7):
+            torch.set_num_threads(count)
+            outs.append(shared(Row(TokenLayout(300, (2, 3))), 1, 70, 3, 32, 300, torch.float32)[0])
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(outs[0], outs[1])
+    assert torch.equal(outs[0], outs[2])
+
+
+def test_nan_in_a_shared_prompt_reaches_the_queries_that_see_it(isa: str) -> None:
+    pattern, copies = Row(TokenLayout(90, (2, 3))), 20
+    for place, tensor in ((70, 0), (71, 1)):
+        cache = KVCache(pattern, 2, 1, 16, copies=copies)
+        kv = torch.randn(2, 2, 1, 90, 16)
+        kv[tensor, 1, 0, place, 3] = torch.nan
+        cache.prefill(*kv)
+        new = torch.randn(3, 2 * copies, 1, 1, 16)
+        out = cpu.forward(*new, cache.store, torch.tensor(90), 0.2, pattern)
+        assert out[:copies].isfinite().all()
+        assert out[copies:].isnan().any(-1).all()
 
 
 def test_strides(isa: str) -> None:
