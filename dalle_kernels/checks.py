@@ -84,16 +84,28 @@ def seed_tensor(seed: int | torch.Tensor | None, device: torch.device) -> torch.
     return torch.full((), int(seed), dtype=torch.int64, device=device)
 
 
+def autocasts(kind: str) -> bool:
+    """Whether autocast is on for devices of `kind`; some, such as "meta", have none."""
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
 def autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """The tensors as autocast would hand them to scaled_dot_product_attention: float32 and lower cast, float64 not."""
     kind = tensors[0].device.type
-    if not torch.is_autocast_enabled(kind):
+    if not autocasts(kind):
         return tensors
     dtype = torch.get_autocast_dtype(kind)
     return tuple(
         tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
         for tensor in tensors
     )
+
+
+def autocast_to_float32(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The tensors as autocast would hand them to torch's own losses: lower than float32 cast to it, others not."""
+    if not autocasts(tensors[0].device.type):
+        return tensors
+    return tuple(tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor for tensor in tensors)
 
 
 def rows_contiguous(tensor: torch.Tensor) -> torch.Tensor:

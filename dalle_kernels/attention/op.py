@@ -104,12 +104,16 @@ def sparse_attention(
         check_alike(name, tensor, "q", q)
         if tensor.shape != q.shape:
             raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, wanted {tuple(q.shape)} as q has")
+    if not q.shape[3]:
+        raise ValueError(f"q: got shape {tuple(q.shape)}, wanted a head dimension D of at least 1")
     if not isinstance(pattern, Pattern):
         raise TypeError(f"pattern: got {type(pattern).__name__}, wanted a Pattern")
     if not 1 <= q.shape[2] <= pattern.length:
         raise ValueError(f"q: got {q.shape[2]} tokens, wanted 1 to {pattern.length}, the length of {pattern}")
     check_scale(scale)
     if key_padding_mask is not None:
+        if not isinstance(key_padding_mask, torch.Tensor):
+            raise TypeError(f"key_padding_mask: got {type(key_padding_mask).__name__}, wanted a torch.Tensor")
         wanted = (q.shape[0], q.shape[2])
         if key_padding_mask.dtype != torch.bool or key_padding_mask.shape != wanted:
             came = f"{key_padding_mask.dtype} of shape {tuple(key_padding_mask.shape)}"

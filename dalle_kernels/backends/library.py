@@ -367,9 +367,8 @@ def _sample_by_sample(op: Any) -> Callable[..., Any]:
 
     def batched(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
         def one(sample: int) -> Any:
-            return op(
-                *(arg if dim is None else arg.select(dim, sample) for arg, dim in zip(args, in_dims, strict=True))
-            )
+            places = zip(args, in_dims, strict=True)  # a list's is a list
+            return op(*(arg.select(dim, sample) if isinstance(dim, int) else arg for arg, dim in places))
 
         if not info.batch_size:
             raise ValueError(f"{op}: got a batch of no samples under vmap, wanted at least one")

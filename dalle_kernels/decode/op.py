@@ -20,6 +20,9 @@ from dalle_kernels.patterns.patterns import Pattern
 def _describe(
     q: torch.Tensor, _k: object, _v: object, cache: KVCache, position: int | torch.Tensor = 0, *_: Any, **__: Any
 ) -> Call:
+    check_tensor("q", q, rank=4)
+    if not isinstance(cache, KVCache):
+        raise TypeError(f"cache: got {type(cache).__name__}, wanted a KVCache")
     by_row = isinstance(position, torch.Tensor) and position.numel() > 1
     return Call(q.device, autocast(q)[0].dtype, q.shape[-1], _extras(cache.store, by_row))
 

@@ -9,7 +9,7 @@ import torch
 from dalle_kernels.backends.choice import Operation, register
 from dalle_kernels.backends.contract import Call
 from dalle_kernels.backends.library import Derivative, Entry
-from dalle_kernels.checks import autocast, check_alike, check_tensor
+from dalle_kernels.checks import autocast_to_float32, check_alike, check_tensor
 from dalle_kernels.likelihood import reference
 from dalle_kernels.likelihood.contract import Backend, Grads, Inputs, Kept, Needs, Outputs, call_of
 
@@ -23,7 +23,7 @@ def _checked(pixels: torch.Tensor, mu: torch.Tensor, log_b: torch.Tensor) -> Inp
     check_tensor("pixels", pixels)
     check_tensor("mu", mu)
     check_tensor("log_b", log_b)
-    pixels, mu, log_b = autocast(pixels, mu, log_b)
+    pixels, mu, log_b = autocast_to_float32(pixels, mu, log_b)
     for name, tensor in (("mu", mu), ("log_b", log_b)):
         check_alike(name, tensor, "pixels", pixels)
         if tensor.shape != pixels.shape:
@@ -55,7 +55,8 @@ def logit_laplace_nll(
 
     Args:
         pixels: values strictly between 0 and 1, as x -> (1 - 2 eps) x + eps makes them; no gradient goes to them.
-        mu, log_b: location and log scale, shape, dtype and device of `pixels`.
+        mu, log_b: location and log scale, shape, dtype and device of `pixels` (under autocast all are cast to float32,
+            as for torch's own losses).
         backend: "auto", "reference", "cpu" or "triton"; see `explain`.
 
     Returns:

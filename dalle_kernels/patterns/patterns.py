@@ -7,8 +7,9 @@ proportional to the visible pairs.
 
 from __future__ import annotations
 
-import hashlib
+import base64
 import json
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
@@ -143,7 +144,7 @@ class Pattern:
         """The pattern that `spec` describes.
 
         Raises:
-            ValueError: if `spec` is not a pattern's, or names a mask that no living `MaskPattern` holds.
+            ValueError: if `spec` is not a pattern's.
         """
         try:
             arguments = json.loads(spec)
@@ -445,16 +446,17 @@ class MaskPattern(Pattern):
     _living: ClassVar[WeakValueDictionary[str, MaskPattern]] = WeakValueDictionary()
 
     def __init__(self, mask: torch.Tensor | np.ndarray) -> None:
-        dense = np.array(torch.as_tensor(mask).cpu().numpy(), order="C")
+        if isinstance(mask, torch.Tensor):
+            mask = mask.detach().cpu().numpy()
+        dense = np.array(mask, order="C")
         if dense.dtype != np.bool_ or dense.ndim != 2 or dense.shape[0] != dense.shape[1] or not dense.size:
             raise ValueError(f"mask: got {dense.dtype} of shape {dense.shape}, wanted bool of shape (S, S)")
         dense.setflags(write=False)
         self._dense = dense
-        digest = hashlib.sha256(np.packbits(dense).tobytes()).hexdigest()
-        self.spec = json.dumps({"pattern": "MaskPattern", "length": len(dense), "sha256": digest})
-        registered = self._living.setdefault(self.spec, self)
-        if registered is not self:  # the one that is found by its spec must live as long as its equals
-            self._registered = registered
+        # The mask itself, in a few kilobytes where it has some structure: an exported graph finds it anywhere.
+        bits = base64.b64encode(zlib.compress(np.packbits(dense).tobytes())).decode()
+        self.spec = json.dumps({"pattern": "MaskPattern", "length": len(dense), "bits": bits})
+        self._living.setdefault(self.spec, self)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return MaskPattern, (self._dense,)  # so that a copy in another process is found by its spec too
@@ -478,10 +480,11 @@ class MaskPattern(Pattern):
 
     @classmethod
     def _from_spec(cls, spec: str, arguments: dict[str, Any]) -> Pattern:
-        try:
-            return cls._living[spec]
-        except KeyError:
-            raise ValueError(f"pattern: the mask of {spec} is not alive; keep its MaskPattern") from None
+        if (living := cls._living.get(spec)) is not None:
+            return living
+        length = arguments["length"]
+        bits = np.frombuffer(zlib.decompress(base64.b64decode(arguments["bits"])), np.uint8)
+        return cls(np.unpackbits(bits, count=length * length).view(np.bool_).reshape(length, length))
 
 
 @lru_cache(maxsize=64)

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch.library import opcheck
@@ -178,3 +183,37 @@ def test_explain_answers_for_the_call() -> None:
     assert str(float64).startswith("sparse_attention: reference\n")
     with pytest.raises(ValueError, match="function: got"):
         explain(print, Q)
+
+
+LOADS = """
+import sys
+import torch
+import dalle_kernels
+q, out = torch.load(sys.argv[2])
+torch.testing.assert_close(torch.export.load(sys.argv[1]).module()(q), out)
+"""
+
+
+def test_an_exported_mask_is_found_by_another_process(tmp_path: Path) -> None:
+    torch.manual_seed(9)
+    pattern = MaskPattern(torch.rand(12, 12) < 0.5)
+
+    class Layer(torch.nn.Module):
+        def forward(self, q: torch.Tensor) -> torch.Tensor:
+            return sparse_attention(q, q, q, pattern)
+
+    q = torch.randn(1, 2, 12, 16)
+    torch.export.save(torch.export.export(Layer(), (q,)), tmp_path / "layer.pt2")
+    torch.save((q, Layer()(q)), tmp_path / "tensors.pt")
+    command = [sys.executable, "-c", LOADS, str(tmp_path / "layer.pt2"), str(tmp_path / "tensors.pt")]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_mask_is_read_from_its_spec() -> None:
+    for length in (1, 7, 16, 65):
+        mask = torch.rand(length, length, generator=torch.Generator().manual_seed(length)) < 0.5
+        spec = MaskPattern(mask).spec
+        gc.collect()
+        assert Pattern.parse(spec).mask().equal(mask)
+    assert len(MaskPattern(Causal(TokenLayout()).mask()).spec) < 8192
