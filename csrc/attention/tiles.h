@@ -76,7 +76,9 @@ DALLE_INLINE bool far(F top) {
 }
 template <bool kCoarse, bool kFar>
 DALLE_INLINE F exponential(F score, F slope, F top) {
-  if constexpr (kCoarse) return power_coarse(kFar ? score * slope - top : fma(slope, score, zero() - top));
+  // The maximum, which changes nothing, keeps a compiler from contracting the product, which must be rounded, to an fma.
+  if constexpr (kCoarse && kFar) return power_coarse(max(set(-3e38f), score * slope) - top);
+  if constexpr (kCoarse) return power_coarse(fma(slope, score, zero() - top));
   return power((score - top) * slope);
 }
 
