@@ -498,6 +498,12 @@ def dalle_pattern_schedule(layers: int, layout: TokenLayout, kernel_size: int = 
         ['Row', 'Column', 'Row', 'Convolution']
     """
     _check_positive(layers=layers)
-    row, column = Row(layout), Column(layout)
-    body = [column if (layer - 2) % 4 == 0 else row for layer in range(1, layers)]
-    return (*body, Convolution(layout, kernel_size))
+    kinds = (Row(layout), Column(layout), Convolution(layout, kernel_size))
+    return tuple(kinds[dalle_pattern_kind(layer, layers)] for layer in range(layers))
+
+
+def dalle_pattern_kind(layer: int, layers: int) -> int:
+    """Which pattern `dalle_pattern_schedule` gives layer 0, 1, ... of `layers`: 0 row, 1 column, 2 convolution."""
+    if layer == layers - 1:
+        return 2
+    return 1 if layer % 4 == 1 else 0

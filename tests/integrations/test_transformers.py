@@ -15,6 +15,7 @@ from transformers import (
     AttentionInterface,
     AutoModelForCausalLM,
     DynamicCache,
+    Gemma3TextConfig,
     GPT2Config,
     LlamaConfig,
     MistralConfig,
@@ -287,5 +288,209 @@ def test_what_cannot_be_served_is_refused():
         make(llama(), "three")(ids)
     later = torch.ones(LENGTH, LENGTH, dtype=torch.bool)
     register_patterns("later", MaskPattern(later))
-    with pytest.raises(ValueError, match=r"pattern: .* lets a query see later keys, so it cannot generate"):
+    with pytest.raises(ValueError, match=r"pattern: .* lets a query see later keys, so it cannot be decoded"):
         make(llama(), "later").generate(ids[:, :TEXT], max_new_tokens=2, do_sample=False)
+
+
+# --- Generation of every kind -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def dense_row() -> str:
+    """A name under which SDPA attends by the row pattern's dense mask, in calls of every kind."""
+    from transformers import AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import sdpa_mask
+
+    row = torch.eye(LENGTH + 20, dtype=torch.bool)
+    row[:LENGTH, :LENGTH] = Row(LAYOUT).mask()
+
+    def mask(**named: Any) -> Tensor:
+        first, keys = int(named["q_offset"]), named["kv_length"]
+        seen = row[first : first + named["q_length"], :keys]
+        return sdpa_mask(**named | {"allow_is_causal_skip": False}) & seen
+
+    AttentionInterface.register("dense_row", sdpa_attention_forward)
+    AttentionMaskInterface.register("dense_row", mask)
+    return "dense_row"
+
+
+GENERATION: dict[str, dict[str, Any]] = {
+    "beams": {"num_beams": 3},
+    "beams of a static cache": {"num_beams": 3, "cache_implementation": "static", "disable_compile": True},
+    "several beams": {"num_beams": 3, "num_return_sequences": 2, "early_stopping": True, "length_penalty": 0.5},
+    "sampled beams": {"num_beams": 2, "num_return_sequences": 2, "do_sample": True},
+    "several samples": {"do_sample": True, "num_return_sequences": 4},
+    "filters": {"do_sample": True, "top_k": 9, "top_p": 0.9, "min_p": 0.05, "temperature": 0.7},
+    "processors": {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2, "bad_words_ids": [[5]], "min_new_tokens": 5},
+    "guidance": {"guidance_scale": 2.0},
+    "no cache": {"use_cache": False},
+    "a prompt in chunks": {"prefill_chunk_size": 3},
+    "assisted": {"assistant_model": True},
+    "assisted samples": {"assistant_model": True, "do_sample": True},
+    "prompt lookup": {"prompt_lookup_num_tokens": 10, "max_matching_ngram_size": 1},
+}
+
+
+@pytest.mark.parametrize("side", [None, "left"])
+@pytest.mark.parametrize("kind", GENERATION)
+def test_generation_of_every_kind_token_for_token(kind: str, side: str | None, dense_row: str) -> None:
+    named = {"do_sample": False, "max_new_tokens": LENGTH - TEXT} | GENERATION[kind]
+    ids, shows = tokens(length=TEXT), torch.ones(2, TEXT, dtype=torch.int64) if side is None else shown(side, TEXT)
+    if "assistant_model" in named or "prompt_lookup_num_tokens" in named:  # a batch of one, in transformers
+        ids, shows = ids[1:], shows[1:]
+    drawn = []
+    for name in ("dalle_row", dense_row):
+        model = make(llama(), name, torch.float32)
+        if "assistant_model" in named:
+            named["assistant_model"] = make(llama(initializer_range=0.32), name, torch.float32)
+        torch.manual_seed(5)
+        drawn.append(model.generate(ids, attention_mask=shows, **named))
+    assert drawn[0].shape[1] == LENGTH
+    assert len(drawn[0][:, TEXT:].unique()) > 4
+    assert torch.equal(*drawn)
+
+
+@pytest.mark.filterwarnings("error:dalle_row")
+def test_no_more_tokens_than_the_layout_has() -> None:
+    """The last token that is drawn need not be attended to, so one more than the layout has can be drawn."""
+    model, ids = make(llama(), "dalle_row", torch.float32), tokens(1, TEXT)
+    named = {"do_sample": False, "attention_mask": torch.ones_like(ids)}
+    lookup = {"prompt_lookup_num_tokens": 3, "max_matching_ngram_size": 1}
+    most = LENGTH - TEXT + 1
+    plain = model.generate(ids, max_new_tokens=most, **named)
+    with pytest.warns(UserWarning, match=r"dalle_row: 3\d tokens, where Row.* has 33: the others' logits are NaN"):
+        assert torch.equal(model.generate(ids, max_new_tokens=most, **named, **lookup), plain)
+    with pytest.raises(ValueError, match="dalle_row: got 34 tokens, wanted at most 33"):
+        model.generate(ids, max_new_tokens=most + 1, **named)
+    cache = DynamicCache(config=llama())
+    model(tokens(1, LENGTH - 2), past_key_values=cache)
+    with pytest.warns(UserWarning, match="dalle_row: 35 tokens"):
+        logits = model(tokens(1, 4), past_key_values=cache).logits
+    assert logits[:, :2].isfinite().all()
+    assert logits[:, 2:].isnan().all()
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_a_cache_goes_on_in_the_next_call(kind: str) -> None:
+    model, ids, cache = make(llama(), "dalle", torch.float32), tokens(length=TEXT), new_cache(kind, llama())
+    named = {"do_sample": False, "disable_compile": True}
+    wanted = model.generate(ids, max_new_tokens=11, **named)
+    begun = model.generate(ids, max_new_tokens=5, past_key_values=cache, **named)
+    assert torch.equal(model.generate(begun, max_new_tokens=6, past_key_values=cache, **named), wanted)
+    cache.reset()
+    assert torch.equal(model.generate(ids.flip(0), max_new_tokens=5, past_key_values=cache, **named), begun.flip(0))
+
+
+# --- Windows, compilers, weights --------------------------------------------------------------------------------------
+
+
+def gemma(*kinds: str) -> Any:
+    changes = {"layer_types": list(kinds), "sliding_window": 4, "head_dim": 16, "model_type": "gemma3_text"}
+    return Gemma3TextConfig(**llama().to_diff_dict() | changes)
+
+
+def test_only_layers_with_a_window_are_refused() -> None:
+    full = make(gemma(*["full_attention"] * 4), "dalle", torch.float32)
+    with torch.no_grad():
+        whole = full(tokens()).logits
+        assert whole.isfinite().all()
+    assert full.generate(tokens(length=TEXT), max_new_tokens=9, do_sample=False).shape == (2, TEXT + 9)
+    with pytest.raises(ValueError, match="attention_mask: this call asks for more than a causal mask"):
+        make(gemma(*["full_attention", "sliding_attention"] * 2), "dalle", torch.float32)(tokens())
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_a_window_wider_than_the_sequence_is_none(kind: str) -> None:
+    wide = MistralConfig(**llama().to_diff_dict() | {"sliding_window": LENGTH + 4, "model_type": "mistral"})
+    model, plain = make(wide, "dalle", torch.float32), make(llama(), "dalle", torch.float32)
+    plain.load_state_dict(model.state_dict())
+    named = {"max_new_tokens": LENGTH - TEXT, "do_sample": False, "disable_compile": True, "cache_implementation": kind}
+    assert torch.equal(*(one.generate(tokens(length=TEXT), **named) for one in (model, plain)))
+
+
+@pytest.mark.parametrize("config", [llama, gpt2])
+def test_weights_of_attention_are_refused_however_they_are_asked_for(config: Any) -> None:
+    model = make(config(), "dalle_row", torch.float32)
+    with pytest.raises(ValueError, match="output_attentions: got True, but dalle_row never makes the weights"):
+        model(tokens(), output_attentions=True)
+    with pytest.raises(ValueError, match="output_attentions: got True"):
+        model.generate(tokens(length=TEXT), max_new_tokens=2, output_attentions=True, return_dict_in_generate=True)
+    model.config._output_attentions = True  # as a configuration that was loaded says it
+    with pytest.raises(ValueError, match="output_attentions: got True"):
+        model(tokens())
+
+
+class Graphs:
+    """A compiler that counts its graphs."""
+
+    def __init__(self) -> None:
+        torch._dynamo.reset()
+        self.made = 0
+
+    def __call__(self, graph: Any, _: Any) -> Any:
+        self.made += 1
+        return graph.forward
+
+
+@pytest.mark.parametrize("side", [None, "left"])
+@pytest.mark.parametrize("name", ["dalle", "dalle_row"])
+def test_a_training_call_is_one_graph(name: str, side: str | None) -> None:
+    model, ids, graphs = make(llama(), name), tokens(), Graphs()
+    named = {"labels": ids, "use_cache": False, "attention_mask": None if side is None else shown(side)}
+    wanted = model(ids, **named)
+    got = torch.compile(model, backend=graphs, fullgraph=True)(ids, **named)
+    assert graphs.made == 1
+    torch.testing.assert_close(got.loss, wanted.loss, rtol=0, atol=0)
+    packed = torch.arange(LENGTH).remainder(10)[None]
+    with pytest.raises(RuntimeError, match="attention_mask: packed sequences or a sliding window"):
+        torch.compile(model, backend=graphs)(ids, position_ids=packed, use_cache=False)
+
+
+@pytest.mark.parametrize("side", [None, "left"])
+@pytest.mark.parametrize(("kind", "graphs"), [("static", 2), ("dynamic", 3)])
+def test_generation_compiles_without_asking_for_the_position(kind: str, graphs: int, side: str | None) -> None:
+    """fullgraph: nothing waits for a value of the device. A prompt is a graph, and a token (a growing cache: two)."""
+    model, ids, counted = make(llama(), "dalle", torch.float32), tokens(length=TEXT), Graphs()
+    shows = torch.ones_like(ids) if side is None else shown(side, TEXT)
+    named = {"attention_mask": shows, "max_new_tokens": LENGTH - TEXT, "do_sample": False, "disable_compile": True}
+    wanted = model.generate(ids, **named)
+    model.forward = torch.compile(model.forward, backend=counted, fullgraph=True)
+    assert torch.equal(model.generate(ids, cache_implementation=kind, **named), wanted)
+    assert counted.made == graphs
+
+
+def test_tokens_at_a_position_that_the_host_does_not_know() -> None:
+    """Several tokens of a static cache, compiled."""
+    model, ids = make(llama(), "dalle"), tokens()
+    with torch.no_grad():
+        whole = model(ids, use_cache=False).logits
+        step = torch.compile(model, backend=Graphs(), fullgraph=True)
+        cache = new_cache("static", llama())
+        model(ids[:, : TEXT + 3], past_key_values=cache)
+        for start, stop in ((TEXT + 3, TEXT + 8), (TEXT + 8, TEXT + 13), (TEXT + 13, TEXT + 14)):
+            got = step(ids[:, start:stop], past_key_values=cache).logits
+            torch.testing.assert_close(got, whole[:, start:stop], rtol=1e-10, atol=1e-10)
+
+
+def test_whatever_else_reads_the_mask_is_an_error() -> None:
+    from dalle_kernels.integrations.transformers import _Mask
+
+    mask, scores = _Mask("bloom", 0, None), torch.randn(2, 1, 4, 4)
+    uses = [
+        lambda: scores + mask,
+        lambda: mask + scores,
+        lambda: scores.masked_fill(mask, 0),
+        lambda: torch.where(mask, scores, 0),
+        lambda: mask[:, :, :, :4],
+        lambda: mask.to(torch.float32),
+        lambda: mask == 0,
+        lambda: ~mask,
+        lambda: (1 - mask) * 3,
+        lambda: torch.nn.functional.scaled_dot_product_attention(scores, scores, scores, attn_mask=mask),
+        lambda: bool(mask),
+        lambda: mask.shape,
+    ]
+    for use in uses:
+        with pytest.raises(ValueError, match="attn_implementation: bloom computes attention itself"):
+            use()
