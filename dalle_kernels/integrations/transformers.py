@@ -503,6 +503,7 @@ def _visible(pattern: Pattern, position: int, device: str) -> Tensor:
     return torch.cat([torch.arange(int(table.prefix[position])), own.long()]).to(device)
 
 
+@remembered(maxsize=64)
 def _longest(pattern: Pattern) -> int:
     table = _seen(pattern)
     return int((table.prefix + table.offsets.diff()).max())
