@@ -14,6 +14,8 @@ BLOCKS = {
     if (found := re.search(r"from dalle_kernels\.integrations\.(\w+) import", block))
 }
 RESULTS = {
+    "natten": lambda names: names["out"].shape == names["q"].shape,  # needs nothing of theirs
+    "vector_quantize_pytorch": lambda names: names["quantized"].shape == (1, 1024, 64),
     "dalle_pytorch": lambda names: names["images"].isfinite().all(),
     "rudalle": lambda names: len(names["model"].transformer._patterns) == 2,
     "transformers": lambda names: 257 <= names["tokens"].shape[1] <= 264,
@@ -27,7 +29,8 @@ def test_there_are_drop_ins():
 @pytest.mark.usefixtures("attention_names")
 @pytest.mark.parametrize("name", BLOCKS)
 def test_drop_in(name):
-    peer(name)
+    if name != "natten":
+        peer(name)
     names = {}
     exec(BLOCKS[name], names)
     assert RESULTS[name](names)

@@ -44,7 +44,8 @@ from dalle_kernels.integrations.dalle_pytorch.attention import (
     SparseConvCausalAttention,
     derive_again,
 )
-from dalle_kernels.integrations.dalle_pytorch.generation import Generation, Shift, extend
+from dalle_kernels.integrations.dalle_pytorch.generation import Generation, Shift
+from dalle_kernels.integrations.extension import extend
 from dalle_kernels.patterns import AxialRow, Column, TokenLayout
 
 __all__ = ["Attention", "SparseAttention", "SparseAxialCausalAttention", "SparseConvCausalAttention", "accelerate"]

@@ -9,37 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dalle_kernels.integrations.dalle_pytorch.attention import Cache
+from dalle_kernels.integrations.extension import Extension
 
 
-class _Extension:
-    """What is put in front of one of their classes, whose instances it leaves that; copied and pickled by its parts."""
-
-    _parts: tuple[type, type]
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        if "_parts" not in vars(type(self)):  # somebody extended the class further
-            return super().__reduce_ex__(protocol)  # type: ignore[return-value]
-        return _remake, self._parts, self.__getstate__()  # type: ignore[attr-defined]
-
-
-_MADE: dict[tuple[type, type], type] = {}
-
-
-def extend(extension: type, base: type) -> type:
-    """The class that has `extension` in front of `base`, one of theirs."""
-    parts = (extension, base)
-    if parts not in _MADE:
-        names = {"__module__": base.__module__, "__doc__": base.__doc__, "_parts": parts}
-        _MADE[parts] = type(base.__name__, parts, names)
-    return _MADE[parts]
-
-
-def _remake(extension: type, base: type) -> Any:
-    kind: Any = extend(extension, base)
-    return kind.__new__(kind)
-
-
-class Shift(_Extension):
+class Shift(Extension):
     """In front of `PreShiftToken`: from token to token it keeps the features that the next row will take over."""
 
     def forward(self: Any, x: Tensor, cache: Cache | None = None, cache_key: Any = None, **kwargs: Any) -> Tensor:
@@ -63,7 +36,7 @@ class Shift(_Extension):
         return self.fn(torch.cat([top, left, x[..., 2 * quarter :]], -1), cache=cache, **kwargs)
 
 
-class Generation(_Extension):
+class Generation(Extension):
     """In front of `DALLE`: `generate_images` with a cache."""
 
     @torch.no_grad()
