@@ -18,7 +18,7 @@ YARDSTICK = "copying the visible keys and values"
 
 
 def cells(choice: Choice) -> list[Cell]:
-    """Every pattern at batch 8; without further wishes also batch 1."""
+    """Every pattern at batch 8, without further wishes also batch 1; and the candidates of one prompt."""
     dtypes = choice.dtypes or ((torch.bfloat16,) if choice.gpu else (torch.float32, torch.bfloat16))
     names = choice.patterns or (("row",) if choice.quick else ("row", "column", "convolution"))
     batches = (8,) if choice.quick else (8, 1, 64) if choice.gpu else (8, 1)
@@ -30,7 +30,82 @@ def cells(choice: Choice) -> list[Cell]:
         for name in names
         for dtype in dtypes
         for batch in batches
+    ] + [
+        candidates_cell(choice.device, name, text, grids[0], dtype, candidates)
+        for text in texts
+        for name in names
+        for dtype in dtypes
+        for candidates in ((64,) if choice.quick else (16, 64, 512))
     ]
+
+
+def candidates_cell(
+    device: torch.device, name: str, text: int, grid: int, dtype: torch.dtype, candidates: int, heads: int = 8
+) -> Cell:
+    """A step of many candidates of one caption, in the middle of the picture: its keys kept once, and for each."""
+    width = 64
+    case = {
+        "pattern": name,
+        "grid": grid,
+        "text": text,
+        "candidates": candidates,
+        "heads": heads,
+        "width": width,
+        "dtype": dtype_name(dtype),
+    }
+
+    def prepare(shares: bool) -> Trial:
+        problem = Problem(pattern_of(name, text, grid), candidates, heads, width, dtype, device)
+        return _candidates(problem, text, text + grid * grid // 2, shares)
+
+    def contenders() -> Iterable[Contender]:
+        yield Contender("dalle_kernels, the prompt once", partial(prepare, True))
+        yield Contender("dalle_kernels, a cache for each", partial(prepare, False))
+
+    return Cell("decode", case, dtype, Work, contenders, f"{name} {text} {candidates} candidates {dtype_name(dtype)}")
+
+
+def _candidates(problem: Problem, text: int, position: int, shares: bool) -> Trial:
+    generator = torch.Generator(problem.device).manual_seed(0)
+
+    def normal(batch: int, tokens: int) -> list[Tensor]:
+        shape = (batch, problem.heads, tokens, problem.width)
+        return [torch.randn(shape, generator=generator, device=problem.device).to(problem.dtype) for _ in range(2)]
+
+    prompt, cells, (q, _) = normal(1, text), normal(problem.batch, position + 1 - text), normal(problem.batch, 1)
+    copies = problem.batch if shares else 1
+    cache = KVCache(
+        problem.pattern,
+        problem.batch // copies,
+        problem.heads,
+        problem.width,
+        dtype=problem.dtype,
+        device=problem.device,
+        copies=copies,
+    )
+    cache.prefill(*(tensor.expand(problem.batch // copies, -1, -1, -1) for tensor in prompt))
+    k, v = (tensor[:, :, -1:] for tensor in cells)
+    with torch.no_grad():
+        before = [tensor[:, :, :-1] for tensor in cells]
+        decode_attention(before[0], *before, cache, text)
+    run = partial(_again, q, k, v, cache, torch.full((), position, device=problem.device))
+
+    def verify() -> Check:
+        visible = problem.pattern.mask()[position, : position + 1].nonzero()[:, 0].to(problem.device)
+        keys, values = (
+            torch.cat([one.expand(problem.batch, -1, -1, -1), own], 2)[:, :, visible]
+            for one, own in zip(prompt, cells, strict=True)
+        )
+        true, rounded = (
+            (wide(q) @ wide(keys).mT * problem.width**-0.5).softmax(-1) @ wide(values)
+            for wide in (Tensor.double, lambda tensor: tensor)
+        )
+        slack = 4 * torch.finfo(problem.dtype).eps * true.abs().max().item()
+        with torch.no_grad():
+            error = (run().double() - true).abs().max().item()
+        return Check(error, 2 * (rounded.double() - true).abs().max().item() + slack)
+
+    return Trial([run], verify, {"note": f"{cache.nbytes / 2**20:.1f} MiB of cache"})
 
 
 def cell(

@@ -15,9 +15,11 @@ from benchmarks.suites.models import attention_by, decoding_by_sdpa, sdpa_masked
 
 
 def cells(choice: Choice) -> list[Cell]:
-    """One picture's tokens after a caption; the last cells of it alone, where the whole would take too long."""
+    """One picture's tokens after a caption; the last cells of it alone, where the whole would take too long. Then many
+    candidates of one caption, whole pictures."""
     dtypes = choice.dtypes or ((torch.bfloat16,) if choice.gpu else (torch.float32,))
     batches = (1, 16) if choice.gpu else (1,) if choice.quick else (1, 4)
+    candidates = (64,) if choice.quick else (16, 64)
     grids, texts = choice.grids or (32,), choice.texts or (256,)
     return [
         cell(choice.device, text, grid, dtype, batch, tokens=8 if choice.quick and not choice.gpu else None)
@@ -25,7 +27,52 @@ def cells(choice: Choice) -> list[Cell]:
         for text in texts
         for dtype in dtypes
         for batch in batches
+    ] + [
+        candidates_cell(choice.device, dtype, number, tokens=8 if choice.quick and not choice.gpu else None)
+        for dtype in dtypes
+        for number in candidates
     ]
+
+
+def candidates_cell(device: torch.device, dtype: torch.dtype, number: int, tokens: int | None = None) -> Cell:
+    """Pictures of one caption by the preset "small", or their last `tokens` cells: read once, and as often as drawn."""
+    case = {"preset": "small", "candidates": number, "tokens": tokens or "all", "dtype": dtype_name(dtype)}
+
+    def draw(copies: int) -> Trial:
+        from dalle_reference.generate import generate
+        from dalle_reference.transformer import DalleTransformer, TransformerConfig
+
+        torch.manual_seed(0)
+        config = TransformerConfig.preset("small")
+        model = DalleTransformer(config).to(device).eval()
+        text = torch.randint(config.vocab_text, (1, config.caption_length), device=device)
+        given = config.image_length - (tokens or config.image_length)
+        prefix = torch.randint(config.vocab_image, (1, given), device=device)
+
+        def run(copies: int = copies) -> Tensor:
+            repeats = number // copies
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                return generate(
+                    model,
+                    text.expand(repeats, -1),
+                    seed=1,
+                    number=copies,
+                    temperature=0.0,
+                    image_prefix=prefix.expand(repeats, -1),
+                )
+
+        def verify() -> Check:
+            """Greedy tokens: the first must agree, later ones may part where two are close."""
+            return Check((run()[:, given] != run(1)[:, given]).double().mean().item(), 0.0)
+
+        drawn = number * (config.image_length - given)
+        return Trial([run], verify, counts={"tokens": drawn, "pictures": drawn / config.image_length})
+
+    def contenders() -> Iterable[Contender]:
+        yield Contender("dalle_kernels, the caption once", partial(draw, number))
+        yield Contender("dalle_kernels, a caption for each", partial(draw, 1))
+
+    return Cell("generation", case, dtype, Work, contenders, f"small {number} {dtype_name(dtype)}")
 
 
 def cell(

@@ -49,15 +49,15 @@ class FullCache(KVCache):
     """Keys and values of every position, as a model without decode tables keeps them."""
 
     def __init__(self, like: KVCache) -> None:
-        self.pattern, self.copies = like.pattern, 1
+        self.pattern, self.copies = like.pattern, like.copies
         batch, heads, _, width = like.keys.shape
         self.keys = like.keys.new_zeros(batch, heads, like.pattern.length, width)
         self.values = torch.zeros_like(self.keys)
 
     def prefill(self, k: Tensor, v: Tensor, key_padding_mask: Tensor | None = None) -> None:
         assert key_padding_mask is None
-        self.keys[:, :, : k.shape[2]] = k
-        self.values[:, :, : v.shape[2]] = v
+        self.keys[:, :, : k.shape[2]] = k.repeat_interleave(self.copies, 0)
+        self.values[:, :, : v.shape[2]] = v.repeat_interleave(self.copies, 0)
 
 
 def sdpa_decode(q: Tensor, k: Tensor, v: Tensor, cache: KVCache, position: Tensor, **_: Any) -> Tensor:

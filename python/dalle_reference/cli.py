@@ -98,7 +98,7 @@ def _generate(config: Annotated[GenerateConfig, tyro.conf.arg(name="")]) -> None
     for caption in config.captions:
         _check_caption(caption, tokenizer, model.config.caption_length)
     captions = [caption for caption in config.captions for _ in range(config.number)]
-    text = tokenizer.encode(captions, model.config.caption_length).to(device)
+    text = tokenizer.encode(list(config.captions), model.config.caption_length).to(device)
     prefix = None
     if config.complete is not None:
         rows, columns = model.config.grid
@@ -106,11 +106,12 @@ def _generate(config: Annotated[GenerateConfig, tyro.conf.arg(name="")]) -> None
         if not 0 <= keep <= rows:
             raise UserError(f"rows: got {keep}, wanted 0 to {rows}, the rows of tokens in a picture")
         picture = _read_picture(config.complete, dvae.config.resolution).to(device)
-        prefix = dvae.encode(picture[None].float() / 255.0).flatten(1)[:, : keep * columns].expand(len(captions), -1)
+        prefix = dvae.encode(picture[None].float() / 255.0).flatten(1)[:, : keep * columns].expand(len(text), -1)
     tokens = generate(
         model,
         text,
         seed=config.seed,
+        number=config.number,
         temperature=config.temperature,
         top_k=config.top_k,
         top_p=config.top_p,

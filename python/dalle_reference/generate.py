@@ -16,6 +16,7 @@ def generate(
     text_tokens: Tensor,
     *,
     seed: int,
+    number: int = 1,
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
@@ -26,30 +27,32 @@ def generate(
 ) -> Tensor:
     """Image tokens for captions.
 
-    Row b of the result depends on the caption b, on b itself and on `seed`, so the same caption twice in a
-    batch gives two pictures, and the same call twice gives the same.
+    A row of the result depends on its caption, on its place and on `seed`, so the same caption twice in a batch gives
+    two pictures, and the same call twice gives the same. `number` gives the pictures that so many copies of each
+    caption would, up to rounding, but the model reads each caption once, and a step its keys once for all of them.
 
     Args:
         model: a trained `DalleTransformer`; the device and, under autocast, the dtype are its own.
         text_tokens: int64 [B, n <= caption_length], `NO_TOKEN` where a caption has ended.
         seed: of the draws; any int64.
+        number: pictures of each caption.
         temperature, top_k, top_p: as in `dalle_kernels.sample_tokens`; temperature 0: the likeliest token.
         guidance_scale: s of classifier-free guidance, logits u + s (c - u) with u those of the empty caption;
             other than 1 it doubles the batch, and wants a model trained with some captions dropped.
-        image_prefix: int64 [B, m], the first m cells of each picture in raster order; the rest is drawn.
+        image_prefix: int64 [B, m], the first m cells of each caption's pictures in raster order; the rest is drawn.
         use_cache: keep keys and values between tokens. Without it each token runs the whole stream anew:
             slow, for checking the other way.
         progress: called with (cells done, cells in all) after each token.
 
     Returns:
-        int64 [B, H * W], the prefix included.
+        int64 [B * number, H * W], the prefix included; the pictures of a caption follow one another.
 
     Raises:
         TypeError, ValueError: when an argument has another type, shape or range than said here.
 
     Example:
-        >>> text = tokenizer.encode(["a red apple"] * 4)                 # [4, caption_length]
-        >>> tokens = generate(model, text, seed=0, top_k=64, guidance_scale=3.0)
+        >>> text = tokenizer.encode(["a red apple"])                     # [1, caption_length]
+        >>> tokens = generate(model, text, seed=0, number=4, top_k=64, guidance_scale=3.0)
         >>> pictures = dvae.decode(tokens.unflatten(1, model.config.grid))
     """
     config = model.config
@@ -59,18 +62,25 @@ def generate(
     batch = text_tokens.shape[0]
     _check("text_tokens", text_tokens, batch, config.caption_length, NO_TOKEN, config.vocab_text)
     _check("image_prefix", image_prefix, batch, cells, 0, config.vocab_image)
+    if number < 1:
+        raise ValueError(f"number: got {number}, wanted at least 1")
     guided = guidance_scale != 1.0
     if guided:
         text_tokens = torch.cat([text_tokens, torch.full_like(text_tokens, NO_TOKEN)])
 
-    image = image_prefix
-    caches = model.new_caches(text_tokens.shape[0]) if use_cache else None
+    image = image_prefix.repeat_interleave(number, 0)
+    caches = model.new_caches(len(text_tokens), copies=number) if use_cache else None
+    if not use_cache:
+        text_tokens = text_tokens.repeat_interleave(number, 0)
     seeds = _step_seeds(seed, cells, text_tokens.device)
     with torch.no_grad():
         for cell in range(image_prefix.shape[1], cells):
             stream = torch.cat([image, image]) if guided else image
-            if caches is None or cell == image_prefix.shape[1]:
-                hidden = model.hidden(text_tokens, stream, caches)
+            if caches is None:
+                hidden = model.hidden(text_tokens, stream)
+            elif cell == image_prefix.shape[1]:
+                prompts = model.hidden(text_tokens, stream[::number], caches)
+                hidden = prompts[:, -1:].repeat_interleave(number, 0)
             else:
                 hidden = model.step(stream[:, -1:], cell - 1, caches)
             logits = model.image_head(hidden[:, -1]).float()

@@ -237,9 +237,9 @@ class DalleTransformer(nn.Module):
             x = block(x, None if caches is None else caches[layer])
         return self.head_norm(self.final_norm(x))
 
-    def new_caches(self, batch: int) -> list[KVCache]:
-        """Empty key-value caches, one per layer."""
-        return [block.attention.new_cache(batch) for block in self.layers]
+    def new_caches(self, batch: int, copies: int = 1) -> list[KVCache]:
+        """Empty key-value caches, one per layer: of `batch` prompts, each with `copies` continuations."""
+        return [block.attention.new_cache(batch, copies=copies) for block in self.layers]
 
     def step(self, image_tokens: Tensor, cell: int, caches: Sequence[KVCache]) -> Tensor:
         """Go on by one image token, int64 [B, 1], drawn for `cell` -> [B, 1, width]: predicts the next."""

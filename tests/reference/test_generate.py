@@ -62,6 +62,16 @@ def test_cached_and_uncached_generation_draw_the_same_tokens(
         assert torch.equal(cached[:, : given.shape[1]], given)
 
 
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_several_pictures_of_a_caption_are_those_of_its_copies(
+    model: DalleTransformer, text: torch.Tensor, way: dict[str, Any]
+) -> None:
+    copied = {name: v.repeat_interleave(9, 0) if isinstance(v, torch.Tensor) else v for name, v in way.items()}
+    wanted = generate(model, text.repeat_interleave(9, 0), seed=3, **copied)
+    assert torch.equal(generate(model, text, seed=3, number=9, **way), wanted)
+    assert torch.equal(generate(model, text, seed=3, number=9, use_cache=False, **way), wanted)
+
+
 def test_the_seed_decides_and_rows_differ(model: DalleTransformer) -> None:
     text = torch.tensor([[5, 6, 7]]).expand(3, -1)
     one = generate(model, text, seed=1)
@@ -153,6 +163,7 @@ def test_it_learns_captions_and_draws_them() -> None:
         (torch.tensor([[1]]), {"image_prefix": torch.zeros(2, 3).long()}, ValueError, "image_prefix: got shape"),
         (torch.tensor([[1]]), {"temperature": -1.0}, ValueError, "temperature"),
         (torch.tensor([[1]]), {"top_p": 0.0}, ValueError, "top_p"),
+        (torch.tensor([[1]]), {"number": 0}, ValueError, "number: got 0, wanted at least 1"),
     ],
 )
 def test_bad_requests_are_refused(
