@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch.nn.functional import pad
 
 from dalle_kernels.attention.contract import Grads, Inputs, Kept, Needs, Outputs
 from dalle_kernels.backends import native
@@ -17,8 +18,8 @@ _WIDEST = 256
 
 def refuse(call: Call) -> str | None:
     reason = native.refuse_cpu(call.device, call.dtype)
-    if reason is None and (call.width % 8 or not 8 <= call.width <= _WIDEST):
-        reason = f"it takes a head dimension D that is a multiple of 8 up to {_WIDEST}, not {call.width}"
+    if reason is None and call.width > _WIDEST:
+        reason = f"it takes a head dimension D up to {_WIDEST}, not {call.width}"
     return reason
 
 
@@ -45,15 +46,30 @@ def _plan(pattern: Pattern, length: int) -> torch.Tensor:
     )
 
 
+def _filled(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors with zeros up to a width that is a multiple of 8, which kernels take: no score or sum changes."""
+    return [pad(tensor, (0, -tensor.shape[-1] % 8)) for tensor in tensors]
+
+
+def _cut(filled: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(like).copy_(filled[..., : like.shape[-1]])
+
+
 def forward(inputs: Inputs) -> Outputs:
     q, k, v, key_padding_mask, scale, pattern = inputs
     plan = _plan(pattern, q.shape[2])
-    return Outputs(*torch.ops.dalle_kernels_cpu.attention_forward(q, k, v, key_padding_mask, scale, plan))
+    if q.shape[-1] % 8 == 0:
+        return Outputs(*torch.ops.dalle_kernels_cpu.attention_forward(q, k, v, key_padding_mask, scale, plan))
+    out, lse = torch.ops.dalle_kernels_cpu.attention_forward(*_filled(q, k, v), key_padding_mask, scale, plan)
+    return Outputs(_cut(out, q), lse)
 
 
 def backward(grads: Grads, kept: Kept, needs: Needs) -> tuple[torch.Tensor | None, ...]:
     (grad_out, grad_lse), (q, k, v, out, lse, key_padding_mask, scale, pattern) = grads, kept
-    plan = _plan(pattern, q.shape[2])
-    return torch.ops.dalle_kernels_cpu.attention_backward(
-        grad_out, grad_lse, q, k, v, out, lse, key_padding_mask, scale, plan
-    )
+    assert grad_out is not None
+    run, plan = torch.ops.dalle_kernels_cpu.attention_backward, _plan(pattern, q.shape[2])
+    if q.shape[-1] % 8 == 0:
+        return run(grad_out, grad_lse, q, k, v, out, lse, key_padding_mask, scale, plan)
+    wide_grad, *wide = _filled(grad_out, q, k, v, out)
+    filled = run(wide_grad, grad_lse, *wide, lse, key_padding_mask, scale, plan)
+    return tuple(_cut(gradient, like) for gradient, like in zip(filled, (q, k, v), strict=True))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 import torch
+from torch.nn.functional import pad
 
 from dalle_kernels.attention import reference
 from dalle_kernels.attention.contract import Backend, Grads, Inputs, Kept, Needs, Outputs, call_of
@@ -75,8 +76,10 @@ def sparse_attention(
     Source: Ramesh et al. 2021, appendix B.1 (the patterns); Dao et al. 2022 (computing it without the S x S matrix).
 
     Args:
-        q, k, v: [B, H, S, D], float16, bfloat16, float32 or float64, any strides. S may be less than the
-            pattern's length: a prefix. Under autocast they are cast as scaled_dot_product_attention's are.
+        q: [B, H, S, D], float16, bfloat16, float32 or float64, any strides. S may be less than the pattern's length: a
+            prefix. Under autocast q, k and v are cast as scaled_dot_product_attention's are.
+        k: [B, G, S, D], v: [B, G, S, E], G a divisor of H: query head h attends to head h // (H / G) (grouped-query
+            attention, Ainslie et al. 2023; nothing is repeated in memory). E is D, or any other width.
         pattern: who sees whom.
         scale: what the scores are multiplied by; D ** -0.5 where None.
         key_padding_mask: bool [B, S], True at keys to ignore (as torch.nn.MultiheadAttention has it).
@@ -84,7 +87,7 @@ def sparse_attention(
         backend: "auto", "reference", "cpu", "triton" or "cuda"; see `explain`.
 
     Returns:
-        [B, H, S, D] in q's dtype; with `return_lse` also float32 [B, H, S] (float64 for float64 inputs). A query
+        [B, H, S, E] in q's dtype; with `return_lse` also float32 [B, H, S] (float64 for float64 inputs). A query
         that sees no key gives zeros, a log-sum-exp of -inf and no gradient.
 
     Raises:
@@ -102,8 +105,9 @@ def sparse_attention(
     q, k, v = autocast(q, k, v)
     for name, tensor in (("k", k), ("v", v)):
         check_alike(name, tensor, "q", q)
-        if tensor.shape != q.shape:
-            raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, wanted {tuple(q.shape)} as q has")
+    alike = k.shape == q.shape and v.shape == q.shape
+    if not alike:
+        _check_shapes(q, k, v)
     if not q.shape[3]:
         raise ValueError(f"q: got shape {tuple(q.shape)}, wanted a head dimension D of at least 1")
     if not isinstance(pattern, Pattern):
@@ -120,18 +124,52 @@ def sparse_attention(
             raise ValueError(f"key_padding_mask: got {came}, wanted torch.bool of shape {wanted}")
         if key_padding_mask.device != q.device:
             raise ValueError(f"key_padding_mask: got a tensor on {key_padding_mask.device}, wanted {q.device}")
-    out, lse = _ENTRY(
-        Inputs(
-            rows_contiguous(q),
-            rows_contiguous(k),
-            rows_contiguous(v),
-            key_padding_mask,
-            None if scale is None else float(scale),
-            pattern,
-        ),
-        backend,
-    )
+    scale = None if scale is None else float(scale)
+    if alike:
+        inputs = Inputs(rows_contiguous(q), rows_contiguous(k), rows_contiguous(v), key_padding_mask, scale, pattern)
+        out, lse = _ENTRY(inputs, backend)
+    else:
+        out, lse = _unlike(q, k, v, key_padding_mask, q.shape[3] ** -0.5 if scale is None else scale, pattern, backend)
     return (out, lse) if return_lse else out
+
+
+def _check_shapes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    batch, heads, tokens, width = q.shape
+    groups = k.shape[1]
+    if not groups or heads % groups or k.shape != (batch, groups, tokens, width):
+        wanted = f"({batch}, G, {tokens}, {width}), G a divisor of {heads}"
+        raise ValueError(f"k: got shape {tuple(k.shape)}, wanted {wanted}")
+    if v.shape[:3] != k.shape[:3] or not v.shape[3]:
+        raise ValueError(f"v: got shape {tuple(v.shape)}, wanted ({batch}, {groups}, {tokens}, at least 1)")
+
+
+def _unlike(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    key_padding_mask: torch.Tensor | None,
+    scale: float,
+    pattern: Pattern,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same with fewer heads in k and v, or another width in v, as attention of tensors that are alike.
+
+    The heads of a group become a batch entry's, to which its one head of k and v is shown by a stride of 0. The
+    narrower of q with k and v is filled up with zeros, which change neither scores nor sums.
+    """
+    batch, heads, _, width = q.shape
+    groups, wide = k.shape[1], v.shape[3]
+    common = max(width, wide)
+    q, k, v = (pad(tensor, (0, common - tensor.shape[3])) for tensor in (q, k, v))
+    shared = heads // groups
+    if shared > 1:
+        q = q.reshape(batch * groups, shared, *q.shape[2:])
+        k, v = (tensor.flatten(0, 1)[:, None].expand(-1, shared, -1, -1) for tensor in (k, v))
+        if key_padding_mask is not None:
+            key_padding_mask = key_padding_mask.repeat_interleave(groups, 0)
+    inputs = Inputs(rows_contiguous(q), rows_contiguous(k), rows_contiguous(v), key_padding_mask, scale, pattern)
+    out, lse = _ENTRY(inputs, backend)
+    return out[..., :wide].reshape(batch, heads, -1, wide), lse.reshape(batch, heads, -1)
 
 
 register(sparse_attention, OPERATION)

@@ -140,7 +140,12 @@ Q = torch.zeros(2, 3, LAYOUT.length, 16)
         (([1.0], Q, Q), {}, TypeError, "q: got list, wanted a torch.Tensor"),
         ((Q[0], Q, Q), {}, ValueError, r"q: got shape \(3, 29, 16\), wanted 4 dimensions"),
         ((Q.long(), Q, Q), {}, TypeError, "q: got torch.int64, wanted float16"),
-        ((Q, Q[..., :8], Q), {}, ValueError, r"k: got shape \(2, 3, 29, 8\), wanted \(2, 3, 29, 16\)"),
+        (
+            (Q, Q[..., :8], Q),
+            {},
+            ValueError,
+            r"k: got shape \(2, 3, 29, 8\), wanted \(2, G, 29, 16\), G a divisor of 3",
+        ),
         ((Q, Q, Q[:, :, :-1]), {}, ValueError, r"v: got shape \(2, 3, 28, 16\)"),
         ((Q, Q, Q.double()), {}, TypeError, "v: got torch.float64, wanted torch.float32 as q has"),
         ((Q, Q.to("meta"), Q), {}, ValueError, "k: got a tensor on meta, wanted cpu"),

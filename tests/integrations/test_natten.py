@@ -74,6 +74,15 @@ def test_functions(shape: tuple[int, ...], masks: dict[str, Any], context: int) 
         close(result, wanted)
 
 
+def test_grouped_heads_and_wider_values() -> None:
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 6, 7, 4, 16), torch.randn(2, 6, 7, 2, 16), torch.randn(2, 6, 7, 2, 24)
+    more = torch.randn(2, 5, 2, 16), torch.randn(2, 5, 2, 24)
+    got = natten.na2d(q, k, v, 3, additional_keys=more[0], additional_values=more[1])
+    repeated = [tensor.double().repeat_interleave(2, -2) for tensor in (k, v, *more)]
+    close(got, exact((6, 7), {"kernel_size": 3}, q.double(), *repeated[:2], more=tuple(repeated[2:]))[0])  # type: ignore[arg-type]
+
+
 def test_defaults_given_as_none_are_natten_s() -> None:
     q, k, v = torch.randn(3, 1, 6, 7, 2, 16)
     plain = natten.na2d(q, k, v, 3)
