@@ -86,7 +86,7 @@ def seed_tensor(seed: int | torch.Tensor | None, device: torch.device) -> torch.
 
 def autocasts(kind: str) -> bool:
     """Whether autocast is on for devices of `kind`; some, such as "meta", have none."""
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return (kind in ("cpu", "cuda") or torch.amp.is_autocast_available(kind)) and torch.is_autocast_enabled(kind)
 
 
 def autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:

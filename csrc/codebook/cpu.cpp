@@ -90,16 +90,16 @@ std::tuple<Tensor, Tensor> gumbel_backward(const std::optional<Tensor>& grad_lat
                                            const Tensor& codebook, const Tensor& temperature, bool hard, bool noise,
                                            const Tensor& seed, const Tensor& latents, const Tensor& indices,
                                            const Tensor& kl, const Tensor& lse_noisy, const Tensor& lse_clean,
-                                           const Tensor& mixture) {
+                                           const Tensor& mixture, bool needs_codebook) {
   const CodebookKernels& kernels = kernels_for(logits);
   const bool has_latents = pointer<const void>(grad_latents) != nullptr;
   // Without a gradient of the latents nothing asks for the noise, and codes can be walked in their own order.
   const Gumbel problem = gumbel_problem(logits, codebook, temperature, noise && has_latents, seed);
   const int64_t columns = padded(problem.width), rows = problem.rows;
   Tensor grad_logits = new_tensor({rows, problem.codes}, logits.dtype());
-  const bool through_mixture = has_latents && !hard;
-  Tensor grad_codebook = new_tensor_like(codebook);
-  if (!through_mixture) std::memset(grad_codebook.data<void>(), 0, size_t(codebook.numel() * codebook.element_size()));
+  const bool through_mixture = has_latents && !hard && needs_codebook;
+  Tensor grad_codebook = needs_codebook ? new_tensor_like(codebook) : empty({0}, codebook.dtype());
+  if (needs_codebook && !through_mixture) std::memset(grad_codebook.data<void>(), 0, size_t(codebook.numel() * codebook.element_size()));
 
   GumbelBackward backward{problem};
   backward.grad_latents = pointer<const void>(grad_latents);
@@ -136,7 +136,7 @@ std::tuple<Tensor, Tensor> gumbel_backward(const std::optional<Tensor>& grad_lat
   if (backward.partial != nullptr)
     parallel_for(0, problem.codes, kCodesPerTask,
                      [&](int64_t code, int64_t end) { kernels.gumbel_collect(backward, code, end); });
-  if (has_latents && hard) {
+  if (has_latents && hard && needs_codebook) {
     const auto [starts, members] = members_of_codes(indices, problem.codes);
     const VqBackward scatter{.rows = rows, .codes = problem.codes, .width = problem.width,
                              .grad_codebook = grad_codebook.data<void>(), .starts = starts.data(), .members = members.data()};
@@ -163,17 +163,21 @@ std::tuple<Tensor, Tensor> vq_forward(const Tensor& features, const Tensor& code
 }
 
 std::tuple<Tensor, Tensor> vq_backward(const Tensor& grad, const Tensor& features, const Tensor& codebook,
-                                       const Tensor& indices) {
+                                       const Tensor& indices, bool needs_features, bool needs_codebook) {
   const CodebookKernels& kernels = kernels_for(features);
   const int64_t rows = features.size(0), codes = codebook.size(0), width = codebook.size(1);
   const Tensor dense = contiguous(features);
-  Tensor grad_features = new_tensor_like(dense), grad_codebook = new_tensor_like(codebook);
+  Tensor grad_features = needs_features ? new_tensor_like(dense) : empty({0}, features.dtype());
+  Tensor grad_codebook = needs_codebook ? new_tensor_like(codebook) : empty({0}, codebook.dtype());
   const auto [starts, members] = members_of_codes(indices, codes);
   const VqBackward backward{grad.data<const float>(), dense.data<const void>(), codebook.data<const void>(), rows, codes,
                             width, indices.data<const int64_t>(), grad_features.data<void>(), grad_codebook.data<void>(),
                             starts.data(), members.data()};
-  parallel_for(0, rows, kCodesPerTask, [&](int64_t row, int64_t end) { kernels.vq_grad_features(backward, row, end); });
-  parallel_for(0, codes, kCodesPerTask, [&](int64_t code, int64_t end) { kernels.vq_grad_codebook(backward, code, end); });
+  if (needs_features)
+    parallel_for(0, rows, kCodesPerTask, [&](int64_t row, int64_t end) { kernels.vq_grad_features(backward, row, end); });
+  if (needs_codebook)
+    parallel_for(0, codes, kCodesPerTask,
+                 [&](int64_t code, int64_t end) { kernels.vq_grad_codebook(backward, code, end); });
   return {std::move(grad_features), std::move(grad_codebook)};
 }
 
@@ -194,11 +198,11 @@ const Operators operators(
       boxed<&gumbel_forward>},
      {"gumbel_backward(Tensor? grad_latents, Tensor? grad_kl, Tensor logits, Tensor codebook, Tensor temperature,"
       " bool hard, bool noise, Tensor seed, Tensor latents, Tensor indices, Tensor kl, Tensor lse_noisy,"
-      " Tensor lse_clean, Tensor mixture) -> (Tensor, Tensor)",
+      " Tensor lse_clean, Tensor mixture, bool needs_codebook) -> (Tensor, Tensor)",
       boxed<&gumbel_backward>},
      {"vq_forward(Tensor features, Tensor codebook) -> (Tensor, Tensor)", boxed<&vq_forward>},
-     {"vq_backward(Tensor grad_squared_distance, Tensor features, Tensor codebook, Tensor indices)"
-      " -> (Tensor, Tensor)",
+     {"vq_backward(Tensor grad_squared_distance, Tensor features, Tensor codebook, Tensor indices, bool needs_features,"
+      " bool needs_codebook) -> (Tensor, Tensor)",
       boxed<&vq_backward>}});
 // Without a tensor there is no device to go by.
 const Operators anywhere("CompositeExplicitAutograd",

@@ -345,27 +345,30 @@ def backward(grads: Grads, kept: Kept, needs: Needs) -> tuple[torch.Tensor | Non
         heads, length,
         D=width, BLOCK_D=block, ROWS=delta_rows, HAS_GRAD_LSE=grad_lse is not None, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
-    schedule = by_key.schedule
-    attention_backward_keys[(in_all * work.items.shape[0],)](
-        q, k, v, grad_out, lse, delta, dk, dv, partial, padding,
-        schedule.order, work.items, schedule.query_tiles, schedule.query_mask_ids, schedule.masks_transposed,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_out.stride()[:3], *dk.stride()[:3], *dv.stride()[:3],
-        *padding_strides, heads, in_all, length, work.items.shape[0], work.slots, power, scale,
-        **flags, **by_key.constants,
-    )  # fmt: skip
-    if work.slots:
-        attention_backward_sum[(in_all, work.split_tiles.numel(), keys // 16)](
-            partial, dk, dv, schedule.order, work.split_tiles, work.split_offsets,
-            *dk.stride()[:3], *dv.stride()[:3], heads, length, work.slots,
-            D=width, BLOCK_D=block, KEYS=keys, ROWS=16, num_warps=4, enable_fp_fusion=True,
+    if needs.k or needs.v:
+        schedule = by_key.schedule
+        attention_backward_keys[(in_all * work.items.shape[0],)](
+            q, k, v, grad_out, lse, delta, dk, dv, partial, padding,
+            schedule.order, work.items, schedule.query_tiles, schedule.query_mask_ids, schedule.masks_transposed,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_out.stride()[:3],
+            *dk.stride()[:3], *dv.stride()[:3],
+            *padding_strides, heads, in_all, length, work.items.shape[0], work.slots, power, scale,
+            **flags, **by_key.constants,
         )  # fmt: skip
-    schedule = by_query.schedule
-    attention_backward_queries[(in_all * ceil_div(length, schedule.tile[0]),)](
-        q, k, v, grad_out, lse, delta, dq, padding,
-        schedule.order, schedule.key_offsets, schedule.key_tiles, schedule.mask_ids, schedule.full_counts,
-        schedule.masks,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_out.stride()[:3], *dq.stride()[:3],
-        *padding_strides, heads, in_all, length, power, scale,
-        **flags, **by_query.constants,
-    )  # fmt: skip
+        if work.slots:
+            attention_backward_sum[(in_all, work.split_tiles.numel(), keys // 16)](
+                partial, dk, dv, schedule.order, work.split_tiles, work.split_offsets,
+                *dk.stride()[:3], *dv.stride()[:3], heads, length, work.slots,
+                D=width, BLOCK_D=block, KEYS=keys, ROWS=16, num_warps=4, enable_fp_fusion=True,
+            )  # fmt: skip
+    if needs.q:
+        schedule = by_query.schedule
+        attention_backward_queries[(in_all * ceil_div(length, schedule.tile[0]),)](
+            q, k, v, grad_out, lse, delta, dq, padding,
+            schedule.order, schedule.key_offsets, schedule.key_tiles, schedule.mask_ids, schedule.full_counts,
+            schedule.masks,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_out.stride()[:3], *dq.stride()[:3],
+            *padding_strides, heads, in_all, length, power, scale,
+            **flags, **by_query.constants,
+        )  # fmt: skip
     return dq, dk, dv

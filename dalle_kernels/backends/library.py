@@ -186,7 +186,7 @@ class Entry(Generic[In, Out]):
 
     def __call__(self, inputs: In, backend: str) -> Out:
         if not torch.compiler.is_compiling() and _plain(inputs):
-            if self._derivative is None or not (torch.is_grad_enabled() and _any_requires_grad(inputs)):
+            if self._derivative is None or not (torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs)):
                 return self._run(inputs, backend)
             return self._outputs.record(*self._derivative.function.apply(None, backend, *inputs))
         result = self._op(*self._inputs.encode(inputs), backend)
@@ -279,7 +279,8 @@ class _Derived:
                 _, ctx.backend, *values = inputs
                 values += output
                 _keep(ctx, [values[place] for place in derived._keeps])
-                ctx.mark_non_differentiable(*(output[place] for place in derived._constant))
+                if derived._constant:
+                    ctx.mark_non_differentiable(*(output[place] for place in derived._constant))
                 ctx.set_materialize_grads(False)
 
             @staticmethod
@@ -401,11 +402,8 @@ def _plain(values: Iterable[Any]) -> bool:
         or torch._C._len_torch_function_stack()
     ):
         return False
-    for value in values:
-        if isinstance(value, torch.Tensor) and torch._C._dispatch_keys(value).raw_repr() not in tensors:
+    keys = torch._C._dispatch_keys
+    for value in values:  # noqa: SIM110 (a generator would double the time of the whole function)
+        if isinstance(value, torch.Tensor) and keys(value).raw_repr() not in tensors:
             return False
     return True
-
-
-def _any_requires_grad(values: Iterable[Any]) -> bool:
-    return any(isinstance(value, torch.Tensor) and value.requires_grad for value in values)

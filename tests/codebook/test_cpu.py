@@ -288,3 +288,22 @@ def test_automatic_choice_is_native() -> None:
 
     for answer in (explain(gumbel_lookup, logits, codebook, 1.0), explain(vq_lookup, codebook, codebook)):
         assert (answer.backend, answer.detail) == ("cpu", native.instruction_set())
+
+
+@pytest.mark.parametrize("hard", [False, True])
+@pytest.mark.usefixtures("poisoned_memory")
+def test_a_frozen_codebook_costs_nothing(isa: str, hard: bool) -> None:
+    """What is asked for alone has the bits it has among all; what is not asked for is not made."""
+    logits, codebook, grad_latents, grad_kl = draw(70, 40, 24, torch.float32)
+    settings = (logits, codebook, torch.tensor(0.7), hard, True, torch.tensor(2))
+    kept, grads = Kept(*settings, *cpu.forward(Inputs(*settings))), Grads(grad_latents, grad_kl)
+    both, alone = (cpu.backward(grads, kept, Needs(True, codebook)) for codebook in (True, False))
+    assert torch.equal(both[0], alone[0])
+    assert alone[1] is not None
+    assert alone[1].numel() == 0
+    features = vq_contract.Kept(grad_latents, codebook, kept.indices)
+    both = vq_cpu.backward(vq_contract.Grads(grad_kl), features, vq_contract.Needs(True, True))
+    for place, needs in enumerate((vq_contract.Needs(True, False), vq_contract.Needs(False, True))):
+        alone = vq_cpu.backward(vq_contract.Grads(grad_kl), features, needs)
+        assert torch.equal(both[place], alone[place])
+        assert alone[1 - place].numel() == 0

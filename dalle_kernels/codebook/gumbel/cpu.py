@@ -25,4 +25,4 @@ def forward(inputs: Inputs) -> Outputs:
 
 def backward(grads: Grads, kept: Kept, needs: Needs) -> tuple[torch.Tensor | None, ...]:
     """The same bits for any number of threads."""
-    return _ops.gumbel_backward(*grads, *kept)
+    return _ops.gumbel_backward(*grads, *kept, needs.codebook)

@@ -26,4 +26,4 @@ def forward(inputs: Inputs) -> Outputs:
 
 def backward(grads: Grads, kept: Kept, needs: Needs) -> tuple[torch.Tensor | None, ...]:
     """The same bits for any number of threads."""
-    return _ops.vq_backward(*grads, *kept)
+    return _ops.vq_backward(*grads, *kept, *needs)
