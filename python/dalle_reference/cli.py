@@ -1,4 +1,4 @@
-"""The command line: dalle-reference train-dvae | train-transformer | generate | reconstruct | convert | demo."""
+"""The command line: dalle-reference, with a sub-command for each thing that it does."""
 
 from __future__ import annotations
 
@@ -11,20 +11,25 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
 import torch
+import torch.nn.functional as F
 import tyro
 from tqdm import tqdm
 
 from dalle_reference import demo, render, train, weights
-from dalle_reference.config import DVAE_PRESETS, TRANSFORMER_PRESETS
+from dalle_reference.clip import CLIP, caption_tokens
+from dalle_reference.config import CLIP_PRESETS, DVAE_PRESETS, TRANSFORMER_PRESETS
 from dalle_reference.convert import KINDS, convert
 from dalle_reference.data import MOST_PICTURE_BYTES, decode_picture
 from dalle_reference.errors import UserError, require, require_amount, require_positive, require_seed
 from dalle_reference.evaluate import psnr
 from dalle_reference.files import read_bounded, require_output
 from dalle_reference.generate import generate
-from dalle_reference.load import load_dvae, load_transformer
+from dalle_reference.load import load_clip, load_dvae, load_transformer
 from dalle_reference.loop import Interrupted, resolve_device
 from dalle_reference.tokenizer import CaptionTokenizer
+
+_AT_ONCE = 256
+"""Pictures of a caption that are drawn, or judged, at a time."""
 
 
 def _presets(entries: dict[str, tuple[str, Any]]) -> Any:
@@ -36,6 +41,7 @@ def _presets(entries: dict[str, tuple[str, Any]]) -> Any:
 
 _DVAEChoice: Any = _presets(DVAE_PRESETS)
 _TransformerChoice: Any = _presets(TRANSFORMER_PRESETS)
+_CLIPChoice: Any = _presets(CLIP_PRESETS)
 _Kind: Any = Literal[KINDS]
 
 
@@ -47,6 +53,11 @@ def _train_dvae(config: _DVAEChoice) -> None:
 def _train_transformer(config: _TransformerChoice) -> None:
     """Stage 2: learn the stream of captions and picture tokens."""
     print(f"transformer in {train.train_transformer(config)}")
+
+
+def _train_clip(config: _CLIPChoice) -> None:
+    """The judge: learn which caption belongs to which picture."""
+    print(f"CLIP in {train.train_clip(config)}")
 
 
 @dataclass(frozen=True)
@@ -61,6 +72,12 @@ class GenerateConfig:
     """The sheet to write."""
     number: int = 4
     """Pictures for each caption."""
+    clip: Path | None = None
+    """Folder of a train-clip: its judgement picks `best` of `candidates` pictures for each caption, best first."""
+    candidates: int | None = None
+    """Pictures that are drawn for the judge to choose from; 32 where not given."""
+    best: int | None = None
+    """Pictures that are kept of them; 4 where not given."""
     seed: int = 0
     """The same seed gives the same pictures."""
     temperature: float = 0.4
@@ -79,13 +96,28 @@ class GenerateConfig:
     """cpu, cuda, or auto."""
 
     def __post_init__(self) -> None:
-        require_positive(self, "number", "top_k")
+        require_positive(self, "number", "top_k", "candidates", "best")
+        for name in ("candidates", "best"):
+            if getattr(self, name) is not None and self.clip is None:
+                raise ValueError(f"{name}: got {getattr(self, name)} without --clip, which says who chooses")
+        if self.clip is not None and self.kept > self.drawn:
+            raise ValueError(f"best: got {self.kept}, wanted at most the {self.drawn} candidates")
         require_seed(self)
         require_amount(self, "temperature")
         require(self, "above 0 and at most 1", lambda value: 0 < value <= 1, "top_p")
         require(self, "a finite number", math.isfinite, "guidance_scale")
         if self.rows is not None and self.complete is None:
             raise ValueError(f"rows: got {self.rows} without --complete, which says of what picture")
+
+    @property
+    def drawn(self) -> int:
+        """Pictures that are drawn for each caption."""
+        return self.number if self.clip is None else self.candidates or 32
+
+    @property
+    def kept(self) -> int:
+        """Pictures that are shown of them."""
+        return self.number if self.clip is None else self.best or min(4, self.drawn)
 
 
 def _generate(config: Annotated[GenerateConfig, tyro.conf.arg(name="")]) -> None:
@@ -97,8 +129,8 @@ def _generate(config: Annotated[GenerateConfig, tyro.conf.arg(name="")]) -> None
     model, tokenizer, dvae = load_transformer(config.model, device)
     for caption in config.captions:
         _check_caption(caption, tokenizer, model.config.caption_length)
-    captions = [caption for caption in config.captions for _ in range(config.number)]
-    text = tokenizer.encode(list(config.captions), model.config.caption_length).to(device)
+    judge = None if config.clip is None else load_clip(config.clip, device)
+    text = tokenizer.encode(config.captions, model.config.caption_length).to(device)
     prefix = None
     if config.complete is not None:
         rows, columns = model.config.grid
@@ -107,20 +139,36 @@ def _generate(config: Annotated[GenerateConfig, tyro.conf.arg(name="")]) -> None
             raise UserError(f"rows: got {keep}, wanted 0 to {rows}, the rows of tokens in a picture")
         picture = _read_picture(config.complete, dvae.config.resolution).to(device)
         prefix = dvae.encode(picture[None].float() / 255.0).flatten(1)[:, : keep * columns].expand(len(text), -1)
-    tokens = generate(
-        model,
-        text,
-        seed=config.seed,
-        number=config.number,
-        temperature=config.temperature,
-        top_k=config.top_k,
-        top_p=config.top_p,
-        guidance_scale=config.guidance_scale,
-        image_prefix=prefix,
-    )
-    columns = config.number if config.number > 1 else min(8, len(captions))
-    render.sheet(config.out, dvae.decode(tokens.unflatten(1, model.config.grid)), captions, columns=columns)
+    parts = []
+    for start in range(0, config.drawn, _AT_ONCE):
+        tokens = generate(
+            model,
+            text,
+            seed=(config.seed + start * 0x9E3779B97F4A7C15) % 2**63,
+            number=min(_AT_ONCE, config.drawn - start),
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            guidance_scale=config.guidance_scale,
+            image_prefix=prefix,
+        )
+        parts.append(dvae.decode(tokens.unflatten(1, model.config.grid)).unflatten(0, (len(text), -1)))
+    drawn = torch.cat(parts, dim=1)
+    if judge is not None:
+        candidates = zip(drawn, config.captions, strict=True)
+        drawn = torch.stack([_best(*judge, pictures, caption, config.kept) for pictures, caption in candidates])
+    captions = [caption for caption in config.captions for _ in range(config.kept)]
+    columns = config.kept if config.kept > 1 else min(8, len(captions))
+    render.sheet(config.out, drawn.flatten(0, 1), captions, columns=columns)
     print(f"wrote {config.out}")
+
+
+@torch.no_grad()
+def _best(clip: CLIP, tokenizer: CaptionTokenizer, pictures: torch.Tensor, caption: str, kept: int) -> torch.Tensor:
+    """Of pictures [N, 3, S, S] those that agree with the caption most, best first: [kept, 3, S, S]."""
+    wanted = clip.encode_captions(caption_tokens([caption], tokenizer, clip.config).to(pictures.device))[0]
+    agreement = torch.cat([clip.encode_pictures(part) @ wanted for part in pictures.split(_AT_ONCE)])
+    return pictures[agreement.topk(kept).indices]
 
 
 def _check_caption(caption: str, tokenizer: CaptionTokenizer, length: int) -> None:
@@ -131,6 +179,45 @@ def _check_caption(caption: str, tokenizer: CaptionTokenizer, length: int) -> No
     if tokenizer.is_cut(caption, length):
         (read,) = tokenizer.decode(tokenizer.encode([caption], length))
         print(f"caption cut: of {caption[:60]!r} the model reads {length} tokens, {read!r}", file=sys.stderr)
+
+
+@dataclass(frozen=True)
+class ClassifyConfig:
+    """Name what pictures show, among names of your own."""
+
+    pictures: tyro.conf.Positional[tuple[Path, ...]]
+    """Picture files."""
+    names: tuple[str, ...]
+    """What they may show; in any language the model was trained on."""
+    templates: tuple[str, ...] = ("{}",)
+    """Captions with {} in the place of a name; the mean of what they say is compared."""
+    model: Path = Path("runs/clip")
+    """Folder of a train-clip."""
+    device: str = "auto"
+    """cpu, cuda, or auto."""
+
+    def __post_init__(self) -> None:
+        require(self, "texts with {} in them", lambda texts: texts and all("{}" in text for text in texts), "templates")
+
+
+@torch.no_grad()
+def _classify(config: Annotated[ClassifyConfig, tyro.conf.arg(name="")]) -> None:
+    """Name what pictures show, among names of your own, which the model need not have been trained on."""
+    if not config.pictures or not config.names:
+        raise UserError("pictures and --names: got none, wanted at least one of each")
+    device = resolve_device(config.device)
+    clip, tokenizer = load_clip(config.model, device)
+    for name in config.names:
+        _check_caption(name, tokenizer, clip.config.text_length - 1)
+    captions = [template.replace("{}", name) for name in config.names for template in config.templates]
+    vectors = clip.encode_captions(caption_tokens(captions, tokenizer, clip.config).to(device))
+    names = F.normalize(vectors.unflatten(0, (len(config.names), -1)).mean(dim=1), dim=-1)
+    for path in config.pictures:
+        picture = _read_picture(path, clip.config.resolution).to(device).float() / 255.0
+        shares = (clip.scale * clip.encode_pictures(picture[None])[0] @ names.T).softmax(dim=0)
+        best = shares.topk(min(5, len(config.names)))
+        guesses = (f"{config.names[i]} {share:.1%}" for share, i in zip(*map(torch.Tensor.tolist, best), strict=True))
+        print(f"{path}: {', '.join(guesses)}")
 
 
 @dataclass(frozen=True)
@@ -207,8 +294,8 @@ def _convert(config: Annotated[ConvertConfig, tyro.conf.arg(name="")]) -> None:
     with tqdm(total=size, unit="B", unit_scale=True, desc="reading", disable=None) as bar:
         found = convert(inputs, kind=config.kind, heads=config.heads, dtype=config.dtype, progress=bar.update)
     weights.write(output, found)
-    runs = {"": "", "dvae": "; runs as a dVAE", "transformer": "; runs as a transformer"}[found.model]
-    print(f"wrote {output}: {found.kind}, {len(found.tensors)} tensors{runs}")
+    runs = {"": "", "dvae": "; runs as a dVAE", "transformer": "; runs as a transformer", "clip": "; runs as a CLIP"}
+    print(f"wrote {output}: {found.kind}, {len(found.tensors)} tensors{runs[found.model]}")
 
 
 def _demo(config: Annotated[demo.DemoConfig, tyro.conf.arg(name="")]) -> None:
@@ -219,7 +306,9 @@ def _demo(config: Annotated[demo.DemoConfig, tyro.conf.arg(name="")]) -> None:
 _COMMANDS = {
     "train-dvae": _train_dvae,
     "train-transformer": _train_transformer,
+    "train-clip": _train_clip,
     "generate": _generate,
+    "classify": _classify,
     "reconstruct": _reconstruct,
     "convert": _convert,
     "demo": _demo,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from dalle_reference import dvae, transformer
+from dalle_reference import clip, dvae, transformer
 from dalle_reference.errors import require, require_amount, require_positive, require_seed, require_share
 
 
@@ -135,6 +135,22 @@ class TrainTransformerConfig:
         require(self, "a finite number", math.isfinite, "guidance_scale")
 
 
+@dataclass(frozen=True)
+class TrainCLIPConfig:
+    """The judge: CLIP."""
+
+    run: RunConfig
+    model: clip.CLIPConfig = clip.PRESETS["demo"]
+    data: DataConfig = field(default_factory=DataConfig)
+    bpe_dropout: float = 0.1
+    """Probability with which a merge of the byte-pair encoding is left out, in training."""
+
+    def __post_init__(self) -> None:
+        require(self.model, "at least 257, one for each byte and the end", lambda value: value >= 257, "vocab_text")
+        require(self.model, "at least 2, one token and the end", lambda value: value >= 2, "text_length")
+        require_share(self, "bpe_dropout")
+
+
 def to_json(config: Any) -> dict[str, Any]:
     """A configuration as checkpoints keep it: without what may change when a run goes on."""
 
@@ -227,6 +243,42 @@ TRANSFORMER_PRESETS: dict[str, tuple[str, TrainTransformerConfig]] = {
             ),
             Path("runs/dvae"),
             transformer.PRESETS["paper"],
+        ),
+    ),
+}
+
+CLIP_PRESETS: dict[str, tuple[str, TrainCLIPConfig]] = {
+    "demo": (
+        "48 x 48 pictures, 4 layers of 128, captions 3 of 128; minutes on a CPU",
+        TrainCLIPConfig(
+            _run(
+                "runs/clip",
+                steps=1500,
+                batch=64,
+                learning_rate=1.5e-3,
+                warm_up_steps=100,
+                beta2=0.98,
+                epsilon=1e-6,
+                weight_decay=0.2,
+            )
+        ),
+    ),
+    "paper": (
+        "ViT-B/32, 151 million parameters, as Radford et al. 2021 trained it: 32 epochs of 400 million pictures",
+        TrainCLIPConfig(
+            _run(
+                "runs/clip",
+                steps=390_625,
+                batch=32_768,
+                learning_rate=5e-4,
+                final_learning_rate=0.0,
+                warm_up_steps=2000,
+                beta2=0.98,
+                epsilon=1e-6,
+                weight_decay=0.2,
+                average=0.999,
+            ),
+            clip.PRESETS["paper"],
         ),
     ),
 }

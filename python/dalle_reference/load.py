@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from dalle_reference import checkpoint
+from dalle_reference.clip import CLIP, CLIPConfig
 from dalle_reference.dvae import DiscreteVAE, DVAEConfig
 from dalle_reference.errors import UserError
 from dalle_reference.tokenizer import CaptionTokenizer
@@ -35,12 +36,7 @@ def load_transformer(run: Path, device: torch.device) -> tuple[DalleTransformer,
     model = load_transformer_alone(run, device)
     dvae = load_dvae(run / "dvae", device)
     require_grid(model.config, dvae.config, run / "dvae")
-    tokenizer = CaptionTokenizer.load(run / "tokenizer.json")
-    if tokenizer.vocab_size > model.config.vocab_text:
-        raise UserError(
-            f"{run / 'tokenizer.json'}: has {tokenizer.vocab_size} tokens, the transformer {model.config.vocab_text}"
-        )
-    return model, tokenizer, dvae
+    return model, _tokenizer(run, model.config.vocab_text), dvae
 
 
 def load_transformer_alone(run: Path, device: torch.device) -> DalleTransformer:
@@ -52,6 +48,27 @@ def load_transformer_alone(run: Path, device: torch.device) -> DalleTransformer:
     return _load(run, "transformer", DalleTransformer, TransformerConfig, device)
 
 
+def load_clip(run: Path, device: torch.device) -> tuple[CLIP, CaptionTokenizer]:
+    """A CLIP that was trained here, and its tokenizer.
+
+    Raises:
+        UserError: as `load_transformer`.
+    """
+    if run.is_file():
+        raise UserError(f"{run}: a file of weights; wanted the folder of a train-clip, which has a tokenizer too")
+    model = load_clip_alone(run, device)
+    return model, _tokenizer(run, model.config.vocab_text - 1)
+
+
+def load_clip_alone(run: Path, device: torch.device) -> CLIP:
+    """A CLIP, or one of converted weights, without its tokenizer.
+
+    Raises:
+        UserError: as `load_transformer`.
+    """
+    return _load(run, "clip", CLIP, CLIPConfig, device)
+
+
 def require_grid(model: TransformerConfig, dvae: DVAEConfig, where: Path) -> None:
     """Raises UserError unless a transformer's picture tokens are those of the dVAE that was found at `where`."""
     if (dvae.grid, dvae.vocab) != (model.grid, model.vocab_image):
@@ -59,6 +76,14 @@ def require_grid(model: TransformerConfig, dvae: DVAEConfig, where: Path) -> Non
             f"{where}: its pictures are --grid {dvae.grid[0]} {dvae.grid[1]} of --vocab-image {dvae.vocab},"
             f" the transformer's {model.grid[0]} {model.grid[1]} of {model.vocab_image}"
         )
+
+
+def _tokenizer(run: Path, most: int) -> CaptionTokenizer:
+    path = run / "tokenizer.json"
+    tokenizer = CaptionTokenizer.load(path)
+    if tokenizer.vocab_size > most:
+        raise UserError(f"{path}: has {tokenizer.vocab_size} tokens, its model takes {most}")
+    return tokenizer
 
 
 def _load(run: Path, kind: str, model_of: Any, config_of: type, device: torch.device) -> Any:

@@ -23,13 +23,13 @@ import torch
 from tqdm import tqdm
 
 from dalle_reference import checkpoint, schedules
-from dalle_reference.config import RunConfig, TrainDVAEConfig, TrainTransformerConfig
+from dalle_reference.config import RunConfig, TrainCLIPConfig, TrainDVAEConfig, TrainTransformerConfig
 from dalle_reference.ema import M, MovingAverage
 from dalle_reference.errors import UserError
 from dalle_reference.files import exclusive, replacing
 from dalle_reference.render import read_metrics
 
-C = TypeVar("C", TrainDVAEConfig, TrainTransformerConfig)
+C = TypeVar("C", TrainDVAEConfig, TrainTransformerConfig, TrainCLIPConfig)
 LossFunction = Callable[[int, bool], tuple[torch.Tensor, dict[str, float]]]
 
 
@@ -61,6 +61,12 @@ def batch_indices(step: int, batch: int, count: int, seed: int) -> np.ndarray:
     """The pictures of step `step`: epochs of shuffled order, one after the other, cut in batches."""
     places = np.arange(step * batch, (step + 1) * batch)
     return np.array([_shuffled(count, seed, int(place // count))[place % count] for place in places])
+
+
+def distinct_indices(step: int, batch: int, count: int, seed: int) -> np.ndarray:
+    """As `batch_indices`, but no batch reaches into the next epoch, so that none holds anything twice."""
+    epoch, number = divmod(step, count // batch)
+    return _shuffled(count, seed, epoch)[number * batch : (number + 1) * batch]
 
 
 @lru_cache(maxsize=4)
@@ -103,7 +109,7 @@ class Run(Generic[M]):
 
     Args:
         config: length, step sizes, places.
-        kind: "dvae" or "transformer".
+        kind: "dvae", "transformer" or "clip".
         model: to train; on its device already.
         document: the configuration as checkpoints keep it.
 

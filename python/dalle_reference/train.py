@@ -1,4 +1,4 @@
-"""The two stages: the dVAE on pictures, the transformer on captions and the dVAE's tokens."""
+"""The two stages, the dVAE on pictures and the transformer on captions and the dVAE's tokens; and CLIP, the judge."""
 
 from __future__ import annotations
 
@@ -10,14 +10,22 @@ import numpy as np
 import torch
 
 from dalle_reference import checkpoint, render, schedules
-from dalle_reference.config import TrainDVAEConfig, TrainTransformerConfig, to_json
+from dalle_reference.clip import CLIP, caption_tokens
+from dalle_reference.config import TrainCLIPConfig, TrainDVAEConfig, TrainTransformerConfig, to_json
 from dalle_reference.data import PictureSet, load_pictures
 from dalle_reference.dvae import DiscreteVAE, DVAEConfig
 from dalle_reference.errors import UserError
 from dalle_reference.evaluate import codebook_use, psnr
 from dalle_reference.generate import generate
 from dalle_reference.load import load_dvae, require_grid
-from dalle_reference.loop import Run, alone_in_its_folder, batch_indices, resolve_device, step_generator
+from dalle_reference.loop import (
+    Run,
+    alone_in_its_folder,
+    batch_indices,
+    distinct_indices,
+    resolve_device,
+    step_generator,
+)
 from dalle_reference.tokenizer import PADDING, CaptionTokenizer
 from dalle_reference.transformer import DalleTransformer
 
@@ -121,6 +129,77 @@ def train_transformer(config: TrainTransformerConfig) -> Path:
 
     run.train(compute_loss, draw)
     return run_config.out
+
+
+@alone_in_its_folder
+def train_clip(config: TrainCLIPConfig) -> Path:
+    """Trains CLIP and returns its folder, which holds its tokenizer too.
+
+    Raises:
+        UserError: for faults in the data, the folder or the checkpoint; if a batch has no room in as many concepts.
+        Interrupted: when asked to stop; the state is saved.
+    """
+    run_config, model_config = config.run, config.model
+    device = resolve_device(run_config.device)
+    pictures = load_pictures(config.data.source, model_config.resolution, run_config.cache).captioned()
+    training, held_out = pictures.split(config.data.held_out)
+    variants: dict[str, list[int]] = {}
+    for index, record in enumerate(training.records):
+        variants.setdefault(record.concept, []).append(index)
+    concepts = list(variants.values())
+    if len(concepts) < run_config.batch:
+        raise UserError(
+            f"batch: got {run_config.batch}, but {config.data.source} shows {len(concepts)} concepts to learn"
+        )
+    captions = [list(record.captions.values()) for record in training.records]
+    kept_tokenizer = run_config.out / "tokenizer.json"
+    if run_config.resume:
+        tokenizer = CaptionTokenizer.load(kept_tokenizer)
+    else:
+        tokenizer = CaptionTokenizer.train((text for texts in captions for text in texts), model_config.vocab_text - 1)
+        tokenizer.save(kept_tokenizer)
+    torch.manual_seed(run_config.seed)
+    run = Run(run_config, "clip", CLIP(model_config).to(device), to_json(config))
+
+    def compute_loss(step: int, detailed: bool) -> tuple[torch.Tensor, dict[str, float]]:
+        chance = step_generator(run_config.seed, step)
+        chosen = [
+            concepts[i][chance.integers(len(concepts[i]))]
+            for i in distinct_indices(step, run_config.batch, len(concepts), run_config.seed)
+        ]
+        texts = [captions[i][chance.integers(len(captions[i]))] for i in chosen]
+        tokens = caption_tokens(texts, tokenizer, model_config, config.bpe_dropout, chance)
+        loss = run.model.loss(training.images[chosen].to(device).float() / 255.0, tokens.to(device))
+        return loss.total, _floats(right=loss.right, scale=run.model.scale) if detailed else {}
+
+    def draw(step: int, board: Any) -> None:
+        shown = held_out if len(held_out) else training
+        for language, share in name_pictures(run.average.module, tokenizer, shown).items():
+            board.add_scalar(f"held_out_names_right/{language}", share, step)
+
+    run.train(compute_loss, draw)
+    return run_config.out
+
+
+@torch.no_grad()
+def name_pictures(model: CLIP, tokenizer: CaptionTokenizer, pictures: PictureSet) -> dict[str, float]:
+    """How often the nearest of all concepts' captions is a picture's own, by language; one picture a concept."""
+    device = next(model.parameters()).device
+    shares = {}
+    for language in sorted({language for record in pictures.records for language in record.captions}):
+        first: dict[str, int] = {}
+        for index, record in enumerate(pictures.records):
+            if language in record.captions:
+                first.setdefault(record.concept, index)
+        chosen = pictures.take(list(first.values()))
+        names = [record.captions[language] for record in chosen.records]
+        vectors = model.encode_captions(caption_tokens(names, tokenizer, model.config).to(device))
+        guesses = [
+            (model.encode_pictures(part.to(device).float() / 255.0) @ vectors.T).argmax(dim=1)
+            for part in chosen.images.split(_ENCODE_BATCH)
+        ]
+        shares[language] = float((torch.cat(guesses).cpu() == torch.arange(len(chosen))).double().mean())
+    return shares
 
 
 def select_training(config: TrainTransformerConfig, dvae: DVAEConfig) -> PictureSet:

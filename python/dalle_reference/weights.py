@@ -4,7 +4,7 @@ The header's metadata (strings, as safetensors has it):
 
     format    "dalle-reference 1"
     kind      what was converted, "openai-dvae" for one
-    model     which model of this package runs it, "dvae" or "transformer"; empty where none does
+    model     which model of this package runs it, "dvae", "transformer" or "clip"; empty where none does
     config    JSON: the configuration of that model, or what the other project calls its own
     sources   JSON: the SHA-256 of each file that was converted, and its name
 """

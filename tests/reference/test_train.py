@@ -14,9 +14,10 @@ import pytest
 import torch
 from dalle_reference import cli
 from dalle_reference.checkpoint import latest
+from dalle_reference.clip import caption_tokens
 from dalle_reference.files import exclusive
-from dalle_reference.load import load_dvae
-from dalle_reference.loop import batch_indices
+from dalle_reference.load import load_clip, load_dvae
+from dalle_reference.loop import batch_indices, distinct_indices
 from dalle_reference.schedules import half_cosine, warm_up
 from PIL import Image
 
@@ -27,6 +28,12 @@ TINY_DVAE = [
 TINY_TRANSFORMER = [
     *["--layers", "2", "--heads", "2", "--head-dim", "16", "--text-length", "8", "--vocab-text", "300"],
     *["--grid", "8", "8", "--vocab-image", "32"],
+    *["--batch", "4", "--log-every", "1", "--precision", "fp32", "--draw-every", "0"],
+]
+
+TINY_CLIP = [
+    *["--resolution", "16", "--width", "16", "--layers", "2", "--vocab-text", "300", "--text-length", "12"],
+    *["--text-width", "16", "--text-layers", "2", "--embedding", "8"],
     *["--batch", "4", "--log-every", "1", "--precision", "fp32", "--draw-every", "0"],
 ]
 
@@ -135,6 +142,64 @@ def test_interrupt_saves_and_resume_reaches_the_same_weights(common: list[str], 
     assert weights(stopped) == weights(tmp_path / "whole")
 
 
+def test_clip_resumes_names_pictures_and_judges_candidates(
+    stage_1: Path, common: list[str], pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["train-clip", "demo", *TINY_CLIP, *common, "--steps", "200", "--save-every", "150", "--held-out", "0"]
+    command += ["--average", "0.9", "--warm-up-steps", "10", "--learning-rate", "5e-3"]
+    clip = tmp_path / "clip"
+    cli.main([*command, "--out", str(clip), "--draw-every", "200"])
+    whole = weights(clip), losses(clip)
+    assert whole[1][-1][1] < 0.5 * whole[1][0][1]
+    shutil.rmtree(clip / "checkpoints" / "step-00000200")
+    cli.main([*command, "--out", str(clip), "--resume"])
+    assert (weights(clip), losses(clip)) == whole
+
+    capsys.readouterr()
+    names = ["--names", "red", "green", "a blue square", "--model", str(clip)]
+    cli.main(["classify", str(pictures / "green.png"), str(pictures / "red.png"), *names])
+    first, second = capsys.readouterr().out.splitlines()
+    assert "green.png: green " in first
+    assert "red.png: red " in second
+    cli.main(["classify", str(pictures / "green.png"), *names, "--templates", "a {} square", "{}"])
+    assert "green.png: green " in capsys.readouterr().out
+
+    transformer = tmp_path / "transformer"
+    train = ["train-transformer", "demo", "--dvae", str(stage_1), "--out", str(transformer), "--steps", "2"]
+    cli.main([*train, *TINY_TRANSFORMER, *common])
+    sheet = tmp_path / "samples.png"
+    generate = ["generate", "red", "green", "--model", str(transformer), "--out", str(sheet), "--temperature", "1"]
+    cli.main([*generate, "--clip", str(clip), "--candidates", "6", "--best", "2"])
+    judged = np.array(Image.open(sheet))
+    cli.main([*generate, "--number", "6"])
+    every = np.array(Image.open(sheet))
+    side, gap = 96, 8
+
+    def cell(canvas: np.ndarray, row: int, column: int) -> np.ndarray:
+        height = (canvas.shape[0] - gap) // 2
+        top, left = gap + row * height, gap + column * (side + gap)
+        return canvas[top : top + side, left : left + side]
+
+    model, tokenizer = load_clip(clip, torch.device("cpu"))
+    for row, caption in enumerate(("red", "green")):
+        drawn = [cell(every, row, column) for column in range(6)]
+        shown = torch.stack([torch.from_numpy(picture.copy()).permute(2, 0, 1) for picture in drawn]).float() / 255.0
+        wanted = model.encode_captions(caption_tokens([caption], tokenizer, model.config))[0]
+        order = (model.encode_pictures(shown[:, :, 3::6, 3::6]) @ wanted).argsort(descending=True)
+        for place in range(2):
+            assert np.array_equal(cell(judged, row, place), drawn[order[place]])
+
+
+def test_a_batch_of_clip_holds_no_concept_twice(
+    common: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for step in range(30):
+        assert len(set(distinct_indices(step, 7, 10, 0).tolist())) == 7
+    assert set(distinct_indices(4, 5, 10, 0)) | set(distinct_indices(5, 5, 10, 0)) == set(range(10))
+    command = ["train-clip", "demo", *TINY_CLIP, *common, "--out", str(tmp_path / "run"), "--held-out", "0"]
+    assert "shows 12 concepts to learn" in refused([*command, "--batch", "13"], capsys)
+
+
 def test_all_commands_in_order(stage_1: Path, common: list[str], pictures: Path, tmp_path: Path) -> None:
     run = tmp_path / "transformer"
     arguments = ["train-transformer", "demo", "--dvae", str(stage_1), "--out", str(run), "--steps", "8"]
@@ -233,6 +298,15 @@ def test_refusals(stage_1: Path, common: list[str], tmp_path: Path, capsys: pyte
         ("generate red --top-k 0", "top_k: got 0"),
         ("generate red --top-p 1.1", "top_p: got 1.1"),
         ("generate red --guidance-scale inf", "guidance_scale: got inf"),
+        ("generate red --candidates 3", "candidates: got 3 without --clip"),
+        ("generate red --best 3", "best: got 3 without --clip"),
+        ("generate red --clip runs/clip --candidates 2 --best 3", "best: got 3, wanted at most the 2 candidates"),
+        ("generate red --clip runs/clip --candidates 0", "candidates: got 0"),
+        ("classify a.png --names cat --templates picture", "templates: got ('picture',), wanted texts with {} in them"),
+        ("classify a.png --names cat --model nowhere", "nowhere: no checkpoint there"),
+        ("train-clip demo --patch 5", "patch: got 5, wanted a divisor of the resolution 48"),
+        ("train-clip demo --vocab-text 256", "vocab_text: got 256, wanted at least 257"),
+        ("train-clip demo --text-length 1", "text_length: got 1"),
         ("generate red --rows 3", "rows: got 3 without --complete"),
         ("generate red --out samples.jpg", "samples.jpg: got a name that ends in .jpg, wanted .png"),
         ("generate red --out /", "/: got a name that ends in nothing"),

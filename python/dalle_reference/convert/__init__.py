@@ -6,6 +6,7 @@ Nothing of a file is run and no other project is imported (`pickles.py` says how
     openai-dvae         OpenAI's encoder.pkl and decoder.pkl                       runs as a DiscreteVAE
     flava-codebook      FLAVA's image codebook, which is that encoder again        runs with OpenAI's decoder.pkl
     rudalle-v3, -v2     ruDALL-E: Malevich, Kandinsky, Surrealist; Emojich (v2)    runs as a DalleTransformer
+    openai-clip, open-clip  CLIP of either, from its own names or transformers'    runs as a CLIP
     taming-gumbel       taming-transformers' Gumbel VQGAN, ruDALL-E's f8 too       names of taming's GumbelVQ
     dalle-pytorch-vae   DALLE-pytorch's train_vae.py                               names of its DiscreteVAE
     dalle-pytorch       DALLE-pytorch's train_dalle.py                             names of its DALLE
@@ -21,7 +22,7 @@ from types import ModuleType
 
 import torch
 
-from dalle_reference.convert import dalle_pytorch, openai, rudalle, taming
+from dalle_reference.convert import clip, dalle_pytorch, openai, rudalle, taming
 from dalle_reference.convert.source import Source, some
 from dalle_reference.errors import UserError
 from dalle_reference.weights import Weights
@@ -29,6 +30,7 @@ from dalle_reference.weights import Weights
 KINDS = (
     *openai.KINDS,
     *rudalle.KINDS,
+    *clip.KINDS,
     *taming.KINDS,
     *dalle_pytorch.KINDS,
 )
@@ -95,6 +97,8 @@ def _convert(sources: Sequence[Source], kind: str | None, heads: int | None) -> 
     (source,) = sources
     if is_of(rudalle):
         return rudalle.convert(source, kind, heads)
+    if is_of(clip):
+        return clip.convert(source, kind)
     if is_of(taming):
         return taming.convert(source)
     if is_of(dalle_pytorch):
