@@ -11,7 +11,6 @@ Source: Hassani et al. 2023 and 2025; the rule of the windows is `Neighborhood`'
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import TypeAlias
 
 import torch
@@ -24,12 +23,14 @@ Sizes: TypeAlias = int | Sequence[int]
 Flags: TypeAlias = bool | Sequence[bool]
 
 
-_remembered = lru_cache(maxsize=256)(Neighborhood)
+_PATTERNS: dict[tuple[object, ...], Neighborhood] = {}
 
 
-@torch.compiler.assume_constant_result  # a pattern is frozen: traced code holds it as it is
-def _pattern(*arguments: object) -> Neighborhood:
-    return _remembered(*arguments)  # type: ignore[arg-type]
+@torch.compiler.assume_constant_result  # run once, before what is traced looks its pattern up
+def _made(*arguments: object) -> bool:
+    if arguments not in _PATTERNS:
+        _PATTERNS[arguments] = Neighborhood(*arguments)  # type: ignore[arg-type]
+    return True
 
 
 def _hashable(value: Sizes | Flags | None, usual: int | bool) -> int | tuple[int, ...]:
@@ -64,7 +65,9 @@ def _attend(
             raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, wanted batch and tokens {wanted} as query has")
     shape = tuple(query.shape[1 : axes + 1])
     window, steps, spread = _hashable(kernel_size, 1), _hashable(stride, 1), _hashable(dilation, 1)
-    pattern = _pattern(shape, window, steps, spread, _hashable(is_causal, False))
+    masks = shape, window, steps, spread, _hashable(is_causal, False)
+    assert _made(*masks)
+    pattern = _PATTERNS[masks]
     q, k, v = (tensor.flatten(1, axes).transpose(1, 2) for tensor in (query, key, value))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     out, lse = sparse_attention(q, k, v, pattern, scale, return_lse=True)

@@ -107,6 +107,18 @@ def test_modules(shape: tuple[int, ...], masks: dict[str, Any]) -> None:
     assert "qkv.bias" not in MODULES[len(shape)](32, 2, 2, qkv_bias=False).state_dict()
 
 
+def test_a_module_trains_compiled() -> None:
+    torch.manual_seed(0)
+    module = natten.NeighborhoodAttention2D(32, 2, 3)
+    x = torch.randn(1, 6, 7, 32)
+    eager = torch.autograd.grad(module(x).square().sum(), list(module.parameters()))
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    for got, wanted in zip(
+        torch.autograd.grad(compiled(x).square().sum(), list(module.parameters())), eager, strict=True
+    ):
+        close(got, wanted)
+
+
 @pytest.mark.parametrize(
     ("arguments", "named", "said"),
     [
