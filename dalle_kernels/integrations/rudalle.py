@@ -35,7 +35,8 @@ def accelerate(model: nn.Module) -> nn.Module:
 
     With `use_cache`, the second and later calls return the logits of the new tokens, [b, new, vocabulary], where
     ruDALL-E returns a row for each token so far, all but the new ones of no use. Its `cache` stays a dict with a key a
-    layer; the values are `LayerCache`. `gradient_checkpointing` works (that of ruDALL-E 1.1.3 fails). Save weights by
+    layer; the values are `LayerCache`. `gradient_checkpointing` works (that of ruDALL-E 1.1.3 fails). Under
+    torch.compile a call is one graph, which raises where an `attention_mask` is not one that we serve. Save weights by
     `state_dict`: the classes are made on the spot, so pickle refuses the model as a whole.
 
     Args:
@@ -117,9 +118,7 @@ class _View(NamedTuple):
             cache.prefill(k, v)
         else:
             new = q.shape[2]
-            steps = zip(q.split(1, 2), k.split(1, 2), v.split(1, 2), strict=True)
-            outs = [decode_attention(*step, cache=cache, position=p) for p, step in enumerate(steps, cache.tokens)]
-            out = torch.cat(outs, 2)
+            out = decode_attention(q, k, v, cache, cache.tokens)
         cache.tokens += new
         return out, cache
 
@@ -151,7 +150,7 @@ class _Transformer(nn.Module):
         cache = {} if cache is None else cache
         begun = cache.get(0) if use_cache else None
         if begun is None or isinstance(begun, LayerCache):
-            causal, padding = _read_mask(attention_mask, len(hidden_states))
+            causal, padding = _read_mask(attention_mask, len(hidden_states), use_cache)
             reason = self._why_dense(use_cache, causal, padding)
             if begun is not None and reason is not None:
                 raise ValueError(f"cache: it was begun with our attention, which cannot go on: {reason}")
@@ -199,7 +198,7 @@ def _hidden(layer: nn.Module, view: _View, hidden_states: Tensor) -> Tensor:
     return layer(hidden_states, view)[0]
 
 
-def _read_mask(mask: Tensor, batch: int) -> tuple[bool, Tensor | None]:
+def _read_mask(mask: Tensor, batch: int, use_cache: bool) -> tuple[bool, Tensor | None]:
     """Whether `mask` [b, 1, queries, keys], the queries being the last of the keys, is causal with some keys hidden
     from every query but none left without a key; and the hidden keys, bool [batch, keys], None where there are none.
     """
@@ -207,6 +206,15 @@ def _read_mask(mask: Tensor, batch: int) -> tuple[bool, Tensor | None]:
         return False, None
     queries, keys = mask.shape[2:]
     causal = torch.ones(queries, keys, dtype=mask.dtype, device=mask.device).tril(keys - queries)
+    if torch.compiler.is_compiling():  # nobody can look while a graph is traced: it checks as it runs
+        last = mask[:, 0, -1]
+        kept = torch.ones_like(last) if use_cache else last
+        zero_one = ((kept == 0) | (kept == 1)).all() & (kept[:, 0] == 1).all()
+        torch._assert_async(
+            zero_one & (mask[:, 0] == causal * kept[:, None]).all(),
+            "attention_mask: a compiled model wants a causal one; without a cache, some of its keys may be hidden",
+        )
+        return True, None if use_cache else (last == 0).expand(batch, keys)
     if torch.equal(mask, causal.expand_as(mask)):
         return True, None
     last = mask[:, 0, -1]

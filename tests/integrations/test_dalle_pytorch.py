@@ -6,8 +6,10 @@ import copy
 import io
 import pickle
 import random
+import re
 import sys
 import types
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -641,3 +643,23 @@ def test_a_sparse_model() -> None:
         one.generate_images(text, filter_thres=1.0)
         del one.vae.decode
     assert torch.equal(*tokens)
+
+
+def test_sparse_layers_without_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """README's exchange of the class: their constructor would import DeepSpeed."""
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    (block,) = (
+        block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if ".SparseAttention =" in block
+    )
+    transformer = sys.modules["dalle_pytorch.transformer"]
+    monkeypatch.setattr(transformer, "SparseAttention", transformer.SparseAttention)
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    monkeypatch.setitem(sys.modules, "deepspeed.ops.sparse_attention", None)
+    options = {"attn_types": ("sparse", "axial_row"), "depth": 2, "text_seq_len": 16, "dim": 32, "num_text_tokens": 30}
+    vae = DiscreteVAE(image_size=32, num_layers=2, num_tokens=20, codebook_dim=8, hidden_dim=8)
+    with pytest.raises(ImportError):
+        DALLE(vae=vae, heads=2, dim_head=16, **options)
+    exec(block, {})
+    model = ours.accelerate(DALLE(vae=vae, heads=2, dim_head=16, **options))
+    model(torch.randint(1, 30, (2, 16)), torch.randint(20, (2, 64)), return_loss=True).backward()
+    assert all(parameter.grad is not None for parameter in model.transformer.parameters())

@@ -178,6 +178,38 @@ def test_one_mask_serves_a_batch():
         torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10)
 
 
+class Graphs:
+    """A compiler that counts its graphs."""
+
+    def __init__(self) -> None:
+        torch._dynamo.reset()
+        self.made = 0
+
+    def __call__(self, graph: Any, _: Any) -> Any:
+        self.made += 1
+        return graph.forward
+
+
+@pytest.mark.parametrize("mask", [causal, padded])
+def test_a_training_call_is_one_graph(mask):
+    theirs, ours = pair(torch.float64)
+    seen, graphs = mask(dtype=torch.float64), Graphs()
+    compiled = torch.compile(ours, backend=graphs, fullgraph=True)
+    got, wanted = (model(inputs(), seen, return_loss=True)[0] for model in (compiled, theirs))
+    assert graphs.made == 1
+    torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10)
+    with pytest.raises(RuntimeError, match="attention_mask: a compiled model wants a causal one"):
+        compiled(inputs(), window(seen), return_loss=True)
+
+
+def test_sampling_compiles():
+    """A graph for the prompt, one for the first token, and one for all others."""
+    _, ours = pair()
+    wanted, graphs = greedy(ours, inputs(image=0)), Graphs()
+    assert torch.equal(greedy(torch.compile(ours, backend=graphs), inputs(image=0)), wanted)
+    assert graphs.made == 3
+
+
 # --- What ruDALL-E's own code serves ----------------------------------------------------------------------------------
 
 
