@@ -45,7 +45,7 @@ def results(latents: torch.Tensor, hard: bool) -> list[torch.Tensor]:
     """What a forward pass leaves besides the latents."""
     of_rows = torch.empty(ROWS)
     mixture = torch.empty(latents.shape if hard else (0,))
-    return [torch.zeros(ROWS, dtype=torch.int64), of_rows, of_rows, of_rows, mixture]
+    return [torch.zeros(ROWS, dtype=torch.int64), of_rows, of_rows, of_rows, of_rows, mixture]
 
 
 def gumbel_forward(bits: int, width: int, codes: int, hard: bool = False) -> Callable[[], object]:

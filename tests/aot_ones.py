@@ -32,7 +32,7 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
     row, matrix, heads = torch.empty(1), torch.empty(1, 1), torch.empty(1, 1, 1, 1)
     settings = torch.ones(()), False, True, torch.tensor(1)
     codes = torch.zeros(1, dtype=torch.int64)
-    saved = *settings, matrix, codes, row, row, row, torch.empty(0)
+    saved = *settings, matrix, codes, row, row, row, row, torch.empty(0)
     pattern = MaskPattern(torch.ones(1, 1, dtype=torch.bool))
     longer = MaskPattern(torch.ones(256, 256, dtype=torch.bool).tril())
 

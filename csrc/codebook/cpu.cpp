@@ -44,17 +44,17 @@ Gumbel gumbel_problem(const Tensor& logits, const Tensor& codebook, const Tensor
           logits.stride(0), *temperature.data<const float>(), noise, uint64_t(*seed.data<const int64_t>())};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gumbel_forward(const Tensor& logits, const Tensor& codebook,
-                                                                          const Tensor& temperature, bool hard,
-                                                                          bool noise, const Tensor& seed) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gumbel_forward(
+    const Tensor& logits, const Tensor& codebook, const Tensor& temperature, bool hard, bool noise, const Tensor& seed) {
   const Gumbel problem = gumbel_problem(logits, codebook, temperature, noise, seed);
   Tensor latents = new_tensor({problem.rows, problem.width}, logits.dtype());
   Tensor indices = empty({problem.rows}, DType::int64);
-  Tensor kl = empty({problem.rows}, DType::float32), lse_noisy = empty({problem.rows}, DType::float32);
-  Tensor lse_clean = empty({problem.rows}, DType::float32);
+  Tensor kl = empty({problem.rows}, DType::float32), maximum = empty({problem.rows}, DType::float32);
+  Tensor log_noisy = empty({problem.rows}, DType::float32), log_clean = empty({problem.rows}, DType::float32);
   Tensor mixture = hard ? new_tensor({problem.rows, problem.width}, DType::float32) : empty({0}, DType::float32);
   GumbelForward forward{problem, latents.data<void>(), hard ? mixture.data<float>() : nullptr, indices.data<int64_t>(),
-                        kl.data<float>(), lse_noisy.data<float>(), lse_clean.data<float>(), nullptr};
+                        kl.data<float>(), maximum.data<float>(), log_noisy.data<float>(), log_clean.data<float>(),
+                        nullptr};
   const Tensor packed = new_tensor({forward.packed_words()}, DType::int32);
   forward.packed = packed.data<uint32_t>();
   const CodebookKernels& kernels = kernels_for(logits);
@@ -63,8 +63,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gumbel_forward(const 
   parallel_for(0, problem.rows, 1, [&](int64_t row, int64_t end) {
     kernels.gumbel_forward(forward, row, end, thread_scratch(forward.scratch()));
   });
-  return {std::move(latents),   std::move(indices),   std::move(kl),
-          std::move(lse_noisy), std::move(lse_clean), std::move(mixture)};
+  return {std::move(latents),   std::move(indices),   std::move(kl),     std::move(maximum),
+          std::move(log_noisy), std::move(log_clean), std::move(mixture)};
 }
 
 // The rows of each code, in ascending order: a counting sort.
@@ -89,8 +89,8 @@ std::tuple<Tensor, Tensor> gumbel_backward(const std::optional<Tensor>& grad_lat
                                            const std::optional<Tensor>& grad_kl, const Tensor& logits,
                                            const Tensor& codebook, const Tensor& temperature, bool hard, bool noise,
                                            const Tensor& seed, const Tensor& latents, const Tensor& indices,
-                                           const Tensor& kl, const Tensor& lse_noisy, const Tensor& lse_clean,
-                                           const Tensor& mixture, bool needs_codebook) {
+                                           const Tensor& kl, const Tensor& maximum, const Tensor& log_noisy,
+                                           const Tensor& log_clean, const Tensor& mixture, bool needs_codebook) {
   const CodebookKernels& kernels = kernels_for(logits);
   const bool has_latents = pointer<const void>(grad_latents) != nullptr;
   // Without a gradient of the latents nothing asks for the noise, and codes can be walked in their own order.
@@ -105,8 +105,9 @@ std::tuple<Tensor, Tensor> gumbel_backward(const std::optional<Tensor>& grad_lat
   backward.grad_latents = pointer<const void>(grad_latents);
   backward.grad_kl = pointer<const float>(grad_kl);
   backward.kl = kl.data<const float>();
-  backward.lse_noisy = lse_noisy.data<const float>();
-  backward.lse_clean = lse_clean.data<const float>();
+  backward.maximum = maximum.data<const float>();
+  backward.log_noisy = log_noisy.data<const float>();
+  backward.log_clean = log_clean.data<const float>();
   backward.mixture = hard ? mixture.data<const float>() : nullptr;
   backward.latents = latents.data<const void>();
   backward.grad_logits = grad_logits.data<void>();
@@ -194,11 +195,11 @@ std::tuple<Tensor, Tensor> noise_words(int64_t seed, int64_t row, int64_t stream
 const Operators operators(
     "CPU",
     {{"gumbel_forward(Tensor logits, Tensor codebook, Tensor temperature, bool hard, bool noise, Tensor seed)"
-      " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+      " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
       boxed<&gumbel_forward>},
      {"gumbel_backward(Tensor? grad_latents, Tensor? grad_kl, Tensor logits, Tensor codebook, Tensor temperature,"
-      " bool hard, bool noise, Tensor seed, Tensor latents, Tensor indices, Tensor kl, Tensor lse_noisy,"
-      " Tensor lse_clean, Tensor mixture, bool needs_codebook) -> (Tensor, Tensor)",
+      " bool hard, bool noise, Tensor seed, Tensor latents, Tensor indices, Tensor kl, Tensor maximum,"
+      " Tensor log_noisy, Tensor log_clean, Tensor mixture, bool needs_codebook) -> (Tensor, Tensor)",
       boxed<&gumbel_backward>},
      {"vq_forward(Tensor features, Tensor codebook) -> (Tensor, Tensor)", boxed<&vq_forward>},
      {"vq_backward(Tensor grad_squared_distance, Tensor features, Tensor codebook, Tensor indices, bool needs_features,"

@@ -15,8 +15,9 @@ struct GumbelForward {
   void* latents;             // [N, D]
   int64_t* indices;          // [N]
   float* kl;                 // [N]
-  float* lse_noisy;          // [N]
-  float* lse_clean;          // [N]
+  float* maximum;            // [N], the largest of logits + g
+  float* log_noisy;          // [N], log sum exp((logits + g - maximum) / tau)
+  float* log_clean;          // [N], log sum exp(logits - maximum)
   float* mixture;            // [N, D] where hard, else unused
   int64_t logits_stride;
   int rows, codes, width;
@@ -31,8 +32,9 @@ struct GumbelBackward {
   const float* temperature;
   const int64_t* seed;
   const float* kl;
-  const float* lse_noisy;
-  const float* lse_clean;
+  const float* maximum;
+  const float* log_noisy;
+  const float* log_clean;
   const float* delta;      // [N], grad_latents . mixture, or null
   const int64_t* indices;  // [N] where hard, or null
   void* dlogits;       // [N, K], contiguous

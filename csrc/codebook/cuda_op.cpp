@@ -14,8 +14,8 @@ static T* optional_pointer(const std::optional<Tensor>& tensor) {
 }
 
 static void gumbel_forward(Tensor logits, Tensor codebook, Tensor codebook_terms, Tensor temperature, bool hard,
-                           bool noise, Tensor seed, Tensor latents, Tensor indices, Tensor kl, Tensor lse_noisy, Tensor lse_clean,
-                           Tensor mixture) {
+                           bool noise, Tensor seed, Tensor latents, Tensor indices, Tensor kl, Tensor maximum, Tensor log_noisy,
+                           Tensor log_clean, Tensor mixture) {
   const DeviceGuard guard(logits.get_device());
   GumbelForward p;
   p.logits = device_pointer<const void>(logits);
@@ -26,8 +26,9 @@ static void gumbel_forward(Tensor logits, Tensor codebook, Tensor codebook_terms
   p.latents = device_pointer<void>(latents);
   p.indices = device_pointer<int64_t>(indices);
   p.kl = device_pointer<float>(kl);
-  p.lse_noisy = device_pointer<float>(lse_noisy);
-  p.lse_clean = device_pointer<float>(lse_clean);
+  p.maximum = device_pointer<float>(maximum);
+  p.log_noisy = device_pointer<float>(log_noisy);
+  p.log_clean = device_pointer<float>(log_clean);
   p.mixture = device_pointer<float>(mixture);
   p.logits_stride = logits.stride(0);
   p.rows = static_cast<int>(logits.size(0));
@@ -46,9 +47,10 @@ static void gumbel_forward(Tensor logits, Tensor codebook, Tensor codebook_terms
 }
 
 static void gumbel_backward(std::optional<Tensor> grad_terms, std::optional<Tensor> grad_kl, Tensor logits,
-                            Tensor codebook_terms, Tensor temperature, bool noise, Tensor seed, Tensor kl, Tensor lse_noisy,
-                            Tensor lse_clean, std::optional<Tensor> delta, std::optional<Tensor> indices, int64_t parts,
-                            Tensor dlogits, std::optional<Tensor> dcodebook) {
+                            Tensor codebook_terms, Tensor temperature, bool noise, Tensor seed, Tensor kl, Tensor maximum,
+                            Tensor log_noisy, Tensor log_clean, std::optional<Tensor> delta,
+                            std::optional<Tensor> indices, int64_t parts, Tensor dlogits,
+                            std::optional<Tensor> dcodebook) {
   const DeviceGuard guard(logits.get_device());
   GumbelBackward p;
   p.grad_terms = optional_pointer<const void>(grad_terms);
@@ -58,8 +60,9 @@ static void gumbel_backward(std::optional<Tensor> grad_terms, std::optional<Tens
   p.temperature = device_pointer<const float>(temperature);
   p.seed = device_pointer<const int64_t>(seed);
   p.kl = device_pointer<const float>(kl);
-  p.lse_noisy = device_pointer<const float>(lse_noisy);
-  p.lse_clean = device_pointer<const float>(lse_clean);
+  p.maximum = device_pointer<const float>(maximum);
+  p.log_noisy = device_pointer<const float>(log_noisy);
+  p.log_clean = device_pointer<const float>(log_clean);
   p.delta = optional_pointer<const float>(delta);
   p.indices = optional_pointer<const int64_t>(indices);
   p.dlogits = device_pointer<void>(dlogits);
@@ -85,11 +88,12 @@ static void gumbel_backward(std::optional<Tensor> grad_terms, std::optional<Tens
 STABLE_TORCH_LIBRARY_FRAGMENT(DALLE_LIBRARY, m) {
   m.def(
       "gumbel_forward(Tensor logits, Tensor codebook, Tensor codebook_terms, Tensor temperature, bool hard, bool noise,"
-      " Tensor seed, Tensor(a!) latents, Tensor(b!) indices, Tensor(c!) kl, Tensor(d!) lse_noisy, Tensor(e!) lse_clean,"
-      " Tensor(f!) mixture) -> ()");
+      " Tensor seed, Tensor(a!) latents, Tensor(b!) indices, Tensor(c!) kl, Tensor(d!) maximum, Tensor(e!) log_noisy,"
+      " Tensor(f!) log_clean, Tensor(g!) mixture) -> ()");
   m.def(
       "gumbel_backward(Tensor? grad_terms, Tensor? grad_kl, Tensor logits, Tensor codebook_terms, Tensor temperature,"
-      " bool noise, Tensor seed, Tensor kl, Tensor lse_noisy, Tensor lse_clean, Tensor? delta, Tensor? indices, int parts,"
+      " bool noise, Tensor seed, Tensor kl, Tensor maximum, Tensor log_noisy, Tensor log_clean, Tensor? delta,"
+      " Tensor? indices, int parts,"
       " Tensor(a!) dlogits, Tensor(b!)? dcodebook) -> ()");
 }
 

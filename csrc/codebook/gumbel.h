@@ -158,8 +158,9 @@ struct GumbelForwardKernel {
       const float noisy = empty ? NAN : sum(state.noisy), clean = empty ? NAN : sum(state.clean);
       const int64_t n = row + r, best = empty ? 0 : state.best;
       p.indices[n] = best;
-      p.lse_noisy[n] = state.top / p.temperature + __builtin_logf(noisy);
-      p.lse_clean[n] = state.top + __builtin_logf(clean);
+      p.maximum[n] = state.top;
+      p.log_noisy[n] = __builtin_logf(noisy);
+      p.log_clean[n] = __builtin_logf(clean);
       p.kl[n] = __builtin_logf(float(p.codes)) + kLn2 * (sum(state.moment) / clean) - __builtin_logf(clean);
       const F factor = set(1.f / noisy);
       const T* sampled = (const T*)p.codebook + best * p.width;
@@ -282,7 +283,7 @@ struct GumbelBackwardKernel {
                              NoiseRow(keys, uint64_t(n), kGumbelStream), clean, noisy);
     T* out = (T*)p.grad_logits + n * p.codes;
     const float grad_kl = Kl ? p.grad_kl[n] : 0.f;
-    const F noisy_shift = set(-p.lse_noisy[n] * kLog2E), clean_shift = set(-p.lse_clean[n] * kLog2E);
+    const F top = set(p.maximum[n]), noisy_shift = set(-p.log_noisy[n] * kLog2E), clean_shift = set(-p.log_clean[n] * kLog2E);
     const F delta = set(Latents ? p.delta[n] : 0.f), inverse = set(1.f / p.temperature);
     const F slope = set(grad_kl * kLn2), offset = set(grad_kl * (log_codes - p.kl[n]));
     DALLE_UNROLL for (int l = 0; l < 4; l++)
@@ -290,14 +291,14 @@ struct GumbelBackwardKernel {
         F gradient = zero();
         y[l][j] = zero();
         if constexpr (Latents) {
-          // A log-sum-exp is rounded to its own size; no weight may come out above 1 for that.
-          const F weight = exp2_or_zero(min(zero(), fma(noisy[l][j], set(scale), noisy_shift)));
+          // The maximum comes off first, exactly: scores may be so large that log K is lost in their rounding.
+          const F weight = exp2_or_zero(fma(noisy[l][j] - top, set(scale), noisy_shift));
           const F difference = load(product_row + l * kCounterTile + j * kLanes) - delta;
           gradient = weight * inverse * difference;
           y[l][j] = weight;
         }
         if constexpr (Kl) {
-          const F exponent = max(set(kZeroExponent), min(zero(), fma(clean[l][j], set(kLog2E), clean_shift)));
+          const F exponent = max(set(kZeroExponent), min(zero(), fma(clean[l][j] - top, set(kLog2E), clean_shift)));
           gradient = fma(exp2_bounded(exponent), fma(exponent, slope, offset), gradient);
         }
         T* to = out + tile.first[l] + j * kLanes;

@@ -3,7 +3,7 @@
 //   dlogits = y (d - delta) / tau + dKL p (log p + H),  H = log K - KL,  dcodebook = y^T dL,
 // where hard with the one-hot rows of the sampled codes in the place of y in dcodebook.
 // A block owns a group of codes of every quarter, whose rows of the codebook it keeps in shared memory, and walks over
-// a share of the table's rows: y is made again from the logits, the seed and the saved log-sum-exps, once for both
+// a share of the table's rows: y is made again from the logits, the seed and what was kept of the sums, once for both
 // gradients, so the logits are read once. Sums over rows are made in a fixed order; the host adds up the shares.
 
 #pragma once
@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(kThreads, 1) gumbel_backward_kernel(const __gr
 
     int row[2];
     float x[2][4][kMine];  // logits, then their gradients
-    float lse_noisy[2], lse_clean[2], entropy[2], delta[2], grad_kl[2];
+    float maximum[2], log_noisy[2], log_clean[2], entropy[2], delta[2], grad_kl[2];
     int sampled[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -142,8 +142,9 @@ __global__ void __launch_bounds__(kThreads, 1) gumbel_backward_kernel(const __gr
         load_logits<T>(x[half][q], static_cast<const T*>(p.logits) + from * p.logits_stride, quarters, q, column,
                        whole);
       }
-      lse_noisy[half] = load(p.lse_noisy + from) * kLog2E;
-      lse_clean[half] = load(p.lse_clean + from);
+      maximum[half] = load(p.maximum + from);
+      log_noisy[half] = load(p.log_noisy + from) * kLog2E;
+      log_clean[half] = load(p.log_clean + from);
       entropy[half] = logf(static_cast<float>(p.codes)) - load(p.kl + from);
       delta[half] = with_latents ? load(p.delta + from) : 0.0f;
       grad_kl[half] = p.grad_kl == nullptr ? 0.0f : load(p.grad_kl + from);
@@ -182,8 +183,9 @@ __global__ void __launch_bounds__(kThreads, 1) gumbel_backward_kernel(const __gr
 #pragma unroll
           for (int q = 0; q < 4; ++q) {
             float& logit = x[half][q][4 * t + j];
-            const float weight = exp2_fast((logit + noise[q]) * (inverse * kLog2E) - lse_noisy[half]);
-            const float log_p = logit - lse_clean[half];
+            const float weight =
+                exp2_fast((logit + noise[q] - maximum[half]) * (inverse * kLog2E) - log_noisy[half]);
+            const float log_p = logit - maximum[half] - log_clean[half];
             const float clean = exp2_fast(log_p * kLog2E);
             const float kl = clean > 0.0f ? grad_kl[half] * clean * (log_p + entropy[half]) : 0.0f;
             logit = weight * (dot[q][j / 2][2 * half + j % 2] - delta[half]) * inverse + kl;

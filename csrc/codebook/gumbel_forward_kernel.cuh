@@ -2,8 +2,10 @@
 // of softmax(logits) from uniform, in one read of the logits.
 //
 // A block owns 64 rows, 16 to a warp, and walks over the codes with two online softmaxes in base 2, one of the noisy
-// scores t = log2(e) (x + g) / tau and one of the clean ones, whose mean logit gives the entropy:
-//   KL = log K - H,  H = lse - sum p x,  with sum p x kept as sum 2^(x - m) x beside the sum of weights.
+// scores t = (x + g) / tau and one of the clean ones, whose mean logit gives the entropy:
+//   KL = log K - H,  H = log l - sum p (x - m),  l = sum e^(x - m),  with sum e^(x - m) (x - m) kept beside l.
+// Differences from the largest come first, exactly, and what is kept of a row is the largest and logarithms apart: rows
+// may be so far from 0 that log K, and even the noise, are lost in their rounding.
 // Where hard, the soft mixture goes to its own tensor for the backward pass, and latents are the sampled rows.
 
 #pragma once
@@ -14,7 +16,8 @@ namespace {
 
 constexpr int kForwardThreads = 128;
 constexpr int kForwardRows = kForwardThreads / 2;
-constexpr float kNothing = -1e38f;  // the largest of no scores: finite, so that differences are numbers
+constexpr float kLowest = -3.402823466e38f;  // the largest of no scores: finite, so that -inf less it is -inf
+constexpr float kFar = -1e30f;  // an exponent of 0, and a number to multiply 0 with
 
 template <class T, int kWidth>
 __global__ void __launch_bounds__(kForwardThreads, kWidth <= 128 && sizeof(T) == 2 ? 2 : 1)
@@ -35,11 +38,11 @@ __global__ void __launch_bounds__(kForwardThreads, kWidth <= 128 && sizeof(T) ==
   char* tiles = shared_memory();  // [2][terms][kStepCodes][kPitch]
 
   float acc[kWidth / 8][4] = {};
-  float noisy_m[2] = {kNothing, kNothing};
+  float noisy_m[2] = {kLowest, kLowest};
   float noisy_l[2] = {};
-  float clean_m[2] = {kNothing, kNothing};
+  float clean_m[2] = {kLowest, kLowest};
   float clean_l[2] = {};
-  float clean_x[2] = {};  // sum of 2^(x - m) x, x in base 2
+  float clean_x[2] = {};  // sum of 2^x x, x = log2(e) (logit - m)
   float best[2] = {-kInfinity, -kInfinity};
   int best_code[2] = {};
 
@@ -62,14 +65,15 @@ __global__ void __launch_bounds__(kForwardThreads, kWidth <= 128 && sizeof(T) ==
                        first, whole);
 #pragma unroll
         for (int j = 0; j < kMine; ++j) {
-          largest = fmaxf(largest, score[q][j] * kLog2E);
+          largest = fmaxf(largest, score[q][j]);
         }
       }
       largest = largest_of_quad(largest);
-      const float clean_old = exp2_fast(clean_m[half] - largest);
+      const float drop = fmaxf((clean_m[half] - largest) * kLog2E, kFar);
+      const float clean_old = exp2_fast(drop);
       clean_m[half] = largest;
+      clean_x[half] = (clean_x[half] + drop * clean_l[half]) * clean_old;
       clean_l[half] *= clean_old;
-      clean_x[half] *= clean_old;
       float noisy_largest = noisy_m[half];
 #pragma unroll
       for (int j = 0; j < kMine; ++j) {
@@ -79,8 +83,8 @@ __global__ void __launch_bounds__(kForwardThreads, kWidth <= 128 && sizeof(T) ==
         }
 #pragma unroll
         for (int q = 0; q < 4; ++q) {
-          const float x = score[q][j] * kLog2E;
-          const float weight = exp2_fast(x - clean_m[half]);
+          const float x = (score[q][j] - clean_m[half]) * kLog2E;
+          const float weight = exp2_fast(x);
           clean_l[half] += weight;
           clean_x[half] += weight > 0.0f ? weight * x : 0.0f;
           const float noisy = score[q][j] + noise[q];
@@ -89,19 +93,19 @@ __global__ void __launch_bounds__(kForwardThreads, kWidth <= 128 && sizeof(T) ==
             best[half] = noisy;
             best_code[half] = code;
           }
-          score[q][j] = noisy * to_base_2;
+          score[q][j] = noisy;
           noisy_largest = fmaxf(noisy_largest, score[q][j]);
         }
       }
       noisy_largest = largest_of_quad(noisy_largest);
-      old[half] = exp2_fast(noisy_m[half] - noisy_largest);
+      old[half] = exp2_fast((noisy_m[half] - noisy_largest) * to_base_2);
       noisy_m[half] = noisy_largest;
       noisy_l[half] *= old[half];
 #pragma unroll
       for (int q = 0; q < 4; ++q) {
 #pragma unroll
         for (int j = 0; j < kMine; ++j) {
-          score[q][j] = exp2_fast(score[q][j] - noisy_largest);
+          score[q][j] = exp2_fast((score[q][j] - noisy_largest) * to_base_2);
           noisy_l[half] += score[q][j];
         }
 #pragma unroll
@@ -165,11 +169,12 @@ __global__ void __launch_bounds__(kForwardThreads, kWidth <= 128 && sizeof(T) ==
       }
     }
     if (row[half] >= 0 && c == 0) {
-      const float clean_lse = clean_m[half] + log2f(clean_l[half]);
+      const float clean_log = log2f(clean_l[half]);
       store(p.indices + row[half], static_cast<int64_t>(best_code[half]));
-      store(p.lse_noisy + row[half], kLn2 * (noisy_m[half] + log2f(noisy_l[half])));
-      store(p.lse_clean + row[half], kLn2 * clean_lse);
-      store(p.kl + row[half], logf(static_cast<float>(p.codes)) + kLn2 * (clean_x[half] / clean_l[half] - clean_lse));
+      store(p.maximum + row[half], noisy_m[half]);
+      store(p.log_noisy + row[half], kLn2 * log2f(noisy_l[half]));
+      store(p.log_clean + row[half], clean_m[half] - noisy_m[half] + kLn2 * clean_log);
+      store(p.kl + row[half], logf(static_cast<float>(p.codes)) + kLn2 * (clean_x[half] / clean_l[half] - clean_log));
     }
   }
   T* latents = static_cast<T*>(p.latents);

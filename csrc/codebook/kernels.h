@@ -33,8 +33,8 @@ struct Gumbel {
 struct GumbelForward : Gumbel {
   void* latents;     // [rows, width]: the mixture, or where `mixture` is given the sampled rows of the codebook
   float* mixture;    // [rows, width] or null
-  int64_t* indices;  // [rows], as are the next three
-  float *kl, *lse_noisy, *lse_clean;
+  int64_t* indices;  // [rows], as are the next four
+  float *kl, *maximum, *log_noisy, *log_clean;  // the largest score; logarithms of sums of exponentials relative to it
   uint32_t* packed;  // a workspace of packed_words(): the codebook in the order in which it is read
 
   int64_t packed_words() const { return tiles() * kCodeTile * padded(width); }
@@ -45,7 +45,7 @@ struct GumbelForward : Gumbel {
 struct GumbelBackward : Gumbel {
   const void* grad_latents;  // [rows, width] or null
   const float* grad_kl;      // [rows] or null
-  const float *kl, *lse_noisy, *lse_clean;
+  const float *kl, *maximum, *log_noisy, *log_clean;  // of the forward pass
   const float* mixture;      // [rows, width] or null: then `latents` are the mixture
   const void* latents;       // [rows, width]
   void* grad_logits;         // [rows, codes]

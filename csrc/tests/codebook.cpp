@@ -80,9 +80,10 @@ void gumbel(const CodebookKernels& kernels, int64_t rows, int64_t codes, int64_t
   auto latents = poisoned<T>(rows * width);
   auto mixture = poisoned<float>(rows * width);
   auto indices = poisoned<int64_t>(rows);
-  auto kl = poisoned<float>(rows), lse_noisy = poisoned<float>(rows), lse_clean = poisoned<float>(rows);
+  auto kl = poisoned<float>(rows), maximum = poisoned<float>(rows);
+  auto log_noisy = poisoned<float>(rows), log_clean = poisoned<float>(rows);
   GumbelForward forward{problem, latents.data(), hard ? mixture.data() : nullptr, indices.data(), kl.data(),
-                        lse_noisy.data(), lse_clean.data(), nullptr};
+                        maximum.data(), log_noisy.data(), log_clean.data(), nullptr};
   auto packed_codebook = poisoned<uint32_t>(forward.packed_words());
   forward.packed = packed_codebook.data();
   kernels.gumbel_pack(forward, 0, forward.tiles());
@@ -102,7 +103,8 @@ void gumbel(const CodebookKernels& kernels, int64_t rows, int64_t codes, int64_t
       for (int64_t d = 0; d < width; d++) mixed[size_t(d)] += weight * to_float(codebook[size_t(k * width + d)]);
     }
     expect(indices[size_t(n)] == index, name + ": index");
-    expect(std::fabs(lse_noisy[size_t(n)] - std::log(total)) < 1e-5 * (1 + std::fabs(std::log(total))), name + ": lse");
+    const double lse = maximum[size_t(n)] / problem.temperature + log_noisy[size_t(n)];
+    expect(std::fabs(lse - std::log(total)) < 1e-5 * (1 + std::fabs(std::log(total))), name + ": log-sum-exp");
     for (int64_t d = 0; d < width; d++) {
       const double want = mixed[size_t(d)] / total;
       const double got = hard ? mixture[size_t(n * width + d)] : to_float(latents[size_t(n * width + d)]);
@@ -118,7 +120,8 @@ void gumbel(const CodebookKernels& kernels, int64_t rows, int64_t codes, int64_t
     backward.noise = noise && has_latents;
     backward.grad_latents = has_latents ? grad_latents.data() : nullptr;
     backward.grad_kl = grad_kl.data();
-    backward.kl = kl.data(), backward.lse_noisy = lse_noisy.data(), backward.lse_clean = lse_clean.data();
+    backward.kl = kl.data(), backward.maximum = maximum.data();
+    backward.log_noisy = log_noisy.data(), backward.log_clean = log_clean.data();
     backward.mixture = hard ? mixture.data() : nullptr;
     backward.latents = latents.data();
     backward.grad_logits = grad_logits.data();

@@ -7,8 +7,8 @@ Kernels keep scores in units of log2, where softmax costs one exp2 per element a
 
     score2 = (logit + g) log2(e) + CONSTANT,   g log2(e) + CONSTANT = -log2(-log2 u),   CONSTANT = log2(log 2)
 
-so `gumbel2(word)` returns -log2(-log2 u), two logarithms and no scaling; who needs a natural log-sum-exp subtracts
-`GUMBEL2_CONSTANT` from it.
+so `gumbel2(word)` returns -log2(-log2 u), two logarithms and no scaling. A softmax and an argmax do not see the
+constant.
 """
 
 import triton
@@ -20,7 +20,6 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
-GUMBEL2_CONSTANT = tl.constexpr(-0.5287663729448977)  # log2(log 2)
 
 
 @triton.jit

@@ -77,13 +77,13 @@ def test_gumbel_against_float64(isa: str, shape: tuple, dtype: torch.dtype, hard
 
     assert torch.equal(got[1], want[1])
     check("latents", got[0], want[0], plain[0])
-    for name, index in (("kl", 2), ("lse_noisy", 3), ("lse_clean", 4)):
+    for name, index in (("kl", 2), ("maximum", 3), ("log_noisy", 4), ("log_clean", 5)):
         torch.testing.assert_close(
             got[index].double(), want[index], rtol=2e-6, atol=4e-6, msg=lambda m, n=name: f"{n}: {m}"
         )
     if hard:
         assert torch.equal(got[0], codebook[got[1]])
-        check("mixture", got[5], want[5], want[5].to(dtype))
+        check("mixture", got[6], want[6], want[6].to(dtype))
     check("dlogits", mine[0], theirs[0], plain[1])
     check("dcodebook", mine[1], theirs[1], plain[2])
 
@@ -172,7 +172,7 @@ def test_minus_infinity_and_huge_logits(isa: str, noise: bool) -> None:
     want = reference.forward(Inputs(logits.double(), codebook.double(), *arguments))
     plain = reference.forward(Inputs(logits, codebook, *arguments))
     assert torch.equal(got[1], want[1])
-    for index, name in enumerate(("latents", "indices", "kl", "lse_noisy", "lse_clean")):
+    for index, name in enumerate(("latents", "indices", "kl", "maximum", "log_noisy", "log_clean")):
         check(name, got[index].float(), want[index].double(), plain[index].float())
     dlogits, _ = cpu.backward(Grads(grad_latents, grad_kl), Kept(logits, codebook, *arguments, *got), Needs(True, True))
     assert dlogits.isfinite().all()

@@ -12,6 +12,7 @@ from dalle_kernels import gumbel_lookup, vq_lookup
 from dalle_kernels.codebook.gumbel import cuda, reference
 from dalle_kernels.codebook.gumbel.contract import Grads, Inputs, Kept, Needs
 from dalle_kernels.noise import GUMBEL_STREAM, gumbel_noise
+from tests.codebook import offsets
 
 MODES = [(False, True), (True, True), (True, False)]  # (hard, noise)
 
@@ -36,13 +37,13 @@ def _check_forward(rows: int, codes: int, width: int, dtype: torch.dtype, hard: 
     assert ((got[1] == want[1]) | (best[:, 0] - best[:, 1] > -1e-5)).all()  # equal but for scores within rounding
     if not noise:
         assert got[1].equal(noisy.argmax(-1))  # the first of equal ones
-    mixture, exact = (got[5], want[5]) if hard else (got[0], want[0])
+    mixture, exact = (got[6], want[6]) if hard else (got[0], want[0])
     plain = ((noisy / temperature).to(dtype).softmax(-1) @ codebook).double()
     unit = torch.finfo(dtype).eps
     assert (mixture.double() - exact).abs().max() <= 2 * (plain - exact).abs().max() + unit * exact.abs().max()
     if hard:
         assert got[0].equal(codebook[got[1]])
-    for ours, theirs in zip(got[2:5], want[2:5], strict=True):
+    for ours, theirs in zip(got[2:6], want[2:6], strict=True):
         torch.testing.assert_close(ours.double(), theirs, atol=2e-5, rtol=1e-5)
 
 
@@ -128,6 +129,16 @@ def test_backward_past_its_loop_over_rows(
 @pytest.mark.parametrize("width", [32, 256])
 def test_backward_in_shares_of_rows(emulated: Any, width: int, hard: bool) -> None:
     _check_backward(600, 32, width, torch.float16, hard, True, latents=True, kl=False)
+
+
+@pytest.mark.parametrize("mask", offsets.MASKS)
+@pytest.mark.parametrize(("hard", "noise"), MODES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_rows_far_from_zero(emulated: Any, dtype: torch.dtype, hard: bool, noise: bool, mask: str) -> None:
+    def lookup(logits, codebook, hard, noise):  # type: ignore[no-untyped-def]
+        return gumbel_lookup(logits, codebook, offsets.TAU, hard, noise, 5, "cuda")
+
+    offsets.check(lookup, dtype, mask, hard, noise)
 
 
 def test_through_the_public_operation(emulated: Any) -> None:

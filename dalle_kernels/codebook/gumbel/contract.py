@@ -22,8 +22,10 @@ class Outputs(NamedTuple):
     latents: torch.Tensor  # [N, D], the dtype of logits
     indices: torch.Tensor  # int64 [N]
     kl: torch.Tensor  # [N], float32 as what follows (float64 for float64 logits)
-    lse_noisy: torch.Tensor  # [N], log-sum-exp of (logits + g) / temperature
-    lse_clean: torch.Tensor  # [N], log-sum-exp of logits
+    # Kept apart, because logits may be so large that the logarithms are lost beside them.
+    maximum: torch.Tensor  # [N], m: the largest of logits + g (of g and a constant, where a backend likes)
+    log_noisy: torch.Tensor  # [N], log sum exp((logits + g - m) / temperature)
+    log_clean: torch.Tensor  # [N], log sum exp(logits - m)
     mixture: torch.Tensor  # [N, D] the soft mixture where `hard`, else [0]
 
 
@@ -37,8 +39,9 @@ class Kept(NamedTuple):
     latents: torch.Tensor
     indices: torch.Tensor
     kl: torch.Tensor
-    lse_noisy: torch.Tensor
-    lse_clean: torch.Tensor
+    maximum: torch.Tensor
+    log_noisy: torch.Tensor
+    log_clean: torch.Tensor
     mixture: torch.Tensor
 
 

@@ -51,7 +51,7 @@ def forward(inputs: Inputs) -> Outputs:
     rows, width = logits.shape[0], codebook.shape[1]
     latents = torch.empty((rows, width), dtype=logits.dtype, device=logits.device)
     indices = torch.empty(rows, dtype=torch.int64, device=logits.device)
-    kl, lse_noisy, lse_clean = torch.empty((3, rows), dtype=torch.float32, device=logits.device).unbind()
+    kl, maximum, log_noisy, log_clean = torch.empty((4, rows), dtype=torch.float32, device=logits.device).unbind()
     mixture = torch.empty((rows, width) if hard else 0, dtype=torch.float32, device=logits.device)
     if rows:
         codebook = cuda_library.aligned(codebook)
@@ -66,16 +66,19 @@ def forward(inputs: Inputs) -> Outputs:
             latents,
             indices,
             kl,
-            lse_noisy,
-            lse_clean,
+            maximum,
+            log_noisy,
+            log_clean,
             mixture,
         )
-    return Outputs(latents, indices, kl, lse_noisy, lse_clean, mixture)
+    return Outputs(latents, indices, kl, maximum, log_noisy, log_clean, mixture)
 
 
 def backward(grads: Grads, kept: Kept, needs: Needs) -> tuple[torch.Tensor | None, ...]:
     grad_latents, grad_kl = grads
-    logits, codebook, temperature, hard, noise, seed, latents, indices, kl, lse_noisy, lse_clean, mixture = kept
+    logits, codebook, temperature, hard, noise, seed, latents, indices, kl, maximum, log_noisy, log_clean, mixture = (
+        kept
+    )
     rows, codes = logits.shape
     delta = partial = None
     # A block walks over its codes' column of the logits, or a share of its rows where columns are few.
@@ -95,8 +98,9 @@ def backward(grads: Grads, kept: Kept, needs: Needs) -> tuple[torch.Tensor | Non
             noise,
             seed,
             kl,
-            lse_noisy,
-            lse_clean,
+            maximum,
+            log_noisy,
+            log_clean,
             delta,
             indices if hard and grad_latents is not None else None,
             parts,

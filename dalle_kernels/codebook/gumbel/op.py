@@ -109,13 +109,14 @@ def fake_outputs(rows_of: torch.Tensor, codebook: torch.Tensor, hard: bool) -> O
     """What a lookup of as many rows as `rows_of` has gives."""
     rows, width = rows_of.shape[0], codebook.shape[1]
     wide = torch.float64 if rows_of.dtype == torch.float64 else torch.float32
-    kl, lse_noisy, lse_clean = (rows_of.new_empty(rows, dtype=wide) for _ in range(3))
+    kl, maximum, log_noisy, log_clean = (rows_of.new_empty(rows, dtype=wide) for _ in range(4))
     return Outputs(
         latents=rows_of.new_empty(rows, width),
         indices=rows_of.new_empty(rows, dtype=torch.int64),
         kl=kl,
-        lse_noisy=lse_noisy,
-        lse_clean=lse_clean,
+        maximum=maximum,
+        log_noisy=log_noisy,
+        log_clean=log_clean,
         mixture=rows_of.new_empty((rows, width) if hard else (0,), dtype=wide),
     )
 

@@ -24,7 +24,8 @@ def forward(inputs: Inputs) -> Outputs:
     logits, codebook, temperature, hard, noise, seed = inputs
     wide, table = widen(logits), widen(codebook)
     noisy = _noisy(wide, noise, seed)
-    scaled = noisy / temperature
+    maximum = noisy.amax(-1)
+    scaled = (noisy - maximum[:, None]) / temperature
     mixture = scaled.softmax(-1) @ table
     indices = noisy.argmax(-1)
     clean = wide.log_softmax(-1)
@@ -32,7 +33,8 @@ def forward(inputs: Inputs) -> Outputs:
     kl = math.log(logits.shape[-1]) + torch.xlogy(clean.exp(), clean.exp()).sum(-1)
     latents = codebook[indices] if hard else mixture.to(codebook.dtype)
     kept = mixture if hard else mixture.new_empty(0)
-    return Outputs(latents, indices, kl, scaled.logsumexp(-1), wide.logsumexp(-1), kept)
+    log_clean = (wide - maximum[:, None]).logsumexp(-1)
+    return Outputs(latents, indices, kl, maximum, scaled.logsumexp(-1), log_clean, kept)
 
 
 def backward(grads: Grads, kept: Kept, needs: Needs) -> tuple[torch.Tensor | None, ...]:
@@ -42,20 +44,22 @@ def backward(grads: Grads, kept: Kept, needs: Needs) -> tuple[torch.Tensor | Non
     one-hot rows' share.
     """
     grad_latents, grad_kl = grads
-    logits, codebook, temperature, hard, noise, seed, latents, indices, kl, lse_noisy, lse_clean, mixture = kept
+    logits, codebook, temperature, hard, noise, seed, latents, indices, kl, maximum, log_noisy, log_clean, mixture = (
+        kept
+    )
     wide, table = widen(logits), widen(codebook)
     dlogits, dcodebook = torch.zeros_like(wide), torch.zeros_like(table)
     if grad_latents is not None:
         grad = widen(grad_latents)
         if needs.logits or not hard:
-            y = (_noisy(wide, noise, seed) / temperature - lse_noisy[:, None]).exp()
+            y = ((_noisy(wide, noise, seed) - maximum[:, None]) / temperature - log_noisy[:, None]).exp()
         if needs.logits:
             delta = (grad * (mixture if hard else widen(latents))).sum(-1, keepdim=True)
             dlogits += y * (grad @ table.T - delta) / temperature
         if needs.codebook:
             dcodebook = dcodebook.index_add_(0, indices, grad) if hard else y.T @ grad
     if grad_kl is not None and needs.logits:
-        log_p = wide - lse_clean[:, None]
+        log_p = wide - maximum[:, None] - log_clean[:, None]
         entropy = math.log(logits.shape[-1]) - kl[:, None]
         p = log_p.exp()
         dlogits += grad_kl[:, None] * (torch.xlogy(p, p) + p * entropy)

@@ -1,13 +1,15 @@
 """Gumbel-softmax lookup in Triton: one pass over the logits forward, one backward.
 
-Scores live in units of log2: t = logit log2(e), and s = (logit + g) log2(e) with the noise. With tau the temperature:
+With t the logits, s = t + g the noisy scores (g shifted by a constant, which no softmax sees), m the largest of these,
+tau the temperature and e(x) = 2^(x log2(e)):
 
-    y = 2^((s - lse_noisy) / tau)    the sampled mixture            latents = y @ codebook
-    p = 2^(t - lse_clean)            the encoder's distribution     kl = log K + sum p log p
+    y = e((s - m) / tau) / S    the sampled mixture            latents = y @ codebook       S = sum e((s - m) / tau)
+    p = e(t - m) / P            the encoder's distribution     kl = log K + sum p log p     P = sum e(t - m)
 
-kl = log K + ln 2 (A / S - log2 S) where S = sum 2^(t - m) and A = sum 2^(t - m) (t - m), for any m. Noise lies between
--2.82 and 16.64, so the running maximum m of the noisy scores is never far below the clean ones: one maximum serves both
-sums.
+kl = log K + ln 2 (A / P - log2 P) where A = sum e(t - m) (t - m) log2(e). Noise lies between -2.82 and 16.64, so the
+running maximum m of the noisy scores is never far below the clean ones: one maximum serves both sums. Differences from
+it come first, exactly, and it is kept apart from log S and log P: logits may be so large that these, and even the
+noise, are lost in their rounding.
 
 A tile takes BLOCK_Q columns out of each quarter of the codebook, which one Philox counter serves (see triton_noise).
 The four tiles of a step enter one matrix product side by side, in the order that costs no exchange between threads:
@@ -34,14 +36,15 @@ import triton.language as tl
 from dalle_kernels.backends import launch
 from dalle_kernels.backends.contract import Call
 from dalle_kernels.backends.triton_common import ceil_div, dot, obstacle, precision
-from dalle_kernels.backends.triton_noise import GUMBEL2_CONSTANT, LN_2, LOG2_E, fast_log2, gumbel2, philox
+from dalle_kernels.backends.triton_noise import LN_2, LOG2_E, fast_log2, gumbel2, philox
 from dalle_kernels.codebook.gumbel.contract import Grads, Inputs, Kept, Needs, Outputs
 from dalle_kernels.noise import GUMBEL_STREAM
 
 STREAM = tl.constexpr(GUMBEL_STREAM)
 WIDEST = 256
 ALIGNMENT = 128  # every BLOCK_Q divides a quarter of a codebook whose size this divides
-NEGATIVE = tl.constexpr(-1e30)  # stands for minus infinity where a difference of two must not be NaN
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # the largest of no scores: finite, so that -inf less it is -inf
+NEGATIVE = tl.constexpr(-1e30)  # stands for an exponent of minus infinity where 0 times it must not be NaN
 
 
 @triton.jit
@@ -72,14 +75,12 @@ def codes_of(start, K, quarter, BLOCK_Q: tl.constexpr):
 
 @triton.jit
 def load_scores(logits_rows, columns, quarter_index: tl.constexpr, K, quarter, EVEN: tl.constexpr):
-    """Clean scores t [n, BLOCK_Q] of one quarter's columns; NEGATIVE past the codebook and for a logit of -inf."""
+    """Clean scores t [n, BLOCK_Q] of one quarter's columns; -inf past the codebook."""
     code = columns + quarter_index * quarter
     if EVEN:
-        t = tl.load(logits_rows + code).to(tl.float32) * LOG2_E
-    else:
-        valid = (columns < quarter) & (code < K)
-        t = tl.load(logits_rows + code, mask=valid, other=float("-inf")).to(tl.float32) * LOG2_E
-    return tl.maximum(t, NEGATIVE, propagate_nan=tl.PropagateNan.ALL)
+        return tl.load(logits_rows + code).to(tl.float32)
+    valid = (columns < quarter) & (code < K)
+    return tl.load(logits_rows + code, mask=valid, other=float("-inf")).to(tl.float32)
 
 
 @triton.jit
@@ -102,9 +103,15 @@ def unkept(code, first, EVEN: tl.constexpr):
 @triton.jit
 def add_noise(t, word, NOISE: tl.constexpr):
     if NOISE:
-        return t + gumbel2(word)
+        return t + gumbel2(word) * LN_2
     else:
         return t
+
+
+@triton.jit
+def exponent_of(difference):
+    """A difference of clean scores as a power of two, for moments and entropies: no 0 is multiplied with -inf."""
+    return tl.maximum(difference * LOG2_E, NEGATIVE, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -128,20 +135,19 @@ def enter(
     larger = tl.maximum(maximum, largest)
 
     shift = maximum - larger
-    scale = tl.exp2(shift)
-    t_0 -= larger[:, None]
-    t_1 -= larger[:, None]
-    t_2 -= larger[:, None]
-    t_3 -= larger[:, None]
+    drop = exponent_of(shift)
+    scale = tl.exp2(drop)
+    t_0, t_1 = exponent_of(t_0 - larger[:, None]), exponent_of(t_1 - larger[:, None])
+    t_2, t_3 = exponent_of(t_2 - larger[:, None]), exponent_of(t_3 - larger[:, None])
     p_0, p_1, p_2, p_3 = tl.exp2(t_0), tl.exp2(t_1), tl.exp2(t_2), tl.exp2(t_3)
     moment = tl.sum((p_0 * t_0 + p_1 * t_1) + (p_2 * t_2 + p_3 * t_3), 1)
-    clean_moment = (clean_moment + shift * clean_sum) * scale + moment
+    clean_moment = (clean_moment + drop * clean_sum) * scale + moment
     clean_sum = clean_sum * scale + tl.sum((p_0 + p_1) + (p_2 + p_3), 1)
 
-    base = (larger * inverse)[:, None]
-    scale = tl.exp2(shift * inverse)
-    y_0, y_1 = tl.exp2(s_0 * inverse - base), tl.exp2(s_1 * inverse - base)
-    y_2, y_3 = tl.exp2(s_2 * inverse - base), tl.exp2(s_3 * inverse - base)
+    slope = inverse * LOG2_E
+    scale = tl.exp2(shift * slope)
+    y_0, y_1 = tl.exp2((s_0 - larger[:, None]) * slope), tl.exp2((s_1 - larger[:, None]) * slope)
+    y_2, y_3 = tl.exp2((s_2 - larger[:, None]) * slope), tl.exp2((s_3 - larger[:, None]) * slope)
     noisy_sum = noisy_sum * scale + tl.sum((y_0 + y_1) + (y_2 + y_3), 1)
     dtype = codes.dtype
     weights = together(y_0.to(dtype), y_1.to(dtype), y_2.to(dtype), y_3.to(dtype))
@@ -151,20 +157,18 @@ def enter(
 
 @triton.jit
 def store_rows(
-    latents, indices, kl, lse_noisy, lse_clean, mean, codebook, row, inside, feature, index, maximum, inverse,
-    noisy_sum, clean_sum, clean_moment, mixture, K, D, HARD: tl.constexpr, NOISE: tl.constexpr,
+    latents, indices, kl, maxima, log_noisy, log_clean, mean, codebook, row, inside, feature, index, maximum,
+    noisy_sum, clean_sum, clean_moment, mixture, K, D, HARD: tl.constexpr,
 ):  # fmt: skip
-    """Writes what the statistics of whole rows come to."""
-    # A row without a finite logit has no distribution.
-    clean_sum = tl.where(maximum == NEGATIVE, float("nan"), clean_sum)
-    noisy_sum = tl.where(maximum == NEGATIVE, float("nan"), noisy_sum)
-    constant = GUMBEL2_CONSTANT if NOISE else 0.0
+    """Writes what the statistics of whole rows come to; 0 / 0 for a row of -inf alone, which has no distribution."""
+    index = tl.where(index == K, 0, index)
     clean_log = fast_log2(clean_sum)
     tl.store(indices + row, index.to(tl.int64), mask=inside)
     # K = 1 comes as a constant, which `tl.cast` takes but which has no method `to`.
     tl.store(kl + row, (tl.log2(tl.cast(K, tl.float32)) + clean_moment / clean_sum - clean_log) * LN_2, mask=inside)
-    tl.store(lse_clean + row, (maximum + clean_log) * LN_2, mask=inside)
-    tl.store(lse_noisy + row, ((maximum - constant) * inverse + fast_log2(noisy_sum)) * LN_2, mask=inside)
+    tl.store(maxima + row, maximum, mask=inside)
+    tl.store(log_noisy + row, fast_log2(noisy_sum) * LN_2, mask=inside)
+    tl.store(log_clean + row, clean_log * LN_2, mask=inside)
     kept = inside[:, None] & (feature < D)
     place = row[:, None] * D + feature
     mixture /= noisy_sum[:, None]
@@ -178,7 +182,7 @@ def store_rows(
 
 @triton.jit
 def gumbel_forward_kernel(
-    logits, codebook, temperature, seed, latents, indices, kl, lse_noisy, lse_clean, mean,
+    logits, codebook, temperature, seed, latents, indices, kl, maxima, log_noisy, log_clean, mean,
     N, K, quarter, D, stride,
     HARD: tl.constexpr, NOISE: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -191,8 +195,8 @@ def gumbel_forward_kernel(
     rows = logits + row[:, None] * stride
     feature = tl.arange(0, BLOCK_D)[None, :]
 
-    maximum = tl.full([BLOCK_N], NEGATIVE, tl.float32)
-    index = tl.zeros([BLOCK_N], tl.int32)
+    maximum = tl.full([BLOCK_N], LOWEST, tl.float32)
+    index = tl.full([BLOCK_N], K, tl.int32)  # of no code yet, so that the first as low as LOWEST is found
     noisy_sum = tl.zeros([BLOCK_N], tl.float32)
     clean_sum = tl.zeros([BLOCK_N], tl.float32)
     clean_moment = tl.zeros([BLOCK_N], tl.float32)
@@ -215,8 +219,8 @@ def gumbel_forward_kernel(
         )  # fmt: skip
 
     store_rows(
-        latents, indices, kl, lse_noisy, lse_clean, mean, codebook, row, inside, feature, index, maximum, inverse,
-        noisy_sum, clean_sum, clean_moment, mixture, K, D, HARD, NOISE,
+        latents, indices, kl, maxima, log_noisy, log_clean, mean, codebook, row, inside, feature, index, maximum,
+        noisy_sum, clean_sum, clean_moment, mixture, K, D, HARD,
     )  # fmt: skip
 
 
@@ -248,7 +252,7 @@ def sum_parts_kernel(parts, out, total, number, BLOCK: tl.constexpr):
 
 @triton.jit
 def gradient_of(
-    t, dy, word, code, index, inverse, base, delta, clean, slope, offset,
+    t, dy, word, code, index, inverse, maximum, base, delta, clean, slope, offset,
     LATENTS: tl.constexpr, KL: tl.constexpr, HARD: tl.constexpr, NOISE: tl.constexpr,
 ):  # fmt: skip
     """(dlogits, what dcodebook weighs G with) of one quarter's tile of scores t [n, BLOCK_Q].
@@ -257,11 +261,11 @@ def gradient_of(
     """
     chosen, gradient = None, tl.zeros(t.shape, tl.float32)
     if LATENTS:
-        y = tl.exp2(add_noise(t, word, NOISE) * inverse - base)
+        y = tl.exp2((add_noise(t, word, NOISE) - maximum) * (inverse * LOG2_E) - base)
         gradient = y * (dy * inverse - delta)
         chosen = tl.where(index == code, 1.0, 0.0) if HARD else y
     if KL:
-        log_p = t - clean
+        log_p = exponent_of(t - maximum) - clean
         gradient += tl.exp2(log_p) * (slope * log_p + offset)
     return gradient, chosen
 
@@ -278,8 +282,8 @@ def store_gradient(dlogits_rows, gradient, column, quarter_index: tl.constexpr, 
 
 @triton.jit
 def backward_step(
-    t_0, t_1, t_2, t_3, row, inside, column, codes, dcodes, grad, dlogits_rows, index, inverse, base, delta, clean,
-    slope, offset, key, K, quarter,
+    t_0, t_1, t_2, t_3, row, inside, column, codes, dcodes, grad, dlogits_rows, index, inverse, maximum, base, delta,
+    clean, slope, offset, key, K, quarter,
     MORE: tl.constexpr, LATENTS: tl.constexpr, KL: tl.constexpr, HARD: tl.constexpr, NOISE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -294,20 +298,22 @@ def backward_step(
             tied = (row + (tl.max(dy_0, 1) > 3.4e38))[:, None]
             word_0, word_1, word_2, word_3 = philox(column.to(tl.uint32), tied, key, STREAM)
     gradient, chosen_0 = gradient_of(
-        t_0, dy_0, word_0, column, index, inverse, base, delta, clean, slope, offset, LATENTS, KL, HARD, NOISE
-    )
+        t_0, dy_0, word_0, column, index, inverse, maximum, base, delta, clean, slope, offset,
+        LATENTS, KL, HARD, NOISE,
+    )  # fmt: skip
     store_gradient(dlogits_rows, gradient, column, 0, K, quarter, inside, MORE)
     gradient, chosen_1 = gradient_of(
-        t_1, dy_1, word_1, column + quarter, index, inverse, base, delta, clean, slope, offset, LATENTS, KL, HARD, NOISE
-    )
+        t_1, dy_1, word_1, column + quarter, index, inverse, maximum, base, delta, clean, slope, offset,
+        LATENTS, KL, HARD, NOISE,
+    )  # fmt: skip
     store_gradient(dlogits_rows, gradient, column, 1, K, quarter, inside, MORE)
     gradient, chosen_2 = gradient_of(
-        t_2, dy_2, word_2, column + 2 * quarter, index, inverse, base, delta, clean, slope, offset,
+        t_2, dy_2, word_2, column + 2 * quarter, index, inverse, maximum, base, delta, clean, slope, offset,
         LATENTS, KL, HARD, NOISE,
     )  # fmt: skip
     store_gradient(dlogits_rows, gradient, column, 2, K, quarter, inside, MORE)
     gradient, chosen_3 = gradient_of(
-        t_3, dy_3, word_3, column + 3 * quarter, index, inverse, base, delta, clean, slope, offset,
+        t_3, dy_3, word_3, column + 3 * quarter, index, inverse, maximum, base, delta, clean, slope, offset,
         LATENTS, KL, HARD, NOISE,
     )  # fmt: skip
     store_gradient(dlogits_rows, gradient, column, 3, K, quarter, inside, MORE)
@@ -326,8 +332,8 @@ def code_places(code, row_width, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def load_row_gradients(
-    grad_latents, grad_kl, indices, deltas, kl, lse_noisy, lse_clean, row, inside, feature, inverse, K, D, row_width,
-    LATENTS: tl.constexpr, KL: tl.constexpr, NOISE: tl.constexpr,
+    grad_latents, grad_kl, indices, deltas, kl, maxima, log_noisy, log_clean, row, inside, feature, inverse, K, D,
+    row_width, LATENTS: tl.constexpr, KL: tl.constexpr,
 ):  # fmt: skip
     """What the backward pass knows of its rows: G [n, BLOCK_D], zero where not `inside`, and columns [n, 1]."""
     # Never read where a flag is off; Triton 3.6 cannot return None.
@@ -337,20 +343,20 @@ def load_row_gradients(
             grad_latents + row[:, None] * row_width + feature, mask=inside[:, None] & (feature < D), other=0.0
         )
         index = tl.load(indices + row).to(tl.int32)[:, None]
-        constant = GUMBEL2_CONSTANT if NOISE else 0.0
-        base = (tl.load(lse_noisy + row) * LOG2_E + constant * inverse)[:, None]
+        base = (tl.load(log_noisy + row) * LOG2_E)[:, None]
         delta = (tl.load(deltas + row) * inverse)[:, None]
     if KL:
         scale = tl.load(grad_kl + row)
         slope = (scale * LN_2)[:, None]
         offset = (scale * (tl.log2(tl.cast(K, tl.float32)) * LN_2 - tl.load(kl + row)))[:, None]
-        clean = (tl.load(lse_clean + row) * LOG2_E)[:, None]
-    return grad, index, base, delta, slope, offset, clean
+        clean = (tl.load(log_clean + row) * LOG2_E)[:, None]
+    maximum = tl.load(maxima + row)[:, None]
+    return grad, index, maximum, base, delta, slope, offset, clean
 
 
 @triton.jit
 def gumbel_backward_kernel(
-    grad_latents, grad_kl, logits, codebook, temperature, seed, indices, deltas, kl, lse_noisy, lse_clean,
+    grad_latents, grad_kl, logits, codebook, temperature, seed, indices, deltas, kl, maxima, log_noisy, log_clean,
     dlogits, parts, N, K, quarter, D, row_width, stride, share,
     MORE: tl.constexpr, LATENTS: tl.constexpr, KL: tl.constexpr, HARD: tl.constexpr, NOISE: tl.constexpr,
     EVEN: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -371,9 +377,9 @@ def gumbel_backward_kernel(
         rows = logits + row[:, None] * stride
         dlogits_rows = dlogits + row[:, None] * K
         # Rows past the share repeat its last one with a gradient of zero: they add nothing, and are not stored.
-        grad, index, base, delta, slope, offset, clean = load_row_gradients(
-            grad_latents, grad_kl, indices, deltas, kl, lse_noisy, lse_clean, row, inside, feature, inverse, K, D,
-            row_width, LATENTS, KL, NOISE,
+        grad, index, maximum, base, delta, slope, offset, clean = load_row_gradients(
+            grad_latents, grad_kl, indices, deltas, kl, maxima, log_noisy, log_clean, row, inside, feature, inverse,
+            K, D, row_width, LATENTS, KL,
         )  # fmt: skip
         t_0 = load_scores(rows, column, 0, K, quarter, EVEN)
         t_1 = load_scores(rows, column, 1, K, quarter, EVEN)
@@ -384,7 +390,7 @@ def gumbel_backward_kernel(
         if LATENTS:
             codes = load_codes(codebook, unkept(code, first, EVEN), valid, D, row_width, EVEN, BLOCK_D)
         dcodes = backward_step(
-            t_0, t_1, t_2, t_3, row, inside, column, codes, dcodes, grad, dlogits_rows, index, inverse, base,
+            t_0, t_1, t_2, t_3, row, inside, column, codes, dcodes, grad, dlogits_rows, index, inverse, maximum, base,
             delta, clean, slope, offset, key, K, quarter, MORE, LATENTS, KL, HARD, NOISE, PRECISION,
         )  # fmt: skip
 
@@ -420,21 +426,23 @@ def forward(inputs: Inputs) -> Outputs:
     (rows, codes), width = logits.shape, codebook.shape[1]
     latents = logits.new_empty(rows, width)
     indices = logits.new_empty(rows, dtype=torch.int64)
-    kl, lse_noisy, lse_clean = (logits.new_empty(rows, dtype=torch.float32) for _ in range(3))
+    kl, maximum, log_noisy, log_clean = (logits.new_empty(rows, dtype=torch.float32) for _ in range(4))
     mixture = logits.new_empty((rows, width) if hard else (0,), dtype=torch.float32)
     if rows:
         settings = plan("gumbel_forward", logits.device, logits.dtype, codes, width)
         gumbel_forward_kernel[(ceil_div(rows, settings["BLOCK_N"]),)](
-            logits, codebook, temperature, seed, latents, indices, kl, lse_noisy, lse_clean, mixture,
+            logits, codebook, temperature, seed, latents, indices, kl, maximum, log_noisy, log_clean, mixture,
             rows, codes, ceil_div(codes, 4), width, logits.stride(0), HARD=hard, NOISE=noise, **settings,
         )  # fmt: skip
-    return Outputs(latents, indices, kl, lse_noisy, lse_clean, mixture)
+    return Outputs(latents, indices, kl, maximum, log_noisy, log_clean, mixture)
 
 
 def backward(grads: Grads, kept: Kept, needs: Needs) -> tuple[torch.Tensor | None, ...]:
     """See the formulas at the top of the file."""
     grad_latents, grad_kl = grads
-    logits, codebook, temperature, hard, noise, seed, latents, indices, kl, lse_noisy, lse_clean, mixture = kept
+    logits, codebook, temperature, hard, noise, seed, latents, indices, kl, maximum, log_noisy, log_clean, mixture = (
+        kept
+    )
     (rows, codes), width = logits.shape, codebook.shape[1]
     dlogits = logits.new_empty(rows, codes)
     if not rows:
@@ -455,8 +463,8 @@ def backward(grads: Grads, kept: Kept, needs: Needs) -> tuple[torch.Tensor | Non
             first, size, grad_latents, codebook, partial, mixture if hard else latents
         )
         gumbel_backward_kernel[(tiles, parts)](
-            grad, grad_kl, logits, rest, temperature, seed, indices, deltas, kl, lse_noisy, lse_clean, dlogits, part,
-            rows, codes, quarter, size, width, logits.stride(0), share,
+            grad, grad_kl, logits, rest, temperature, seed, indices, deltas, kl, maximum, log_noisy, log_clean,
+            dlogits, part, rows, codes, quarter, size, width, logits.stride(0), share,
             MORE=first > 0, LATENTS=grad_latents is not None, KL=grad_kl is not None and first == 0,
             HARD=hard, NOISE=noise, **settings,
         )  # fmt: skip

@@ -35,8 +35,9 @@ class Kept(NamedTuple):
     latents: torch.Tensor
     indices: torch.Tensor
     kl: torch.Tensor
-    lse_noisy: torch.Tensor
-    lse_clean: torch.Tensor
+    maximum: torch.Tensor
+    log_noisy: torch.Tensor
+    log_clean: torch.Tensor
     mixture: torch.Tensor
 
 

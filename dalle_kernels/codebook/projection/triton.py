@@ -16,9 +16,9 @@ import triton.language as tl
 
 from dalle_kernels.backends.contract import Call
 from dalle_kernels.backends.triton_common import ceil_div, dot, obstacle
-from dalle_kernels.backends.triton_noise import LOG2_E, philox
+from dalle_kernels.backends.triton_noise import philox
 from dalle_kernels.codebook.gumbel.triton import (
-    NEGATIVE,
+    LOWEST,
     STREAM,
     add_noise,
     apart,
@@ -48,7 +48,7 @@ def project(
     BIAS: tl.constexpr, EVEN: tl.constexpr, EVEN_C: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Clean scores of four tiles [BLOCK_N, BLOCK_Q], one of each quarter, NEGATIVE past the codebook."""
+    """Clean scores of four tiles [BLOCK_N, BLOCK_Q], one of each quarter, -inf past the codebook."""
     weight_rows = weight + code.to(tl.int64)[:, None] * C
     channel = tl.arange(0, BLOCK_C)[None, :]
     logits = tl.zeros([BLOCK_N, code.shape[0]], tl.float32)
@@ -62,15 +62,14 @@ def project(
         logits = dot(f, tl.trans(w), logits, PRECISION)
     if BIAS:
         logits += tl.load(bias + code).to(tl.float32)[None, :]
-    t = tl.maximum(logits * LOG2_E, NEGATIVE, propagate_nan=tl.PropagateNan.ALL)
     if not EVEN:
-        t = tl.where(valid[None, :], t, NEGATIVE)
-    return apart(t)
+        logits = tl.where(valid[None, :], logits, float("-inf"))
+    return apart(logits)
 
 
 @triton.jit
 def projection_forward_kernel(
-    features, weight, bias, codebook, temperature, seed, latents, indices, kl, lse_noisy, lse_clean, mean,
+    features, weight, bias, codebook, temperature, seed, latents, indices, kl, maxima, log_noisy, log_clean, mean,
     N, C, K, quarter, D, stride,
     BIAS: tl.constexpr, HARD: tl.constexpr, NOISE: tl.constexpr, EVEN: tl.constexpr, EVEN_C: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -84,8 +83,8 @@ def projection_forward_kernel(
     rows = features + row[:, None] * stride
     feature = tl.arange(0, BLOCK_D)[None, :]
 
-    maximum = tl.full([BLOCK_N], NEGATIVE, tl.float32)
-    index = tl.zeros([BLOCK_N], tl.int32)
+    maximum = tl.full([BLOCK_N], LOWEST, tl.float32)
+    index = tl.full([BLOCK_N], K, tl.int32)
     noisy_sum = tl.zeros([BLOCK_N], tl.float32)
     clean_sum = tl.zeros([BLOCK_N], tl.float32)
     clean_moment = tl.zeros([BLOCK_N], tl.float32)
@@ -109,15 +108,15 @@ def projection_forward_kernel(
         )  # fmt: skip
 
     store_rows(
-        latents, indices, kl, lse_noisy, lse_clean, mean, codebook, row, inside, feature, index, maximum, inverse,
-        noisy_sum, clean_sum, clean_moment, mixture, K, D, HARD, NOISE,
+        latents, indices, kl, maxima, log_noisy, log_clean, mean, codebook, row, inside, feature, index, maximum,
+        noisy_sum, clean_sum, clean_moment, mixture, K, D, HARD,
     )  # fmt: skip
 
 
 @triton.jit
 def projection_backward_kernel(
-    features, weight, bias, grad_latents, grad_kl, codebook, temperature, seed, indices, deltas, kl, lse_noisy,
-    lse_clean, dlogits, parts, low, high, C, K, quarter, D, row_width, stride, share,
+    features, weight, bias, grad_latents, grad_kl, codebook, temperature, seed, indices, deltas, kl, maxima, log_noisy,
+    log_clean, dlogits, parts, low, high, C, K, quarter, D, row_width, stride, share,
     BIAS: tl.constexpr, ACCUMULATE: tl.constexpr, MORE: tl.constexpr, LATENTS: tl.constexpr, KL: tl.constexpr,
     HARD: tl.constexpr, NOISE: tl.constexpr, EVEN: tl.constexpr, EVEN_C: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -144,9 +143,9 @@ def projection_backward_kernel(
         rows = features + row[:, None] * stride
         dlogits_rows = dlogits + (row - low)[:, None] * K
         # Rows past the share repeat its last one with a gradient of zero: they add nothing, and are not stored.
-        grad, index, base, delta, slope, offset, clean = load_row_gradients(
-            grad_latents, grad_kl, indices, deltas, kl, lse_noisy, lse_clean, row, inside, feature, inverse, K, D,
-            row_width, LATENTS, KL, NOISE,
+        grad, index, maximum, base, delta, slope, offset, clean = load_row_gradients(
+            grad_latents, grad_kl, indices, deltas, kl, maxima, log_noisy, log_clean, row, inside, feature, inverse,
+            K, D, row_width, LATENTS, KL,
         )  # fmt: skip
         again = unkept(code, first, EVEN)
         t_0, t_1, t_2, t_3 = project(
@@ -154,7 +153,7 @@ def projection_backward_kernel(
         )
         codes = load_codes(codebook, again, valid, D, row_width, EVEN, BLOCK_D) if LATENTS else None
         dcodes = backward_step(
-            t_0, t_1, t_2, t_3, row, inside, column, codes, dcodes, grad, dlogits_rows, index, inverse, base,
+            t_0, t_1, t_2, t_3, row, inside, column, codes, dcodes, grad, dlogits_rows, index, inverse, maximum, base,
             delta, clean, slope, offset, key, K, quarter, MORE, LATENTS, KL, HARD, NOISE, PRECISION,
         )  # fmt: skip
 
@@ -175,22 +174,22 @@ def forward(inputs: Inputs) -> Outputs:
     (rows, channels), (codes, width) = features.shape, codebook.shape
     latents = features.new_empty(rows, width)
     indices = features.new_empty(rows, dtype=torch.int64)
-    kl, lse_noisy, lse_clean = (features.new_empty(rows, dtype=torch.float32) for _ in range(3))
+    kl, maximum, log_noisy, log_clean = (features.new_empty(rows, dtype=torch.float32) for _ in range(4))
     mixture = features.new_empty((rows, width) if hard else (0,), dtype=torch.float32)
     if rows:
         settings = plan("projection_forward", features.device, features.dtype, codes, width)
         projection_forward_kernel[(ceil_div(rows, settings["BLOCK_N"]),)](
-            features, weight, bias, codebook, temperature, seed, latents, indices, kl, lse_noisy, lse_clean, mixture,
-            rows, channels, codes, ceil_div(codes, 4), width, features.stride(0),
+            features, weight, bias, codebook, temperature, seed, latents, indices, kl, maximum, log_noisy, log_clean,
+            mixture, rows, channels, codes, ceil_div(codes, 4), width, features.stride(0),
             BIAS=bias is not None, HARD=hard, NOISE=noise, EVEN_C=channels % settings["BLOCK_C"] == 0, **settings,
         )  # fmt: skip
-    return Outputs(latents, indices, kl, lse_noisy, lse_clean, mixture)
+    return Outputs(latents, indices, kl, maximum, log_noisy, log_clean, mixture)
 
 
 def backward(grads: Grads, kept: Kept, needs: Needs) -> tuple[torch.Tensor | None, ...]:
     grad_latents, grad_kl = grads
     features, weight, bias, codebook, temperature, hard, noise, seed, *made = kept
-    latents, indices, kl, lse_noisy, lse_clean, mixture = made
+    latents, indices, kl, maximum, log_noisy, log_clean, mixture = made
     (rows, channels), (codes, width) = features.shape, codebook.shape
     dfeatures = features.new_empty(rows, channels)
     dweight = weight.new_zeros(weight.shape, dtype=torch.float32)
@@ -217,8 +216,9 @@ def backward(grads: Grads, kept: Kept, needs: Needs) -> tuple[torch.Tensor | Non
             high = min(rows, low + strip_steps * block)
             for first, size, grad, rest, part, deltas in sliced:
                 projection_backward_kernel[(tiles, ceil_div(high - low, share))](
-                    features, weight, bias, grad, grad_kl, rest, temperature, seed, indices, deltas, kl, lse_noisy,
-                    lse_clean, strip, part, low, high, channels, codes, quarter, size, width, features.stride(0), share,
+                    features, weight, bias, grad, grad_kl, rest, temperature, seed, indices, deltas, kl, maximum,
+                    log_noisy, log_clean, strip, part, low, high, channels, codes, quarter, size, width,
+                    features.stride(0), share,
                     BIAS=bias is not None, ACCUMULATE=low > 0, MORE=first > 0, LATENTS=grad_latents is not None,
                     KL=grad_kl is not None and first == 0, HARD=hard, NOISE=noise,
                     EVEN_C=channels % settings["BLOCK_C"] == 0, **settings,
