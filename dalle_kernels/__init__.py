@@ -3,6 +3,7 @@
 from dalle_kernels.attention.op import sparse_attention
 from dalle_kernels.backends.choice import explain
 from dalle_kernels.codebook.binary import binary_entropy, binary_latents, binary_quantize
+from dalle_kernels.codebook.entropy import codebook_entropy
 from dalle_kernels.codebook.gumbel.op import gumbel_lookup
 from dalle_kernels.codebook.projection.op import gumbel_projection_lookup
 from dalle_kernels.codebook.vq.op import vq_lookup
@@ -47,6 +48,7 @@ __all__ = [
     "binary_entropy",
     "binary_latents",
     "binary_quantize",
+    "codebook_entropy",
     "dalle_pattern_schedule",
     "decode_attention",
     "explain",

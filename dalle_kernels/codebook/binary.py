@@ -9,27 +9,12 @@ P_first^T P_last / N, of two tables N x sqrt(K), exactly, where a softmax would 
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 
 from dalle_kernels.checks import check_number, check_temperature, check_tensor
+from dalle_kernels.codebook.entropy import CodebookEntropy, entropy, masked_rows
 
 WIDEST = 20  # bits: the mean distribution has 2^20 entries
-
-
-class CodebookEntropy(NamedTuple):
-    """How sure the rows are of their codes, and how evenly they use them; all in nats, all differentiable.
-
-    Attributes:
-        rows: 0-dim, the mean over the rows of each row's entropy.
-        mean: 0-dim, the entropy of the rows' mean distribution; log K where all codes are used alike.
-        distribution: [K], that mean distribution.
-    """
-
-    rows: torch.Tensor
-    mean: torch.Tensor
-    distribution: torch.Tensor
 
 
 def binary_quantize(features: torch.Tensor, scale: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -118,14 +103,7 @@ def binary_entropy(
     """
     bits = _check(features, WIDEST)
     scale, temperature = _check_scale(scale), check_temperature(temperature)
-    rows = features.reshape(-1, bits)
-    if row_mask is not None:
-        if row_mask.dtype != torch.bool or row_mask.shape != features.shape[:-1]:
-            came = f"{row_mask.dtype} of shape {tuple(row_mask.shape)}"
-            raise ValueError(f"row_mask: got {came}, wanted torch.bool of shape {tuple(features.shape[:-1])}")
-        rows = rows[row_mask.reshape(-1)]
-    if not rows.shape[0]:
-        raise ValueError("features: got no row that counts, wanted at least one")
+    rows = masked_rows(features, row_mask)
     logit = (rows if rows.dtype == torch.float64 else rows.float()) * (4 * scale / temperature)
     distance = logit.abs()
     # The entropy of sigmoid(t), without a difference of large numbers.
@@ -134,12 +112,6 @@ def binary_entropy(
     last = _products(logit[:, bits // 2 :])
     distribution = (first.mT @ (last / len(rows))).reshape(-1)
     return CodebookEntropy(row_entropy, entropy(distribution), distribution)
-
-
-def entropy(distribution: torch.Tensor) -> torch.Tensor:
-    """-sum p log p in nats; a probability that underflowed to 0 has a finite gradient."""
-    least = torch.finfo(distribution.dtype).tiny
-    return -(distribution * distribution.clamp_min(least).log()).sum()
 
 
 def _products(logit: torch.Tensor) -> torch.Tensor:

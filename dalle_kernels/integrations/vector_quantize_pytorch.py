@@ -31,7 +31,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dalle_kernels.backends.choice import check_backend
-from dalle_kernels.codebook.binary import WIDEST, binary_entropy, entropy
+from dalle_kernels.codebook.binary import WIDEST, binary_entropy
+from dalle_kernels.codebook.entropy import entropy
 from dalle_kernels.codebook.vq.op import vq_lookup
 from dalle_kernels.integrations.extension import Extension, extend
 

@@ -1,0 +1,108 @@
+"""The streamed entropies against the softmax over the whole table, in float64."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from dalle_kernels.codebook import entropy as room
+from dalle_kernels.codebook.entropy import codebook_entropy
+
+
+def dense(features: torch.Tensor, codebook: torch.Tensor, temperature: float, metric: str) -> tuple[torch.Tensor, ...]:
+    scores = features @ codebook.T if metric == "dot" else -(features[:, None] - codebook).square().sum(-1)
+    log_p = (scores / temperature).log_softmax(-1)
+    mean = log_p.exp().mean(0)
+    return -torch.xlogy(log_p.exp(), log_p.exp()).sum(-1).mean(), -torch.xlogy(mean, mean).sum(), mean
+
+
+@pytest.fixture(params=[(512, 1024), (4, 7)], ids=str)
+def _tiles(request: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles larger than the problem, and small ones that do not divide it."""
+    monkeypatch.setattr(room, "_ROWS", request.param[0])
+    monkeypatch.setattr(room, "_CODES", request.param[1])
+
+
+@pytest.mark.usefixtures("_tiles")
+@pytest.mark.parametrize("metric", ["dot", "euclidean"])
+@pytest.mark.parametrize("temperature", [1.0, 0.05, 10.0])
+@pytest.mark.parametrize("sizes", [(13, 40, 6), (1, 1, 1), (9, 8, 3)])
+def test_entropies_and_their_gradients(metric: Any, temperature: float, sizes: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    rows, codes, width = sizes
+    leaves = [torch.randn(size, width, dtype=torch.float64).requires_grad_() for size in (rows, codes)]
+    got = codebook_entropy(*leaves, temperature, metric)
+    wanted = dense(*leaves, temperature, metric)
+    weights = torch.randn(codes, dtype=torch.float64)
+    for one, true in zip(got, wanted, strict=True):
+        torch.testing.assert_close(one, true, rtol=1e-10, atol=1e-12)
+    losses = [result[0] * 0.7 - result[1] * 1.3 + (result[2] * weights).sum() for result in (got, wanted)]
+    for one, true in zip(*(torch.autograd.grad(loss, leaves) for loss in losses), strict=True):
+        torch.testing.assert_close(one, true, rtol=1e-8, atol=1e-11)
+
+
+@pytest.mark.usefixtures("_tiles")
+def test_float32_with_far_scores() -> None:
+    torch.manual_seed(1)
+    leaves = [(100 * torch.randn(size, 8)).requires_grad_() for size in (30, 50)]
+    got = codebook_entropy(*leaves)
+    wanted = dense(*(leaf.double() for leaf in leaves), 1.0, "dot")
+    for one, true in zip(got, wanted, strict=True):
+        torch.testing.assert_close(one.double(), true, rtol=1e-4, atol=1e-6)
+    for gradient in torch.autograd.grad(got.rows + got.mean, leaves):
+        assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_gradients_have_the_inputs_dtype(dtype: torch.dtype) -> None:
+    leaves = [torch.randn(size, 4).to(dtype).requires_grad_() for size in (5, 9)]
+    result = codebook_entropy(*leaves)
+    assert result.rows.dtype == torch.float32
+    assert [gradient.dtype for gradient in torch.autograd.grad(result.mean, leaves)] == [dtype, dtype]
+
+
+def test_masked_rows_do_not_count() -> None:
+    torch.manual_seed(2)
+    features, codebook = torch.randn(2, 7, 6), torch.randn(20, 6)
+    mask = torch.tensor([[True] * 7, [True] * 3 + [False] * 4])
+    masked = codebook_entropy(features, codebook, row_mask=mask)
+    for got, wanted in zip(masked, codebook_entropy(features[mask], codebook), strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+MEMORY = """
+import resource, torch
+from dalle_kernels import codebook_entropy
+z, e = torch.randn(1024, 64, requires_grad=True), torch.randn(65536, 64, requires_grad=True)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+result = codebook_entropy(z, e)
+(result.rows - result.mean).backward()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss counts kilobytes on Linux")
+def test_the_table_is_never_made() -> None:
+    done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
+    table = 1024 * 65536 * 4 / 1024  # kilobytes
+    assert int(done.stdout) < table / 2
+
+
+def test_what_is_refused() -> None:
+    z, e = torch.randn(3, 4), torch.randn(5, 4)
+    with pytest.raises(ValueError, match="features, codebook"):
+        codebook_entropy(z, torch.randn(5, 3))
+    with pytest.raises(ValueError, match="features, codebook"):
+        codebook_entropy(z, e[:0])
+    with pytest.raises(ValueError, match="metric: got 'cosine'"):
+        codebook_entropy(z, e, metric="cosine")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="temperature"):
+        codebook_entropy(z, e, 0.0)
+    with pytest.raises(ValueError, match="no row"):
+        codebook_entropy(z, e, row_mask=torch.zeros(3, dtype=torch.bool))
+    with pytest.raises(TypeError, match=r"codebook: got torch\.float64"):
+        codebook_entropy(z, e.double())
