@@ -1,0 +1,369 @@
+"""Makes the CUDA kernels wrong on purpose, one line at a time, and reports which mistakes the tests let pass.
+
+    python -m tests.emulation.mutations                      # all, about an hour; exit status 1 if one survives
+    python -m tests.emulation.mutations --match sm90a        # those whose file or meaning holds this
+    python -m tests.emulation.mutations --write              # and rewrites benchmarks/notes/cuda-mutations.md
+
+Each is tried on a copy of the sources in a temporary folder: the emulation is built from it, and the tests of its room
+run until one fails.
+"""
+
+# ruff: noqa: E501  (what a line of a kernel becomes stands in one line)
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[2]
+TABLE = ROOT / "benchmarks" / "notes" / "cuda-mutations.md"
+
+ATTENTION = ("tests/cuda/test_attention.py", "tests/cuda/test_nan.py")
+SM90A = ("tests/cuda/test_attention_sm90a.py", "tests/cuda/test_nan.py")
+BOTH = (*ATTENTION, *SM90A[:1])
+GUMBEL = ("tests/cuda/test_gumbel.py",)
+DECODE = ("tests/cuda/test_decode.py", "tests/cuda/test_nan.py")
+SAMPLING = ("tests/cuda/test_sampling.py",)
+
+
+class Mutation(NamedTuple):
+    """`old`, which stands once in csrc/`file`, becomes `new`."""
+
+    file: str
+    meaning: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+def _of(file: str, tests: tuple[str, ...], *entries: tuple[str, str, str]) -> Iterator[Mutation]:
+    for meaning, old, new in entries:
+        yield Mutation(file, meaning, old, new, tests)
+
+
+MUTATIONS: tuple[Mutation, ...] = (
+    *_of(
+        "attention/tiles.cuh",
+        ATTENTION,
+        ("walk: no barrier before a tile is used", "    __syncthreads();  // the tile is whole, and nobody reads the slot", "    // the slot"),
+        ("walk: one copy group too few waited for", "copy_async_wait<kAhead - 1>()", "copy_async_wait<kAhead>()"),
+        ("walk: one step too few loaded in front", "load_ahead(index + kAhead)", "load_ahead(index + kAhead - 1)"),
+        ("walk: loads past the part's last step", "if (index < last_step_) {", "if (index <= last_step_) {"),
+        ("walk: no group where nothing is loaded", "    copy_async_commit();  // one group a step", "    if (index < last_step_) copy_async_commit();  //"),
+        ("walk: the first step's tile is not loaded", "for (int step = first_step; step <", "for (int step = first_step + 1; step <"),
+        ("copy: a row past the end", "const bool valid = first + row < length;", "const bool valid = first + row <= length;"),
+        ("copy: the last 16 bytes of rows left out", "i < kColumns * kPieces; i += kThreads", "i < kColumns * kPieces - 1; i += kThreads"),
+        ("copy: the second table by the first one's place", "copy_tile<T, kWidth, kColumns>(tiles + kColumns * kPitch<kWidth>, second", "copy_tile<T, kWidth, kColumns>(tiles + kColumns * kPitch<kWidth>, first"),
+        ("scores: rows of a matrix in another order", "tile + (lane / 16 * 8 + lane % 8) * kPitch<kWidth> + lane / 8 % 2 * 16", "tile + (lane / 8 % 2 * 8 + lane % 8) * kPitch<kWidth> + lane / 16 * 16"),
+        ("values: two words of operand A exchanged", "{pack<T>(weights[2 * k][0], weights[2 * k][1]), pack<T>(weights[2 * k][2], weights[2 * k][3]),", "{pack<T>(weights[2 * k][2], weights[2 * k][3]), pack<T>(weights[2 * k][0], weights[2 * k][1]),"),
+        ("mask: row g + 8 reads row g + 4", "load(mask + half * 8 * kWords + i)", "load(mask + half * 4 * kWords + i)"),
+        ("mask: every second column", "(n % 4 * 8 + 2 * c + i % 2) & 1", "(n % 4 * 8 + 2 * c) & 1"),
+        ("mask: the second word never read", "words[i / 2][n / 4]", "words[i / 2][0]"),
+        ("mask: a warp skips what only rows g + 8 see", "some |= words[0][i] | words[1][i];", "some |= words[0][i];"),
+        ("padding: of the first sample", "padding + static_cast<int64_t>(place.batch) * walk.length, walk.order, step.tile", "padding, walk.order, step.tile"),
+        ("padding: the second 32 columns as the first", "const int position = first + 32 * i + lane;", "const int position = first + lane;"),
+        ("padding: rows g + 8 stay", "      words[1][i] &= word;\n", ""),
+        ("padding: removed keys of the first row only", "removed[half] ? 0u", "removed[0] ? 0u"),
+        ("rows: g + 8 is g + 4", "place.warp * 16 + half * 8 + place.g;\n    token[half]", "place.warp * 16 + half * 4 + place.g;\n    token[half]"),
+    ),
+    *_of(
+        "attention/forward_kernel.cuh",
+        ATTENTION,
+        ("padding forgotten where a tile is full", "const bool masked = step.mask != 0 || p.padding != nullptr;", "const bool masked = step.mask != 0;"),
+        ("values read where keys lie", "multiply<T, kWidth, kColumns>(acc, score, keys + kTileBytes, place.lane)", "multiply<T, kWidth, kColumns>(acc, score, keys, place.lane)"),
+        ("another slot", "slots + step.slot * 2 * kTileBytes;\n      float score", "slots + (step.slot ^ 1) * 2 * kTileBytes;\n      float score"),
+    ),
+    *_of(
+        "attention/softmax.cuh",
+        BOTH,
+        ("sums of the second row not rescaled", "        acc[n][2 * half + 1] *= old;\n", ""),
+        ("weights not rescaled", "      l[half] *= old;\n", ""),
+        ("a lane's own maximum", "      largest[half] = largest_of_quad(largest[half]);\n", ""),
+        ("a lane's own sum of weights", "      l[half] = sum_of_quad(l[half]);\n", ""),
+        ("no maximum", "largest[i / 2] = fmaxf(largest[i / 2], score[n][i]);", "largest[i / 2] = 0.0f;"),
+        ("log-sum-exp of the head before", "store(p.lse + row * p.walk.length + token[half], lse);", "store(p.lse + (row > 0 ? row - 1 : row) * p.walk.length + token[half], lse);"),
+        ("NaN taken for a row that sees nothing", "const bool some = l[half] != 0.0f;", "const bool some = l[half] > 0.0f;"),
+    ),
+    *_of(
+        "attention/statistics.cuh",
+        ATTENTION,
+        ("positions past the end not written", "if (part == 0 && position < p.padded) {", "if (part == 0 && position < length) {"),
+        ("half of a row's lanes added up", "distance < kRowLanes; distance *= 2", "distance < kRowLanes / 2; distance *= 2"),
+        ("gradient of the log-sum-exp by position", "load(p.grad_lse + query)", "load(p.grad_lse + static_cast<int64_t>(blockIdx.x) * length + position)"),
+        ("a row that sees nothing keeps -inf", "lse = lse == -kInfinity ? kInfinity : lse * kLog2E;", "lse *= kLog2E;"),
+        ("delta where the log-sum-exp lies", "delta[half] = position < p.padded ? load(from + p.padded) : 0.0f;", "delta[half] = position < p.padded ? load(from) : 0.0f;"),
+    ),
+    *_of(
+        "attention/backward_kernel.cuh",
+        ATTENTION,
+        ("dq: delta of the first row", "score[n][i] = weight * (dp[n][i] - delta[i / 2]);", "score[n][i] = weight * (dp[n][i] - delta[0]);"),
+        ("dq: padding forgotten", "const bool masked = step.mask != 0 || p.padding != nullptr;\n      if (masked && ", "const bool masked = step.mask != 0;\n      if (masked && "),
+        ("dk, dv: statistics of the first tile", "from + tile * kColumns + 4 * piece", "from + 4 * piece"),
+        ("dk, dv: half of the statistics", "if (threadIdx.x < 2 * kColumns / 4) {", "if (threadIdx.x < kColumns / 4) {"),
+        ("dk, dv: the log-sum-exp of the column beside", "score[n][i] * to_base_2 - (i % 2 == 0 ? base.x : base.y)", "score[n][i] * to_base_2 - (i % 2 != 0 ? base.x : base.y)"),
+        ("dk, dv: padded keys take part", "        visible.remove_rows(padded);\n", ""),
+        ("dk without the scale", "const float scaled[2] = {p.scale, p.scale};", "const float scaled[2] = {1.0f, 1.0f};"),
+        ("dk, dv: fewer bytes of shared memory", "p.by_key.slots * (kTileBytes + 2 * kColumns * static_cast<int>(sizeof(float)))", "p.by_key.slots * kTileBytes"),
+    ),
+    *_of(
+        "attention/one_pass_kernel.cuh",
+        ATTENTION,
+        ("no barrier before the queries are overwritten", "    __syncthreads();  // nobody reads the last tile's rows\n", ""),
+        ("no barrier before the queries are read", "    copy_async_wait<0>();\n    __syncthreads();\n    uint32_t query", "    copy_async_wait<0>();\n    uint32_t query"),
+        ("no barrier before a tile is used", "      __syncthreads();  // the tile is whole, and nobody reads the other tile of the ring, p or ds\n", ""),
+        ("no barrier before p and ds are read", "      __syncthreads();  // p and ds are whole\n", ""),
+        ("p and ds of warps that see nothing are added", "        if (load(seen + k) == 0) {\n          continue;\n        }\n", ""),
+        ("sums never begin", "if ((visit & 1) == 0) {", "if (true) {"),
+        ("sums end at every visit", "if ((visit & 2) == 0) {", "if (false) {"),
+        ("the last tile is not copied", "if (index + 1 < last_step) {", "if (index + 2 < last_step) {"),
+        ("the second 16 keys are the first", "place.warp / 2 % 2 * 16;", "0;"),
+        ("dk where dv belongs", "const Rows& to = which == 0 ? p.dv : p.dk;", "const Rows& to = which != 0 ? p.dv : p.dk;"),
+        ("a share's columns at the row's start", "head_data<T>(to, place) + first_column", "head_data<T>(to, place)"),
+        ("the last warp's rows left out", "for (int k = 0; k < kWarps; ++k) {", "for (int k = 0; k < kWarps - 1; ++k) {"),
+        ("one slot for all sums", "slots + step.slot * (kShare / 8) * kThreads + threadIdx.x", "slots + threadIdx.x"),
+    ),
+    *_of(
+        "attention/forward_sm90a_kernel.cuh",
+        SM90A,
+        ("slots empty before all have left them", "barrier_init(empty(slot), kConsumers<kWidth>);", "barrier_init(empty(slot), kConsumers<kWidth> - 1);"),
+        ("queries empty before all have read them", "barrier_init(queries_empty(), kConsumers<kWidth>);", "barrier_init(queries_empty(), kConsumers<kWidth> - 1);"),
+        ("barriers used before they are made", "    fence_async();\n  }\n  __syncthreads();\n", "    fence_async();\n  }\n"),
+        ("gathered rows not fenced", "    fence_async();  // what was gathered is for warpgroup products to read\n", ""),
+        ("gathered rows not waited for", "    copy_async_wait<0>();\n    fence_async();", "    fence_async();"),
+        ("lanes of a gather not met", "    __syncwarp();\n    if (place.lane == 0) {\n      barrier_arrive_expecting", "    if (place.lane == 0) {\n      barrier_arrive_expecting"),
+        ("the wrong phase of an empty slot", "fillings.parity_of_latest(step.slot) ^ 1)", "fillings.parity_of_latest(step.slot))"),
+        ("the wrong phase of the queries", "barrier_wait(queries_full(), tiles++ % 2);", "barrier_wait(queries_full(), 0);"),
+        ("scores not waited for", "        warpgroup_wait<0>(score);\n", ""),
+        ("products with values not waited for", "        warpgroup_wait<0>(acc);\n", ""),
+        ("queries released before all lanes have them", "    __syncwarp();\n    if (place.lane == 0) {\n      barrier_arrive(queries_empty());", "    if (place.lane == 0) {\n      barrier_arrive(queries_empty());"),
+        ("a slot used before it is full", "      if (sees || step.is_last_use()) {\n        barrier_wait(full(step.slot), fillings.parity_of_latest(step.slot));\n      }\n", ""),
+        ("a gather's second 32 rows over the first", "swizzled(first + row, piece % 8)", "swizzled(row, piece % 8)"),
+        ("the second panel's pieces in the first", "tile + piece / 8 * kPanelBytes + swizzled", "tile + swizzled"),
+        ("bytes of one panel announced", "bytes += kTileBytes<kWidth>;", "bytes += kPanelBytes;"),
+        ("boxes of the first head", "run, place.head,\n                     place.batch, barrier", "run, 0,\n                     place.batch, barrier"),
+        ("the next head of the same sample", "  place.batch += place.head / heads;\n", ""),
+        ("the second panel of values is the first", "panel_descriptor(rows + kLast * kPanelBytes)", "panel_descriptor(rows)"),
+        ("16 keys of values used four times", "const char* rows = values + k * 16 * kPanelPitch;", "const char* rows = values;"),
+        ("16 columns of keys used four times", "keys + k / 4 * kPanelBytes + k % 4 * 32", "keys + k / 4 * kPanelBytes"),
+        ("a warpgroup's queries read by another", "query_tile<kWidth>(place.warp / 4);\n  const int row", "query_tile<kWidth>(place.warp / 4 ^ 1);\n  const int row"),
+        ("masks of the first 64 rows", "place.warp * 16 + place.g);\n          if (call", "place.warp % 4 * 16 + place.g);\n          if (call"),
+        ("padding of the first sample", "call.padding + static_cast<int64_t>(place.batch) * walk.length;", "call.padding;"),
+        ("one slot counted for all", "DEVICE void count(int slot) { odd ^= 1u << slot; }", "DEVICE void count(int slot) { odd ^= 1u; }"),
+        ("one row tile too far on", "tokens_of(token, walk, tile * (kRows / kRowTile), place);", "tokens_of(token, walk, tile, place);"),
+    ),
+    *_of(
+        "codebook/codes.cuh",
+        GUMBEL,
+        ("codes past a quarter's end", "return column < quarter && code < codes ? code : -1;", "return code < codes ? code : -1;"),
+        ("codes past the codebook's end", "return column < quarter && code < codes ? code : -1;", "return column < quarter ? code : -1;"),
+        ("codes in another order in the sums", "r % kPer / 4 * 16 + r % 4 / 2 * 8 + r / kPer * 2 + r % 2", "r % kPer / 4 * 16 + r / kPer * 4 + r % 4"),
+        ("codes in another order in the dots", "r % kPer / 2 * 8 + r / kPer * 2 + r % 2", "r"),
+        ("one of float32's six products left out", "j = 0; i + j < Terms<T>::kCount; ++j", "j = 0; i + j < (Terms<T>::kCount == 3 ? 2 : 1); ++j"),
+        ("the first term of the codebook three times", "from + static_cast<int64_t>(term) * quarters.codes * kWidth,", "from,"),
+        ("16-byte loads where quarters are no multiples", "return codes % 32 == 0 && stride", "return codes % 16 == 0 && stride"),
+        ("16-byte loads of rows that start anywhere", "&& stride % kVector<T> == 0 &&", "&&"),
+        ("codes past the end not zeroed", "code >= 0);\n    }", "true);\n    }"),
+    ),
+    *_of(
+        "codebook/gumbel_forward_kernel.cuh",
+        GUMBEL,
+        ("no barrier before the codes are read", "    __syncthreads();  // this step's codes are there, and nobody reads the last step's\n", ""),
+        ("the last of equal scores", "if (noisy > best[half] || (noisy == best[half] && code < best_code[half])) {", "if (noisy > best[half] || (noisy == best[half] && code > best_code[half])) {"),
+        ("a lane's own best", "    for (int distance = 1; distance <= 2; distance *= 2) {\n      const float other = __shfl", "    for (int distance = 1; distance <= 1; distance *= 2) {\n      const float other = __shfl"),
+        ("sums not rescaled", "        acc[n][i] *= old[i / 2];", "        acc[n][i] *= old[0];"),
+        ("the noisy sum not rescaled", "      noisy_l[half] *= old[half];\n", ""),
+        ("the clean sum not rescaled", "      clean_l[half] *= clean_old;\n", ""),
+        ("the last step's codes are not copied", "if (step + 1 < steps) {", "if (step + 2 < steps) {"),
+        ("a step too few", "(quarters.quarter + kCodes - 1) / kCodes;", "quarters.quarter / kCodes;"),
+        ("both steps in one place", "tiles + (step + 1) % 2 * kStepBytes", "tiles"),
+        ("rows past the end are written", "first_row + 8 * half < p.rows ? first_row + 8 * half : -1;", "first_row + 8 * half;"),
+        ("noise of row g for row g + 8", "draw(noise, first + j, row);", "draw(noise, first + j, first_row);"),
+    ),
+    *_of(
+        "codebook/gumbel_backward_kernel.cuh",
+        GUMBEL,
+        ("one stage: the next rows are not copied", "if (Shape::kStages == 1 && first + kRows < end) {", "if (Shape::kStages == 1 && first + 2 * kRows < end) {"),
+        ("two stages: the next rows are not copied", "Shape::kStages == 2 && first + kRows < end) {", "Shape::kStages == 2 && first + 2 * kRows < end) {"),
+        ("one stage: no barrier before rows are overwritten", "      __syncthreads();  // nobody reads the rows that are overwritten\n", ""),
+        ("no barrier before the weights are read", "    __syncthreads();  // what weighs dL is whole\n", ""),
+        ("no barrier between steps", "    __syncthreads();  // this step's rows are there, and nobody reads the last step's, or its weights\n", ""),
+        ("no wait for the copies", "    copy_async_wait<0>();\n    __syncthreads();  // this step's rows", "    __syncthreads();  // this step's rows"),
+        ("shares of rows overlap", "const int end = begin + share < p.rows ? begin + share : p.rows;", "const int end = p.rows;"),
+        ("a row past the share is written", "if (row[half] >= end) {", "if (row[half] > end) {"),
+        ("shares written over one another", "static_cast<int64_t>(blockIdx.y) * p.codes + code", "static_cast<int64_t>(0) * p.codes + code"),
+        ("hard: the sampled code of row g for row g + 8", "== sampled[half] ? 1.0f", "== sampled[0] ? 1.0f"),
+        ("hard: the soft weights", "if (p.indices != nullptr) {", "if (false) {"),
+        ("delta of row g for row g + 8", "- delta[half]) * inverse", "- delta[0]) * inverse"),
+        ("the gradient of kl without the entropy", "(log_p + entropy[half])", "log_p"),
+        ("16 codes of the other half of the block", "const int codes_at = warp * 16 % kBlock;", "const int codes_at = (warp * 16 + 16) % kBlock;"),
+        ("the last 16 rows left out", "for (int k = 0; k < kRows / 16; ++k) {", "for (int k = 0; k < kRows / 16 - 1; ++k) {"),
+        ("weights of row g + 8 over row g's", "weights + (warp * 16 + 8 * half + g) * kPitch<kBlock>", "weights + (warp * 16 + g) * kPitch<kBlock>"),
+    ),
+    *_of(
+        "decode/decode.cu",
+        DECODE,
+        ("the first listed slot skipped", "load(p.slots + list + (t - prefix))", "load(p.slots + list + (t - prefix) + 1)"),
+        ("the new key read from its slot", "load(reinterpret_cast<const uint4*>(own ? k : keys", "load(reinterpret_cast<const uint4*>(false ? k : keys"),
+        ("the new value read from its slot", "load(reinterpret_cast<const uint4*>(own ? v : values", "load(reinterpret_cast<const uint4*>(false ? v : values"),
+        ("keys past the end weigh as much as zeros", "score[u] = first + u * kGroups + group < end ? sum : kMinusInfinity;", "score[u] = sum;"),
+        ("no barrier before the warps' states are read", "  __syncthreads();\n  float all_m", "  float all_m"),
+        ("splits leave the rest out", "(visible + p.splits - 1) / p.splits;", "visible / p.splits;"),
+        ("splits added without their weights", "first += factor * sums.x;", "first += sums.x;"),
+        ("groups of a warp not merged", "for (int distance = kLanes; distance < 32; distance *= 2) {", "for (int distance = kLanes; distance < 16; distance *= 2) {"),
+        ("sums of a group not rescaled", "      acc[i] *= old;\n", ""),
+        ("the cache is not written", "if (split == 0 && group == 0 && active) {", "if (split == 1 && group == 0 && active) {"),
+        ("nothing seen yet weighs NaN", "return m == kMinusInfinity ? 0.0f : exp2_fast(m - larger);", "return exp2_fast(m - larger);"),
+    ),
+    *_of(
+        "sampling/sample.cu",
+        SAMPLING,
+        ("no barrier before the counts", "    store(&shared->weights[bin], Weight{0});\n  }\n  __syncthreads();\n", "    store(&shared->weights[bin], Weight{0});\n  }\n"),
+        ("no barrier after the counts", "    }\n  }\n  __syncthreads();\n  if (threadIdx.x < 32) {", "    }\n  }\n  if (threadIdx.x < 32) {"),
+        ("keys of other prefixes counted", "const bool inside = shift == 24 || key >> (shift + 8) == prefix >> (shift + 8);", "const bool inside = true;"),
+        ("top-k stops a key early", "count_above < top_k && count_above + keys >= top_k", "count_above < top_k && count_above + keys > top_k"),
+        ("top-p counts what top-k dropped", "if (inside && key >= lowest) {", "if (inside) {"),
+        ("-0 below 0", "__float_as_uint(score + 0.0f)", "__float_as_uint(score)"),
+        ("the last of equal scores", "if (noisy > best || (noisy == best && candidate < token)) {", "if (noisy > best || (noisy == best && candidate > token)) {"),
+        ("NaN of ruled-out tokens keeps its key", "      value = fmaxf(value, -kInfinity);  // NaN", "      // NaN"),
+        ("tokens past the vocabulary", "if (candidate >= vocabulary) {", "if (candidate > vocabulary) {"),
+        ("a warp's own largest", "for (int warp = 0; warp < kThreads / 32; ++warp) {", "for (int warp = 0; warp < 1; ++warp) {"),
+        ("noise of another stream", "const Noise draw(load(p.seed), 1);", "const Noise draw(load(p.seed), 0);"),
+    ),
+    *_of(
+        "cuda/fragments.cuh",
+        (*BOTH, *GUMBEL),
+        ("a quad half transposed", "distance <= 2; distance *= 2) {\n    const bool high", "distance <= 1; distance *= 2) {\n    const bool high"),
+        ("rows g and g + 8 exchanged as they are read", "(first + i) % 2 * 2 + half] = words[i]", "(first + i) % 2 * 2 + 1 - half] = words[i]"),
+        ("the factor of row g for row g + 8", "sum[2 * half + 1] * factor[half]", "sum[2 * half + 1] * factor[0]"),
+        ("half of a quad's maximum", "  return fmaxf(value, __shfl_xor_sync(0xffffffffu, value, 2));", "  return value;"),
+    ),
+    *_of(
+        "cuda/swizzle.cuh",
+        SM90A,
+        ("pieces not swizzled", "(piece ^ row % 8) * 16", "piece * 16"),
+        ("eight rows 512 bytes apart", "8 * kPanelPitch / 16", "4 * kPanelPitch / 16"),
+    ),
+    *_of(
+        "cuda/philox.cuh",
+        (*GUMBEL, *SAMPLING),
+        ("nine rounds", "round < 10", "round < 9"),
+        ("rows from 2^32 on as those before", "c2 = static_cast<uint32_t>(static_cast<uint64_t>(row) >> 32)", "c2 = 0"),
+    ),
+)  # fmt: skip
+
+
+class Outcome(NamedTuple):
+    """What became of a mutation: the first test that failed, or None where all passed."""
+
+    mutation: Mutation
+    caught: str | None
+
+
+@contextmanager
+def workshop() -> Iterator[Path]:
+    """A folder with a copy of what the emulation is built of and of the tests, built once as it stands."""
+    with tempfile.TemporaryDirectory(prefix="mutations-") as folder:
+        root = Path(folder)
+        for name in ("csrc", "tests", "dalle_kernels"):
+            shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__", "_cuda.so"))
+        shutil.copy(ROOT / "pyproject.toml", root)
+        _python(root, "-c", "from tests.emulation.build import build; build()").check_returncode()
+        yield root
+
+
+def _python(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=900)
+
+
+def attempt(root: Path, mutation: Mutation) -> Outcome:
+    """Builds and tests `mutation` in a workshop, which it leaves as it was.
+
+    Raises:
+        RuntimeError: it does not compile, or tests cannot be run.
+    """
+    source, objects = root / "csrc" / mutation.file, root / "build" / "emulation"
+    kept, original = root / "build" / "kept", source.read_text()
+    shutil.copytree(objects, kept)
+    try:
+        source.write_text(mutate(original, mutation))
+        built = _python(root, "-c", "from tests.emulation.build import build; build()")
+        if built.returncode:
+            raise RuntimeError(f"{mutation.file}, {mutation.meaning}: {built.stderr}")
+        tests = dict.fromkeys(mutation.tests)
+        done = _python(root, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not gpu", *tests)
+    except subprocess.TimeoutExpired:
+        return Outcome(mutation, "the tests do not end")
+    finally:
+        source.write_text(original)
+        shutil.rmtree(objects)
+        kept.rename(objects)
+    if done.returncode == 0:
+        return Outcome(mutation, None)
+    failed = re.search(r"^(?:FAILED|ERROR) \S*?(test_\w+\.py::\S+)", done.stdout, re.MULTILINE)
+    if failed is None and done.returncode > 0:
+        raise RuntimeError(f"{mutation.file}, {mutation.meaning}: {done.stdout}{done.stderr}")
+    return Outcome(mutation, failed.group(1) if failed else f"the tests end by signal {-done.returncode}")
+
+
+def mutate(text: str, mutation: Mutation) -> str:
+    """`text` with the mutation in it.
+
+    Raises:
+        ValueError: the kernels have changed, and it no longer applies.
+    """
+    if (count := text.count(mutation.old)) != 1:
+        raise ValueError(
+            f"{mutation.file}, {mutation.meaning}: {mutation.old!r} stands there {count} times, wanted once"
+        )
+    return text.replace(mutation.old, mutation.new)
+
+
+def table(outcomes: Iterable[Outcome]) -> str:
+    """The outcomes as a page for benchmarks/notes."""
+    outcomes = list(outcomes)
+    caught = sum(outcome.caught is not None for outcome in outcomes)
+    lines = [
+        "# Mistakes made on purpose in the CUDA kernels, and the tests that noticed",
+        "",
+        f"`python -m tests.emulation.mutations --write` writes this page. Of its {len(MUTATIONS)} mistakes {len(outcomes)} were",
+        f"made for it, and {caught} of these were caught. The test is the first that failed; a kernel that breaks a rule of",
+        "the machine (a race, an address, a deadlock) fails it too.",
+        "",
+        "| source | mistake | caught by |",
+        "|---|---|---|",
+    ]
+    for mutation, first in outcomes:
+        lines.append(f"| `{mutation.file}` | {mutation.meaning} | {f'`{first}`' if first else '**nothing**'} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--match", default="", help="only mutations whose file or meaning holds this")
+    parser.add_argument("--write", action="store_true", help="rewrite the committed table")
+    options = parser.parse_args(arguments)
+    chosen = [entry for entry in MUTATIONS if options.match in f"{entry.file} {entry.meaning}"]
+    outcomes = []
+    with workshop() as root:
+        for number, mutation in enumerate(chosen, 1):
+            outcomes.append(attempt(root, mutation))
+            said = outcomes[-1].caught or "SURVIVES"
+            print(f"{number}/{len(chosen)} {mutation.file}: {mutation.meaning}: {said}", flush=True)
+    if options.write:
+        TABLE.write_text(table(outcomes))
+    return int(any(outcome.caught is None for outcome in outcomes))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
