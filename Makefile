@@ -2,7 +2,7 @@
 # make demo      trains a small DALL-E on captioned pictures and draws what it is asked for
 # make test      every test
 # make lint      ruff and type checks
-# make matrix    the Triton tests and a build under every torch, Triton and NumPy that is promised: hours, 10 GB of disk
+# make matrix    the Triton tests and a build under every torch that is promised, each installed anew: 10 GB of disk
 
 PYTHON ?= python3
 VENV   := .venv
