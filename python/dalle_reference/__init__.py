@@ -1,5 +1,6 @@
 """A small, readable DALL-E built from nothing but `dalle_kernels` and PyTorch.
 
 To read it from picture to picture: `dvae` (pictures to tokens and back), `transformer` (captions and tokens as one
-stream), `train` (both stages, on `loop`), `generate` (tokens drawn one after the other).
+stream), `train` (both stages, on `loop`), `generate` (tokens drawn one after the other), `clip` (the judge of what was
+drawn).
 """

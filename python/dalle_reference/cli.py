@@ -28,8 +28,8 @@ from dalle_reference.load import load_clip, load_dvae, load_transformer
 from dalle_reference.loop import Interrupted, resolve_device
 from dalle_reference.tokenizer import CaptionTokenizer
 
-_AT_ONCE = 256
-"""Pictures of a caption that are drawn, or judged, at a time."""
+_AT_ONCE, _DECODED_AT_ONCE = 256, 16
+"""Pictures that are drawn, or judged, at a time; and those that the dVAE decodes, which takes more memory for each."""
 
 
 def _presets(entries: dict[str, tuple[str, Any]]) -> Any:
@@ -127,9 +127,11 @@ def _generate(config: Annotated[GenerateConfig, tyro.conf.arg(name="")]) -> None
     require_output(config.out, ".png")
     device = resolve_device(config.device)
     model, tokenizer, dvae = load_transformer(config.model, device)
+    judge = None if config.clip is None else load_clip(config.clip, device)
     for caption in config.captions:
         _check_caption(caption, tokenizer, model.config.caption_length)
-    judge = None if config.clip is None else load_clip(config.clip, device)
+        if judge is not None:
+            _check_caption(caption, judge[1], judge[0].config.text_length - 1, "the judge")
     text = tokenizer.encode(config.captions, model.config.caption_length).to(device)
     prefix = None
     if config.complete is not None:
@@ -140,19 +142,21 @@ def _generate(config: Annotated[GenerateConfig, tyro.conf.arg(name="")]) -> None
         picture = _read_picture(config.complete, dvae.config.resolution).to(device)
         prefix = dvae.encode(picture[None].float() / 255.0).flatten(1)[:, : keep * columns].expand(len(text), -1)
     parts = []
-    for start in range(0, config.drawn, _AT_ONCE):
+    together = max(1, _AT_ONCE // len(text))
+    for start in range(0, config.drawn, together):
         tokens = generate(
             model,
             text,
             seed=(config.seed + start * 0x9E3779B97F4A7C15) % 2**63,
-            number=min(_AT_ONCE, config.drawn - start),
+            number=min(together, config.drawn - start),
             temperature=config.temperature,
             top_k=config.top_k,
             top_p=config.top_p,
             guidance_scale=config.guidance_scale,
             image_prefix=prefix,
         )
-        parts.append(dvae.decode(tokens.unflatten(1, model.config.grid)).unflatten(0, (len(text), -1)))
+        pictures = [dvae.decode(some) for some in tokens.unflatten(1, model.config.grid).split(_DECODED_AT_ONCE)]
+        parts.append(torch.cat(pictures).unflatten(0, (len(text), -1)))
     drawn = torch.cat(parts, dim=1)
     if judge is not None:
         candidates = zip(drawn, config.captions, strict=True)
@@ -171,14 +175,14 @@ def _best(clip: CLIP, tokenizer: CaptionTokenizer, pictures: torch.Tensor, capti
     return pictures[agreement.topk(kept).indices]
 
 
-def _check_caption(caption: str, tokenizer: CaptionTokenizer, length: int) -> None:
+def _check_caption(caption: str, tokenizer: CaptionTokenizer, length: int, reader: str = "the model") -> None:
     try:
         caption.encode()
     except UnicodeEncodeError as error:
         raise UserError(f"captions: got {caption!a}, wanted text in UTF-8") from error
     if tokenizer.is_cut(caption, length):
         (read,) = tokenizer.decode(tokenizer.encode([caption], length))
-        print(f"caption cut: of {caption[:60]!r} the model reads {length} tokens, {read!r}", file=sys.stderr)
+        print(f"caption cut: of {caption[:60]!r} {reader} reads {length} tokens, {read!r}", file=sys.stderr)
 
 
 @dataclass(frozen=True)

@@ -175,7 +175,7 @@ def train_clip(config: TrainCLIPConfig) -> Path:
     def draw(step: int, board: Any) -> None:
         shown = held_out if len(held_out) else training
         for language, share in name_pictures(run.average.module, tokenizer, shown).items():
-            board.add_scalar(f"held_out_names_right/{language}", share, step)
+            board.add_scalar(f"names_right/{language}", share, step)
 
     run.train(compute_loss, draw)
     return run_config.out
