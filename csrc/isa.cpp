@@ -1,13 +1,20 @@
 #include "isa.h"
 
+#if defined(__aarch64__)
+#include <sys/auxv.h>
+#endif
+
 #include <atomic>
 #include <cstdlib>
+#include <stdexcept>
 
 namespace dalle {
 namespace {
 
-constexpr Isa kAll[] = {Isa::avx2, Isa::avx512, Isa::avx512_bf16};
+#define DALLE_ISA_VALUE(isa, ...) Isa::isa,
+constexpr Isa kAll[] = {DALLE_FOR_ISAS(DALLE_ISA_VALUE)};
 
+#if defined(__x86_64__)
 // __builtin_cpu_supports asks the operating system too: it wants the wide registers saved on a context switch.
 Isa detect() {
   __builtin_cpu_init();
@@ -20,6 +27,13 @@ Isa detect() {
     return Isa::avx2;
   return __builtin_cpu_supports("avx512bf16") ? Isa::avx512_bf16 : Isa::avx512;
 }
+#else
+// Every processor of this architecture has NEON.
+Isa detect() {
+  constexpr unsigned long kBf16 = 1ul << 14;  // HWCAP2_BF16, which older headers do not name
+  return getauxval(AT_HWCAP2) & kBf16 ? Isa::neon_bf16 : Isa::neon;
+}
+#endif
 
 std::string joined(const std::vector<std::string>& names) {
   std::string text;
@@ -47,10 +61,9 @@ std::atomic<Isa>& selected() {
 }  // namespace
 
 const char* isa_name(Isa isa) {
+#define DALLE_CASE(name, ...) case Isa::name: return #name;
   switch (isa) {
-    case Isa::avx2: return "avx2";
-    case Isa::avx512: return "avx512";
-    case Isa::avx512_bf16: return "avx512_bf16";
+    DALLE_FOR_ISAS(DALLE_CASE)
     case Isa::none: break;
   }
   return "none";
@@ -71,5 +84,7 @@ std::vector<std::string> supported_isas() {
 }
 
 void set_isa(const std::string& name) { selected().store(parse(name, "set_isa"), std::memory_order_relaxed); }
+
+void refuse_to_run() { throw std::runtime_error("the native CPU kernels need a processor with AVX2 and FMA"); }
 
 }  // namespace dalle

@@ -13,12 +13,13 @@
 
 #include "attention/tiles.h"
 
+DALLE_TARGET_BEGIN
 namespace dalle::DALLE_ISA {
 
 template <class T, class Dot>
 struct Backward {
   using Source = Rows<T, Dot>;
-  static constexpr bool kPairs = Dot::kPer == 2;
+  static constexpr bool kPairs = Dot::kDepth == 2;
   static constexpr int kListedQueries = 128;  // pairs of queries that a group of keys takes at a time
 
   Source q, k, v, out, grad;
@@ -45,11 +46,11 @@ struct Backward {
     Carver carver{memory};
     const int tiles = problem.plan->tiles;
     const int64_t positions = int64_t(tiles) * kTile;
-    const int units = width / Dot::kPer;
+    const int units = width / Dot::kDepth;
     float* zeros = carver.floats(rounded);
     transposed_k = carver.floats(int64_t(units) * kTile);
     transposed_v = carver.floats(int64_t(units) * kTile);
-    keys = carver.floats(int64_t(kTile) / Dot::kPer * rounded);
+    keys = carver.floats(int64_t(kTile) / Dot::kDepth * rounded);
     scores = carver.floats(kTile * kTile);
     inner = carver.floats(kTile * kTile);
     weights = kPairs ? carver.floats(kTile * kTile / 2) : scores;
@@ -129,7 +130,7 @@ struct Backward {
   // out[query][key] = rows[query] . transposed[.][key] for `count` rows and kLd keys.
   template <int kLd, int M, int N, int kChains>
   DALLE_METHOD void products(const float* const* rows, int count, const float* transposed, float* out) {
-    const int units = width / Dot::kPer;
+    const int units = width / Dot::kDepth;
     for (int lane = 0; lane < kLd; lane += N * kLanes)
       for_rows<M>(count, [&](auto m, int i) __attribute__((always_inline)) {
         constexpr int kRows = m.value;
@@ -151,8 +152,8 @@ struct Backward {
     const float *s = scores, *t = inner;
     float *p_to = weights, *d_to = slopes;
     bf16* rows_to = (bf16*)slope_rows;
-    for (int i = 0; i < count; i += 2, s += 2 * kLd, t += 2 * kLd, p_to += 2 * kLd / Dot::kPer,
-             d_to += 2 * kLd / Dot::kPer, rows_to += 2 * kLd) {
+    for (int i = 0; i < count; i += 2, s += 2 * kLd, t += 2 * kLd, p_to += 2 * kLd / Dot::kDepth,
+             d_to += 2 * kLd / Dot::kDepth, rows_to += 2 * kLd) {
       const int first = positions[i], second = positions[i + 1];
       const F lse[2] = {set(normaliser[first]), set(normaliser[second])};
       const F mean[2] = {set(delta[first]), set(delta[second])};
@@ -171,8 +172,8 @@ struct Backward {
           }
         DALLE_UNROLL for (int w = 0; w < N; w++) {
           if constexpr (kPairs) {
-            store(p_to + lane + w * kLanes, as_float(pair(p[0][w], p[1][w])));
-            store(d_to + lane + w * kLanes, as_float(pair(d[0][w], d[1][w])));
+            store(p_to + lane + w * kLanes, as_float(Dot::pack(p[0][w], p[1][w])));
+            store(d_to + lane + w * kLanes, as_float(Dot::pack(d[0][w], d[1][w])));
           } else {
             DALLE_UNROLL for (int j = 0; j < 2; j++) {
               store(p_to + j * kLd + lane + w * kLanes, p[j][w]);
@@ -181,7 +182,10 @@ struct Backward {
           }
         }
         if constexpr (kPairs)
-          DALLE_UNROLL for (int j = 0; j < 2; j++) store_bf16<N>(rows_to + j * kLd + lane, d[j]);
+          DALLE_UNROLL for (int j = 0; j < 2; j++) {
+            if constexpr (N == 2) store(rows_to + j * kLd + lane, d[j][0], d[j][1]);
+            else store(rows_to + j * kLd + lane, d[j][0]);
+          }
       }
       if constexpr (kMasked) pairs++;
     }
@@ -199,10 +203,10 @@ struct Backward {
       grad_rows[i] = grad.units(p);
       dq_rows[i] = dq + int64_t(p) * rounded;
     }
-    products<kTile, 6, kWide, 1>(query_rows, kTile, transposed_k, scores);
-    products<kTile, 6, kWide, 1>(grad_rows, kTile, transposed_v, inner);
+    products<kTile, kTileRows, kWide, 1>(query_rows, kTile, transposed_k, scores);
+    products<kTile, kTileRows, kWide, 1>(grad_rows, kTile, transposed_v, inner);
     weigh<false, kTile>(kTile, positions, nullptr);
-    constexpr int kRows = kTile / Dot::kPer;
+    constexpr int kRows = kTile / Dot::kDepth;
     for (int u = 0; u < kRows; u++) {
       query_rows[u] = q.mixed(tile * kRows + u);
       grad_rows[u] = grad.mixed(tile * kRows + u);
@@ -229,17 +233,17 @@ struct Backward {
     products<kGroup, kListRows, kVectors, kListChains>(query_rows, 2 * n, transposed_k + lane, scores);
     products<kGroup, kListRows, kVectors, kListChains>(grad_rows, 2 * n, transposed_v + lane, inner);
     weigh<true, kGroup>(2 * n, positions, pairs);
-    for (int u = 0; u < 2 * n / Dot::kPer; u++) {
+    for (int u = 0; u < 2 * n / Dot::kDepth; u++) {
       const int row = kPairs ? pairs[u].index : positions[u];
       query_rows[u] = q.mixed(row);
       grad_rows[u] = grad.mixed(row);
     }
-    mix<Dot, Start::add, kGroup>(weights, grad_rows, 2 * n / Dot::kPer, dv + lane * int64_t(rounded), rounded,
+    mix<Dot, Start::add, kGroup>(weights, grad_rows, 2 * n / Dot::kDepth, dv + lane * int64_t(rounded), rounded,
                          nullptr);
-    mix<Dot, Start::add, kGroup>(slopes, query_rows, 2 * n / Dot::kPer, dk + lane * int64_t(rounded), rounded,
+    mix<Dot, Start::add, kGroup>(slopes, query_rows, 2 * n / Dot::kDepth, dk + lane * int64_t(rounded), rounded,
                          nullptr);
-    accumulate<Dot, kGroup / Dot::kPer>(slope_rows, keys + lane / Dot::kPer * int64_t(rounded), rounded,
-                                        kGroup / Dot::kPer, 2 * n, dq_rows);
+    accumulate<Dot, kGroup / Dot::kDepth>(slope_rows, keys + lane / Dot::kDepth * int64_t(rounded), rounded,
+                                        kGroup / Dot::kDepth, 2 * n, dq_rows);
   }
 
   // Writes dk and dv of a tile, or leaves them in `partial` [2, 64, rounded D] where it is not null.
@@ -343,10 +347,7 @@ struct Backward {
     const int64_t half = kTile * int64_t(round_up(int(problem.width), kLanes));
     write_keys(problem, arrays, head, tile, partial, partial + half, 2 * half, count);
   }
-
- private:
-  static constexpr int kListRows = kLanes == 16 ? 8 : 6;
-  static constexpr int kListChains = kLanes == 16 ? 2 : 1;
 };
 
 }  // namespace dalle::DALLE_ISA
+DALLE_TARGET_END

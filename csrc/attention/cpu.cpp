@@ -18,9 +18,9 @@ namespace dalle::attention {
 namespace {
 
 const Kernels& kernels_for(DType dtype) {
-  if (dtype == DType::float32) return for_isa(kAvx2Float32, kAvx512Float32, kAvx512Float32);
+  if (dtype == DType::float32) return attention_kernels().f32;
   require(dtype == DType::bfloat16, "q: got dtype ", dtype, ", wanted float32 or bfloat16");
-  return for_isa(kAvx2Bfloat16, kAvx512Bfloat16, kAvx512Bf16Bfloat16);
+  return attention_kernels().bf16;
 }
 
 ListStorage lists_of(const Tensor& offsets, const Tensor& others, const Tensor& ids, const Tensor& full_counts,

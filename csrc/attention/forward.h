@@ -11,6 +11,7 @@
 
 #include "attention/tiles.h"
 
+DALLE_TARGET_BEGIN
 namespace dalle::DALLE_ISA {
 
 constexpr int kListed = 128;  // pairs of keys that a group takes at a time
@@ -18,7 +19,7 @@ constexpr int kListed = 128;  // pairs of keys that a group takes at a time
 template <class T, class Dot>
 struct Forward {
   using Source = Rows<T, Dot>;
-  static constexpr bool kPairs = Dot::kPer == 2;
+  static constexpr bool kPairs = Dot::kDepth == 2;
 
   Source q, k, v;
   float *transposed_q, *scores, *weights, *out, *maximum, *running, *sum, *factor;
@@ -38,7 +39,7 @@ struct Forward {
   int64_t carve(float* memory) {
     Carver carver{memory};
     const int64_t positions = int64_t(problem.plan->tiles) * kTile;
-    const int units = width / Dot::kPer;
+    const int units = width / Dot::kDepth;
     float* zeros = carver.floats(rounded);
     transposed_q = carver.floats(int64_t(units) * kTile);
     scores = carver.floats(kTile * kTile);
@@ -99,7 +100,7 @@ struct Forward {
     store(top, now);
     F sums[2] = {zero(), zero()};
     const auto walk = [&](auto is_far) __attribute__((always_inline)) {
-      for (int row = 0; row < count; row += 2, s += 2 * ld, p += ld * 2 / Dot::kPer) {
+      for (int row = 0; row < count; row += 2, s += 2 * ld, p += ld * 2 / Dot::kDepth) {
         F e[2];
         DALLE_UNROLL for (int j = 0; j < 2; j++) {
           e[j] = exponential<kPairs, is_far.value>(load(s + j * ld), slope, now);
@@ -108,7 +109,7 @@ struct Forward {
         }
         if constexpr (kMasked) pairs++;
         if constexpr (kPairs) {
-          store(p, as_float(pair(e[0], e[1])));
+          store(p, as_float(Dot::pack(e[0], e[1])));
         } else {
           store(p, e[0]);
           store(p + ld, e[1]);
@@ -129,9 +130,9 @@ struct Forward {
     const float* rows[kTile];
     for (int i = 0; i < kTile; i++) rows[i] = k.units(tile * kTile + i);
     for (int i = 0; i < kTile; i += kLanes) store(maximum + i, set(-3e38f));
-    const int units = width / Dot::kPer;
+    const int units = width / Dot::kDepth;
     for (int lane = 0; lane < kTile; lane += kWide * kLanes)
-      for_rows<6>(kTile, [&](auto m, int i) __attribute__((always_inline)) {
+      for_rows<kTileRows>(kTile, [&](auto m, int i) __attribute__((always_inline)) {
         constexpr int M = m.value;
         dot_rows<Dot, M, kWide, 1>(rows + i, transposed_q + lane, units,
                                    [&](const F(&sums)[M][kWide]) __attribute__((always_inline)) {
@@ -149,11 +150,11 @@ struct Forward {
     for (int lane = 0; lane < kTile; lane += kLanes)
       weigh<false>(scores + lane, weights + lane, kTile, kTile, nullptr, 0, maximum + lane, running + lane, sum + lane,
                    factor + lane);
-    for (int u = 0; u < kTile / Dot::kPer; u++) rows[u] = v.mixed(tile * (kTile / Dot::kPer) + u);
+    for (int u = 0; u < kTile / Dot::kDepth; u++) rows[u] = v.mixed(tile * (kTile / Dot::kDepth) + u);
     if (fresh) {
-      mix<Dot, Start::zero, kTile>(weights, rows, kTile / Dot::kPer, out, rounded, nullptr);
+      mix<Dot, Start::zero, kTile>(weights, rows, kTile / Dot::kDepth, out, rounded, nullptr);
     } else {
-      mix<Dot, Start::scale, kTile>(weights, rows, kTile / Dot::kPer, out, rounded, factor);
+      mix<Dot, Start::scale, kTile>(weights, rows, kTile / Dot::kDepth, out, rounded, factor);
     }
   }
 
@@ -174,7 +175,7 @@ struct Forward {
         value_rows[2 * i + 1] = v.mixed(2 * index + 1);
       }
     }
-    const int lane = g * kGroup, units = width / Dot::kPer;
+    const int lane = g * kGroup, units = width / Dot::kDepth;
     for (int i = 0; i < kGroup; i += kLanes) store(maximum + lane + i, set(-3e38f));
     for_rows<kListRows>(2 * n, [&](auto m, int i) __attribute__((always_inline)) {
       constexpr int M = m.value;
@@ -198,9 +199,9 @@ struct Forward {
                   sum + lane + i, factor + lane + i);
     float* rows_out = out + int64_t(lane) * rounded;
     if (fresh) {
-      mix<Dot, Start::zero, kGroup>(weights, value_rows, 2 * n / Dot::kPer, rows_out, rounded, nullptr);
+      mix<Dot, Start::zero, kGroup>(weights, value_rows, 2 * n / Dot::kDepth, rows_out, rounded, nullptr);
     } else {
-      mix<Dot, Start::scale, kGroup>(weights, value_rows, 2 * n / Dot::kPer, rows_out, rounded, factor + lane);
+      mix<Dot, Start::scale, kGroup>(weights, value_rows, 2 * n / Dot::kDepth, rows_out, rounded, factor + lane);
     }
   }
 
@@ -226,7 +227,7 @@ struct Forward {
     q.transpose_into(tile, transposed_q);
     if (scale < 0) {  // the largest score is that of the largest product only where the scale is positive
       const U sign = set(kPairs ? 0x80008000u : 0x80000000u);
-      for (int i = 0; i < width / Dot::kPer * kTile; i += kLanes)
+      for (int i = 0; i < width / Dot::kDepth * kTile; i += kLanes)
         store(transposed_q + i, as_float(as_words(load(transposed_q + i)) ^ sign));
       scale = -scale;
     }
@@ -295,11 +296,7 @@ struct Forward {
       forward.query_tile(arrays, head, tile);
     }
   }
-
- private:
-  // With one vector a group, two chains of sums keep both multipliers busy.
-  static constexpr int kListRows = kLanes == 16 ? 8 : 6;
-  static constexpr int kListChains = kLanes == 16 ? 2 : 1;
 };
 
 }  // namespace dalle::DALLE_ISA
+DALLE_TARGET_END

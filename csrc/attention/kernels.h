@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "attention/plan.h"
+#include "isa.h"
 
 namespace dalle::attention {
 
@@ -55,6 +56,14 @@ struct Kernels {
   int64_t (*rounded_width)(int64_t width);
 };
 
-extern const Kernels kAvx2Float32, kAvx2Bfloat16, kAvx512Float32, kAvx512Bfloat16, kAvx512Bf16Bfloat16;
-
 }  // namespace dalle::attention
+
+namespace dalle {
+
+struct AttentionTable {
+  attention::Kernels f32, bf16;
+};
+
+DALLE_KERNEL_TABLE(AttentionTable, attention_kernels)
+
+}  // namespace dalle

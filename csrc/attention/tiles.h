@@ -1,59 +1,38 @@
 // The small products that attention is made of, and the rows that they read. See simd.h for how this becomes code.
 //
-// Everything is a sum over units of 32 bits: a float32, or a pair of bfloat16 that one instruction multiplies and adds
-// (PairDot). One side of a product is broadcast a unit at a time, straight from the rows of a tensor wherever they lie;
-// the other fills the vectors. M rows times N vectors of sums stay in registers.
+// They are sums over units, as in multiply.h. What is broadcast comes straight from the rows of a tensor wherever they lie.
 //
 //   dot_rows        sums[i][lane] = sum_u  rows[i][u] b[u][lane]            scores of M keys for 16 N queries
 //   mix_rows        c[i][lane]   += sum_u  a[u][i] rows[u][lane]            output of M queries out of value rows
 //   accumulate_rows c[i][lane]   += sum_u  a[i][u] b[u][lane]               gradient of M queries out of key rows
 #pragma once
 
+#include "attention/kernels.h"
+#include "multiply.h"
+#include "round_up.h"
 #include "simd.h"
 
-#include "attention/kernels.h"
-
-#define DALLE_METHOD inline __attribute__((always_inline))
-
+DALLE_TARGET_BEGIN
 namespace dalle::DALLE_ISA {
 
 using namespace dalle::attention;
 
 constexpr int kVectors = kGroup / kLanes;                 // vectors in a group of 16 positions
-constexpr int kWide = kLanes == 16 ? 4 : 2;               // vectors side by side in the registers of a wide product
+constexpr int kWide = kLanes == 8 ? 2 : 4;                // vectors side by side in the registers of a wide product
+constexpr int kTileRows = kLanes == 4 ? 4 : 6;            // rows of a full tile that are multiplied at a time
+constexpr int kListRows = kLanes == 16 ? 8 : kTileRows;   // and of a list
+constexpr int kListChains = kLanes == 16 ? 2 : 1;         // with one vector a group, two keep both multipliers busy
 constexpr float kNothing = -1e38f;                        // running maximum of a query that has seen no key
 constexpr float kLog2E = 0x1.715476p0f;
 
-template <int N>
-struct Int {
-  static constexpr int value = N;
-};
-
-// A 32-bit unit at any address: rows of bfloat16 need not be aligned to more.
-using unit __attribute__((aligned(2), may_alias)) = float;
-DALLE_INLINE F broadcast(const float* p) { return set(float(*(const unit*)p)); }
-
-struct SingleDot {
-  static constexpr int kPer = 1;  // elements in a unit
-  DALLE_INLINE F mac(F a, F b, F sum) { return fma(a, b, sum); }
-};
-struct PairDot {
-  static constexpr int kPer = 2;
-  DALLE_INLINE F mac(F a, F b, F sum) { return dot(as_words(a), as_words(b), sum); }
-};
-
 // 2^x for any finite x <= 128, 0 far below; undefined (but harmless) beyond.
 DALLE_INLINE F power(F x) {
-#if defined(DALLE_ISA_AVX2)
-  x = max(set(-127.f), x);  // in this order NaN stays NaN
-#endif
+  if constexpr (!kAnyExponent) x = max(set(kZeroExponent), x);  // in this order NaN stays NaN
   return exp2_bounded(x);
 }
 // The same to a relative error of 2.8e-6, ample for what is rounded to bfloat16 next.
 DALLE_INLINE F power_coarse(F x) {
-#if defined(DALLE_ISA_AVX2)
-  x = max(set(-127.f), x);  // in this order NaN stays NaN
-#endif
+  if constexpr (!kAnyExponent) x = max(set(kZeroExponent), x);  // in this order NaN stays NaN
   const F whole = round(x), r = x - whole;
   F p = set(0.00958285201f);
   p = fma(p, r, set(0.0559064262f));
@@ -94,95 +73,19 @@ DALLE_INLINE F share(F score, F slope, F lse) {
   return power(x * set(kLog2E));
 }
 
-// N vectors as bfloat16.
-template <int N>
-DALLE_INLINE void store_bf16(bf16* p, const F* x) {
-#if defined(DALLE_ISA_AVX512_BF16)
-  if constexpr (N % 2 == 0) {
-    DALLE_UNROLL for (int v = 0; v < N; v += 2)
-      _mm512_storeu_si512(p + v * kLanes, (__m512i)_mm512_cvtne2ps_pbh(x[v + 1], x[v]));
-    return;
-  }
-#endif
-  DALLE_UNROLL for (int v = 0; v < N; v++) store(p + v * kLanes, x[v]);
-}
-
-// Turns kLanes vectors into their transpose.
-#if defined(DALLE_ISA_AVX2)
-DALLE_INLINE void transpose(F* r) {
-  F t[8];
-  DALLE_UNROLL for (int i = 0; i < 4; i++) {
-    t[2 * i] = _mm256_unpacklo_ps(r[2 * i], r[2 * i + 1]);
-    t[2 * i + 1] = _mm256_unpackhi_ps(r[2 * i], r[2 * i + 1]);
-  }
-  DALLE_UNROLL for (int i = 0; i < 2; i++) {
-    r[4 * i] = _mm256_shuffle_ps(t[4 * i], t[4 * i + 2], 0x44);
-    r[4 * i + 1] = _mm256_shuffle_ps(t[4 * i], t[4 * i + 2], 0xEE);
-    r[4 * i + 2] = _mm256_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0x44);
-    r[4 * i + 3] = _mm256_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0xEE);
-  }
-  DALLE_UNROLL for (int i = 0; i < 4; i++) t[i] = r[i];
-  DALLE_UNROLL for (int i = 0; i < 4; i++) {
-    const F low = t[i], high = r[4 + i];
-    r[i] = _mm256_permute2f128_ps(low, high, 0x20);
-    t[4 + i] = _mm256_permute2f128_ps(low, high, 0x31);
-  }
-  DALLE_UNROLL for (int i = 4; i < 8; i++) r[i] = t[i];
-}
-#else
-DALLE_INLINE void transpose(F* r) {
-  F t[16];
-  DALLE_UNROLL for (int i = 0; i < 8; i++) {
-    t[2 * i] = _mm512_unpacklo_ps(r[2 * i], r[2 * i + 1]);
-    t[2 * i + 1] = _mm512_unpackhi_ps(r[2 * i], r[2 * i + 1]);
-  }
-  DALLE_UNROLL for (int i = 0; i < 4; i++) {
-    r[4 * i] = _mm512_shuffle_ps(t[4 * i], t[4 * i + 2], 0x44);
-    r[4 * i + 1] = _mm512_shuffle_ps(t[4 * i], t[4 * i + 2], 0xEE);
-    r[4 * i + 2] = _mm512_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0x44);
-    r[4 * i + 3] = _mm512_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0xEE);
-  }
-  DALLE_UNROLL for (int i = 0; i < 4; i++) {
-    t[i] = _mm512_shuffle_f32x4(r[i], r[4 + i], 0x88);
-    t[4 + i] = _mm512_shuffle_f32x4(r[i], r[4 + i], 0xDD);
-    t[8 + i] = _mm512_shuffle_f32x4(r[8 + i], r[12 + i], 0x88);
-    t[12 + i] = _mm512_shuffle_f32x4(r[8 + i], r[12 + i], 0xDD);
-  }
-  DALLE_UNROLL for (int i = 0; i < 4; i++) {
-    r[i] = _mm512_shuffle_f32x4(t[i], t[8 + i], 0x88);
-    r[8 + i] = _mm512_shuffle_f32x4(t[i], t[8 + i], 0xDD);
-    r[4 + i] = _mm512_shuffle_f32x4(t[4 + i], t[12 + i], 0x88);
-    r[12 + i] = _mm512_shuffle_f32x4(t[4 + i], t[12 + i], 0xDD);
-  }
-}
-#endif
-
 // --------------------------------------------------------------------------------------------------- the products
 
 // b is [units, kTile]; emit(sums) takes F sums[M][N]. Several chains of sums hide the latency where M N is small.
 template <class Dot, int M, int N, int kChains, class Emit>
 DALLE_INLINE void dot_rows(const float* const* rows, const float* b, int units, const Emit& emit) {
-  const float* a[M];
-  F chains[kChains][M][N], sums[M][N];
-  DALLE_UNROLL for (int i = 0; i < M; i++) a[i] = rows[i];
-  DALLE_UNROLL for (int c = 0; c < kChains; c++)
-    DALLE_UNROLL for (int i = 0; i < M; i++)
-      DALLE_UNROLL for (int v = 0; v < N; v++) chains[c][i][v] = zero();
-  for (ptrdiff_t u = 0; u < units; u += 2, b += 2 * kTile) {  // D is a multiple of 8, so units are even
-    DALLE_UNROLL for (int c = 0; c < 2; c++) {
-      F vectors[N];
-      DALLE_UNROLL for (int v = 0; v < N; v++) vectors[v] = load(b + c * kTile + v * kLanes);
-      DALLE_UNROLL for (int i = 0; i < M; i++) {
-        const F x = broadcast(a[i] + u + c);
-        DALLE_UNROLL for (int v = 0; v < N; v++)
-          chains[c % kChains][i][v] = Dot::mac(x, vectors[v], chains[c % kChains][i][v]);
-      }
-    }
-  }
+  F chains[kChains * M][N], sums[M][N];
+  DALLE_UNROLL for (int i = 0; i < kChains * M; i++)
+    DALLE_UNROLL for (int v = 0; v < N; v++) chains[i][v] = zero();
+  multiply<Dot, M, N, kChains>(chains, units, ScatteredRows<M>(rows), Lines{b, kTile});
   DALLE_UNROLL for (int i = 0; i < M; i++)
     DALLE_UNROLL for (int v = 0; v < N; v++) {
-      sums[i][v] = chains[0][i][v];
-      DALLE_UNROLL for (int c = 1; c < kChains; c++) sums[i][v] += chains[c][i][v];
+      sums[i][v] = chains[i][v];
+      DALLE_UNROLL for (int c = 1; c < kChains; c++) sums[i][v] += chains[c * M + i][v];
     }
   emit(sums);
 }
@@ -199,16 +102,7 @@ DALLE_INLINE void mix_rows(const float* a, const float* const* rows, ptrdiff_t c
       if constexpr (kStart == Start::add) sums[i][v] = load(c + i * ldc + v * kLanes);
       if constexpr (kStart == Start::scale) sums[i][v] = set(factor[i]) * load(c + i * ldc + v * kLanes);
     }
-#pragma GCC unroll 2
-  for (ptrdiff_t u = 0; u < count; u++, a += kLda) {
-    const float* row = rows[u] + column;
-    F vectors[N];
-    DALLE_UNROLL for (int v = 0; v < N; v++) vectors[v] = load(row + v * kLanes);
-    DALLE_UNROLL for (int i = 0; i < M; i++) {
-      const F x = broadcast(a + i);
-      DALLE_UNROLL for (int v = 0; v < N; v++) sums[i][v] = Dot::mac(x, vectors[v], sums[i][v]);
-    }
-  }
+  multiply<Dot, M, N>(sums, count, TableColumns<kLda>{a}, ListedLines{rows, column});
   DALLE_UNROLL for (int i = 0; i < M; i++)
     DALLE_UNROLL for (int v = 0; v < N; v++) store(c + i * ldc + v * kLanes, sums[i][v]);
 }
@@ -219,16 +113,7 @@ DALLE_INLINE void accumulate_rows(const float* a, const float* b, ptrdiff_t ldb,
   F sums[M][N];
   DALLE_UNROLL for (int i = 0; i < M; i++)
     DALLE_UNROLL for (int v = 0; v < N; v++) sums[i][v] = load(c[i] + column + v * kLanes);
-  b += column;
-#pragma GCC unroll 2
-  for (ptrdiff_t u = 0; u < count; u++, b += ldb) {
-    F vectors[N];
-    DALLE_UNROLL for (int v = 0; v < N; v++) vectors[v] = load(b + v * kLanes);
-    DALLE_UNROLL for (int i = 0; i < M; i++) {
-      const F x = broadcast(a + i * kLda + u);
-      DALLE_UNROLL for (int v = 0; v < N; v++) sums[i][v] = Dot::mac(x, vectors[v], sums[i][v]);
-    }
-  }
+  multiply<Dot, M, N>(sums, count, TableRows<kLda>{a}, Lines{b + column, ldb});
   DALLE_UNROLL for (int i = 0; i < M; i++)
     DALLE_UNROLL for (int v = 0; v < N; v++) store(c[i] + column + v * kLanes, sums[i][v]);
 }
@@ -262,13 +147,13 @@ DALLE_INLINE void for_columns(int vectors, const Body& body) {
 
 // Rows a block: as many as the registers hold besides N vectors and a broadcast.
 template <int N>
-constexpr int kBlockRows = N >= 4 || kLanes == 8 ? 6 : 8;
+constexpr int kRowsBeside = kLanes == 4 ? (N >= 3 ? 4 : 8) : N >= 4 || kLanes == 8 ? 6 : 8;
 
 // c[row][0 .. width) = start + sum_u a[u][row] rows[u], over kLda rows: a is [count, kLda].
 template <class Dot, Start kStart, int kLda>
 DALLE_INLINE void mix_at(const float* a, const float* const* rows, int count, float* c, int ldc, const float* factor) {
   for_columns(ldc / kLanes, [&](auto n, int lane) __attribute__((always_inline)) {
-    for_rows<kBlockRows<n.value>>(kLda, [&](auto m, int i) __attribute__((always_inline)) {
+    for_rows<kRowsBeside<n.value>>(kLda, [&](auto m, int i) __attribute__((always_inline)) {
       mix_rows<Dot, m.value, n.value, kStart, kLda>(a + i, rows, lane, count, c + i * int64_t(ldc) + lane, ldc,
                                                     kStart == Start::scale ? factor + i : nullptr);
     });
@@ -287,15 +172,13 @@ static void mix(const float* a, const float* const* rows, int count, float* c, i
 template <class Dot, int kLda>
 static void accumulate(const float* a, const float* b, int width, int count, int rows_out, float* const* c) {
   for_columns(width / kLanes, [&](auto n, int lane) __attribute__((always_inline)) {
-    for_rows<kBlockRows<n.value>>(rows_out, [&](auto m, int i) __attribute__((always_inline)) {
+    for_rows<kRowsBeside<n.value>>(rows_out, [&](auto m, int i) __attribute__((always_inline)) {
       accumulate_rows<Dot, m.value, n.value, kLda>(a + i * kLda, b, width, count, c + i, lane);
     });
   });
 }
 
 // ------------------------------------------------------------------------------------------------------- the rows
-
-DALLE_INLINE int round_up(int x, int multiple) { return (x + multiple - 1) / multiple * multiple; }
 
 // A float32 or bfloat16 vector of a row, the lanes past `width` zero.
 template <class T>
@@ -312,18 +195,18 @@ DALLE_INLINE void store_row(T* row, int d, int width, F x) {
 }
 
 // How one head's rows of a tensor are read, by position. `units(p)` is row p as 32-bit units; `mixed(u)` is the u-th row
-// that mix() takes: row u, or with PairDot the pairs of elements of rows 2 u and 2 u + 1. Rows that cannot be read in
+// that mix() takes: row u, or with PairProduct the pairs of elements of rows 2 u and 2 u + 1. Rows that cannot be read in
 // place, or that lie so far apart that they would compete for the same lines of the cache, are packed, a tile at a time,
 // when first needed. Rows past the end are zero.
 template <class T, class Dot>
 struct Rows {
-  static constexpr bool kPairs = Dot::kPer == 2;
+  static constexpr bool kPairs = Dot::kDepth == 2;
 
   const T* base;
   int64_t stride;
   const int32_t* order;
   int length, width, rounded;
-  float* packed_units;  // [positions, rounded] (with PairDot: [positions, width / 2]); null: read in place
+  float* packed_units;  // [positions, rounded] (with PairProduct: [positions, width / 2]); null: read in place
   float* packed_mixed;  // [positions / 2, rounded] pairs, or the same memory as packed_units; null: read in place
   uint8_t* ready;       // [tiles]
   const float* zeros;   // a row of zeros
@@ -359,16 +242,16 @@ struct Rows {
   DALLE_METHOD void prepare(int tile) const {
     if (ready[tile]) return;
     ready[tile] = 1;
-    if (packed_mixed) pack_into(tile, packed_mixed + int64_t(tile) * (kTile / Dot::kPer) * rounded);
+    if (packed_mixed) pack_into(tile, packed_mixed + int64_t(tile) * (kTile / Dot::kDepth) * rounded);
     if (kPairs && packed_units)
       for (int p = tile * kTile; p < (tile + 1) * kTile; p++)
         std::memcpy(packed_units + int64_t(p) * (width / 2), in_place(p), size_t(width) * sizeof(T));
   }
   // Tile `tile` of the packed rows into `out`.
   void pack_into(int tile, float* out) const {
-    for (int i = 0; i < kTile; i += Dot::kPer, out += rounded) {
+    for (int i = 0; i < kTile; i += Dot::kDepth, out += rounded) {
       const T* first = row(tile * kTile + i);
-      if constexpr (Dot::kPer == 2) {
+      if constexpr (Dot::kDepth == 2) {
         const T* second = row(tile * kTile + i + 1);
         for (int d = 0; d < rounded; d += kLanes) {
           const U low = as_words(load_row(first, d, width)) >> 16, high = as_words(load_row(second, d, width));
@@ -382,13 +265,13 @@ struct Rows {
 
   // out[unit][position], 64 positions: the transpose of a tile's units.
   void transpose_into(int tile, float* out) const {
-    const int count = width / Dot::kPer;
+    const int count = width / Dot::kDepth;
     for (int i = 0; i < kTile; i += kLanes)
       for (int u = 0; u < count; u += kLanes) {
         F block[kLanes];
         DALLE_UNROLL for (int j = 0; j < kLanes; j++) {
           const T* source = row(tile * kTile + i + j);
-          if constexpr (Dot::kPer == 2) {
+          if constexpr (Dot::kDepth == 2) {
             const float* units = (const float*)source;
             block[j] = u + kLanes <= count ? load(units + u) : load(units + u, count - u);
           } else {
@@ -419,3 +302,4 @@ struct Carver {
 };
 
 }  // namespace dalle::DALLE_ISA
+DALLE_TARGET_END

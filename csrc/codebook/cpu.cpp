@@ -21,8 +21,7 @@ namespace dalle {
 namespace {
 
 const CodebookKernels& kernels_for(const Tensor& tensor) {
-  const CodebookTable& table =
-      for_isa(avx2::codebook_kernels, avx512::codebook_kernels, avx512_bf16::codebook_kernels)();
+  const CodebookTable& table = codebook_kernels();
   require(tensor.dtype() == DType::float32 || tensor.dtype() == DType::bfloat16,
           "the CPU kernels take float32 and bfloat16, not ", tensor.dtype());
   return tensor.dtype() == DType::float32 ? table.f32 : table.bf16;

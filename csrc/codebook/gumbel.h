@@ -13,6 +13,11 @@
 // Inside, exponentials and sums are in base 2.
 #pragma once
 
+#include "codebook/kernels.h"
+#include "noise.h"
+#include "codebook/product.h"
+
+DALLE_TARGET_BEGIN
 namespace dalle::DALLE_ISA {
 
 constexpr float kLog2E = 0x1.715476p+0f, kLn2 = 0x1.62e430p-1f;
@@ -395,3 +400,4 @@ void gumbel_collect(const GumbelBackward& p, int64_t code, int64_t code_end) {
 }
 
 }  // namespace dalle::DALLE_ISA
+DALLE_TARGET_END

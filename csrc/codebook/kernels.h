@@ -7,6 +7,9 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "isa.h"
+#include "round_up.h"
+
 namespace dalle {
 
 // Tiles are the same for every instruction set, so sizes and shares of work are too.
@@ -15,7 +18,6 @@ constexpr int64_t kCounterTile = 32;  // noise counters, each good for one code 
 constexpr int64_t kCodeTile = 4 * kCounterTile;
 constexpr int64_t kPad = 16;  // widths are padded to whole vectors of any instruction set
 
-constexpr int64_t round_up(int64_t size, int64_t step) { return (size + step - 1) / step * step; }
 constexpr int64_t padded(int64_t width) { return round_up(width, kPad); }
 
 struct Gumbel {
@@ -105,8 +107,6 @@ struct CodebookTable {
   CodebookKernels f32, bf16;
 };
 
-namespace avx2 { const CodebookTable& codebook_kernels(); }
-namespace avx512 { const CodebookTable& codebook_kernels(); }
-namespace avx512_bf16 { const CodebookTable& codebook_kernels(); }
+DALLE_KERNEL_TABLE(CodebookTable, codebook_kernels)
 
 }  // namespace dalle

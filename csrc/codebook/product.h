@@ -1,35 +1,27 @@
-// Small matrix products out of registers: c += a b for tiles that fit the cache. Include after simd.h.
+// Small matrix products out of registers: c += a b for tiles that fit the cache.
 //
 // Everything is addressed in 32-bit words: a float, or a pair of bf16 values that lie next to each other along the
 // depth (PairProduct: one instruction multiplies both and adds in float32). A block of 6 x 4 vectors of c stays in
 // registers while its depth runs: per step 4 loads of b and 6 broadcasts of a feed 24 multiply-adds.
 #pragma once
 
+#include "codebook/kernels.h"
+#include "multiply.h"
+
+DALLE_TARGET_BEGIN
 namespace dalle::DALLE_ISA {
 
 using Word = uint32_t __attribute__((may_alias));
 
-struct FloatProduct {
-  static constexpr int kDepth = 1;  // values per word
-  DALLE_INLINE F multiply_add(U a, U b, F c) { return fma(as_float(a), as_float(b), c); }
-};
-
-struct PairProduct {
-  static constexpr int kDepth = 2;
-  DALLE_INLINE F multiply_add(U a, U b, F c) { return dot(a, b, c); }
-};
-
-// What products of T's are made of: bf16 in pairs where the processor multiplies them, else as float32.
-template <class T> struct ProductOf { using Type = FloatProduct; };
-#if defined(DALLE_ISA_AVX512_BF16)
-template <> struct ProductOf<bf16> { using Type = PairProduct; };
-#endif
-
-constexpr int kBlockRows = 6, kBlockVectors = kLanes == 16 ? 4 : 2;
+constexpr int kBlockRows = 6, kBlockVectors = kLanes == 8 ? 2 : 4;
 
 struct Left {  // a: element (row, step) at data[row * row_stride + step * step_stride]
+  static constexpr Adjacent kAdjacent = Adjacent::nothing;
   const Word* data;
   ptrdiff_t row_stride, step_stride;
+
+  DALLE_METHOD const Word* at(int i) const { return data + i * row_stride; }
+  DALLE_METHOD void advance(ptrdiff_t steps) { data += steps * step_stride; }
 };
 
 // b is packed in blocks of kBlockColumns columns (the last one narrower), each with its rows one after the other: a
@@ -50,16 +42,7 @@ __attribute__((noinline)) static void block_product(Left a, const Word* b, ptrdi
   DALLE_UNROLL for (int i = 0; i < Rows; i++)
     DALLE_UNROLL for (int j = 0; j < Vectors; j++)
       total[i][j] = add ? load(c + i * c_stride + j * kLanes) : zero();
-  for (int step = 0; step < depth; step++) {
-    U row[Vectors];
-    DALLE_UNROLL for (int j = 0; j < Vectors; j++) row[j] = load((const uint32_t*)b + j * kLanes);
-    DALLE_UNROLL for (int i = 0; i < Rows; i++) {
-      const U value = set(uint32_t(a.data[i * a.row_stride]));
-      DALLE_UNROLL for (int j = 0; j < Vectors; j++) total[i][j] = P::multiply_add(value, row[j], total[i][j]);
-    }
-    a.data += a.step_stride;
-    b += b_stride;
-  }
+  multiply<P, Rows, Vectors>(total, depth, a, Lines{(const float*)b, b_stride});
   DALLE_UNROLL for (int i = 0; i < Rows; i++)
     DALLE_UNROLL for (int j = 0; j < Vectors; j++) store(c + i * c_stride + j * kLanes, total[i][j]);
 }
@@ -108,9 +91,10 @@ static void pack_rows(const T* table, int64_t count, int64_t width, Word* packed
         store(to, as_words(first));
       } else {
         const F second = i + 1 >= count ? zero() : n == kLanes ? load(from + width) : load(from + width, n);
-        store(to, pair(first, second));
+        store(to, P::pack(first, second));
       }
     }
 }
 
 }  // namespace dalle::DALLE_ISA
+DALLE_TARGET_END

@@ -1,12 +1,11 @@
 // The codebook's kernels for the instruction set that simd.h was set to: all that a translation unit includes.
 #pragma once
 
-#include "codebook/kernels.h"
-#include "noise.h"
-#include "codebook/product.h"
 #include "codebook/gumbel.h"
 #include "codebook/vq.h"
+#include "noise.h"
 
+DALLE_TARGET_BEGIN
 namespace dalle::DALLE_ISA {
 
 // The words of 16 counters from `counter`, and their noise: the generator by itself, for tests.
@@ -29,8 +28,13 @@ constexpr CodebookKernels kCodebookKernels{
     vq_forward<T>,     vq_grad_features<T>, vq_grad_codebook<T>, scatter_rows<T>, noise_words_at};
 
 const CodebookTable& codebook_kernels() {
+#if defined(DALLE_PAIRS)
+  static const CodebookTable table{DALLE_WITHOUT_PAIRS::codebook_kernels().f32, kCodebookKernels<bf16>};
+#else
   static constexpr CodebookTable table{kCodebookKernels<float>, kCodebookKernels<bf16>};
+#endif
   return table;
 }
 
 }  // namespace dalle::DALLE_ISA
+DALLE_TARGET_END

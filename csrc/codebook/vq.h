@@ -5,6 +5,10 @@
 // ever reduced across lanes. Codes come in ascending order and only a greater score wins: ties go to the first.
 #pragma once
 
+#include "codebook/kernels.h"
+#include "codebook/product.h"
+
+DALLE_TARGET_BEGIN
 namespace dalle::DALLE_ISA {
 
 template <class T>
@@ -41,10 +45,10 @@ DALLE_INLINE void compare(const Vq& p, const Word* features, int64_t code, F bes
   DALLE_UNROLL for (int i = 0; i < Codes; i++)
     DALLE_UNROLL for (int j = 0; j < Vectors; j++) score[i][j] = set(-p.half_norms[code + i]);
   const auto step = [&](int64_t d, auto word) __attribute__((always_inline)) {
-    U row[Vectors];
-    DALLE_UNROLL for (int j = 0; j < Vectors; j++) row[j] = load((const uint32_t*)features + d * kRowTile + j * kLanes);
+    F row[Vectors];
+    DALLE_UNROLL for (int j = 0; j < Vectors; j++) row[j] = load((const float*)features + d * kRowTile + j * kLanes);
     DALLE_UNROLL for (int i = 0; i < Codes; i++) {
-      const U value = set(word(c + i * p.width + d * P::kDepth));
+      const F value = as_float(set(word(c + i * p.width + d * P::kDepth)));
       DALLE_UNROLL for (int j = 0; j < Vectors; j++) score[i][j] = P::multiply_add(value, row[j], score[i][j]);
     }
   };
@@ -143,3 +147,4 @@ void scatter_rows(const void* grad, const VqBackward& p, int64_t code, int64_t c
 }
 
 }  // namespace dalle::DALLE_ISA
+DALLE_TARGET_END

@@ -10,6 +10,7 @@
 #include "attention/tiles.h"
 #include "decode/kernels.h"
 
+DALLE_TARGET_BEGIN
 namespace dalle::DALLE_ISA {
 
 constexpr int kBlock = 256;
@@ -238,9 +239,11 @@ static void combine(const decode::Part* parts, const float* sums, int64_t stride
   }
 }
 
-template <class T>
-constexpr decode::Kernels decode_kernels() {
-  return {attend<T>, attend_many<T>, combine<T>};
+const DecodeTable& decode_kernels() {
+  static constexpr DecodeTable table{{attend<float>, attend_many<float>, combine<float>},
+                                     {attend<bf16>, attend_many<bf16>, combine<bf16>}};
+  return table;
 }
 
 }  // namespace dalle::DALLE_ISA
+DALLE_TARGET_END

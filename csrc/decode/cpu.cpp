@@ -17,9 +17,9 @@ namespace dalle::decode {
 namespace {
 
 const Kernels& kernels_for(DType dtype) {
-  if (dtype == DType::float32) return for_isa(kAvx2Float32, kAvx512Float32, kAvx512Float32);
+  if (dtype == DType::float32) return decode_kernels().f32;
   require(dtype == DType::bfloat16, "q: got dtype ", dtype, ", wanted float32 or bfloat16");
-  return for_isa(kAvx2Bfloat16, kAvx512Bfloat16, kAvx512Bfloat16);
+  return decode_kernels().bf16;
 }
 
 // The rows of a [B, H, S, D] tensor.

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "isa.h"
+
 namespace dalle::decode {
 
 // What a head's query sees: slots 0 .. prefix - 1, then `listed` slots out of `slots`. Entry j of the whole is slot j or
@@ -41,6 +43,14 @@ struct Kernels {
   Combine combine;
 };
 
-extern const Kernels kAvx2Float32, kAvx2Bfloat16, kAvx512Float32, kAvx512Bfloat16;
-
 }  // namespace dalle::decode
+
+namespace dalle {
+
+struct DecodeTable {
+  decode::Kernels f32, bf16;
+};
+
+DALLE_KERNEL_TABLE(DecodeTable, decode_kernels)
+
+}  // namespace dalle

@@ -19,8 +19,8 @@ constexpr int64_t kGrain = 4096;  // elements below which a second thread costs 
 constexpr int64_t kRun = 512;     // elements of scattered arrays that are packed at a time
 
 template <class T> const LaplaceKernels<T>& kernels();
-template <> const LaplaceKernels<float>& kernels() { return for_isa(avx2::laplace_kernels, avx512::laplace_kernels, avx512::laplace_kernels)().f32; }
-template <> const LaplaceKernels<bf16>& kernels() { return for_isa(avx2::laplace_kernels, avx512::laplace_kernels, avx512::laplace_kernels)().bf16; }
+template <> const LaplaceKernels<float>& kernels() { return laplace_kernels().f32; }
+template <> const LaplaceKernels<bf16>& kernels() { return laplace_kernels().bf16; }
 
 // An array of a run: in place where it is contiguous, otherwise in a buffer.
 template <class T>

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "bf16.h"
+#include "isa.h"
 
 namespace dalle {
 
@@ -34,7 +35,6 @@ struct LaplaceTable {
   LaplaceKernels<dalle::bf16> bf16;
 };
 
-namespace avx2 { const LaplaceTable& laplace_kernels(); }
-namespace avx512 { const LaplaceTable& laplace_kernels(); }
+DALLE_KERNEL_TABLE(LaplaceTable, laplace_kernels)
 
 }  // namespace dalle

@@ -7,6 +7,10 @@
 // digits. Outside 0 < x < 1 everything is NaN, as in the definition.
 #pragma once
 
+#include "likelihood/kernels.h"
+#include "simd.h"
+
+DALLE_TARGET_BEGIN
 namespace dalle::DALLE_ISA {
 
 // log of a positive number, denormal or not.
@@ -79,9 +83,10 @@ void laplace_backward(const LaplaceBackward<T>& p) {
 }
 
 const LaplaceTable& laplace_kernels() {
-  static const LaplaceTable table{{&laplace_forward<float>, &laplace_backward<float>},
+  static constexpr LaplaceTable table{{&laplace_forward<float>, &laplace_backward<float>},
                                   {&laplace_forward<bf16>, &laplace_backward<bf16>}};
   return table;
 }
 
 }  // namespace dalle::DALLE_ISA
+DALLE_TARGET_END

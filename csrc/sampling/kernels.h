@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "isa.h"
+
 namespace dalle {
 
 struct Sampling {
@@ -26,7 +28,6 @@ struct SamplingTable {
   SampleRows f32, bf16;
 };
 
-namespace avx2 { const SamplingTable& sampling_kernels(); }
-namespace avx512 { const SamplingTable& sampling_kernels(); }
+DALLE_KERNEL_TABLE(SamplingTable, sampling_kernels)
 
 }  // namespace dalle

@@ -8,6 +8,11 @@
 // Noise costs several times as much as all the rest, so where few scores are kept it is drawn for those alone.
 #pragma once
 
+#include "noise.h"
+#include "sampling/kernels.h"
+#include "simd.h"
+
+DALLE_TARGET_BEGIN
 namespace dalle::DALLE_ISA {
 
 constexpr uint32_t kSamplingStream = 1;
@@ -151,8 +156,7 @@ struct Sampler {
       U part = set(0u), words[1][4];
       for (int l = 1; l < 4; l++) part = part + select(not_below(code, set(uint32_t(l * quarter))), set(1u), set(0u));
       const U counter = code - part * set(uint32_t(quarter));
-      const W counters[1][2] = {{wide_even(counter), wide_odd(counter)}};
-      noise_words<1>(keys, noise, counters, words);
+      noise_words<1>(keys, noise, &counter, words);
       U word = words[0][0];
       for (int l = 1; l < 4; l++) word = select(equal(part, set(uint32_t(l))), words[0][l], word);
       result.take(select(first(left(j, count)), load(candidates + j) + gumbel(word), set(-INFINITY)), code);
@@ -205,3 +209,4 @@ const SamplingTable& sampling_kernels() {
 }
 
 }  // namespace dalle::DALLE_ISA
+DALLE_TARGET_END

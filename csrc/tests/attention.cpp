@@ -232,33 +232,22 @@ void decode_case(const decode::Kernels& kernels, const char* name, int prefix, i
 }  // namespace
 
 int main() {
-  struct Set {
-    Isa isa;
-    const char* name;
-    const Kernels *float32, *bfloat16;
-    const decode::Kernels *decode_float32, *decode_bfloat16;
-  };
-  const Set sets[] = {
-      {Isa::avx2, "avx2", &kAvx2Float32, &kAvx2Bfloat16, &decode::kAvx2Float32, &decode::kAvx2Bfloat16},
-      {Isa::avx512, "avx512", &kAvx512Float32, &kAvx512Bfloat16, &decode::kAvx512Float32, &decode::kAvx512Bfloat16},
-      {Isa::avx512_bf16, "avx512_bf16", &kAvx512Float32, &kAvx512Bf16Bfloat16, &decode::kAvx512Float32,
-       &decode::kAvx512Bfloat16},
-  };
-  for (const Set& set : sets) {
-    if (set.isa > detected_isa()) continue;
+  for (const std::string& isa : supported_isas()) {
+    set_isa(isa);
+    const char* name = isa.c_str();
     for (const int length : {1, 67, 201})
       for (const int width : {8, 40, 64})
         for (const bool padding : {false, true}) {
-          attention_case<float>(*set.float32, set.name, length, width, length / kTile / 2, padding);
-          attention_case<bf16>(*set.bfloat16, set.name, length, width, length / kTile / 2, padding);
+          attention_case<float>(attention_kernels().f32, name, length, width, length / kTile / 2, padding);
+          attention_case<bf16>(attention_kernels().bf16, name, length, width, length / kTile / 2, padding);
         }
     for (const int width : {8, 24, 64, 256})
       for (const int prefix : {0, 5, 300})
         for (const int listed : {0, 1, 33}) {
-          decode_case<float>(*set.decode_float32, set.name, prefix, listed, width);
-          decode_case<bf16>(*set.decode_bfloat16, set.name, prefix, listed, width);
+          decode_case<float>(decode_kernels().f32, name, prefix, listed, width);
+          decode_case<bf16>(decode_kernels().bf16, name, prefix, listed, width);
         }
-    std::printf("%s done\n", set.name);
+    std::printf("%s done\n", name);
   }
   return failures != 0;
 }

@@ -19,6 +19,7 @@
 // Not inlined: the kernels' code would grow a hundredfold, and compile for minutes.
 #define DALLE_EMULATED static __attribute__((noinline, unused))
 
+DALLE_TARGET_BEGIN
 namespace dalle::DALLE_ISA {
 
 using Floats = __m512;
@@ -226,3 +227,4 @@ DALLE_EMULATED __m512 _mm512_dpbf16_ps(__m512 c, __m512bh a, __m512bh b) {
 }
 
 }  // namespace dalle::DALLE_ISA
+DALLE_TARGET_END

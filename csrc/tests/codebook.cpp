@@ -240,9 +240,9 @@ void run(const CodebookKernels& kernels, SampleRows sample, const LaplaceKernels
 int main() {
   for (const std::string& name : supported_isas()) {
     set_isa(name);
-    const CodebookTable& codebook = for_isa(avx2::codebook_kernels, avx512::codebook_kernels, avx512_bf16::codebook_kernels)();
-    const SamplingTable& sampling = for_isa(avx2::sampling_kernels, avx512::sampling_kernels, avx512::sampling_kernels)();
-    const LaplaceTable& laplace = for_isa(avx2::laplace_kernels, avx512::laplace_kernels, avx512::laplace_kernels)();
+    const CodebookTable& codebook = codebook_kernels();
+    const SamplingTable& sampling = sampling_kernels();
+    const LaplaceTable& laplace = laplace_kernels();
     run<float>(codebook.f32, sampling.f32, laplace.f32);
     run<bf16>(codebook.bf16, sampling.bf16, laplace.bf16);
     std::printf("%s done\n", name.c_str());

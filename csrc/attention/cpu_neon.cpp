@@ -1,0 +1,2 @@
+#define DALLE_ISA_NEON
+#include "attention/table.h"

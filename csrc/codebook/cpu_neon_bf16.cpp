@@ -1,0 +1,2 @@
+#define DALLE_ISA_NEON_BF16
+#include "codebook/table.h"

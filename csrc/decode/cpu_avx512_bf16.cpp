@@ -1,0 +1,6 @@
+// Nothing here multiplies bfloat16: what AVX-512 has.
+#include "decode/kernels.h"
+
+namespace dalle::avx512_bf16 {
+const DecodeTable& decode_kernels() { return avx512::decode_kernels(); }
+}  // namespace dalle::avx512_bf16

@@ -1,0 +1,6 @@
+// Nothing here multiplies bfloat16: what NEON has.
+#include "decode/kernels.h"
+
+namespace dalle::neon_bf16 {
+const DecodeTable& decode_kernels() { return neon::decode_kernels(); }
+}  // namespace dalle::neon_bf16

@@ -1,0 +1,6 @@
+// Nothing here multiplies bfloat16: what AVX-512 has.
+#include "likelihood/kernels.h"
+
+namespace dalle::avx512_bf16 {
+const LaplaceTable& laplace_kernels() { return avx512::laplace_kernels(); }
+}  // namespace dalle::avx512_bf16
