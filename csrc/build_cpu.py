@@ -38,8 +38,8 @@ def obstacle() -> str | None:
     """Why the CPU kernels cannot be built here, or None."""
     if sys.platform != "linux":
         return f"the CPU kernels are built on Linux, this is {sys.platform}"
-    if platform.machine() not in ("x86_64", "AMD64"):
-        return f"the CPU kernels are written for x86-64, this is {platform.machine()}"
+    if platform.machine() not in ("x86_64", "AMD64", "aarch64"):
+        return f"the CPU kernels are written for x86-64 and AArch64, this is {platform.machine()}"
     if missing := [name for name in compiler() if not name.startswith("-") and shutil.which(name) is None]:
         return f"no C++ compiler ({missing[0]}) on the path"
     return None

@@ -85,6 +85,6 @@ std::vector<std::string> supported_isas() {
 
 void set_isa(const std::string& name) { selected().store(parse(name, "set_isa"), std::memory_order_relaxed); }
 
-void refuse_to_run() { throw std::runtime_error("the native CPU kernels need a processor with AVX2 and FMA"); }
+void refuse_to_run() { throw std::runtime_error("the native CPU kernels need a processor with AVX2 and FMA, or AArch64"); }
 
 }  // namespace dalle

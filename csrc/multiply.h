@@ -124,6 +124,7 @@ DALLE_INLINE void multiply(F (&sums)[kChains * M][N], ptrdiff_t count, Left left
       F units[M];
       DALLE_UNROLL for (int i = 0; i < M; i++) units[i] = load(left.at(i));
       const auto step = [&](auto s) __attribute__((always_inline)) {
+        asm volatile("" ::: "memory");  // or the lines of all four steps are loaded at once, and registers run out
         load_line(right.at(s.value), vectors);
         DALLE_UNROLL for (int i = 0; i < M; i++)
           DALLE_UNROLL for (int v = 0; v < N; v++)

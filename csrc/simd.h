@@ -3,8 +3,10 @@
 // A kernel is written once, as templates over the types below, in a header; a small translation unit per instruction
 // set turns it into code:
 //
+//     #if defined(__x86_64__)           // on other processors the unit is empty
 //     #define DALLE_ISA_AVX512          // or another of those below
-//     #include "codebook/gumbel.h"      // includes this file; the kernel, in namespace dalle::DALLE_ISA
+//     #include "codebook/table.h"       // includes this file and the kernels, in namespace dalle::DALLE_ISA
+//     #endif
 //
 // Kernels stand between DALLE_TARGET_BEGIN and DALLE_TARGET_END, which let the compiler use the instruction set there
 // and nowhere else: every source is compiled with the same portable flags, and headers may be included in any order. One

@@ -1,2 +1,4 @@
+#if defined(__aarch64__)
 #define DALLE_ISA_NEON
 #include "attention/table.h"
+#endif

@@ -13,7 +13,7 @@ namespace dalle::DALLE_ISA {
 
 using Word = uint32_t __attribute__((may_alias));
 
-constexpr int kBlockRows = 6, kBlockVectors = kLanes == 8 ? 2 : 4;
+constexpr int kBlockRows = kLanes == 4 ? 4 : 6, kBlockVectors = kLanes == 8 ? 2 : 4;
 
 struct Left {  // a: element (row, step) at data[row * row_stride + step * step_stride]
   static constexpr Adjacent kAdjacent = Adjacent::nothing;

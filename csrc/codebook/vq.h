@@ -29,13 +29,8 @@ void half_norms(const Vq& p, int64_t code, int64_t code_end) {
   }
 }
 
-DALLE_INLINE uint32_t word_at(const float* p) { return *(const Word*)p; }
-DALLE_INLINE uint32_t word_at(const bf16* p) { return uint32_t(p->bits) << 16; }
-DALLE_INLINE uint32_t pair_at(const bf16* p) {
-  uint32_t word;  // copied, because rows of an odd width are not aligned
-  __builtin_memcpy(&word, p, sizeof word);
-  return word;
-}
+DALLE_INLINE F broadcast_value(const float* p) { return broadcast(p); }
+DALLE_INLINE F broadcast_value(const bf16* p) { return as_float(set(uint32_t(p->bits) << 16)); }
 
 // The best of Codes codes from `code` for Vectors vectors of rows; features [words, kRowTile] transposed.
 template <class P, class T, int Codes, int Vectors>
@@ -44,20 +39,20 @@ DALLE_INLINE void compare(const Vq& p, const Word* features, int64_t code, F bes
   F score[Codes][Vectors];
   DALLE_UNROLL for (int i = 0; i < Codes; i++)
     DALLE_UNROLL for (int j = 0; j < Vectors; j++) score[i][j] = set(-p.half_norms[code + i]);
-  const auto step = [&](int64_t d, auto word) __attribute__((always_inline)) {
+  const auto step = [&](int64_t d, auto units) __attribute__((always_inline)) {
     F row[Vectors];
     DALLE_UNROLL for (int j = 0; j < Vectors; j++) row[j] = load((const float*)features + d * kRowTile + j * kLanes);
     DALLE_UNROLL for (int i = 0; i < Codes; i++) {
-      const F value = as_float(set(word(c + i * p.width + d * P::kDepth)));
+      const F value = units(c + i * p.width + d * P::kDepth);
       DALLE_UNROLL for (int j = 0; j < Vectors; j++) score[i][j] = P::multiply_add(value, row[j], score[i][j]);
     }
   };
   if constexpr (P::kDepth == 1) {
-    for (int64_t d = 0; d < p.width; d++) step(d, [](const T* at) __attribute__((always_inline)) { return word_at(at); });
+    for (int64_t d = 0; d < p.width; d++) step(d, [](const T* at) __attribute__((always_inline)) { return broadcast_value(at); });
   } else {
-    for (int64_t d = 0; d < p.width / 2; d++) step(d, [](const T* at) __attribute__((always_inline)) { return pair_at(at); });
+    for (int64_t d = 0; d < p.width / 2; d++) step(d, [](const T* at) __attribute__((always_inline)) { return broadcast(at); });
     if (p.width % 2 != 0)  // the last of an odd width stands alone
-      step(p.width / 2, [](const T* at) __attribute__((always_inline)) { return uint32_t(at->bits); });
+      step(p.width / 2, [](const T* at) __attribute__((always_inline)) { return as_float(set(uint32_t(at->bits))); });
   }
   DALLE_UNROLL for (int i = 0; i < Codes; i++)
     DALLE_UNROLL for (int j = 0; j < Vectors; j++) {
