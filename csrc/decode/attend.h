@@ -129,7 +129,7 @@ template <class T, int kQueries>
 DALLE_INLINE void attend_block(const void* const* q, int count, const T* keys, const T* values, int64_t row, int width,
                                float scale, const decode::Visible& visible, int32_t first, int32_t last,
                                decode::Part* parts, float* sums, int64_t step, int64_t stride, float* memory) {
-  constexpr int N = kQueries / kLanes < kWide ? kQueries / kLanes : kWide, kRows = N == 4 || kLanes == 8 ? 6 : 8;
+  constexpr int N = kQueries / kLanes < kWide ? kQueries / kLanes : kWide, kRows = kRowsBeside<N>;
   const int rounded = round_up(width, kLanes);
   const bool packs = sizeof(T) == 2 || rounded != width;
   Carver carver{memory};
@@ -172,7 +172,7 @@ DALLE_INLINE void attend_block(const void* const* q, int count, const T* keys, c
     for (int lane = 0; lane < kQueries; lane += N * kLanes)
       for_rows<kRows>(even, [&](auto m, int i) __attribute__((always_inline)) {
         constexpr int M = m.value;
-        dot_rows<SingleDot, M, N, 1>(key_units + i, transposed + lane, width,
+        dot_rows<FloatProduct, M, N, 1>(key_units + i, transposed + lane, width,
                                      [&](const F(&s)[M][N]) __attribute__((always_inline)) {
           DALLE_UNROLL for (int j = 0; j < M; j++)
             DALLE_UNROLL for (int v = 0; v < N; v++) store(scores + (i + j) * kQueries + lane + v * kLanes, s[j][v]);
@@ -197,9 +197,9 @@ DALLE_INLINE void attend_block(const void* const* q, int count, const T* keys, c
       store(total + lane, fma(load(total + lane), factor, added));
     }
     if (begin == first) {
-      mix<SingleDot, Start::zero, kQueries>(scores, value_units, here, out, rounded, nullptr);
+      mix<FloatProduct, Start::zero, kQueries>(scores, value_units, here, out, rounded, nullptr);
     } else {
-      mix<SingleDot, Start::scale, kQueries>(scores, value_units, here, out, rounded, decay);
+      mix<FloatProduct, Start::scale, kQueries>(scores, value_units, here, out, rounded, decay);
     }
   }
   for (int i = 0; i < count; i++) {
