@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dalle_kernels.attention import reference as attention
+from dalle_kernels.attention.contract import Inputs
 from dalle_kernels.backends.contract import Call
 from dalle_kernels.decode import cpu
 from dalle_kernels.decode.cache import KVCache
@@ -68,8 +69,8 @@ def check(
     generator = torch.Generator().manual_seed(width)
     shape = (batch, heads, pattern.length, width)
     q, k, v = (torch.randn(shape, generator=generator).to(dtype) for _ in range(3))
-    exact, _ = attention.forward(q.double(), k.double(), v.double(), None, scale, pattern)
-    plain, _ = attention.forward(q, k, v, None, scale, pattern)
+    exact, _ = attention.forward(Inputs(q.double(), k.double(), v.double(), None, scale, pattern))
+    plain, _ = attention.forward(Inputs(q, k, v, None, scale, pattern))
     ours = decode(pattern, q, k, v, scale, start)
     exact, plain = exact[:, :, start:], plain[:, :, start:]
     assert ours.dtype == dtype
@@ -133,8 +134,8 @@ def shared(
     q, k, v = (torch.randn(shape, generator=generator).to(dtype) for _ in range(3))
     for tensor in (k, v):
         tensor[:, :, :prompt] = tensor[::copies, :, :prompt].repeat_interleave(copies, 0)
-    exact, _ = attention.forward(q.double(), k.double(), v.double(), None, scale, pattern)
-    plain, _ = attention.forward(q, k, v, None, scale, pattern)
+    exact, _ = attention.forward(Inputs(q.double(), k.double(), v.double(), None, scale, pattern))
+    plain, _ = attention.forward(Inputs(q, k, v, None, scale, pattern))
     cache = KVCache(pattern, prompts, heads, width, dtype=dtype, copies=copies)
     cache.prefill(k[::copies, :, :prompt], v[::copies, :, :prompt])
     outs = []
