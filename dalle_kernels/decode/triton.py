@@ -3,6 +3,7 @@
 The slots that position i sees, prefix[i] leading ones and then its list, are numbered 0 .. n - 1 and shared out among
 `splits` programs a head. Position, and with it n, is read from memory, so that one CUDA graph serves every step. No
 program waits for the write: each takes the new row from k and v themselves wherever it meets the slot they belong in.
+Where a prompt is shared, its visible slots are numbered before the row's own, and read for each row anew.
 With one split a program ends with the output; with more, each leaves its maximum, sum and weighted values, and
 `decode_combine` adds them in ascending order.
 """
@@ -25,25 +26,29 @@ from dalle_kernels.patterns.decode_table import DecodeTable, decode_table_for
 from dalle_kernels.patterns.patterns import Pattern
 
 WIDEST = 256  # head dimension
+NOTHING = tl.constexpr(-1e30)  # the largest exponent where all is padding
 
 
 def refuse(call: Call) -> str | None:
     if call.width > WIDEST:
         return f"head dimension {call.width} is more than {WIDEST}"
-    if call.extras:
-        return f"it has no {call.extras[0]}"
     return obstacle(call.device, call.dtype)
 
 
 @triton.jit
 def decode_forward(
     Q, K, V, Keys, Values, Out, Partial, position, slot_of, prefix, offsets, slots,
+    SharedKeys, SharedValues, shared_prefix, shared_offsets, shared_slots, Hidden, SharedHidden,
     stride_qb, stride_qh, stride_kb, stride_kh, stride_vb, stride_vh, stride_ob, stride_oh,
     stride_keys_b, stride_keys_h, stride_keys_s, stride_values_b, stride_values_h, stride_values_s,
-    HEADS, exponent_scale,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr,
+    HEADS, LENGTH, COPIES, SHARED_LENGTH, exponent_scale,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr, BY_ROW: tl.constexpr,
+    SHARED: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
     """Q, K, V, Out [B, H, 1, D]; Keys, Values [B, H, L, D]; Partial fp32 [B H, SPLITS, BLOCK_D + 2].
+
+    With SHARED, SharedKeys and SharedValues [B / COPIES, H, M, D], contiguous; with PADDED, Hidden int8 [B, L] and,
+    with both, SharedHidden [B / COPIES, M]. L is LENGTH, M SHARED_LENGTH. `position` is one number, with BY_ROW [B].
 
     Grid: (B H, SPLITS). A row of Partial: the values' weighted sum, then the sum of weights and their largest exponent.
     """
@@ -59,15 +64,28 @@ def decode_forward(
     Keys += batch * stride_keys_b + head_in_batch * stride_keys_h
     Values += batch * stride_values_b + head_in_batch * stride_values_h
 
+    if BY_ROW:
+        position += batch
     here = tl.load(position)
     own_slot = tl.load(slot_of + here).to(tl.int64)
     if split == 0:
         tl.store(Keys + own_slot * stride_keys_s + column, new_key, mask=inside)
         tl.store(Values + own_slot * stride_values_s + column, new_value, mask=inside)
+        if PADDED:  # what is new is not padding; nobody else looks at its slot
+            tl.store(Hidden + batch * LENGTH + own_slot, tl.zeros([], tl.int8), mask=head_in_batch == 0)
 
     leading = tl.load(prefix + here)
     listed_from = tl.load(offsets + here)
     count = leading + (tl.load(offsets + here + 1) - listed_from).to(tl.int32)
+    before = 0
+    if SHARED:
+        prompt = batch // COPIES
+        shared_leading = tl.load(shared_prefix + here)
+        shared_from = tl.load(shared_offsets + here)
+        before = shared_leading + (tl.load(shared_offsets + here + 1) - shared_from).to(tl.int32)
+        count += before
+        SharedKeys += (prompt * HEADS + head_in_batch) * SHARED_LENGTH * D
+        SharedValues += (prompt * HEADS + head_in_batch) * SHARED_LENGTH * D
     share = tl.cdiv(tl.cdiv(count, SPLITS), KEYS) * KEYS
     start = split * share
     stop = tl.minimum(start + share, count)
@@ -78,16 +96,42 @@ def decode_forward(
     for first in range(start, stop, KEYS):
         number = first + tl.arange(0, KEYS)
         exists = number < stop
-        listed = tl.load(slots + listed_from + number - leading, mask=exists & (number >= leading), other=0)
+        mine = exists
+        if SHARED:
+            mine = exists & (number >= before)
+            shared = exists & (number < before)
+            shared_listed = tl.load(
+                shared_slots + shared_from + number - shared_leading, mask=shared & (number >= shared_leading), other=0
+            )
+            shared_slot = tl.where(number < shared_leading, number, shared_listed).to(tl.int64)
+            number -= before
+        listed = tl.load(slots + listed_from + number - leading, mask=mine & (number >= leading), other=0)
         slot = tl.where(number < leading, number, listed).to(tl.int64)
         own = (slot == own_slot)[:, None]
-        keep = exists[:, None] & inside[None, :]
+        keep = mine[:, None] & inside[None, :]
         k = tl.load(Keys + slot[:, None] * stride_keys_s + column[None, :], mask=keep, other=0.0)
         v = tl.load(Values + slot[:, None] * stride_values_s + column[None, :], mask=keep, other=0.0)
         k = tl.where(own, new_key[None, :].to(tl.float32), k.to(tl.float32))
-        v = tl.where(own & exists[:, None], new_value[None, :].to(tl.float32), v.to(tl.float32))
-        score = tl.where(exists, tl.sum(k * q[None, :], 1) * exponent_scale, float("-inf"))
+        v = tl.where(own & mine[:, None], new_value[None, :].to(tl.float32), v.to(tl.float32))
+        seen = exists
+        if PADDED:
+            hidden = tl.load(Hidden + batch * LENGTH + slot, mask=mine & (slot != own_slot), other=0) != 0
+            seen = exists & ~hidden
+        if SHARED:
+            keep = shared[:, None] & inside[None, :]
+            row = shared_slot[:, None] * D + column[None, :]
+            shared_k = tl.load(SharedKeys + row, mask=keep, other=0.0).to(tl.float32)
+            shared_v = tl.load(SharedValues + row, mask=keep, other=0.0).to(tl.float32)
+            k = tl.where(shared[:, None], shared_k, k)
+            v = tl.where(shared[:, None], shared_v, v)
+            if PADDED:
+                hidden = tl.load(SharedHidden + prompt * SHARED_LENGTH + shared_slot, mask=shared, other=0) != 0
+                seen = seen & ~hidden
+        score = tl.where(seen, tl.sum(k * q[None, :], 1) * exponent_scale, float("-inf"))
         new_maximum = tl.maximum(maximum, tl.max(score, 0))
+        if PADDED:
+            v = tl.where(seen[:, None], v, 0.0)
+            new_maximum = tl.maximum(new_maximum, NOTHING)
         weight = tl.exp2(score - new_maximum)
         decay = tl.exp2(maximum - new_maximum)
         total = total * decay + tl.sum(weight, 0)
@@ -95,9 +139,14 @@ def decode_forward(
         maximum = new_maximum
 
     # A query that sees no key gets zeros: 0 / 1 here, and in `decode_combine` nothing but finite exponents.
-    total = tl.where(count == 0, 1.0, total)
-    maximum = tl.where(count == 0, 0.0, maximum)
+    if PADDED:
+        maximum = tl.maximum(maximum, NOTHING)
+    else:
+        total = tl.where(count == 0, 1.0, total)
+        maximum = tl.where(count == 0, 0.0, maximum)
     if SPLITS == 1:
+        if PADDED:
+            total = tl.where(total == 0.0, 1.0, total)
         out = (accumulator / total).to(Out.dtype.element_ty)
         tl.store(Out + batch * stride_ob + head_in_batch * stride_oh + column, out, mask=inside)
     else:
@@ -110,7 +159,7 @@ def decode_forward(
 @triton.jit
 def decode_combine(
     Partial, Out, stride_ob, stride_oh, HEADS,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
     """Adds a head's splits in ascending order; grid (B H,). The largest exponent is -inf only in a later, empty one."""
     head = tl.program_id(0)
@@ -128,6 +177,8 @@ def decode_combine(
         accumulator = accumulator * decay + tl.load(row + column) * its_decay
         total = total * decay + tl.load(row + BLOCK_D) * its_decay
         maximum = new_maximum
+    if PADDED:
+        total = tl.where(total == 0.0, 1.0, total)
     Out += (head // HEADS).to(tl.int64) * stride_ob + (head % HEADS).to(tl.int64) * stride_oh
     tl.store(Out + column, (accumulator / total).to(Out.dtype.element_ty), mask=column < D)
 
@@ -143,12 +194,19 @@ class Plan(NamedTuple):
 
 @functools.lru_cache(maxsize=256)
 def plan_for(
-    pattern: Pattern, device: torch.device, dtype: torch.dtype, width: int, heads: int, rewind: int = 0
+    pattern: Pattern,
+    device: torch.device,
+    dtype: torch.dtype,
+    width: int,
+    heads: int,
+    prompt: int = 0,
+    rewind: int = 0,
 ) -> Plan:
     settings = dict(launch.settings_for("decode_forward", launch.architecture(device), 8 * dtype.itemsize, width))
-    table = decode_table_for(pattern, device, rewind=rewind)
+    table = decode_table_for(pattern, device, prompt, rewind)
     # Read off the table on the CPU: for the device's, the host would have to wait.
-    longest = int(decode_table_for(pattern, rewind=rewind).prefix.max()) + table.max_list
+    here = decode_table_for(pattern, "cpu", prompt, rewind)
+    longest = sum(int(part.prefix.max()) + part.max_list for part in (here, here.shared) if part is not None)
     # Enough programs to fill the GPU, each with at least one tile of keys at the last, longest step.
     wanted = ceil_div(settings.pop("programs"), heads)
     splits = max(1, min(wanted, ceil_div(longest, settings["KEYS"])))
@@ -167,7 +225,7 @@ def forward(
 ) -> torch.Tensor:
     """Output [B, H, G, D] like q, a launch a token; k and v go into `store`.
 
-    `position` is a 0-dim int64 tensor on the same device, read there and not checked.
+    `position` is int64 of 0 dimensions, or [B], on the same device, read there and not checked.
     """
     if q.shape[2] > 1:
         steps = zip(q.split(1, 2), k.split(1, 2), v.split(1, 2), strict=True)
@@ -175,21 +233,35 @@ def forward(
         return torch.cat(outs, 2)
     keys, values = store.keys, store.values
     batch, heads, _, width = q.shape
-    plan = plan_for(pattern, q.device, q.dtype, width, batch * heads, store.rewind)
+    plan = plan_for(pattern, q.device, q.dtype, width, batch * heads, store.prompt, store.rewind)
     out = torch.empty_like(q)
     # With one split no partial result is written, and any tensor stands for them.
     partial = out
     if plan.splits > 1:
         partial = torch.empty((batch * heads, plan.splits, plan.block + 2), dtype=torch.float32, device=q.device)
-    table = plan.table
+    table, hidden, shared_hidden = plan.table, store.hidden, store.shared_hidden
+    shared: tuple[torch.Tensor | None, ...] = (None, None)
+    lists: tuple[torch.Tensor | None, ...] = (None, None, None)
+    copies, shared_length = 1, 0
+    if table.shared is not None:
+        shared = store.shared_keys, store.shared_values
+        lists = table.shared.prefix, table.shared.offsets, table.shared.slots
+        copies, shared_length = store.copies, table.shared.cache_length
+    padded = hidden is not None or (shared_length > 0 and shared_hidden is not None)
+    if padded and hidden is None:
+        hidden = torch.zeros(keys.shape[::2], dtype=torch.bool, device=q.device)
+    if padded and shared_length and shared_hidden is None:
+        shared_hidden = torch.zeros((batch // copies, shared_length), dtype=torch.bool, device=q.device)
     decode_forward[(batch * heads, plan.splits)](
         q, k, v, keys, values, out, partial, position, table.slot, table.prefix, table.offsets, table.slots,
+        *shared, *lists, *(None if mask is None else mask.view(torch.int8) for mask in (hidden, shared_hidden)),
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *out.stride()[:2], *keys.stride()[:3], *values.stride()[:3],
-        heads, scale * math.log2(math.e), enable_fp_fusion=True, **plan.constants,
+        heads, keys.shape[2], copies, shared_length, scale * math.log2(math.e),
+        BY_ROW=position.dim() > 0, SHARED=shared_length > 0, PADDED=padded, enable_fp_fusion=True, **plan.constants,
     )  # fmt: skip
     if plan.splits > 1:
         decode_combine[(batch * heads,)](
             partial, out, *out.stride()[:2], heads,
-            D=width, BLOCK_D=plan.block, SPLITS=plan.splits, num_warps=1, enable_fp_fusion=True,
+            D=width, BLOCK_D=plan.block, SPLITS=plan.splits, PADDED=padded, num_warps=1, enable_fp_fusion=True,
         )  # fmt: skip
     return out

@@ -20,6 +20,7 @@ from dalle_kernels import (
     Strided,
     TokenLayout,
     decode_attention,
+    sparse_attention,
 )
 from dalle_kernels.backends.contract import Call
 from dalle_kernels.decode import triton as triton_kernel
@@ -93,6 +94,75 @@ def test_a_query_that_sees_no_key_gets_zeros(blind: int, splits: int, monkeypatc
     cache = KVCache(pattern, 1, 2, 16, device=DEVICE)
     cache.lengths.fill_(blind)
     assert not decode_attention(*now, cache, blind, backend="triton").any()
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(
+    ("pattern", "prompt"), [(Row(LAYOUT), 38), (Convolution(LAYOUT, 3), 35), (Strided(42, 6), 9)], ids=str
+)
+def test_shared_prompts_padding_and_positions_by_row(
+    pattern: Pattern, prompt: int, padded: bool, splits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    force_splits(monkeypatch, splits, heads=12)
+    torch.manual_seed(1)
+    prompts, copies = 2, 3
+    q, k, v = (torch.randn(prompts * copies, 2, pattern.length, 16, device=DEVICE) for _ in range(3))
+    for tensor in (k, v):
+        tensor[:, :, :prompt] = tensor[::copies, :, :prompt].repeat_interleave(copies, 0)
+    padding = torch.zeros(prompts, pattern.length, dtype=torch.bool, device=DEVICE)
+    padding[1, 2:prompt:2] = padding[0, : prompt - 1] = padded
+    hidden = padding.repeat_interleave(copies, 0)
+    wide = q.double(), k.double(), v.double()
+    whole = sparse_attention(*wide, pattern, key_padding_mask=hidden, backend="reference").float()
+    caches = [
+        KVCache(pattern, prompts, 2, 16, device=DEVICE, copies=copies),
+        KVCache(pattern, prompts * copies, 2, 16, device=DEVICE),
+    ]
+    for cache, step in zip(caches, (copies, 1), strict=True):
+        mask = padding.repeat_interleave(copies // step, 0)[:, :prompt] if padded else None
+        cache.prefill(k[::step, :, :prompt], v[::step, :, :prompt], mask)
+        rows, positions = torch.arange(prompts * copies, device=DEVICE), torch.full((6,), prompt, device=DEVICE)
+        for turn in range(4):
+            now = [tensor[rows, :, positions][:, :, None] for tensor in (q, k, v)]
+            got = decode_attention(*now, cache, positions if turn else positions[:1], backend="triton")
+            torch.testing.assert_close(got, whole[rows, :, positions][:, :, None], atol=2e-6, rtol=2e-6)
+            positions = positions + 1
+            if turn == 1:
+                positions[2] -= 1
+                cache.truncate(positions)
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+def test_a_query_whose_keys_are_all_padding_gets_zeros(splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    force_splits(monkeypatch, splits, heads=2)
+    mask = torch.ones(40, 40, dtype=torch.bool).tril()
+    mask[39, 39] = False
+    pattern = MaskPattern(mask)
+    kv = torch.randn(2, 2, 1, 39, 16, device=DEVICE)
+    now = [torch.randn(2, 1, 1, 16, device=DEVICE) for _ in range(3)]
+    padding = torch.zeros(2, 39, dtype=torch.bool, device=DEVICE)
+    padding[0] = True
+    padding[1, :38] = True  # whole splits of it
+    for copies in (1, 2):
+        prompts = slice(0, 2 // copies)
+        cache = KVCache(pattern, 2 // copies, 1, 16, device=DEVICE, copies=copies)
+        cache.prefill(kv[0][prompts], kv[1][prompts], padding[prompts])
+        out = decode_attention(*now, cache, 39, backend="triton")
+        assert not out[0].any()
+        wanted = kv[1][1, :, 38:] if copies == 1 else torch.zeros(1, 1, 16, device=DEVICE)
+        torch.testing.assert_close(out[1], wanted)
+
+
+def test_several_tokens_a_step() -> None:
+    torch.manual_seed(2)
+    pattern = Row(LAYOUT)
+    q, k, v = (torch.randn(1, 2, pattern.length, 16, device=DEVICE) for _ in range(3))
+    cache = KVCache(pattern, 1, 2, 16, device=DEVICE)
+    cache.prefill(k[:, :, :40], v[:, :, :40])
+    got = decode_attention(*(tensor[:, :, 40:47] for tensor in (q, k, v)), cache, 40, backend="triton")
+    whole = sparse_attention(q.double(), k.double(), v.double(), pattern, backend="reference").float()
+    torch.testing.assert_close(got, whole[:, :, 40:47], atol=2e-6, rtol=2e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
