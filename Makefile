@@ -1,7 +1,7 @@
 # make install   .venv with torch, the build and every extra (again: does nothing)
 # make demo      trains a small DALL-E on captioned pictures and draws what it is asked for
 # make test      every test
-# make lint      ruff and type checks
+# make lint      ruff, clang-format and type checks
 # make matrix    the Triton tests and a build under every torch that is promised, each installed anew: 10 GB of disk
 
 PYTHON ?= python3
@@ -11,6 +11,7 @@ BIN    := $(VENV)/bin
 # TORCH=torch==2.13.0 pins it.
 TORCH  ?= torch>=2.11
 STAMP  := $(VENV)/installed
+CPP     := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 SOURCES := setup.py pyproject.toml tests/peers.txt $(shell find csrc -type f 2>/dev/null)
 
 .PHONY: install demo test lint matrix clean
@@ -41,6 +42,7 @@ test: install
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
 	$(BIN)/mypy
 
 matrix:
