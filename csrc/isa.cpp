@@ -61,10 +61,13 @@ std::atomic<Isa>& selected() {
 }  // namespace
 
 const char* isa_name(Isa isa) {
-#define DALLE_CASE(name, ...) case Isa::name: return #name;
+#define DALLE_CASE(name, ...) \
+  case Isa::name:             \
+    return #name;
   switch (isa) {
     DALLE_FOR_ISAS(DALLE_CASE)
-    case Isa::none: break;
+    case Isa::none:
+      break;
   }
   return "none";
 }
@@ -85,6 +88,8 @@ std::vector<std::string> supported_isas() {
 
 void set_isa(const std::string& name) { selected().store(parse(name, "set_isa"), std::memory_order_relaxed); }
 
-void refuse_to_run() { throw std::runtime_error("the native CPU kernels need a processor with AVX2 and FMA, or AArch64"); }
+void refuse_to_run() {
+  throw std::runtime_error("the native CPU kernels need a processor with AVX2 and FMA, or AArch64");
+}
 
 }  // namespace dalle

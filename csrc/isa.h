@@ -37,14 +37,20 @@ void set_isa(const std::string& name);
 }  // namespace dalle
 
 // In namespace dalle: declares `const Table& name()`, and a function of that name for each instruction set.
-#define DALLE_KERNEL_TABLE(Table, name)            \
-  DALLE_FOR_ISAS(DALLE_TABLE_OF_ISA, Table, name)  \
-  inline const Table& name() {                     \
-    switch (current_isa()) {                       \
+#define DALLE_KERNEL_TABLE(Table, name)              \
+  DALLE_FOR_ISAS(DALLE_TABLE_OF_ISA, Table, name)    \
+  inline const Table& name() {                       \
+    switch (current_isa()) {                         \
       DALLE_FOR_ISAS(DALLE_CASE_OF_ISA, Table, name) \
-      case Isa::none: break;                       \
-    }                                              \
-    refuse_to_run();                               \
+      case Isa::none:                                \
+        break;                                       \
+    }                                                \
+    refuse_to_run();                                 \
   }
-#define DALLE_TABLE_OF_ISA(isa, Table, name) namespace isa { const Table& name(); }
-#define DALLE_CASE_OF_ISA(isa, Table, name) case Isa::isa: return isa::name();
+#define DALLE_TABLE_OF_ISA(isa, Table, name) \
+  namespace isa {                            \
+  const Table& name();                       \
+  }
+#define DALLE_CASE_OF_ISA(isa, Table, name) \
+  case Isa::isa:                            \
+    return isa::name();

@@ -46,7 +46,8 @@ int64_t limit_from_environment() {
   char* end = nullptr;
   const double megabytes = std::strtod(text, &end);
   if (*end != '\0' || !(megabytes >= 0 && megabytes < 1e9))
-    throw std::invalid_argument(std::string("DALLE_KERNELS_CPU_KEEP_MB: got '") + text + "', wanted a number of megabytes");
+    throw std::invalid_argument(std::string("DALLE_KERNELS_CPU_KEEP_MB: got '") + text +
+                                "', wanted a number of megabytes");
   return int64_t(megabytes * double(1 << 20));
 }
 
@@ -91,7 +92,8 @@ class Keeper {
     if (!lock) return nullptr;
     auto best = blocks_.end();
     for (auto it = blocks_.begin(); it != blocks_.end(); ++it)
-      if ((*it)->bytes >= bytes && (*it)->bytes <= bytes + bytes / 4 && (best == blocks_.end() || (*it)->bytes <= (*best)->bytes))
+      if ((*it)->bytes >= bytes && (*it)->bytes <= bytes + bytes / 4 &&
+          (best == blocks_.end() || (*it)->bytes <= (*best)->bytes))
         best = it;
     if (best == blocks_.end()) return nullptr;
     Block* block = *best;
@@ -148,8 +150,8 @@ Tensor allocate(int64_t dimensions, const int64_t* sizes, const int64_t* strides
   return Tensor(handle);
 }
 
-// Dimensions by their strides, smallest first, as torch orders them: an insertion sort in which equal strides go by size
-// and a stride of 0 says nothing.
+// Dimensions by their strides, smallest first, as torch orders them: an insertion sort in which equal strides go by
+// size and a stride of 0 says nothing.
 std::vector<int64_t> by_stride(const Tensor& tensor) {
   const auto compare = [&](int64_t a, int64_t b) -> int64_t {
     if (tensor.stride(a) == 0 || tensor.stride(b) == 0) return 0;

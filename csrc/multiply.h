@@ -1,8 +1,8 @@
 // The small product that every matrix multiplication of the kernels is made of.
 //
 // Everything is a sum over units of 32 bits: a float32, or a pair of bfloat16 that one instruction multiplies and adds
-// (PairProduct). One side is broadcast a unit at a time, the other fills the vectors; M rows times N vectors of sums stay
-// in registers.
+// (PairProduct). One side is broadcast a unit at a time, the other fills the vectors; M rows times N vectors of sums
+// stay in registers.
 #pragma once
 
 #include "simd.h"

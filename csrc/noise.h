@@ -1,9 +1,9 @@
 // The Gumbel noise of dalle_kernels/noise.py, a vector of counters at a time.
 //
 // Philox4x32-10 on the counter (c, row low, row high, stream) and the seed as key. A 32 x 32 -> 64 bit product exists
-// for every other 32-bit lane on x86-64, so there a counter word lives in the low half of a 64-bit lane (the high half is
-// never read) and two such vectors, even and odd counters, make one vector of words. Rounds 1 and 2 are nearly free: after
-// round 1 two of the four words, and after round 2 the last, are the same for a whole row.
+// for every other 32-bit lane on x86-64, so there a counter word lives in the low half of a 64-bit lane (the high half
+// is never read) and two such vectors, even and odd counters, make one vector of words. Rounds 1 and 2 are nearly free:
+// after round 1 two of the four words, and after round 2 the last, are the same for a whole row.
 #pragma once
 
 #include "simd.h"

@@ -1,4 +1,5 @@
-// What newer compilers would ask of the C++ library, so that the one of manylinux_2_28 (GLIBCXX_3.4.25) has all the rest.
+// What newer compilers would ask of the C++ library, so that the one of manylinux_2_28 (GLIBCXX_3.4.25) has all the
+// rest.
 #include <new>
 
 namespace std {

@@ -84,7 +84,8 @@ struct Operators {
 
   Operators(const char* dispatch_key, std::initializer_list<Entry> entries) {
     TorchLibraryHandle schemas = nullptr, kernels = nullptr;
-    succeeded(aoti_torch_library_init_fragment(DALLE_NAME(DALLE_LIBRARY), __FILE__, __LINE__, &schemas), "open a library");
+    succeeded(aoti_torch_library_init_fragment(DALLE_NAME(DALLE_LIBRARY), __FILE__, __LINE__, &schemas),
+              "open a library");
     succeeded(aoti_torch_library_init_impl(DALLE_NAME(DALLE_LIBRARY), dispatch_key, __FILE__, __LINE__, &kernels),
               "open a library");
     for (const Entry& entry : entries) {

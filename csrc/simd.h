@@ -9,9 +9,10 @@
 //     #endif
 //
 // Kernels stand between DALLE_TARGET_BEGIN and DALLE_TARGET_END, which let the compiler use the instruction set there
-// and nowhere else: every source is compiled with the same portable flags, and headers may be included in any order. One
-// rule keeps code of a wide instruction set from leaking into a program that runs on a narrow processor: kernels call no
-// function template or inline function from outside (the linker would be free to keep the wide copy for everyone).
+// and nowhere else: every source is compiled with the same portable flags, and headers may be included in any order.
+// One rule keeps code of a wide instruction set from leaking into a program that runs on a narrow processor: kernels
+// call no function template or inline function from outside (the linker would be free to keep the wide copy for
+// everyone).
 //
 // Names, in namespace dalle::DALLE_ISA (simd/ has what differs between instruction sets):
 //   kLanes        float32 values in a vector: 4, 8 or 16
@@ -67,7 +68,8 @@
 
 #define DALLE_PRAGMA(text) _Pragma(#text)
 #if defined(__clang__)
-#define DALLE_TARGET_PUSH(features) DALLE_PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
+#define DALLE_TARGET_PUSH(features) \
+  DALLE_PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
 #define DALLE_TARGET_BEGIN DALLE_TARGET_PUSH(DALLE_TARGET)
 #define DALLE_TARGET_END _Pragma("clang attribute pop")
 #define DALLE_UNROLL _Pragma("clang loop unroll(full)")

@@ -21,7 +21,8 @@ class Strided {
     std::vector<int64_t> order;
     for (int64_t d = first.dim() - 1; d >= 0; d--)
       if (first.size(d) != 1) order.push_back(d);
-    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return first.stride(a) < first.stride(b); });
+    std::stable_sort(order.begin(), order.end(),
+                     [&](int64_t a, int64_t b) { return first.stride(a) < first.stride(b); });
     for (int64_t d : order) {
       Dimension dimension{first.size(d), {}};
       for (size_t a = 0; a < arrays; a++) dimension.strides[a] = tensors[a]->stride(d) * tensors[a]->element_size();

@@ -1,6 +1,6 @@
-// What the CPU library calls of PyTorch: a part of its stable C interface, with which a library built once loads in every
-// later torch. Declared here, the library builds without a torch at hand; tests/test_abi.py holds these declarations
-// against the headers of the torch that is installed.
+// What the CPU library calls of PyTorch: a part of its stable C interface, with which a library built once loads in
+// every later torch. Declared here, the library builds without a torch at hand; tests/test_abi.py holds these
+// declarations against the headers of the torch that is installed.
 #pragma once
 
 #include <cstddef>

@@ -1,9 +1,9 @@
 // Attention backward for sm_80 and later. With s = scale q k^T, p = exp(s - lse) and dp = dout v^T:
 //   ds = p (dp - delta),  delta = rowsum(dout out) - dlse,
 //   dq = scale ds k,  dk = scale ds^T q,  dv = p^T dout.
-// Three kernels, where one_pass_kernel.cuh cannot serve: statistics.cuh's; dq, whose rows are queries, walking over keys and values; dk and dv, whose rows
-// are keys, walking over queries and dout by the transposed lists. Nothing is added up across blocks, so the result is
-// the same every time.
+// Three kernels, where one_pass_kernel.cuh cannot serve: statistics.cuh's; dq, whose rows are queries, walking over
+// keys and values; dk and dv, whose rows are keys, walking over queries and dout by the transposed lists. Nothing is
+// added up across blocks, so the result is the same every time.
 
 #pragma once
 

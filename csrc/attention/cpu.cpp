@@ -107,9 +107,9 @@ struct Padding {
 
   Padding(const std::optional<Tensor>& mask, const Tensor& q) {
     if (!mask) return;
-    require(mask->dtype() == DType::boolean && mask->dim() == 2 && mask->size(0) == q.size(0) &&
-                mask->size(1) == q.size(2),
-            "key_padding_mask: wanted bool [B, S]");
+    require(
+        mask->dtype() == DType::boolean && mask->dim() == 2 && mask->size(0) == q.size(0) && mask->size(1) == q.size(2),
+        "key_padding_mask: wanted bool [B, S]");
     tensor = contiguous(*mask);
     data = tensor.data<const uint8_t>();
   }
@@ -132,7 +132,8 @@ std::tuple<Tensor, Tensor> attention_forward(const Tensor& q_in, const Tensor& k
 
   // Pieces of a head: about an eighth of its work, whole tiles.
   constexpr int kPieces = 8;
-  const std::vector<int32_t> cuts = even_cuts(plan.tiles, kPieces, [&](int32_t t) { return tile_cost(plan.by_query, t); });
+  const std::vector<int32_t> cuts =
+      even_cuts(plan.tiles, kPieces, [&](int32_t t) { return tile_cost(plan.by_query, t); });
   const int64_t floats = kernels.forward_floats(problem);
   share_out(problem.batch * problem.heads * kPieces, floats, [&](int64_t piece, Scratch& scratch) {
     const int64_t part = piece % kPieces;
@@ -141,10 +142,12 @@ std::tuple<Tensor, Tensor> attention_forward(const Tensor& q_in, const Tensor& k
   return {std::move(out), std::move(lse)};
 }
 
-std::tuple<Tensor, Tensor, Tensor> attention_backward(
-    const Tensor& grad_out_in, const std::optional<Tensor>& grad_lse_in, const Tensor& q_in, const Tensor& k_in,
-    const Tensor& v_in, const Tensor& out_in, const Tensor& lse_in, const std::optional<Tensor>& key_padding_mask,
-    double scale, const Tensor& plan_words) {
+std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad_out_in,
+                                                      const std::optional<Tensor>& grad_lse_in, const Tensor& q_in,
+                                                      const Tensor& k_in, const Tensor& v_in, const Tensor& out_in,
+                                                      const Tensor& lse_in,
+                                                      const std::optional<Tensor>& key_padding_mask, double scale,
+                                                      const Tensor& plan_words) {
   const Plan plan = view(plan_words);
   check(q_in, plan, {&k_in, &v_in, &out_in, &grad_out_in});
   const Tensor q = with_rows(q_in), k = with_rows(k_in), v = with_rows(v_in), out = with_rows(out_in);
@@ -157,8 +160,15 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(
   // Every tile of text keys reads all queries again, so here the plan's order counts too.
   const bool scattered = q.stride(2) != q.size(3) || grad_out.stride(2) != q.size(3) || !in_order(plan);
   const Problem problem{&plan, q.size(0), q.size(1), q.size(3), float(scale), padding.data, scattered};
-  const BackwardArrays arrays{array_of(q),  array_of(k),  array_of(v),  array_of(out), array_of(grad_out),
-                              array_of(dq), array_of(dk), array_of(dv), lse.data<const float>(),
+  const BackwardArrays arrays{array_of(q),
+                              array_of(k),
+                              array_of(v),
+                              array_of(out),
+                              array_of(grad_out),
+                              array_of(dq),
+                              array_of(dk),
+                              array_of(dv),
+                              lse.data<const float>(),
                               grad_lse.defined() ? grad_lse.data<const float>() : nullptr};
   const Kernels& kernels = kernels_for(q.dtype());
   const int64_t heads = problem.batch * problem.heads, floats = kernels.backward_floats(problem);
@@ -166,9 +176,9 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(
   // Eight heads or more: each is one piece. Fewer: a head's queries are cut into ranges, none too short to repay
   // that every range turns the text's keys again.
   constexpr int64_t kWantedPieces = 8, kShortest = 5;
-  const int32_t ranges = int32_t(
-      std::clamp<int64_t>(plan.tiles / kShortest, 1, (kWantedPieces + heads - 1) / heads));
-  const std::vector<int32_t> cuts = even_cuts(plan.tiles, ranges, [&](int32_t t) { return tile_cost(plan.by_query, t); });
+  const int32_t ranges = int32_t(std::clamp<int64_t>(plan.tiles / kShortest, 1, (kWantedPieces + heads - 1) / heads));
+  const std::vector<int32_t> cuts =
+      even_cuts(plan.tiles, ranges, [&](int32_t t) { return tile_cost(plan.by_query, t); });
   const Ranges shared = share_keys(plan, cuts);
   const int64_t slot = 2 * kTile * kernels.rounded_width(problem.width), slots = shared.slot_offsets.back();
   const Tensor partial = new_tensor({heads * slots * slot}, DType::float32);
@@ -184,7 +194,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(
         const int64_t head = i / plan.tiles, tile = i % plan.tiles;
         const int32_t offset = shared.slot_offsets[tile], count = shared.slot_offsets[tile + 1] - offset;
         if (count)
-          kernels.reduce_keys(problem, arrays, head, int32_t(tile), partial_data + (head * slots + offset) * slot, count);
+          kernels.reduce_keys(problem, arrays, head, int32_t(tile), partial_data + (head * slots + offset) * slot,
+                              count);
       }
     });
   return {std::move(dq), std::move(dk), std::move(dv)};

@@ -21,8 +21,8 @@ struct Walk {
 
 struct AttentionForward {
   Rows q, k, v, out;
-  float* lse;              // [B, H, S], natural
-  const bool* padding;     // [B, S], true: ignore the key; or null
+  float* lse;           // [B, H, S], natural
+  const bool* padding;  // [B, S], true: ignore the key; or null
   Walk walk;
   int batch, heads, width;
   float scale;
@@ -59,7 +59,6 @@ void attention_forward_float16(const AttentionForward& parameters, void* stream)
 // Its row tiles have 256 rows up to width 64, 128 beyond; `blocks` share the heads.
 void attention_forward_sm90a_bfloat16(const AttentionForward& parameters, const int32_t* runs, int blocks,
                                       void* stream);
-void attention_forward_sm90a_float16(const AttentionForward& parameters, const int32_t* runs, int blocks,
-                                     void* stream);
+void attention_forward_sm90a_float16(const AttentionForward& parameters, const int32_t* runs, int blocks, void* stream);
 void attention_backward_bfloat16(const AttentionBackward& parameters, void* stream);
 void attention_backward_float16(const AttentionBackward& parameters, void* stream);

@@ -58,9 +58,9 @@ static void forward(Tensor q, Tensor k, Tensor v, std::optional<Tensor> padding,
 }
 
 #ifdef DALLE_SM90A
-static void forward_sm90a(Tensor q, Tensor k, Tensor v, std::optional<Tensor> padding, Tensor order,
-                          Tensor part_tiles, Tensor tile_steps, Tensor steps, Tensor masks, int64_t slots, Tensor runs,
-                          int64_t blocks, double scale, Tensor out, Tensor lse) {
+static void forward_sm90a(Tensor q, Tensor k, Tensor v, std::optional<Tensor> padding, Tensor order, Tensor part_tiles,
+                          Tensor tile_steps, Tensor steps, Tensor masks, int64_t slots, Tensor runs, int64_t blocks,
+                          double scale, Tensor out, Tensor lse) {
   const DeviceGuard guard(q.get_device());
   const Walk walk = walk_of(order, part_tiles, tile_steps, steps, masks, slots);
   const AttentionForward p = forward_of(q, k, v, padding, walk, scale, out, lse);
@@ -107,20 +107,18 @@ static void backward(Tensor grad_out, std::optional<Tensor> grad_lse, Tensor q, 
                      Tensor key_part_tiles, Tensor key_tile_steps, Tensor key_steps, Tensor key_masks,
                      int64_t key_slots, double scale, Tensor statistics, Tensor dq, Tensor dk, Tensor dv) {
   const DeviceGuard guard(q.get_device());
-  AttentionBackward p =
-      backward_of(grad_out, grad_lse, q, k, v, out, lse, padding, scale, statistics, dq, dk, dv);
+  AttentionBackward p = backward_of(grad_out, grad_lse, q, k, v, out, lse, padding, scale, statistics, dq, dk, dv);
   p.by_query = walk_of(order, query_part_tiles, query_tile_steps, query_steps, query_masks, query_slots);
   p.by_key = walk_of(order, key_part_tiles, key_tile_steps, key_steps, key_masks, key_slots);
   run_backward(p, q);
 }
 
-static void backward_one_pass(Tensor grad_out, std::optional<Tensor> grad_lse, Tensor q, Tensor k, Tensor v,
-                              Tensor out, Tensor lse, std::optional<Tensor> padding, Tensor order, Tensor part_tiles,
+static void backward_one_pass(Tensor grad_out, std::optional<Tensor> grad_lse, Tensor q, Tensor k, Tensor v, Tensor out,
+                              Tensor lse, std::optional<Tensor> padding, Tensor order, Tensor part_tiles,
                               Tensor tile_steps, Tensor steps, Tensor masks, int64_t slots, double scale,
                               Tensor statistics, Tensor dq, Tensor dk, Tensor dv) {
   const DeviceGuard guard(q.get_device());
-  AttentionBackward p =
-      backward_of(grad_out, grad_lse, q, k, v, out, lse, padding, scale, statistics, dq, dk, dv);
+  AttentionBackward p = backward_of(grad_out, grad_lse, q, k, v, out, lse, padding, scale, statistics, dq, dk, dv);
   p.by_query = walk_of(order, part_tiles, tile_steps, steps, masks, slots);
   p.one_pass = true;
   run_backward(p, q);

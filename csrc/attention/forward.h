@@ -5,8 +5,8 @@
 //     full tiles     64 keys x 64 queries at a time, no mask anywhere
 //     pairs of keys  for each group of 16 queries, the keys that its masked tiles leave, up to 256 at a time
 //
-// and after each block of keys  m' = max(m, max s), l' = l exp(m - m') + sum exp(s - m'), o' = o exp(m - m') + P^T V, the
-// factor applied as mix() loads its sums.
+// and after each block of keys  m' = max(m, max s), l' = l exp(m - m') + sum exp(s - m'), o' = o exp(m - m') + P^T V,
+// the factor applied as mix() loads its sums.
 #pragma once
 
 #include "attention/tiles.h"

@@ -256,7 +256,7 @@ DEVICE void consume(const AttentionForward& call, const Place& place, Fillings& 
         for (int k = 0; k < kColumns / 16; ++k) {
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            const float(&pair)[4] = score[2 * k + i / 2];
+            const float (&pair)[4] = score[2 * k + i / 2];
             weights[k][i] = pack<T>(pair[i % 2 * 2], pair[i % 2 * 2 + 1]);
           }
         }
@@ -279,8 +279,7 @@ DEVICE void consume(const AttentionForward& call, const Place& place, Fillings& 
 }
 
 template <class T, int kWidth>
-__global__ void __launch_bounds__(kAllThreads<kWidth>, 1)
-    forward_sm90a_kernel(const __grid_constant__ Parameters p) {
+__global__ void __launch_bounds__(kAllThreads<kWidth>, 1) forward_sm90a_kernel(const __grid_constant__ Parameters p) {
   const AttentionForward& call = p.call;
   const Walk& walk = call.walk;
   Place place(call.heads);

@@ -16,12 +16,12 @@ namespace {
 
 template <int kWidth>
 struct OnePass {
-  static constexpr int kColumns = 32;                             // keys a tile
-  static constexpr int kShare = kWidth >= 32 ? kWidth / 2 : 16;   // columns of dk or dv that a warp sums, for 16 keys
-  static constexpr int kRowBytes = kRowTile * kPitch<kWidth>;     // queries, or dout
+  static constexpr int kColumns = 32;                               // keys a tile
+  static constexpr int kShare = kWidth >= 32 ? kWidth / 2 : 16;     // columns of dk or dv that a warp sums, for 16 keys
+  static constexpr int kRowBytes = kRowTile * kPitch<kWidth>;       // queries, or dout
   static constexpr int kWeightBytes = kRowTile * kPitch<kColumns>;  // p, or ds
-  static constexpr int kTileBytes = kColumns * kPitch<kWidth>;    // keys, or values
-  static constexpr int kSumBytes = kShare / 8 * kThreads * 16;    // dk and dv of a key tile
+  static constexpr int kTileBytes = kColumns * kPitch<kWidth>;      // keys, or values
+  static constexpr int kSumBytes = kShare / 8 * kThreads * 16;      // dk and dv of a key tile
   static constexpr int kFixedBytes = 2 * (kRowBytes + kWeightBytes + 2 * kTileBytes) + kWarps * 4;
 };
 
@@ -41,9 +41,9 @@ __global__ void __launch_bounds__(kThreads, 1) one_pass_kernel(const __grid_cons
   constexpr int kShare = Shape::kShare;
   const Place place(p.heads);
   const Walk& walk = p.by_query;
-  char* rows = shared_memory();                         // queries, dout [kRowTile][kPitch<kWidth>]
-  char* weights = rows + 2 * Shape::kRowBytes;          // p, ds [kRowTile][kPitch<kColumns>]
-  char* ring = weights + 2 * Shape::kWeightBytes;       // [2]: keys, values [kColumns][kPitch<kWidth>]
+  char* rows = shared_memory();                                      // queries, dout [kRowTile][kPitch<kWidth>]
+  char* weights = rows + 2 * Shape::kRowBytes;                       // p, ds [kRowTile][kPitch<kColumns>]
+  char* ring = weights + 2 * Shape::kWeightBytes;                    // [2]: keys, values [kColumns][kPitch<kWidth>]
   int* seen = reinterpret_cast<int*>(ring + 4 * Shape::kTileBytes);  // [kWarps]: whether a warp's rows see anything
   float4* slots = reinterpret_cast<float4*>(seen + kWarps);          // [slots][kShare / 8][kThreads]
   const auto copy = [&](int index) {
@@ -138,8 +138,8 @@ __global__ void __launch_bounds__(kThreads, 1) one_pass_kernel(const __grid_cons
       const char* a_from = weights + which * Shape::kWeightBytes +
                            (place.lane / 16 * 8 + place.lane % 8) * kPitch<kColumns> +
                            2 * (first_key + place.lane / 8 % 2 * 8);
-      const char* b_from = rows + (1 - which) * Shape::kRowBytes + place.lane % 16 * kPitch<kWidth> +
-                           2 * first_column + place.lane / 16 * 16;
+      const char* b_from = rows + (1 - which) * Shape::kRowBytes + place.lane % 16 * kPitch<kWidth> + 2 * first_column +
+                           place.lane / 16 * 16;
 #pragma unroll
       for (int k = 0; k < kWarps; ++k) {
         if (load(seen + k) == 0) {

@@ -38,7 +38,8 @@ ListStorage build_lists(const ScheduleSide& side, int32_t length) {
 Seen seen_by(const Lists& lists, int32_t t, int32_t first, int32_t last) {
   const auto before = [](const Pair& pair, int32_t tile) { return pair.index < tile * (kTile / 2); };
   Seen seen;
-  const int32_t *full = lists.full_tiles + lists.full_offsets[t], *full_end = lists.full_tiles + lists.full_offsets[t + 1];
+  const int32_t *full = lists.full_tiles + lists.full_offsets[t],
+                *full_end = lists.full_tiles + lists.full_offsets[t + 1];
   seen.full = std::lower_bound(full, full_end, first);
   seen.full_end = std::lower_bound(full, full_end, last);
   for (int g = 0; g < kGroups; g++) {

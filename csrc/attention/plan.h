@@ -11,9 +11,9 @@
 
 namespace dalle::attention {
 
-constexpr int kTile = 64;                 // positions in a tile, queries and keys alike
-constexpr int kGroup = 16;                // positions that share the lanes of a vector (two vectors with AVX2)
-constexpr int kGroups = kTile / kGroup;   // groups in a tile
+constexpr int kTile = 64;                // positions in a tile, queries and keys alike
+constexpr int kGroup = 16;               // positions that share the lanes of a vector (two vectors with AVX2)
+constexpr int kGroups = kTile / kGroup;  // groups in a tile
 
 // A pair of positions (2 index, 2 index + 1) on the side that is walked; bit i of bits[j] says that lane i of the group
 // and position 2 index + j see each other.

@@ -20,7 +20,8 @@ std::vector<int32_t> even_cuts(int32_t count, int32_t parts, const Cost& cost) {
   std::vector<int32_t> cuts{0};
   for (int32_t i = 0; i < count; i++) {
     // The next run starts where the middle of item i lies past the boundary.
-    while (int32_t(cuts.size()) < parts && (2 * passed + cost(i)) * parts >= 2 * total * int64_t(cuts.size()) && i > cuts.back())
+    while (int32_t(cuts.size()) < parts && (2 * passed + cost(i)) * parts >= 2 * total * int64_t(cuts.size()) &&
+           i > cuts.back())
       cuts.push_back(i);
     passed += cost(i);
   }

@@ -167,9 +167,7 @@ struct Visible {
   }
 
   // Element i of fragment n of lane (g, c): column 8 n + 2 c + i % 2 of row g or g + 8.
-  DEVICE bool sees(int n, int c, int i) const {
-    return (words[i / 2][n / 4] >> (n % 4 * 8 + 2 * c + i % 2) & 1) != 0;
-  }
+  DEVICE bool sees(int n, int c, int i) const { return (words[i / 2][n / 4] >> (n % 4 * 8 + 2 * c + i % 2) & 1) != 0; }
 };
 
 // The row tiles first_tile to last_tile - 1 of part blockIdx.y, and their steps, each visited when its column tile lies

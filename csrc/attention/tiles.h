@@ -1,6 +1,7 @@
 // The small products that attention is made of, and the rows that they read. See simd.h for how this becomes code.
 //
-// They are sums over units, as in multiply.h. What is broadcast comes straight from the rows of a tensor wherever they lie.
+// They are sums over units, as in multiply.h. What is broadcast comes straight from the rows of a tensor wherever they
+// lie.
 //
 //   dot_rows        sums[i][lane] = sum_u  rows[i][u] b[u][lane]            scores of M keys for 16 N queries
 //   mix_rows        c[i][lane]   += sum_u  a[u][i] rows[u][lane]            output of M queries out of value rows

@@ -1,10 +1,10 @@
 // What the Gumbel kernels share: which codes a lane holds, and their logits and noise.
 //
 // One Philox counter yields the noise of four codes, one in each quarter of the codebook, so a step covers a group of
-// kGroup neighbouring codes of every quarter. Lane (g, c) holds codes kPer c to kPer c + kPer - 1 of the group, 16 bytes
-// of logits where the group has 32, of rows g and g + 8, in all quarters. The tensor cores' operands want other codes
-// in a lane: for sums over codes their order does not matter, so the codebook's rows are permuted as they are copied to
-// shared memory, and no logit moves.
+// kGroup neighbouring codes of every quarter. Lane (g, c) holds codes kPer c to kPer c + kPer - 1 of the group, 16
+// bytes of logits where the group has 32, of rows g and g + 8, in all quarters. The tensor cores' operands want other
+// codes in a lane: for sums over codes their order does not matter, so the codebook's rows are permuted as they are
+// copied to shared memory, and no logit moves.
 
 #pragma once
 
@@ -141,8 +141,7 @@ DEVICE float as_float(T value) {
 // Logits of codes first to first + kCount - 1 of one row and quarter, -inf past the end. `whole`: rows and quarters are
 // multiples of 16 bytes, so that they are one load.
 template <class T, int kCount>
-DEVICE void load_logits(float (&logits)[kCount], const T* row, const Quarters& quarters, int q, int first,
-                        bool whole) {
+DEVICE void load_logits(float (&logits)[kCount], const T* row, const Quarters& quarters, int q, int first, bool whole) {
   if (whole && first < quarters.quarter) {
     const T* from = row + q * quarters.quarter + first;
     if constexpr (kCount * sizeof(T) == 16) {

@@ -39,26 +39,40 @@ Gumbel gumbel_problem(const Tensor& logits, const Tensor& codebook, const Tensor
           "gumbel: wanted logits [N, K] with contiguous rows and a contiguous codebook [K, D] of their dtype");
   require(temperature.dtype() == DType::float32 && temperature.numel() == 1, "temperature: wanted one float32");
   require(seed.dtype() == DType::int64 && seed.numel() == 1, "seed: wanted one int64");
-  return {logits.data<const void>(), codebook.data<const void>(), logits.size(0), logits.size(1), codebook.size(1),
-          logits.stride(0), *temperature.data<const float>(), noise, uint64_t(*seed.data<const int64_t>())};
+  return {logits.data<const void>(),
+          codebook.data<const void>(),
+          logits.size(0),
+          logits.size(1),
+          codebook.size(1),
+          logits.stride(0),
+          *temperature.data<const float>(),
+          noise,
+          uint64_t(*seed.data<const int64_t>())};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gumbel_forward(
-    const Tensor& logits, const Tensor& codebook, const Tensor& temperature, bool hard, bool noise, const Tensor& seed) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gumbel_forward(const Tensor& logits,
+                                                                                  const Tensor& codebook,
+                                                                                  const Tensor& temperature, bool hard,
+                                                                                  bool noise, const Tensor& seed) {
   const Gumbel problem = gumbel_problem(logits, codebook, temperature, noise, seed);
   Tensor latents = new_tensor({problem.rows, problem.width}, logits.dtype());
   Tensor indices = empty({problem.rows}, DType::int64);
   Tensor kl = empty({problem.rows}, DType::float32), maximum = empty({problem.rows}, DType::float32);
   Tensor log_noisy = empty({problem.rows}, DType::float32), log_clean = empty({problem.rows}, DType::float32);
   Tensor mixture = hard ? new_tensor({problem.rows, problem.width}, DType::float32) : empty({0}, DType::float32);
-  GumbelForward forward{problem, latents.data<void>(), hard ? mixture.data<float>() : nullptr, indices.data<int64_t>(),
-                        kl.data<float>(), maximum.data<float>(), log_noisy.data<float>(), log_clean.data<float>(),
+  GumbelForward forward{problem,
+                        latents.data<void>(),
+                        hard ? mixture.data<float>() : nullptr,
+                        indices.data<int64_t>(),
+                        kl.data<float>(),
+                        maximum.data<float>(),
+                        log_noisy.data<float>(),
+                        log_clean.data<float>(),
                         nullptr};
   const Tensor packed = new_tensor({forward.packed_words()}, DType::int32);
   forward.packed = packed.data<uint32_t>();
   const CodebookKernels& kernels = kernels_for(logits);
-  parallel_for(0, problem.tiles(), 1,
-                   [&](int64_t tile, int64_t end) { kernels.gumbel_pack(forward, tile, end); });
+  parallel_for(0, problem.tiles(), 1, [&](int64_t tile, int64_t end) { kernels.gumbel_pack(forward, tile, end); });
   parallel_for(0, problem.rows, 1, [&](int64_t row, int64_t end) {
     kernels.gumbel_forward(forward, row, end, thread_scratch(forward.scratch()));
   });
@@ -98,7 +112,8 @@ std::tuple<Tensor, Tensor> gumbel_backward(const std::optional<Tensor>& grad_lat
   Tensor grad_logits = new_tensor({rows, problem.codes}, logits.dtype());
   const bool through_mixture = has_latents && !hard && needs_codebook;
   Tensor grad_codebook = needs_codebook ? new_tensor_like(codebook) : empty({0}, codebook.dtype());
-  if (needs_codebook && !through_mixture) std::memset(grad_codebook.data<void>(), 0, size_t(codebook.numel() * codebook.element_size()));
+  if (needs_codebook && !through_mixture)
+    std::memset(grad_codebook.data<void>(), 0, size_t(codebook.numel() * codebook.element_size()));
 
   GumbelBackward backward{problem};
   backward.grad_latents = pointer<const void>(grad_latents);
@@ -112,8 +127,8 @@ std::tuple<Tensor, Tensor> gumbel_backward(const std::optional<Tensor>& grad_lat
   backward.grad_logits = grad_logits.data<void>();
   backward.grad_codebook = through_mixture ? grad_codebook.data<void>() : nullptr;
   // A small codebook has few tiles: the rows are shared out as well, into parts of at least 256.
-  backward.splits = std::clamp<int64_t>((64 + problem.tiles() - 1) / problem.tiles(), 1,
-                                         std::max<int64_t>(rows / 256, 1));
+  backward.splits =
+      std::clamp<int64_t>((64 + problem.tiles() - 1) / problem.tiles(), 1, std::max<int64_t>(rows / 256, 1));
 
   Tensor by_rows, packed, delta, partial;
   if (has_latents) {
@@ -124,7 +139,7 @@ std::tuple<Tensor, Tensor> gumbel_backward(const std::optional<Tensor>& grad_lat
     backward.grad_packed = packed.data<uint32_t>();
     backward.delta = delta.data<float>();
     parallel_for(0, round_up(rows, kRowTile) / kRowTile, 1,
-                     [&](int64_t tile, int64_t end) { kernels.gumbel_prepare(backward, tile, end); });
+                 [&](int64_t tile, int64_t end) { kernels.gumbel_prepare(backward, tile, end); });
   }
   if (through_mixture && backward.splits > 1) {
     partial = new_tensor({backward.splits, problem.codes, columns}, DType::float32);
@@ -135,11 +150,15 @@ std::tuple<Tensor, Tensor> gumbel_backward(const std::optional<Tensor>& grad_lat
   });
   if (backward.partial != nullptr)
     parallel_for(0, problem.codes, kCodesPerTask,
-                     [&](int64_t code, int64_t end) { kernels.gumbel_collect(backward, code, end); });
+                 [&](int64_t code, int64_t end) { kernels.gumbel_collect(backward, code, end); });
   if (has_latents && hard && needs_codebook) {
     const auto [starts, members] = members_of_codes(indices, problem.codes);
-    const VqBackward scatter{.rows = rows, .codes = problem.codes, .width = problem.width,
-                             .grad_codebook = grad_codebook.data<void>(), .starts = starts.data(), .members = members.data()};
+    const VqBackward scatter{.rows = rows,
+                             .codes = problem.codes,
+                             .width = problem.width,
+                             .grad_codebook = grad_codebook.data<void>(),
+                             .starts = starts.data(),
+                             .members = members.data()};
     parallel_for(0, problem.codes, kCodesPerTask, [&](int64_t code, int64_t end) {
       kernels.scatter_rows(grad_latents->data<const void>(), scatter, code, end);
     });
@@ -153,8 +172,9 @@ std::tuple<Tensor, Tensor> vq_forward(const Tensor& features, const Tensor& code
   const Tensor dense = contiguous(features);
   Tensor indices = empty({rows}, DType::int64), squared_distance = empty({rows}, DType::float32);
   const Tensor half_norms = empty({codes}, DType::float32);
-  const Vq problem{dense.data<const void>(), codebook.data<const void>(), rows, codes, width, indices.data<int64_t>(),
-                   squared_distance.data<float>(), half_norms.data<float>()};
+  const Vq problem{
+      dense.data<const void>(),       codebook.data<const void>(), rows, codes, width, indices.data<int64_t>(),
+      squared_distance.data<float>(), half_norms.data<float>()};
   parallel_for(0, codes, kCodesPerTask, [&](int64_t code, int64_t end) { kernels.half_norms(problem, code, end); });
   parallel_for(0, rows, kRowTile, [&](int64_t row, int64_t end) {
     kernels.vq_forward(problem, row, end, thread_scratch(problem.scratch()));
@@ -170,11 +190,20 @@ std::tuple<Tensor, Tensor> vq_backward(const Tensor& grad, const Tensor& feature
   Tensor grad_features = needs_features ? new_tensor_like(dense) : empty({0}, features.dtype());
   Tensor grad_codebook = needs_codebook ? new_tensor_like(codebook) : empty({0}, codebook.dtype());
   const auto [starts, members] = members_of_codes(indices, codes);
-  const VqBackward backward{grad.data<const float>(), dense.data<const void>(), codebook.data<const void>(), rows, codes,
-                            width, indices.data<const int64_t>(), grad_features.data<void>(), grad_codebook.data<void>(),
-                            starts.data(), members.data()};
+  const VqBackward backward{grad.data<const float>(),
+                            dense.data<const void>(),
+                            codebook.data<const void>(),
+                            rows,
+                            codes,
+                            width,
+                            indices.data<const int64_t>(),
+                            grad_features.data<void>(),
+                            grad_codebook.data<void>(),
+                            starts.data(),
+                            members.data()};
   if (needs_features)
-    parallel_for(0, rows, kCodesPerTask, [&](int64_t row, int64_t end) { kernels.vq_grad_features(backward, row, end); });
+    parallel_for(0, rows, kCodesPerTask,
+                 [&](int64_t row, int64_t end) { kernels.vq_grad_features(backward, row, end); });
   if (needs_codebook)
     parallel_for(0, codes, kCodesPerTask,
                  [&](int64_t code, int64_t end) { kernels.vq_grad_codebook(backward, code, end); });
@@ -186,7 +215,7 @@ std::tuple<Tensor, Tensor> noise_words(int64_t seed, int64_t row, int64_t stream
   Tensor wide = empty({4, 16}, DType::int64), noise = empty({4, 16}, DType::float32);
   uint32_t words[4][16];
   kernels_for(noise).noise_words(uint64_t(seed), uint64_t(row), uint32_t(stream), uint32_t(counter), words,
-                                 (float(*)[16])noise.data<float>());
+                                 (float (*)[16])noise.data<float>());
   std::copy(&words[0][0], &words[0][0] + 64, wide.data<int64_t>());
   return {std::move(wide), std::move(noise)};
 }

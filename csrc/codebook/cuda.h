@@ -7,18 +7,18 @@
 // Tensors that end in _terms hold what products read: the tensor itself where it has 16 bits; for float32 three
 // bfloat16 tensors, one after the other, whose sum it is.
 struct GumbelForward {
-  const void* logits;       // [N, K], rows contiguous
-  const void* codebook;     // [K, D], contiguous, 16-byte rows
+  const void* logits;          // [N, K], rows contiguous
+  const void* codebook;        // [K, D], contiguous, 16-byte rows
   const void* codebook_terms;  // [terms, K, D]
-  const float* temperature;  // one element
-  const int64_t* seed;       // one element
-  void* latents;             // [N, D]
-  int64_t* indices;          // [N]
-  float* kl;                 // [N]
-  float* maximum;            // [N], the largest of logits + g
-  float* log_noisy;          // [N], log sum exp((logits + g - maximum) / tau)
-  float* log_clean;          // [N], log sum exp(logits - maximum)
-  float* mixture;            // [N, D] where hard, else unused
+  const float* temperature;    // one element
+  const int64_t* seed;         // one element
+  void* latents;               // [N, D]
+  int64_t* indices;            // [N]
+  float* kl;                   // [N]
+  float* maximum;              // [N], the largest of logits + g
+  float* log_noisy;            // [N], log sum exp((logits + g - maximum) / tau)
+  float* log_clean;            // [N], log sum exp(logits - maximum)
+  float* mixture;              // [N, D] where hard, else unused
   int64_t logits_stride;
   int rows, codes, width;
   bool hard, noise;
@@ -26,7 +26,7 @@ struct GumbelForward {
 
 struct GumbelBackward {
   const void* grad_terms;  // [terms, N, D], contiguous, or null
-  const float* grad_kl;      // [N], or null
+  const float* grad_kl;    // [N], or null
   const void* logits;
   const void* codebook_terms;  // [terms, K, D]
   const float* temperature;
@@ -37,8 +37,8 @@ struct GumbelBackward {
   const float* log_clean;
   const float* delta;      // [N], grad_latents . mixture, or null
   const int64_t* indices;  // [N] where hard, or null
-  void* dlogits;       // [N, K], contiguous
-  float* dcodebook;    // [parts, K, D], one for each of `parts` shares of the rows; null where grad_terms is
+  void* dlogits;           // [N, K], contiguous
+  float* dcodebook;        // [parts, K, D], one for each of `parts` shares of the rows; null where grad_terms is
   int64_t logits_stride;
   int rows, codes, width, parts;
   bool noise;

@@ -14,8 +14,8 @@ static T* optional_pointer(const std::optional<Tensor>& tensor) {
 }
 
 static void gumbel_forward(Tensor logits, Tensor codebook, Tensor codebook_terms, Tensor temperature, bool hard,
-                           bool noise, Tensor seed, Tensor latents, Tensor indices, Tensor kl, Tensor maximum, Tensor log_noisy,
-                           Tensor log_clean, Tensor mixture) {
+                           bool noise, Tensor seed, Tensor latents, Tensor indices, Tensor kl, Tensor maximum,
+                           Tensor log_noisy, Tensor log_clean, Tensor mixture) {
   const DeviceGuard guard(logits.get_device());
   GumbelForward p;
   p.logits = device_pointer<const void>(logits);
@@ -47,8 +47,8 @@ static void gumbel_forward(Tensor logits, Tensor codebook, Tensor codebook_terms
 }
 
 static void gumbel_backward(std::optional<Tensor> grad_terms, std::optional<Tensor> grad_kl, Tensor logits,
-                            Tensor codebook_terms, Tensor temperature, bool noise, Tensor seed, Tensor kl, Tensor maximum,
-                            Tensor log_noisy, Tensor log_clean, std::optional<Tensor> delta,
+                            Tensor codebook_terms, Tensor temperature, bool noise, Tensor seed, Tensor kl,
+                            Tensor maximum, Tensor log_noisy, Tensor log_clean, std::optional<Tensor> delta,
                             std::optional<Tensor> indices, int64_t parts, Tensor dlogits,
                             std::optional<Tensor> dcodebook) {
   const DeviceGuard guard(logits.get_device());

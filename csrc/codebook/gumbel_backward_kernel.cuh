@@ -19,8 +19,8 @@ constexpr int kRows = 16 * kWarps;  // a step; 16 to a warp
 template <class T, int kWidth>
 struct Backward {
   static constexpr int kTerms = Terms<T>::kCount;
-  static constexpr int kStages = kWidth <= 128 && kTerms == 1 ? 2 : 1;  // of dL's rows
-  static constexpr int kGradBytes = kRows * kPitch<kWidth>;             // a term of dL's rows
+  static constexpr int kStages = kWidth <= 128 && kTerms == 1 ? 2 : 1;        // of dL's rows
+  static constexpr int kGradBytes = kRows * kPitch<kWidth>;                   // a term of dL's rows
   static constexpr int kWeightBytes = kRows * kPitch<kStepCodes<T, kWidth>>;  // a term of what weighs dL
   static constexpr int kSharedBytes = kTerms * (kTileBytes<T, kWidth> + kStages * kGradBytes + kWeightBytes);
 };
@@ -89,10 +89,11 @@ __global__ void __launch_bounds__(kThreads, 1) gumbel_backward_kernel(const __gr
   const float inverse = 1.0f / load(p.temperature);
   const bool whole = whole_pieces<T>(p.logits, p.logits_stride, p.codes);
   const bool with_latents = p.grad_terms != nullptr;
-  char* codes = shared_memory();  // [terms][kBlock][kPitch<kWidth>], placed for d
+  char* codes = shared_memory();                         // [terms][kBlock][kPitch<kWidth>], placed for d
   char* grads = codes + kTerms * kTileBytes<T, kWidth>;  // [kStages][terms][kRows][kPitch<kWidth>]
-  char* weights = grads + Shape::kStages * kTerms * Shape::kGradBytes;  // [terms][kRows][kPitch<kBlock>], what weighs dL
-  const int first_code = blockIdx.x * kCodes;  // of each quarter
+  char* weights =
+      grads + Shape::kStages * kTerms * Shape::kGradBytes;  // [terms][kRows][kPitch<kBlock>], what weighs dL
+  const int first_code = blockIdx.x * kCodes;               // of each quarter
   const int column = first_code + kMine * c;
   const int share = (p.rows + p.parts - 1) / p.parts;
   const int begin = blockIdx.y * share;
@@ -156,8 +157,7 @@ __global__ void __launch_bounds__(kThreads, 1) gumbel_backward_kernel(const __gr
       float dot[4][2][4] = {};  // [quarter][u]: rows g, g + 8 against the lane's codes 4 t + 2 u + (0, 1)
       if (with_latents) {
         const char* a_from = grad + (warp * 16 + lane % 16) * kPitch<kWidth> + lane / 16 * 16;
-        const char* b_from =
-            codes + (16 * t + lane / 16 * 8 + lane % 8) * kPitch<kWidth> + lane / 8 % 2 * 16;
+        const char* b_from = codes + (16 * t + lane / 16 * 8 + lane % 8) * kPitch<kWidth> + lane / 8 % 2 * 16;
 #pragma unroll
         for (int k = 0; k < kWidth / 16; ++k) {
           uint32_t a[kTerms][4];
@@ -183,8 +183,7 @@ __global__ void __launch_bounds__(kThreads, 1) gumbel_backward_kernel(const __gr
 #pragma unroll
           for (int q = 0; q < 4; ++q) {
             float& logit = x[half][q][4 * t + j];
-            const float weight =
-                exp2_fast((logit + noise[q] - maximum[half]) * (inverse * kLog2E) - log_noisy[half]);
+            const float weight = exp2_fast((logit + noise[q] - maximum[half]) * (inverse * kLog2E) - log_noisy[half]);
             const float log_p = logit - maximum[half] - log_clean[half];
             const float clean = exp2_fast(log_p * kLog2E);
             const float kl = clean > 0.0f ? grad_kl[half] * clean * (log_p + entropy[half]) : 0.0f;

@@ -1,5 +1,5 @@
-// Gumbel lookup forward: y = softmax((logits + g) / tau), latents = y codebook, indices = argmax(logits + g), and the KL
-// of softmax(logits) from uniform, in one read of the logits.
+// Gumbel lookup forward: y = softmax((logits + g) / tau), latents = y codebook, indices = argmax(logits + g), and the
+// KL of softmax(logits) from uniform, in one read of the logits.
 //
 // A block owns 64 rows, 16 to a warp, and walks over the codes with two online softmaxes in base 2, one of the noisy
 // scores t = (x + g) / tau and one of the clean ones, whose mean logit gives the entropy:
@@ -17,7 +17,7 @@ namespace {
 constexpr int kForwardThreads = 128;
 constexpr int kForwardRows = kForwardThreads / 2;
 constexpr float kLowest = -3.402823466e38f;  // the largest of no scores: finite, so that -inf less it is -inf
-constexpr float kFar = -1e30f;  // an exponent of 0, and a number to multiply 0 with
+constexpr float kFar = -1e30f;               // an exponent of 0, and a number to multiply 0 with
 
 template <class T, int kWidth>
 __global__ void __launch_bounds__(kForwardThreads, kWidth <= 128 && sizeof(T) == 2 ? 2 : 1)

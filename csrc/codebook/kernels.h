@@ -29,7 +29,9 @@ struct Gumbel {
   uint64_t seed;
 
   int64_t quarter() const { return (codes + 3) / 4; }
-  int64_t tiles() const { return noise ? round_up(quarter(), kCounterTile) / kCounterTile : round_up(codes, kCodeTile) / kCodeTile; }
+  int64_t tiles() const {
+    return noise ? round_up(quarter(), kCounterTile) / kCounterTile : round_up(codes, kCodeTile) / kCodeTile;
+  }
 };
 
 struct GumbelForward : Gumbel {
@@ -45,18 +47,18 @@ struct GumbelForward : Gumbel {
 };
 
 struct GumbelBackward : Gumbel {
-  const void* grad_latents;  // [rows, width] or null
-  const float* grad_kl;      // [rows] or null
+  const void* grad_latents;                           // [rows, width] or null
+  const float* grad_kl;                               // [rows] or null
   const float *kl, *maximum, *log_noisy, *log_clean;  // of the forward pass
-  const float* mixture;      // [rows, width] or null: then `latents` are the mixture
-  const void* latents;       // [rows, width]
-  void* grad_logits;         // [rows, codes]
-  void* grad_codebook;       // [codes, width]; null: not the mixture's business
-  int64_t splits;            // shares of the rows, each with its own table of the codebook's gradient; see `partial`
+  const float* mixture;                               // [rows, width] or null: then `latents` are the mixture
+  const void* latents;                                // [rows, width]
+  void* grad_logits;                                  // [rows, codes]
+  void* grad_codebook;                                // [codes, width]; null: not the mixture's business
+  int64_t splits;  // shares of the rows, each with its own table of the codebook's gradient; see `partial`
   // Workspaces: the latents' gradient in two forms, grad_latents . mixture, and where splits > 1 the shares of the
   // codebook's gradient, to be added in order.
   uint32_t *grad_by_rows, *grad_packed;  // [rows, padded width], [rows, padded width]
-  float *delta, *partial;           // [rows], [splits, codes, padded width]
+  float *delta, *partial;                // [rows], [splits, codes, padded width]
 
   // The codebook's tile transposed, two tiles of scores, a tile of the codebook's gradient.
   int64_t scratch() const { return 4 * (2 * kCodeTile * padded(width) + 2 * kRowTile * kCodeTile); }
@@ -92,7 +94,7 @@ struct CodebookKernels {
   void (*gumbel_forward)(const GumbelForward&, int64_t row, int64_t row_end, void* scratch);
   void (*gumbel_prepare)(const GumbelBackward&, int64_t row_tile, int64_t row_tile_end);
   void (*gumbel_backward)(const GumbelBackward&, int64_t task, int64_t task_end, void* scratch);  // tiles() * splits
-  void (*gumbel_collect)(const GumbelBackward&, int64_t code, int64_t code_end);  // adds up the shares
+  void (*gumbel_collect)(const GumbelBackward&, int64_t code, int64_t code_end);                  // adds up the shares
   void (*half_norms)(const Vq&, int64_t code, int64_t code_end);
   void (*vq_forward)(const Vq&, int64_t row, int64_t row_end, void* scratch);
   void (*vq_grad_features)(const VqBackward&, int64_t row, int64_t row_end);
@@ -100,7 +102,8 @@ struct CodebookKernels {
   // grad_codebook[k] = the sum of grad's rows that chose code k: the straight-through share of gumbel_lookup.
   void (*scatter_rows)(const void* grad, const VqBackward&, int64_t code, int64_t code_end);
   // The four words of the 16 counters from `counter`, and the noise that they make: the generator itself, for tests.
-  void (*noise_words)(uint64_t seed, uint64_t row, uint32_t stream, uint32_t counter, uint32_t words[4][16], float noise[4][16]);
+  void (*noise_words)(uint64_t seed, uint64_t row, uint32_t stream, uint32_t counter, uint32_t words[4][16],
+                      float noise[4][16]);
 };
 
 struct CodebookTable {

@@ -1,5 +1,6 @@
-// What this library was built for, with what; csrc/cuda/build_cuda.py says it, `python -m dalle_kernels.backends.native`
-// prints it. And the versions of CUDA that have to fit: of the runtime inside, and of what the driver here supports.
+// What this library was built for, with what; csrc/cuda/build_cuda.py says it, `python -m
+// dalle_kernels.backends.native` prints it. And the versions of CUDA that have to fit: of the runtime inside, and of
+// what the driver here supports.
 
 #include <cuda_runtime_api.h>
 

@@ -76,7 +76,7 @@ DEVICE void store_rows(T* data, int64_t stride, const float (&sums)[kWidth / 8][
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         if (first + i < kWidth / 8) {
-          const float(&sum)[4] = sums[first + i];
+          const float (&sum)[4] = sums[first + i];
           words[i] = pack<T>(sum[2 * half] * factor[half], sum[2 * half + 1] * factor[half]);
         }
       }

@@ -15,8 +15,7 @@
 #define DALLE_DISPATCH_KEY CUDA
 
 // Lives in libtorch_cuda. Weak, so that the library also loads (to be looked at, not used) beside a torch without it.
-extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream)
-    __attribute__((weak));
+extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream) __attribute__((weak));
 
 namespace dalle {
 

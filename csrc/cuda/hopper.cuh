@@ -102,20 +102,20 @@ DEVICE void warpgroup_wait(float (&sums)[n][4]) {
 #define WORDS2 "%0, %1, %2, %3, %4, %5, %6, %7"
 #define WORDS4 WORDS2 ", %8, %9, %10, %11, %12, %13, %14, %15"
 #define WORDS8 WORDS4 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define PRODUCT(element, columns, sum_words, sum_operands, a0, a1, a2, a3, b, adding, transposed)                   \
-  asm volatile(                                                                                                    \
-      "{ .reg .pred adds; setp.ne.b32 adds, %" adding ", 0; wgmma.mma_async.sync.aligned.m64n" columns             \
-      "k16.f32." element "." element " {" sum_words "}, {%" a0 ", %" a1 ", %" a2 ", %" a3 "}, %" b                 \
-      ", adds, 1, 1, %" transposed "; }"                                                                           \
-      : sum_operands                                                                                               \
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_descriptor), "r"(adds ? 1 : 0), "n"(kTransposed ? 1 : 0))
-#define PRODUCTS(element)                                                                              \
-  if constexpr (kColumns == 64) {                                                                      \
-    PRODUCT(element, "64", WORDS8, SUMS8(0), "32", "33", "34", "35", "36", "37", "38");                \
-  } else if constexpr (kColumns == 32) {                                                               \
-    PRODUCT(element, "32", WORDS4, SUMS4(0), "16", "17", "18", "19", "20", "21", "22");                \
-  } else {                                                                                             \
-    PRODUCT(element, "16", WORDS2, SUMS2(0), "8", "9", "10", "11", "12", "13", "14");                  \
+#define PRODUCT(element, columns, sum_words, sum_operands, a0, a1, a2, a3, b, adding, transposed)               \
+  asm volatile("{ .reg .pred adds; setp.ne.b32 adds, %" adding ", 0; wgmma.mma_async.sync.aligned.m64n" columns \
+               "k16.f32." element "." element " {" sum_words "}, {%" a0 ", %" a1 ", %" a2 ", %" a3 "}, %" b     \
+               ", adds, 1, 1, %" transposed "; }"                                                               \
+               : sum_operands                                                                                   \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_descriptor), "r"(adds ? 1 : 0),              \
+                 "n"(kTransposed ? 1 : 0))
+#define PRODUCTS(element)                                                               \
+  if constexpr (kColumns == 64) {                                                       \
+    PRODUCT(element, "64", WORDS8, SUMS8(0), "32", "33", "34", "35", "36", "37", "38"); \
+  } else if constexpr (kColumns == 32) {                                                \
+    PRODUCT(element, "32", WORDS4, SUMS4(0), "16", "17", "18", "19", "20", "21", "22"); \
+  } else {                                                                              \
+    PRODUCT(element, "16", WORDS2, SUMS2(0), "8", "9", "10", "11", "12", "13", "14");   \
   }
 
 // sums = A B, or where `adds` sums += A B, for 16 columns of A and kColumns (16, 32 or 64) of B. `b_descriptor` names

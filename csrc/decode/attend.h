@@ -2,9 +2,9 @@
 // another in memory order: scores a vector of keys at a time (a row each, then the transpose adds up the lanes), and
 // the weighted sum of value rows in registers. A block of 256 entries keeps its scores in the first cache.
 //
-// Attention of many queries that see the same keys, as the continuations of one prompt do: there the work is arithmetic.
-// Queries lie across the lanes, so that scores are products of broadcast keys, the softmax runs down the rows, and a
-// block of 64 keys serves up to 64 queries while it is in the first cache.
+// Attention of many queries that see the same keys, as the continuations of one prompt do: there the work is
+// arithmetic. Queries lie across the lanes, so that scores are products of broadcast keys, the softmax runs down the
+// rows, and a block of 64 keys serves up to 64 queries while it is in the first cache.
 #pragma once
 
 #include "attention/tiles.h"

@@ -71,10 +71,10 @@ void require_slots(const Visible& visible, int64_t slots) {
 
 // What every row and token sees, worked out before the threads start.
 struct Sight {
-  std::vector<int64_t> slot;     // [rows, tokens]
-  std::vector<Visible> own;      // [rows, tokens]
-  std::vector<Visible> shared;   // [rows, tokens]; empty without a shared prompt
-  std::vector<bool> together;    // [prompts]: whether a prompt's rows stand at one position
+  std::vector<int64_t> slot;               // [rows, tokens]
+  std::vector<Visible> own;                // [rows, tokens]
+  std::vector<Visible> shared;             // [rows, tokens]; empty without a shared prompt
+  std::vector<bool> together;              // [prompts]: whether a prompt's rows stand at one position
   std::deque<std::vector<int32_t>> lists;  // where padding leaves holes
 };
 
@@ -82,8 +82,8 @@ struct Sight {
 constexpr int64_t kFewestTogether = 8;
 constexpr int64_t kMostSharedParts = 8;
 
-// Writes the new keys and values k and v [B, H, G, D] into their slots of keys and values [B, H, L, D], then attends from
-// q; row by row G tokens from position (one, or [B]) on. Each B / P rows also see shared_keys and shared_values
+// Writes the new keys and values k and v [B, H, G, D] into their slots of keys and values [B, H, L, D], then attends
+// from q; row by row G tokens from position (one, or [B]) on. Each B / P rows also see shared_keys and shared_values
 // [P, H, M, D]. hidden [B, L] and shared_hidden [P, M] are true at slots of padding. slot [S], prefix [S],
 // offsets [S + 1], slots: a DecodeTable, as the shared ones, which have no slot.
 Tensor decode_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& keys, const Tensor& values,
@@ -100,8 +100,7 @@ Tensor decode_forward(const Tensor& q, const Tensor& k, const Tensor& v, const T
     require(tensor.dtype() == q.dtype(), "got dtype ", tensor.dtype(), ", wanted that of q");
     require(tensor.dim() == 4 && tensor.size(0) == batch && tensor.size(1) == heads && tensor.size(3) == width &&
                 tensor.stride(3) == 1,
-            "got shape ", shape_of(tensor), ", wanted the B, H and D of q, ", shape_of(q),
-            ", and unit stride along D");
+            "got shape ", shape_of(tensor), ", wanted the B, H and D of q, ", shape_of(q), ", and unit stride along D");
   };
   for (const Tensor* tensor : {&q, &k, &v, &keys, &values}) check(*tensor, rows);
   require(k.size(2) == tokens && v.size(2) == tokens, "k, v: wanted ", tokens, " tokens as q has");
@@ -134,7 +133,8 @@ Tensor decode_forward(const Tensor& q, const Tensor& k, const Tensor& v, const T
     if (first != start[by_row ? p * copies : 0]) sight.together[size_t(p)] = false;
     for (int64_t g = 0; g < tokens; g++) {
       const int64_t to = slot.data<const int32_t>()[first + g];
-      require(to >= 0 && to < keys.size(2) && to < values.size(2), "cache: got ", keys.size(2), " slots, wanted slot ", to);
+      require(to >= 0 && to < keys.size(2) && to < values.size(2), "cache: got ", keys.size(2), " slots, wanted slot ",
+              to);
       Visible seen = own.at(first + g);
       require_slots(seen, std::min(keys.size(2), values.size(2)));
       if (own_hidden) {
@@ -170,7 +170,8 @@ Tensor decode_forward(const Tensor& q, const Tensor& k, const Tensor& v, const T
   for (const Visible& visible : sight.own) most = std::max<int64_t>(most, entries(visible));
   for (const Visible& visible : sight.shared) most_shared = std::max<int64_t>(most_shared, entries(visible));
   // Few heads: the keys are cut into parts, as many as the shape says and never the number of threads.
-  const int64_t cut = shares || tokens > 1 ? 1 : std::min<int64_t>(kMostParts / std::max<int64_t>(queries, 1), most / 64);
+  const int64_t cut =
+      shares || tokens > 1 ? 1 : std::min<int64_t>(kMostParts / std::max<int64_t>(queries, 1), most / 64);
   const int64_t parts = std::clamp<int64_t>(cut, 1, kMostParts);
   const int64_t blocks = (copies + kMostQueries - 1) / kMostQueries, products = prompts * heads * tokens * blocks;
   const int64_t shared_parts =
@@ -185,36 +186,39 @@ Tensor decode_forward(const Tensor& q, const Tensor& k, const Tensor& v, const T
 
   if (shares) {
     const Rows before_keys(*shared_keys), before_values(*shared_values);
-    parallel_for(0, products * shared_parts, grain(products, copies * most_shared / shared_parts),
-                 [&](int64_t begin, int64_t end) {
-      float* const memory =
-          static_cast<float*>(thread_scratch(kMostQueries * (kMostQueries + 4 * stride) * int64_t(sizeof(float))));
-      for (int64_t i = begin; i < end; i++) {
-        const int64_t part = i % shared_parts, block = i / shared_parts % blocks;
-        const int64_t g = i / shared_parts / blocks % tokens, head = i / shared_parts / blocks / tokens;
-        const int64_t p = head / heads, h = head % heads, first = p * copies + block * kMostQueries;
-        const int64_t count = std::min<int64_t>(kMostQueries, (p + 1) * copies - first);
-        const char *const prompt_keys = before_keys.at(p, h, 0), *const prompt_values = before_values.at(p, h, 0);
-        const auto range = [&](const Visible& visible, int64_t j) { return int32_t(entries(visible) * j / shared_parts); };
-        if (sight.together[size_t(p)] && count >= kFewestTogether) {
-          const void* at_once[kMostQueries];
-          for (int64_t j = 0; j < count; j++) at_once[j] = q_rows.at(first + j, h, g);
-          const Visible& visible = sight.shared[size_t(first * tokens + g)];
-          const int64_t to = at(first, h, g) + part;
-          kernels.attend_many(at_once, int(count), prompt_keys, prompt_values, shared_keys->stride(2), int(width),
-                              float(scale), visible, range(visible, part), range(visible, part + 1),
-                              results.data() + to, sums_data + to * stride, heads * tokens * all, stride, memory);
-          continue;
-        }
-        for (int64_t b = first; b < first + count; b++) {
-          const Visible& visible = sight.shared[size_t(b * tokens + g)];
-          const int64_t to = at(b, h, g) + part;
-          results[size_t(to)] = kernels.attend(q_rows.at(b, h, g), prompt_keys, prompt_values, shared_keys->stride(2),
-                                               int(width), float(scale), visible, range(visible, part),
-                                               range(visible, part + 1), sums_data + to * stride);
-        }
-      }
-    });
+    parallel_for(
+        0, products * shared_parts, grain(products, copies * most_shared / shared_parts),
+        [&](int64_t begin, int64_t end) {
+          float* const memory =
+              static_cast<float*>(thread_scratch(kMostQueries * (kMostQueries + 4 * stride) * int64_t(sizeof(float))));
+          for (int64_t i = begin; i < end; i++) {
+            const int64_t part = i % shared_parts, block = i / shared_parts % blocks;
+            const int64_t g = i / shared_parts / blocks % tokens, head = i / shared_parts / blocks / tokens;
+            const int64_t p = head / heads, h = head % heads, first = p * copies + block * kMostQueries;
+            const int64_t count = std::min<int64_t>(kMostQueries, (p + 1) * copies - first);
+            const char *const prompt_keys = before_keys.at(p, h, 0), *const prompt_values = before_values.at(p, h, 0);
+            const auto range = [&](const Visible& visible, int64_t j) {
+              return int32_t(entries(visible) * j / shared_parts);
+            };
+            if (sight.together[size_t(p)] && count >= kFewestTogether) {
+              const void* at_once[kMostQueries];
+              for (int64_t j = 0; j < count; j++) at_once[j] = q_rows.at(first + j, h, g);
+              const Visible& visible = sight.shared[size_t(first * tokens + g)];
+              const int64_t to = at(first, h, g) + part;
+              kernels.attend_many(at_once, int(count), prompt_keys, prompt_values, shared_keys->stride(2), int(width),
+                                  float(scale), visible, range(visible, part), range(visible, part + 1),
+                                  results.data() + to, sums_data + to * stride, heads * tokens * all, stride, memory);
+              continue;
+            }
+            for (int64_t b = first; b < first + count; b++) {
+              const Visible& visible = sight.shared[size_t(b * tokens + g)];
+              const int64_t to = at(b, h, g) + part;
+              results[size_t(to)] = kernels.attend(
+                  q_rows.at(b, h, g), prompt_keys, prompt_values, shared_keys->stride(2), int(width), float(scale),
+                  visible, range(visible, part), range(visible, part + 1), sums_data + to * stride);
+            }
+          }
+        });
   }
 
   if (parts > 1)
@@ -228,10 +232,9 @@ Tensor decode_forward(const Tensor& q, const Tensor& k, const Tensor& v, const T
         if (parts == 1) write(b, h, g);
         const Visible& visible = sight.own[size_t(b * tokens + g)];
         const int64_t count = entries(visible), mine = at(b, h, g), to = mine + shared_parts + part;
-        results[size_t(to)] = kernels.attend(q_rows.at(b, h, g), key_rows.at(b, h, 0), value_rows.at(b, h, 0),
-                                             keys.stride(2), int(width), float(scale), visible,
-                                             int32_t(count * part / parts), int32_t(count * (part + 1) / parts),
-                                             sums_data + to * stride);
+        results[size_t(to)] = kernels.attend(
+            q_rows.at(b, h, g), key_rows.at(b, h, 0), value_rows.at(b, h, 0), keys.stride(2), int(width), float(scale),
+            visible, int32_t(count * part / parts), int32_t(count * (part + 1) / parts), sums_data + to * stride);
         if (parts == 1)
           kernels.combine(results.data() + mine, sums_data + mine * stride, stride, int(all), int(width),
                           out_rows.at(b, h, g));

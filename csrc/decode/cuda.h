@@ -10,16 +10,16 @@ struct DecodeParameters {
   const void* q;  // [B, H, 1, D], as k and v: contiguous rows at multiples of 16 bytes
   const void* k;
   const void* v;
-  void* keys;    // [B, H, L, D]
+  void* keys;  // [B, H, L, D]
   void* values;
-  void* out;     // [B, H, 1, D], contiguous
-  float* partial;  // [B * H, splits, D + 2], where splits > 1
-  const int32_t* slot;     // DecodeTable
+  void* out;            // [B, H, 1, D], contiguous
+  float* partial;       // [B * H, splits, D + 2], where splits > 1
+  const int32_t* slot;  // DecodeTable
   const int32_t* prefix;
   const int64_t* offsets;
   const int32_t* slots;
   const int64_t* position;  // one element
-  int64_t q_strides[2];  // elements between batches and between heads
+  int64_t q_strides[2];     // elements between batches and between heads
   int64_t k_strides[2];
   int64_t v_strides[2];
   int64_t keys_strides[3];  // batches, heads, slots

@@ -5,9 +5,8 @@
 
 namespace dalle {
 
-static void decode(Tensor q, Tensor k, Tensor v, Tensor keys, Tensor values, Tensor slot, Tensor prefix,
-                   Tensor offsets, Tensor slots, Tensor position, Tensor partial, Tensor out, double scale,
-                   int64_t splits) {
+static void decode(Tensor q, Tensor k, Tensor v, Tensor keys, Tensor values, Tensor slot, Tensor prefix, Tensor offsets,
+                   Tensor slots, Tensor position, Tensor partial, Tensor out, double scale, int64_t splits) {
   const DeviceGuard guard(q.get_device());
   DecodeParameters p;
   p.q = device_pointer<const void>(q);

@@ -21,9 +21,7 @@ constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kMinusInfinity = -INFINITY;
 
 // 2^(m - larger), 0 where nothing was seen yet.
-DEVICE float weight(float m, float larger) {
-  return m == kMinusInfinity ? 0.0f : exp2_fast(m - larger);
-}
+DEVICE float weight(float m, float larger) { return m == kMinusInfinity ? 0.0f : exp2_fast(m - larger); }
 
 template <class T, int kLanes>
 __global__ void __launch_bounds__(kThreads) decode_kernel(const __grid_constant__ DecodeParameters p) {

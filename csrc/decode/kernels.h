@@ -7,8 +7,8 @@
 
 namespace dalle::decode {
 
-// What a head's query sees: slots 0 .. prefix - 1, then `listed` slots out of `slots`. Entry j of the whole is slot j or
-// slots[j - prefix].
+// What a head's query sees: slots 0 .. prefix - 1, then `listed` slots out of `slots`. Entry j of the whole is slot j
+// or slots[j - prefix].
 struct Visible {
   int32_t prefix, listed;
   const int32_t* slots;
@@ -28,12 +28,12 @@ constexpr int kMostQueries = 64;  // that attend_many() takes
 // q [D], rows of keys and values `row` elements apart.
 using Attend = Part (*)(const void* q, const void* keys, const void* values, int64_t row, int width, float scale,
                         const Visible& visible, int32_t first, int32_t last, float* sums);
-// The same for `count` queries that see the same entries: one product, which reads each key and value once. Query i is at
-// q[i], its part and its sums at parts + i * step and sums + i * step * stride. `memory` has room for 64 (64 + 4 D) floats,
-// D rounded up to kAlign, on a 64-byte boundary.
-using AttendMany = void (*)(const void* const* q, int count, const void* keys, const void* values, int64_t row, int width,
-                            float scale, const Visible& visible, int32_t first, int32_t last, Part* parts, float* sums,
-                            int64_t step, int64_t stride, float* memory);
+// The same for `count` queries that see the same entries: one product, which reads each key and value once. Query i is
+// at q[i], its part and its sums at parts + i * step and sums + i * step * stride. `memory` has room for 64 (64 + 4 D)
+// floats, D rounded up to kAlign, on a 64-byte boundary.
+using AttendMany = void (*)(const void* const* q, int count, const void* keys, const void* values, int64_t row,
+                            int width, float scale, const Visible& visible, int32_t first, int32_t last, Part* parts,
+                            float* sums, int64_t step, int64_t stride, float* memory);
 // out [D] = the parts put together; parts' sums lie `stride` floats apart.
 using Combine = void (*)(const Part* parts, const float* sums, int64_t stride, int count, int width, void* out);
 

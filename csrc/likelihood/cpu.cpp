@@ -18,9 +18,16 @@ namespace {
 constexpr int64_t kGrain = 4096;  // elements below which a second thread costs more than it gives
 constexpr int64_t kRun = 512;     // elements of scattered arrays that are packed at a time
 
-template <class T> const LaplaceKernels<T>& kernels();
-template <> const LaplaceKernels<float>& kernels() { return laplace_kernels().f32; }
-template <> const LaplaceKernels<bf16>& kernels() { return laplace_kernels().bf16; }
+template <class T>
+const LaplaceKernels<T>& kernels();
+template <>
+const LaplaceKernels<float>& kernels() {
+  return laplace_kernels().f32;
+}
+template <>
+const LaplaceKernels<bf16>& kernels() {
+  return laplace_kernels().bf16;
+}
 
 // An array of a run: in place where it is contiguous, otherwise in a buffer.
 template <class T>
@@ -82,8 +89,8 @@ void check(const Tensor& pixels, std::initializer_list<const Tensor*> others) {
   require(pixels.dtype() == DType::float32 || pixels.dtype() == DType::bfloat16,
           "the CPU kernels take float32 and bfloat16, not ", pixels.dtype());
   for (const Tensor* other : others)
-    require(other->same_shape(pixels) && other->dtype() == pixels.dtype(), "got shape ", shape_of(*other), " and dtype ",
-            other->dtype(), ", wanted those of pixels: ", shape_of(pixels), ", ", pixels.dtype());
+    require(other->same_shape(pixels) && other->dtype() == pixels.dtype(), "got shape ", shape_of(*other),
+            " and dtype ", other->dtype(), ", wanted those of pixels: ", shape_of(pixels), ", ", pixels.dtype());
 }
 
 // Inputs are read only, through the type that outputs have.
@@ -103,8 +110,8 @@ std::tuple<Tensor, Tensor> laplace_backward(const Tensor& grad, const Tensor& pi
   require(grad.dtype() == DType::float32 && grad.same_shape(pixels), "grad: got shape ", shape_of(grad), " and dtype ",
           grad.dtype(), ", wanted ", shape_of(pixels), " and float32");
   Tensor dmu = new_tensor_like(mu), dlog_b = new_tensor_like(log_b);
-  const Strided<6> arrays({&dmu, &dlog_b, &grad, &pixels, &mu, &log_b}, {dmu.data<void>(), dlog_b.data<void>(), input(grad),
-                                                                        input(pixels), input(mu), input(log_b)});
+  const Strided<6> arrays({&dmu, &dlog_b, &grad, &pixels, &mu, &log_b},
+                          {dmu.data<void>(), dlog_b.data<void>(), input(grad), input(pixels), input(mu), input(log_b)});
   pixels.dtype() == DType::float32 ? backward<float>(arrays) : backward<bf16>(arrays);
   return {std::move(dmu), std::move(dlog_b)};
 }

@@ -23,15 +23,22 @@ Tensor sample(const Tensor& logits, const std::optional<Tensor>& unconditional, 
           "the CPU kernels take float32 and bfloat16, not ", logits.dtype());
   require(seed.dtype() == DType::int64 && seed.numel() == 1, "seed: wanted one int64");
   Tensor tokens = empty({logits.size(0)}, DType::int64);
-  const Sampling problem{logits.data<const void>(), unconditional ? unconditional->data<const void>() : nullptr,
-                         logits.size(0), logits.size(1), logits.stride(0), unconditional ? unconditional->stride(0) : 0,
-                         float(guidance_scale), float(temperature), top_k, float(top_p),
-                         uint64_t(*seed.data<const int64_t>()), tokens.data<int64_t>()};
+  const Sampling problem{logits.data<const void>(),
+                         unconditional ? unconditional->data<const void>() : nullptr,
+                         logits.size(0),
+                         logits.size(1),
+                         logits.stride(0),
+                         unconditional ? unconditional->stride(0) : 0,
+                         float(guidance_scale),
+                         float(temperature),
+                         top_k,
+                         float(top_p),
+                         uint64_t(*seed.data<const int64_t>()),
+                         tokens.data<int64_t>()};
   const SamplingTable& table = sampling_kernels();
   const SampleRows sample_rows = logits.dtype() == DType::float32 ? table.f32 : table.bf16;
-  parallel_for(0, problem.rows, 1, [&](int64_t row, int64_t end) {
-    sample_rows(problem, row, end, thread_scratch(problem.scratch()));
-  });
+  parallel_for(0, problem.rows, 1,
+               [&](int64_t row, int64_t end) { sample_rows(problem, row, end, thread_scratch(problem.scratch())); });
   return tokens;
 }
 

@@ -34,6 +34,4 @@ STABLE_TORCH_LIBRARY_FRAGMENT(DALLE_LIBRARY, m) {
       " float top_p, Tensor seed, Tensor(a!) tokens) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(DALLE_LIBRARY, DALLE_DISPATCH_KEY, m) {
-  m.impl("sample_tokens", TORCH_BOX(&dalle::sample));
-}
+STABLE_TORCH_LIBRARY_IMPL(DALLE_LIBRARY, DALLE_DISPATCH_KEY, m) { m.impl("sample_tokens", TORCH_BOX(&dalle::sample)); }

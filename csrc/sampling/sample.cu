@@ -54,9 +54,9 @@ struct Shared {
   uint32_t counts[kBins];
   float scores[kThreads / 32];  // the warps' largest
   int tokens[kThreads / 32];
-  uint32_t prefix;   // bits of the threshold found so far
-  uint32_t count;    // of keys above the range that `prefix` leaves open
-  Weight weight;     // their weight
+  uint32_t prefix;  // bits of the threshold found so far
+  uint32_t count;   // of keys above the range that `prefix` leaves open
+  Weight weight;    // their weight
 };
 
 // The largest score of the block and the first token that has it; all threads get them.
@@ -138,8 +138,8 @@ DEVICE void descend(const Row<T>& row, int vocabulary, uint32_t lowest, float la
     for (int i = 0; i < kEach; ++i) {
       const int bin = kBins - 1 - kEach * lane - i;
       const uint32_t keys = load(&shared->counts[bin]);
-      const bool wanted = top_k > 0 ? count_above < top_k && count_above + keys >= top_k
-                                    : keys > 0 && weight_above < limit;
+      const bool wanted =
+          top_k > 0 ? count_above < top_k && count_above + keys >= top_k : keys > 0 && weight_above < limit;
       if (wanted) {
         found = bin;
         found_count = count_above;
@@ -180,10 +180,10 @@ template <class T>
 __global__ void __launch_bounds__(kThreads, 4) sample_kernel(const __grid_constant__ SampleParameters p) {
   auto* shared = reinterpret_cast<Shared*>(shared_memory());
   const int64_t index = blockIdx.x;
-  const Row<T> row{static_cast<const T*>(p.logits) + index * p.logits_stride,
-                   p.unconditional == nullptr ? nullptr
-                                              : static_cast<const T*>(p.unconditional) + index * p.unconditional_stride,
-                   p.guidance_scale, p.temperature};
+  const Row<T> row{
+      static_cast<const T*>(p.logits) + index * p.logits_stride,
+      p.unconditional == nullptr ? nullptr : static_cast<const T*>(p.unconditional) + index * p.unconditional_stride,
+      p.guidance_scale, p.temperature};
   const int vocabulary = p.vocabulary;
   constexpr int kNone = 0x7fffffff;
   const bool greedy = p.temperature == 0.0f;

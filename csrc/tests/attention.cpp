@@ -1,5 +1,5 @@
-// The attention and decoding kernels on plain memory, for the sanitizers: every array is a separate allocation of exactly
-// its size, filled with NaN where it is output, and every result is compared with sums in double precision.
+// The attention and decoding kernels on plain memory, for the sanitizers: every array is a separate allocation of
+// exactly its size, filled with NaN where it is output, and every result is compared with sums in double precision.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -81,7 +81,8 @@ Lists view(const ListStorage& s) {
 
 struct AlignedMemory {
   float* data;
-  explicit AlignedMemory(int64_t floats) : data(static_cast<float*>(std::aligned_alloc(64, size_t(floats + 15) / 16 * 64))) {
+  explicit AlignedMemory(int64_t floats)
+      : data(static_cast<float*>(std::aligned_alloc(64, size_t(floats + 15) / 16 * 64))) {
     for (int64_t i = 0; i < floats; i++) data[i] = NAN;
   }
   ~AlignedMemory() { std::free(data); }
@@ -114,7 +115,9 @@ void attention_case(const Kernels& kernels, const char* name, int length, int wi
   std::vector<float> lse(size_t(length), NAN), grad_lse(size_t(length), 0.25f);
   std::vector<uint8_t> padding(size_t(length), 0);
   for (int i = 0; with_padding && i < length; i += 5) padding[i] = 1;
-  const auto array = [&](std::vector<T>& x) { return Array{x.data(), int64_t(length) * width, int64_t(length) * width, width}; };
+  const auto array = [&](std::vector<T>& x) {
+    return Array{x.data(), int64_t(length) * width, int64_t(length) * width, width};
+  };
   const float scale = 0.4f;
   for (const bool scattered : {false, true}) {
     const Problem problem{&plan, 1, 1, width, scale, with_padding ? padding.data() : nullptr, scattered};
@@ -129,7 +132,8 @@ void attention_case(const Kernels& kernels, const char* name, int length, int wi
       Scratch scratch{memory.data, -1};
       const BackwardArrays arrays{array(q),  array(k),  array(v),  array(out), array(grad),
                                   array(dq), array(dk), array(dv), lse.data(), grad_lse.data()};
-      const std::vector<int32_t> cuts = cut > 0 && cut < tiles ? std::vector<int32_t>{0, cut, tiles} : std::vector<int32_t>{0, tiles};
+      const std::vector<int32_t> cuts =
+          cut > 0 && cut < tiles ? std::vector<int32_t>{0, cut, tiles} : std::vector<int32_t>{0, tiles};
       const Ranges shared = share_keys(plan, cuts);
       const int64_t slot = 2 * kTile * kernels.rounded_width(width);
       std::vector<float> partial(size_t(shared.slot_offsets.back() * slot), NAN);
@@ -185,7 +189,8 @@ void attention_case(const Kernels& kernels, const char* name, int length, int wi
       worse(4, to_float(dv[i]), want_dv[i]);
     }
     const char* parts[] = {"out", "lse", "dq", "dk", "dv"};
-    for (int i = 0; i < 5; i++) expect(worst[i] <= tolerance * (i < 2 ? 1 : width / 8.0), parts[i], name, length, width);
+    for (int i = 0; i < 5; i++)
+      expect(worst[i] <= tolerance * (i < 2 ? 1 : width / 8.0), parts[i], name, length, width);
   }
 }
 

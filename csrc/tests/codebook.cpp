@@ -1,6 +1,6 @@
-// Runs every codebook, likelihood and sampling kernel of every instruction set on buffers of exactly the size it is entitled to,
-// for the address and undefined-behaviour sanitizers (tests/test_sanitizers.py builds and runs it), and checks the
-// results against plain double loops.
+// Runs every codebook, likelihood and sampling kernel of every instruction set on buffers of exactly the size it is
+// entitled to, for the address and undefined-behaviour sanitizers (tests/test_sanitizers.py builds and runs it), and
+// checks the results against plain double loops.
 
 #include <array>
 #include <cmath>
@@ -30,9 +30,14 @@ void expect(bool holds, const std::string& what) {
   std::printf("failed: %s (%s)\n", what.c_str(), isa_name(current_isa()));
 }
 
-template <class T> T narrow(float x);
-template <> float narrow(float x) { return x; }
-template <> bf16 narrow(float x) {
+template <class T>
+T narrow(float x);
+template <>
+float narrow(float x) {
+  return x;
+}
+template <>
+bf16 narrow(float x) {
   uint32_t word;
   std::memcpy(&word, &x, sizeof word);
   return {uint16_t(word >> 16)};
@@ -64,7 +69,8 @@ struct Scratch {
 };
 
 // The noise, from the kernels' own generator: its words are checked against published vectors elsewhere.
-float noise_of(const CodebookKernels& kernels, uint64_t seed, int64_t row, int64_t code, int64_t codes, uint32_t stream) {
+float noise_of(const CodebookKernels& kernels, uint64_t seed, int64_t row, int64_t code, int64_t codes,
+               uint32_t stream) {
   const int64_t quarter = (codes + 3) / 4;
   uint32_t words[4][16];
   float noise[4][16];
@@ -74,7 +80,8 @@ float noise_of(const CodebookKernels& kernels, uint64_t seed, int64_t row, int64
 
 template <class T>
 void gumbel(const CodebookKernels& kernels, int64_t rows, int64_t codes, int64_t width, bool hard, bool noise) {
-  const std::string name = "gumbel " + std::to_string(rows) + " x " + std::to_string(codes) + " -> " + std::to_string(width);
+  const std::string name =
+      "gumbel " + std::to_string(rows) + " x " + std::to_string(codes) + " -> " + std::to_string(width);
   const auto logits = random_table<T>(rows * codes, 2.f), codebook = random_table<T>(codes * width);
   const Gumbel problem{logits.data(), codebook.data(), rows, codes, width, codes, 0.7f, noise, 0x9876543210FEDCBAull};
   auto latents = poisoned<T>(rows * width);
@@ -82,8 +89,9 @@ void gumbel(const CodebookKernels& kernels, int64_t rows, int64_t codes, int64_t
   auto indices = poisoned<int64_t>(rows);
   auto kl = poisoned<float>(rows), maximum = poisoned<float>(rows);
   auto log_noisy = poisoned<float>(rows), log_clean = poisoned<float>(rows);
-  GumbelForward forward{problem, latents.data(), hard ? mixture.data() : nullptr, indices.data(), kl.data(),
-                        maximum.data(), log_noisy.data(), log_clean.data(), nullptr};
+  GumbelForward forward{problem,          latents.data(),   hard ? mixture.data() : nullptr,
+                        indices.data(),   kl.data(),        maximum.data(),
+                        log_noisy.data(), log_clean.data(), nullptr};
   auto packed_codebook = poisoned<uint32_t>(forward.packed_words());
   forward.packed = packed_codebook.data();
   kernels.gumbel_pack(forward, 0, forward.tiles());
@@ -96,7 +104,8 @@ void gumbel(const CodebookKernels& kernels, int64_t rows, int64_t codes, int64_t
     double total = 0, best = -1e300;
     int64_t index = 0;
     for (int64_t k = 0; k < codes; k++) {
-      const double score = to_float(logits[size_t(n * codes + k)]) + (noise ? noise_of(kernels, problem.seed, n, k, codes, 0) : 0.f);
+      const double score =
+          to_float(logits[size_t(n * codes + k)]) + (noise ? noise_of(kernels, problem.seed, n, k, codes, 0) : 0.f);
       if (score > best) best = score, index = k;
       const double weight = std::exp(score / problem.temperature);
       total += weight;
@@ -146,7 +155,8 @@ void vq(const CodebookKernels& kernels, int64_t rows, int64_t codes, int64_t wid
   const auto features = random_table<T>(rows * width), codebook = random_table<T>(codes * width);
   auto indices = poisoned<int64_t>(rows);
   auto distance = poisoned<float>(rows), half_norms = poisoned<float>(codes);
-  const Vq problem{features.data(), codebook.data(), rows, codes, width, indices.data(), distance.data(), half_norms.data()};
+  const Vq problem{features.data(), codebook.data(),  rows, codes, width, indices.data(),
+                   distance.data(), half_norms.data()};
   const Scratch scratch(problem.scratch());
   kernels.half_norms(problem, 0, codes);
   kernels.vq_forward(problem, 0, rows, scratch.memory.get());
@@ -161,7 +171,8 @@ void vq(const CodebookKernels& kernels, int64_t rows, int64_t codes, int64_t wid
     for (int64_t k = 0; k < codes; k++) {
       double sum = 0;
       for (int64_t d = 0; d < width; d++)
-        sum += std::pow(double(to_float(features[size_t(n * width + d)])) - to_float(codebook[size_t(k * width + d)]), 2);
+        sum +=
+            std::pow(double(to_float(features[size_t(n * width + d)])) - to_float(codebook[size_t(k * width + d)]), 2);
       best = std::fmin(best, sum);
     }
     expect(std::fabs(distance[size_t(n)] - best) <= 1e-5 * best + 1e-6, "vq: distance");
@@ -169,8 +180,9 @@ void vq(const CodebookKernels& kernels, int64_t rows, int64_t codes, int64_t wid
   expect(int64_t(members.size()) == rows, "vq: indices");
   const auto grad = random_table<float>(rows);
   auto grad_features = poisoned<T>(rows * width), grad_codebook = poisoned<T>(codes * width);
-  const VqBackward backward{grad.data(), features.data(), codebook.data(), rows, codes, width, indices.data(),
-                            grad_features.data(), grad_codebook.data(), starts.data(), members.data()};
+  const VqBackward backward{
+      grad.data(),    features.data(),      codebook.data(),      rows,          codes,         width,
+      indices.data(), grad_features.data(), grad_codebook.data(), starts.data(), members.data()};
   kernels.vq_grad_features(backward, 0, rows);
   kernels.vq_grad_codebook(backward, 0, codes);
   for (const T value : grad_features) expect(std::isfinite(to_float(value)), "vq: dfeatures");
@@ -179,10 +191,12 @@ void vq(const CodebookKernels& kernels, int64_t rows, int64_t codes, int64_t wid
 }
 
 template <class T>
-void sampling(SampleRows sample, const CodebookKernels& kernels, int64_t rows, int64_t codes, int64_t top_k, float top_p) {
+void sampling(SampleRows sample, const CodebookKernels& kernels, int64_t rows, int64_t codes, int64_t top_k,
+              float top_p) {
   const auto logits = random_table<T>(rows * codes, 2.f), unconditional = random_table<T>(rows * codes, 2.f);
   auto tokens = poisoned<int64_t>(rows);
-  const Sampling problem{logits.data(), unconditional.data(), rows, codes, codes, codes, 1.5f, 0.8f, top_k, top_p, 77, tokens.data()};
+  const Sampling problem{logits.data(), unconditional.data(), rows, codes, codes, codes, 1.5f, 0.8f, top_k, top_p, 77,
+                         tokens.data()};
   const Scratch scratch(problem.scratch());
   sample(problem, 0, rows, scratch.memory.get());
   for (int64_t n = 0; n < rows; n++) {
@@ -224,7 +238,8 @@ void laplace(const LaplaceKernels<T>& kernels, int64_t count) {
 template <class T>
 void run(const CodebookKernels& kernels, SampleRows sample, const LaplaceKernels<T>& likelihood) {
   for (const int64_t count : {1, 7, 16, 37}) laplace<T>(likelihood, count);
-  for (const auto& [rows, codes, width] : {std::array<int64_t, 3>{1, 1, 1}, {3, 2, 5}, {2, 5, 17}, {67, 133, 40}, {5, 300, 72}}) {
+  for (const auto& [rows, codes, width] :
+       {std::array<int64_t, 3>{1, 1, 1}, {3, 2, 5}, {2, 5, 17}, {67, 133, 40}, {5, 300, 72}}) {
     gumbel<T>(kernels, rows, codes, width, false, true);
     gumbel<T>(kernels, rows, codes, width, true, true);
     gumbel<T>(kernels, rows, codes, width, true, false);

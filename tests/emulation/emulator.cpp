@@ -92,8 +92,8 @@ void Machine::launch(dim3 grid, int threads, int shared_bytes, const std::functi
     throw Fault(std::to_string(shared_bytes) + " bytes of shared memory; a block has at most 232448");
   }
   if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.y > 65535 || grid.z > 65535) {
-    throw Fault("a grid of (" + std::to_string(grid.x) + ", " + std::to_string(grid.y) + ", " +
-                std::to_string(grid.z) + ") blocks");
+    throw Fault("a grid of (" + std::to_string(grid.x) + ", " + std::to_string(grid.y) + ", " + std::to_string(grid.z) +
+                ") blocks");
   }
   grid_ = grid;
   threads_.resize(threads);
@@ -198,9 +198,9 @@ void Machine::meet(uint32_t mask, const char* instruction, void* operand,
   if (meeting.arrived == 0) {
     meeting.instruction = instruction;
   } else if (std::strcmp(meeting.instruction, instruction) != 0) {
-    fault(std::string("lanes of one warp meet at different instructions, ") + meeting.instruction + " and " +
-              instruction,
-          where);
+    fault(
+        std::string("lanes of one warp meet at different instructions, ") + meeting.instruction + " and " + instruction,
+        where);
   }
   meeting.operands[current_->lane] = operand;
   meeting.arrived |= 1u << current_->lane;
@@ -324,8 +324,8 @@ char* Machine::update(uint64_t address, int bytes, Where where) {
 
 char* Machine::resolve(uint64_t address, int bytes, bool writes, Where where) {
   if (address % bytes != 0) {
-    fault("an access of " + std::to_string(bytes) + " bytes at an address that is " +
-              std::to_string(address % bytes) + " past a multiple of that",
+    fault("an access of " + std::to_string(bytes) + " bytes at an address that is " + std::to_string(address % bytes) +
+              " past a multiple of that",
           where);
   }
   if (address < kSharedBase || address >= kGlobalBase) {

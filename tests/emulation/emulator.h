@@ -71,7 +71,7 @@ struct CopyGroup {
 
 struct Thread {
   int id = 0, warp = 0, lane = 0;
-  std::vector<uint32_t> fences;       // the epoch of each fence between its ordinary stores and asynchronous readers
+  std::vector<uint32_t> fences;  // the epoch of each fence between its ordinary stores and asynchronous readers
   dim3 index;
   void* stack_pointer = nullptr;
   bool finished = false;
@@ -163,7 +163,7 @@ struct WarpgroupProduct {
 struct WarpProducts {
   bool fenced = false;
   size_t issued = 0;
-  std::vector<WarpgroupProduct> open;              // not yet committed
+  std::vector<WarpgroupProduct> open;                // not yet committed
   std::deque<std::vector<WarpgroupProduct>> groups;  // committed, not yet waited for
   struct Sums {
     int running = 0;
@@ -176,7 +176,10 @@ class Machine {
  public:
   // Global memory: makes a host array visible to kernels and returns the address that they may use.
   uint64_t register_array(void* host, uint64_t bytes, bool writable);
-  void forget_arrays() { arrays_.clear(); next_array_ = kGlobalBase; }
+  void forget_arrays() {
+    arrays_.clear();
+    next_array_ = kGlobalBase;
+  }
 
   void launch(dim3 grid, int threads, int shared_bytes, const std::function<void()>& kernel);
 
@@ -262,7 +265,7 @@ class Machine {
 
   std::vector<PhaseBarrier> phase_barriers_;
   std::deque<Transfer> transfers_;
-  std::vector<WarpProducts> products_;  // per warp
+  std::vector<WarpProducts> products_;                                 // per warp
   std::vector<std::vector<std::pair<ProductKind, uint64_t>>> agreed_;  // per warpgroup, its products so far
 };
 

@@ -10,10 +10,10 @@ namespace emulation {
 
 namespace {
 
-constexpr int kPiece = 16;                     // bytes that the copy engine and the swizzle move together
-constexpr int64_t kMostBytes = (1 << 20) - 1;  // that a phase can wait for
-constexpr int kWarpgroup = 4;                  // warps
-constexpr int kDepth = 16;                     // columns of A and rows of B in a product
+constexpr int kPiece = 16;                                // bytes that the copy engine and the swizzle move together
+constexpr int64_t kMostBytes = (1 << 20) - 1;             // that a phase can wait for
+constexpr int kWarpgroup = 4;                             // warps
+constexpr int kDepth = 16;                                // columns of A and rows of B in a product
 const float kRunning = std::bit_cast<float>(0x7fc0dead);  // NaN that stands in sums whose product still runs
 
 // Where the byte at `address` lies when bits 4 on get the `bits` bits from 7 on added.

@@ -196,7 +196,7 @@ void broken(const std::string& rule, py::array_t<float> table) {
     }
     barrier_wait(barrier, 0);
   };
-  const auto multiply = [=](float(&sums)[2][4], const uint32_t(&fragment)[4], uint64_t b) {
+  const auto multiply = [=](float (&sums)[2][4], const uint32_t (&fragment)[4], uint64_t b) {
     warpgroup_fence(sums);
     warpgroup_multiply<Bfloat16, 16, false>(sums, fragment, b, true);
     warpgroup_commit();

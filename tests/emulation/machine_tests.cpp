@@ -165,10 +165,7 @@ void broken(const std::string& rule, py::array_t<float> values) {
            __ballot_sync(0xffffffffu, true);
          }
        }},
-      {"race between warps",
-       [=] {
-         store(shared + threadIdx.x % 32, 1.0f);
-       }},
+      {"race between warps", [=] { store(shared + threadIdx.x % 32, 1.0f); }},
       {"read without a barrier",
        [=] {
          store(shared + threadIdx.x, 1.0f);

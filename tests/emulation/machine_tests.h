@@ -16,8 +16,7 @@ void bind_hopper(py::module_& module);
 template <class T, class Array>
 T* visible(Array& array, bool writable = true) {
   const void* data = array.data();
-  return reinterpret_cast<T*>(
-      emulation::machine().register_array(const_cast<void*>(data), array.nbytes(), writable));
+  return reinterpret_cast<T*>(emulation::machine().register_array(const_cast<void*>(data), array.nbytes(), writable));
 }
 
 inline void run(int blocks, int threads, int shared_bytes, const std::function<void()>& kernel) {

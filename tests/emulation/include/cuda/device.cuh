@@ -71,8 +71,7 @@ void store(T* address, T value, emulation::Where where = emulation::Where::curre
 
 inline void copy_async(void* shared, const void* global, bool valid,
                        emulation::Where where = emulation::Where::current()) {
-  emulation::machine().copy_async(reinterpret_cast<uint64_t>(shared), reinterpret_cast<uint64_t>(global), valid,
-                                  where);
+  emulation::machine().copy_async(reinterpret_cast<uint64_t>(shared), reinterpret_cast<uint64_t>(global), valid, where);
 }
 
 inline void copy_async_commit() { emulation::machine().copy_async_commit(); }
@@ -180,8 +179,7 @@ void multiply(std::array<void*, kLanes>& lanes) {
 
 }  // namespace emulation
 
-inline void load_matrix(uint32_t (&words)[4], const void* row,
-                        emulation::Where where = emulation::Where::current()) {
+inline void load_matrix(uint32_t (&words)[4], const void* row, emulation::Where where = emulation::Where::current()) {
   emulation::load_matrix(words, row, false, where);
 }
 

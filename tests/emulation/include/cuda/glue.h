@@ -23,8 +23,8 @@ T* device_pointer(const Tensor& tensor) {
   for (int64_t i = 0; elements > 0 && i < tensor.dim(); ++i) {
     elements += (tensor.size(i) - 1) * tensor.stride(i);
   }
-  return reinterpret_cast<T*>(emulation::machine().register_array(
-      tensor.data_ptr(), elements * tensor.element_size(), !std::is_const_v<T>));
+  return reinterpret_cast<T*>(
+      emulation::machine().register_array(tensor.data_ptr(), elements * tensor.element_size(), !std::is_const_v<T>));
 }
 
 inline void* current_stream(const Tensor&) { return nullptr; }

@@ -46,8 +46,8 @@ void warpgroup_wait(float (&)[n][4], emulation::Where where = emulation::Where::
 template <class T, int kColumns, bool kTransposed>
 void warpgroup_multiply(float (*sums)[4], const uint32_t (&a)[4], uint64_t b_descriptor, bool adds,
                         emulation::Where where = emulation::Where::current()) {
-  emulation::machine().warpgroup_multiply({kColumns, kTransposed, adds, &emulation::widen<T>}, sums[0], a,
-                                          b_descriptor, where);
+  emulation::machine().warpgroup_multiply({kColumns, kTransposed, adds, &emulation::widen<T>}, sums[0], a, b_descriptor,
+                                          where);
 }
 
 template <int count>
