@@ -25,7 +25,7 @@ from dalle_reference.evaluate import psnr
 from dalle_reference.files import read_bounded, require_output
 from dalle_reference.generate import generate
 from dalle_reference.load import load_clip, load_dvae, load_transformer
-from dalle_reference.loop import Interrupted, resolve_device
+from dalle_reference.loop import Interrupted, resolve_device, step_generator
 from dalle_reference.tokenizer import CaptionTokenizer
 
 _AT_ONCE, _DECODED_AT_ONCE = 256, 16
@@ -147,7 +147,7 @@ def _generate(config: Annotated[GenerateConfig, tyro.conf.arg(name="")]) -> None
         tokens = generate(
             model,
             text,
-            seed=(config.seed + start * 0x9E3779B97F4A7C15) % 2**63,
+            seed=int(step_generator(config.seed, start).integers(2**63)) if start else config.seed,
             number=min(together, config.drawn - start),
             temperature=config.temperature,
             top_k=config.top_k,

@@ -16,6 +16,7 @@ from dalle_reference import cli
 from dalle_reference.checkpoint import latest
 from dalle_reference.clip import caption_tokens
 from dalle_reference.files import exclusive
+from dalle_reference.generate import generate
 from dalle_reference.load import load_clip, load_dvae
 from dalle_reference.loop import batch_indices, distinct_indices
 from dalle_reference.schedules import half_cosine, warm_up
@@ -188,6 +189,24 @@ def test_clip_resumes_names_pictures_and_judges_candidates(
         order = (model.encode_pictures(shown[:, :, 3::6, 3::6]) @ wanted).argsort(descending=True)
         for place in range(2):
             assert np.array_equal(cell(judged, row, place), drawn[order[place]])
+
+
+def test_many_pictures_are_drawn_in_parts_that_differ(
+    stage_1: Path, common: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    train = ["train-transformer", "demo", "--dvae", str(stage_1), "--out", str(run), "--steps", "1"]
+    cli.main([*train, *TINY_TRANSFORMER, *common])
+    seen = []
+    monkeypatch.setattr(cli, "_AT_ONCE", 4)
+    monkeypatch.setattr(cli, "generate", lambda *given, **options: seen.append(generate(*given, **options)) or seen[-1])
+    command = ["generate", "red", "green", "--model", str(run), "--number", "5", "--temperature", "1"]
+    cli.main([*command, "--out", str(tmp_path / "a.png")])
+    assert [len(part) for part in seen] == [4, 4, 2]
+    assert len(torch.cat(seen).unique(dim=0)) == 10
+    first, second = seen[:2]  # after one step tokens follow the noise: the same noise, from another cell on, would show
+    for shift in range(8):
+        assert (first[:, shift:] == second[:, : 64 - shift]).float().mean() < 0.3
 
 
 def test_a_batch_of_clip_holds_no_concept_twice(
