@@ -38,9 +38,9 @@ from triton.runtime.jit import JITFunction
 
 from dalle_kernels.backends import launch
 
-ARCHITECTURES = (80, 90, 100)
+ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 # Most shared memory of one block: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, **dict.fromkeys((86, 89, 120), 99 * 1024)}
 TENSOR_MEMORY = 512  # columns of one multiprocessor of sm_100
 RESULTS = Path(__file__).with_name("results") / "triton_aot.json"
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
