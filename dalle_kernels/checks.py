@@ -12,6 +12,8 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Kernels compute in float32: the least number whose inverse it holds, and the largest that does not round to infinity.
 LEAST, LARGEST = torch.finfo(torch.float32).tiny, math.nextafter(2.0**128 - 2.0**103, 0)
 
+LEAST_SAID = f"{LEAST:.2g}"  # once: torch.compile(dynamic=True) makes symbols of floats, which format as nothing
+
 
 def check_tensor(name: str, value: object, rank: int | None = None) -> None:
     """`value` is a floating-point tensor, of `rank` dimensions where one is given."""
@@ -56,7 +58,7 @@ def check_scale(scale: float | None) -> None:
 
 
 def check_temperature(temperature: object) -> float:
-    return check_number("temperature", temperature, f"a finite number of at least {LEAST:.2g}", least=LEAST)
+    return check_number("temperature", temperature, f"a finite number of at least {LEAST_SAID}", least=LEAST)
 
 
 def positive_temperature(temperature: float | torch.Tensor, device: torch.device) -> torch.Tensor:

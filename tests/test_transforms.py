@@ -287,6 +287,33 @@ def test_new_numbers_compile_no_anew() -> None:
         assert compiled <= 3
 
 
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_forward_derivatives(backend: str) -> None:
+    function, (mu, log_b) = cases()["likelihood"]
+
+    def by_dual(x: torch.Tensor) -> torch.Tensor:
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(function(forward_ad.make_dual(x, x), log_b)[0]).tangent
+
+    def by_jvp(x: torch.Tensor) -> torch.Tensor:
+        return jvp(lambda y: function(y, log_b)[0], (x,), (x,))[1]
+
+    want = by_jvp(mu)
+    for way in (by_dual, by_jvp):
+        torch._dynamo.reset()
+        torch.testing.assert_close(torch.compile(way, fullgraph=True, backend=backend)(mu), want)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_graph_serves_every_number_of_rows(name: str) -> None:
+    """torch.compile(dynamic=True) makes symbols of the numbers in error messages too."""
+    function, inputs = cases()[name]
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
+    for one, other in zip(compiled(*inputs), function(*inputs), strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_autocast_is_asked_of_devices_that_have_it() -> None:
     q = torch.empty(1, 1, PATTERN.length, 16, device="meta")
     assert sparse_attention(q, q, q, Causal(PATTERN.layout)).device.type == "meta"

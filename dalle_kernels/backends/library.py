@@ -218,8 +218,8 @@ class _Derived:
         self.function = self._forward_function()
         once = self._backward_function()
         torch.library.register_vmap(f"dalle_kernels::{derivative.name}", _sample_by_sample(self._op), lib=_LIBRARY)
-        _differentiate(name, entry._op, lambda keyset, *args: self._apply(keyset, *args))
-        _differentiate(derivative.name, self._op, once.apply)
+        _differentiate(name, self._apply)
+        _differentiate(derivative.name, once.apply)
 
     def _apply(self, keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
         outputs = self.function.apply(keyset, args[-1], *args[:-1])
@@ -276,9 +276,9 @@ class _Derived:
 
             @staticmethod
             def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-                _, ctx.backend, *values = inputs
+                keyset, ctx.backend, *values = inputs
                 values += output
-                _keep(ctx, [values[place] for place in derived._keeps])
+                _keep(ctx, [values[place] for place in derived._keeps], for_jvp=keyset is not None)
                 if derived._constant:
                     ctx.mark_non_differentiable(*(output[place] for place in derived._constant))
                 ctx.set_materialize_grads(False)
@@ -324,10 +324,10 @@ class _Derived:
 _SAVED = object()
 
 
-def _keep(ctx: Any, values: list[Any]) -> None:
+def _keep(ctx: Any, values: list[Any], for_jvp: bool) -> None:
     tensors = [value for value in values if isinstance(value, torch.Tensor)]
     ctx.save_for_backward(*tensors)
-    if forward_ad._current_level >= 0:
+    if for_jvp:
         ctx.save_for_forward(*tensors)
     ctx.kept = [_SAVED if isinstance(value, torch.Tensor) else value for value in values]
 
@@ -337,14 +337,12 @@ def _restored(ctx: Any) -> list[Any]:
     return [next(tensors) if value is _SAVED else value for value in ctx.kept]
 
 
-def _differentiate(name: str, op: Any, apply: Callable[..., Any]) -> None:
-    """Has `apply(keyset, *args)` called where `op` would be differentiated."""
+def _differentiate(name: str, apply: Callable[..., Any]) -> None:
+    """Has `apply(keyset, *args)` called where the operation would be differentiated."""
 
     def kernel(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
-        reverse = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
-        if not reverse and forward_ad._current_level < 0:
-            with torch._C._AutoDispatchBelowAutograd():
-                return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+        # Always: that no tensor has a tangent cannot be known. A graph of torch.compile enters levels that forward_ad
+        # does not see.
         if not torch._C._are_functorch_transforms_active():
             return apply(keyset, *args)
         with enable_single_level_autograd_function():

@@ -10,7 +10,15 @@ import torch
 from dalle_kernels.backends.choice import Operation, register
 from dalle_kernels.backends.contract import Call
 from dalle_kernels.backends.library import Entry
-from dalle_kernels.checks import LEAST, check_alike, check_number, check_tensor, rows_contiguous, seed_tensor
+from dalle_kernels.checks import (
+    LEAST,
+    LEAST_SAID,
+    check_alike,
+    check_number,
+    check_tensor,
+    rows_contiguous,
+    seed_tensor,
+)
 from dalle_kernels.sampling.contract import Backend, Inputs, Outputs, call_of
 
 if TYPE_CHECKING:
@@ -78,7 +86,7 @@ def sample_tokens(
     if logits.shape[1] < 1:
         raise ValueError(f"logits: got shape {tuple(logits.shape)}, wanted at least one token a row")
     temperature = check_number(
-        "temperature", temperature, f"0 or a finite number of at least {LEAST:.2g}", least=LEAST, or_zero=True
+        "temperature", temperature, f"0 or a finite number of at least {LEAST_SAID}", least=LEAST, or_zero=True
     )
     if top_k is not None and (not isinstance(top_k, numbers.Integral) or top_k < 1):
         raise ValueError(f"top_k: got {top_k!r}, wanted an int >= 1 or None")
