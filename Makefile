@@ -3,18 +3,19 @@
 # make test      every test
 # make lint      ruff, clang-format and type checks
 # make matrix    the Triton tests and a build under every torch that is promised, each installed anew: 10 GB of disk
+# make wheel     dist/: one wheel for every torch from 2.11 and Python from 3.11, and the sources
 
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-# torch is installed first and the build runs without isolation, so that the kernels are built against that torch.
+# torch is installed first and the build runs without isolation, so that the CUDA kernels find its headers.
 # TORCH=torch==2.13.0 pins it.
 TORCH  ?= torch>=2.11
 STAMP  := $(VENV)/installed
 CPP     := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 SOURCES := setup.py pyproject.toml tests/peers.txt $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: install demo test lint matrix clean
+.PHONY: install demo test lint matrix wheel clean
 
 install: $(STAMP)
 
@@ -48,5 +49,13 @@ lint: install
 matrix:
 	$(PYTHON) tests/matrix.py
 
+# auditwheel gives it the tag of the oldest systems that have what its libraries call; torch itself is not packed in.
+wheel: install
+	rm -rf dist build/lib* build/bdist* build/wheel
+	$(BIN)/python -c 'from setuptools import build_meta; build_meta.build_sdist("dist")' > /dev/null
+	DALLE_KERNELS_NATIVE=1 $(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/wheel .
+	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' --wheel-dir dist build/wheel/*.whl
+	@ls -l dist
+
 clean:
-	rm -rf build dist *.egg-info dalle_kernels/*.so
+	rm -rf build dist *.egg-info dalle_kernels/*.so dalle_kernels/_left_out.txt

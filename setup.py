@@ -19,6 +19,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 sys.path[:0] = [str(ROOT / "csrc"), str(ROOT / "csrc" / "cuda")]
@@ -67,6 +68,16 @@ class BuildNative(build_ext):
         build_cuda.build(library.with_name("_cuda.so"))
 
 
+class BuildPure(build_py):
+    """The package without kernels, with a note that says why."""
+
+    def run(self) -> None:
+        super().run()
+        folder = (ROOT if self.editable_mode else Path(self.build_lib)) / "dalle_kernels"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "_left_out.txt").write_text(f"{_obstacle()}\n")
+
+
 class PlatformWheel(bdist_wheel):
     """A wheel that any Python 3 can load: the libraries know nothing of Python."""
 
@@ -84,7 +95,7 @@ def main() -> None:
     if os.environ.get("DALLE_KERNELS_NATIVE") == "1":
         sys.exit(f"dalle-kernels: DALLE_KERNELS_NATIVE=1, but {obstacle}")
     print(f"dalle-kernels: building without the native CPU kernels ({obstacle})", file=sys.stderr)
-    setup()
+    setup(cmdclass={"build_py": BuildPure})
 
 
 main()

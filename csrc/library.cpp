@@ -1,5 +1,4 @@
-// What Python asks of the library itself, through ctypes (dalle_kernels/backends/native.py). The operations register
-// with torch from csrc/<room>/cpu.cpp as soon as the library is loaded.
+// What Python asks of the library itself, through ctypes (dalle_kernels/backends/native.py).
 //
 // A function that can fail returns null, or what was wrong until the thread asks again.
 
@@ -8,6 +7,7 @@
 
 #include "isa.h"
 #include "memory.h"
+#include "operators.h"
 
 namespace {
 
@@ -32,11 +32,12 @@ const char* problem_of(const Action& action) {
 
 #define DALLE_EXPORT extern "C" __attribute__((visibility("default")))
 
-// Reads the environment: DALLE_KERNELS_CPU_ISA and DALLE_KERNELS_CPU_KEEP_MB.
-DALLE_EXPORT const char* dalle_kernels_cpu_start() {
-  return problem_of([] {
+// Registers the operations as torch.ops.<name_space>, and reads DALLE_KERNELS_CPU_ISA and DALLE_KERNELS_CPU_KEEP_MB.
+DALLE_EXPORT const char* dalle_kernels_cpu_start(const char* name_space) {
+  return problem_of([&] {
     dalle::current_isa();
     dalle::kept_limit();
+    dalle::register_operators(name_space);
   });
 }
 

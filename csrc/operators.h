@@ -1,24 +1,20 @@
 // How a function becomes an operation of torch.ops.dalle_kernels_cpu, over torch_abi.h.
 //
-//   const Operators operators("CPU", {{"name(Tensor x, float y) -> Tensor", boxed<&function>}});
+//   const Operators defined("CPU", {{"name(Tensor x, float y) -> Tensor", boxed<&function>}});
+//
+// Python registers them all, in a namespace of its choice: copies of the library do not get in each other's way.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 #include <initializer_list>
 #include <optional>
-#include <string>
 #include <tuple>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 #include "tensor.h"
-
-#if !defined(DALLE_LIBRARY)
-#define DALLE_LIBRARY dalle_kernels_cpu
-#endif
-#define DALLE_QUOTED(name) #name
-#define DALLE_NAME(name) DALLE_QUOTED(name)
 
 namespace dalle {
 
@@ -74,8 +70,14 @@ struct Boxed<function> {
 template <auto function>
 constexpr void (*boxed)(StableIValue*, uint64_t, uint64_t) = &Boxed<function>::call;
 
-// Defines operations when the library is loaded and serves them on `dispatch_key`; torch forgets them never, as it does
-// not expect libraries to be unloaded.
+struct Operator {
+  const char* dispatch_key;
+  const char* schema;
+  void (*function)(StableIValue*, uint64_t, uint64_t);
+};
+
+std::vector<Operator>& operators();
+
 struct Operators {
   struct Entry {
     const char* schema;
@@ -83,17 +85,11 @@ struct Operators {
   };
 
   Operators(const char* dispatch_key, std::initializer_list<Entry> entries) {
-    TorchLibraryHandle schemas = nullptr, kernels = nullptr;
-    succeeded(aoti_torch_library_init_fragment(DALLE_NAME(DALLE_LIBRARY), __FILE__, __LINE__, &schemas),
-              "open a library");
-    succeeded(aoti_torch_library_init_impl(DALLE_NAME(DALLE_LIBRARY), dispatch_key, __FILE__, __LINE__, &kernels),
-              "open a library");
-    for (const Entry& entry : entries) {
-      const std::string schema = entry.schema, name = schema.substr(0, schema.find('('));
-      succeeded(aoti_torch_library_def(schemas, entry.schema), "define an operation");
-      succeeded(torch_library_impl(kernels, name.c_str(), entry.function, kTorchAbi), "register an operation");
-    }
+    for (const Entry& entry : entries) operators().push_back({dispatch_key, entry.schema, entry.function});
   }
 };
+
+// Tells torch of all operators. It never forgets them: torch does not expect libraries to be unloaded.
+void register_operators(const char* name_space);
 
 }  // namespace dalle

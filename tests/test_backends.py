@@ -54,6 +54,7 @@ with torch.no_grad():
     decode_attention(q[:, :, :1], q[:, :, :1], q[:, :, :1], cache, 0)
 gumbel_lookup(torch.randn(3, 8), torch.randn(8, 4), 1.0)
 sample_tokens(torch.randn(3, 8))
+gumbel_lookup(torch.randn(3, 8).double(), torch.randn(8, 4).double(), 1.0)
 print(explain(sparse_attention, q, q, q, Row(layout)))
 """
 
@@ -66,7 +67,15 @@ def test_a_pure_python_install_works_and_says_so(tmp_path: Path) -> None:
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("sparse_attention: reference\n")
-    assert "cpu: the native library is absent" in result.stdout
+    assert "cpu: the native library is absent: it was never built" in result.stdout
+    assert result.stderr.count("CPU tensors go to the slow reference backend; the native library is absent") == 1
+    assert "pip install --force-reinstall --no-deps --no-cache-dir " in result.stderr
+    (tmp_path / "dalle_kernels" / "_left_out.txt").write_text("DALLE_KERNELS_NATIVE=0\n")
+    wanted = subprocess.run(
+        [sys.executable, "-c", PURE], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert wanted.stderr == ""
+    assert "cpu: the native library is absent: DALLE_KERNELS_NATIVE=0" in wanted.stdout
 
 
 def test_the_build_says_why_it_leaves_the_kernels_out() -> None:

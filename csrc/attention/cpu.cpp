@@ -201,7 +201,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad_out_in,
   return {std::move(dq), std::move(dk), std::move(dv)};
 }
 
-const Operators operators(
+const Operators defined(
     "CPU",
     {{"attention_plan(Tensor order, Tensor key_offsets, Tensor key_tiles, Tensor mask_ids, Tensor full_counts, "
       "Tensor query_offsets, Tensor query_tiles, Tensor query_mask_ids, Tensor query_full_counts, Tensor masks, "

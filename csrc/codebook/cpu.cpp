@@ -220,7 +220,7 @@ std::tuple<Tensor, Tensor> noise_words(int64_t seed, int64_t row, int64_t stream
   return {std::move(wide), std::move(noise)};
 }
 
-const Operators operators(
+const Operators defined(
     "CPU",
     {{"gumbel_forward(Tensor logits, Tensor codebook, Tensor temperature, bool hard, bool noise, Tensor seed)"
       " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",

@@ -31,6 +31,8 @@ TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # torch 2.10
 NVCC_FLAGS = ["-O3", "-std=c++17", "-Xptxas", "-v", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 CXX_FLAGS = ["-O2", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", TARGET, "-DUSE_CUDA"]
 
+NAMESPACE = "dalle_kernels_cuda"
+
 Report = dict[str, dict[str, dict[str, int]]]  # kernel -> architecture -> what the compiler says
 
 
@@ -111,8 +113,14 @@ def readable(symbol: str) -> str:
     return re.sub(r"\([^()]*\)$", "", name)
 
 
-def build(library: Path, jobs: int | None = None) -> Report:
-    """Compiles and links `library`; gives the compiler's report on every kernel.
+def architectures() -> str:
+    """For which the kernels are compiled: $TORCH_CUDA_ARCH_LIST, or those they were written for."""
+    return os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHITECTURES
+
+
+def build(library: Path, jobs: int | None = None, namespace: str = NAMESPACE) -> Report:
+    """Compiles and links `library`, whose operations are torch.ops.`namespace`'s; gives the compiler's report on every
+    kernel.
 
     Raises:
         RuntimeError: without nvcc, with the compiler's words when it fails, or when it undoes what sm_90a is for.
@@ -126,7 +134,7 @@ def build(library: Path, jobs: int | None = None) -> Report:
     OUTPUT.mkdir(parents=True, exist_ok=True)
     version = nvcc_version(nvcc)
     cuda = Path(os.path.realpath(nvcc)).parent.parent
-    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHITECTURES
+    wanted = architectures()
     built = f'-DDALLE_BUILT="architectures {wanted}; nvcc {version}; torch 2.10 and later"'
     cxx = os.environ.get("CXX", "c++")
     system = [f"-isystem{path}" for path in (*cpp_extension.include_paths(), cuda / "include")]
@@ -136,13 +144,16 @@ def build(library: Path, jobs: int | None = None) -> Report:
             commands.append((source, [nvcc, *NVCC_FLAGS, *flags, f"-I{CSRC}"]))
     has_sm90a = ["-DDALLE_SM90A"] * bool(architecture_flags(wanted, only="90a"))
     for source in sorted(CSRC.rglob("cuda_op.cpp")):
-        commands.append((source, [cxx, *CXX_FLAGS, *has_sm90a, f"-I{CSRC}", *system]))
+        commands.append((source, [cxx, *CXX_FLAGS, *has_sm90a, f"-DDALLE_LIBRARY={namespace}", f"-I{CSRC}", *system]))
     commands.append((CSRC / "cuda" / "built.cpp", [cxx, *CXX_FLAGS, built, *system]))
     salt = f"{version}; {run([cxx, '--version']).splitlines()[0]}; torch {torch.__version__}"
 
     def compile_one(item: tuple[Path, list[str]]) -> Path:
         source, command = item
-        return compile_object(source, command, OUTPUT, str(source.relative_to(CSRC)).replace("/", "_"), salt)
+        name = str(source.relative_to(CSRC)).replace("/", "_")
+        if namespace != NAMESPACE and source.name == "cuda_op.cpp":
+            name = f"renamed_{name}"  # kept beside the object with the usual name
+        return compile_object(source, command, OUTPUT, name, salt)
 
     with ThreadPoolExecutor(jobs or os.cpu_count()) as pool:
         objects = list(pool.map(compile_one, commands))
@@ -167,4 +178,4 @@ if __name__ == "__main__":
     for kernel, rows in build(target).items():
         for architecture, row in rows.items():
             print(f"{kernel}  {architecture}  {json.dumps(row)}")
-    print(f"built {target} for {os.environ.get('TORCH_CUDA_ARCH_LIST') or DEFAULT_ARCHITECTURES}")
+    print(f"built {target} for {architectures()}")

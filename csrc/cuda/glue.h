@@ -11,7 +11,7 @@
 
 #include <cstdint>
 
-#define DALLE_LIBRARY dalle_kernels_cuda
+// csrc/cuda/build_cuda.py defines DALLE_LIBRARY, the namespace of the operations.
 #define DALLE_DISPATCH_KEY CUDA
 
 // Lives in libtorch_cuda. Weak, so that the library also loads (to be looked at, not used) beside a torch without it.

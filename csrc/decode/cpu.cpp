@@ -248,7 +248,7 @@ Tensor decode_forward(const Tensor& q, const Tensor& k, const Tensor& v, const T
   return out;
 }
 
-const Operators operators(
+const Operators defined(
     "CPU",
     {{"decode_forward(Tensor q, Tensor k, Tensor v, Tensor(a!) keys, Tensor(b!) values, Tensor? shared_keys, "
       "Tensor? shared_values, Tensor(c!)? hidden, Tensor? shared_hidden, Tensor position, float scale, Tensor slot, "

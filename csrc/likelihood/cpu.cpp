@@ -116,7 +116,7 @@ std::tuple<Tensor, Tensor> laplace_backward(const Tensor& grad, const Tensor& pi
   return {std::move(dmu), std::move(dlog_b)};
 }
 
-const Operators operators(
+const Operators defined(
     "CPU", {{"logit_laplace_forward(Tensor pixels, Tensor mu, Tensor log_b) -> Tensor", boxed<&laplace_forward>},
             {"logit_laplace_backward(Tensor grad, Tensor pixels, Tensor mu, Tensor log_b) -> (Tensor, Tensor)",
              boxed<&laplace_backward>}});

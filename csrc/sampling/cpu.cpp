@@ -42,7 +42,7 @@ Tensor sample(const Tensor& logits, const std::optional<Tensor>& unconditional, 
   return tokens;
 }
 
-const Operators operators("CPU", {{"sample(Tensor logits, Tensor? unconditional, float guidance_scale, "
+const Operators defined("CPU", {{"sample(Tensor logits, Tensor? unconditional, float guidance_scale, "
                                    "float temperature, int top_k, float top_p, Tensor seed) -> Tensor",
                                    boxed<&sample>}});
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, NamedTuple, TypeVar, cast
 
+from dalle_kernels.backends import native
 from dalle_kernels.backends.contract import Backend, Call
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
@@ -74,7 +75,12 @@ class Operation(Generic[B]):
         check_backend(backend)
         candidates = self.candidates(call)
         if backend == "auto":
-            return first(candidates)
+            serving = first(candidates)
+            if serving == "reference" and native.absence() in [
+                each.refusal for each in candidates if each.name == "cpu"
+            ]:
+                native.warn_of_absence()
+            return serving
         refusal = next(candidate.refusal for candidate in candidates if candidate.name == backend)
         if refusal is not None:
             raise ValueError(f"backend: {backend!r} cannot serve this {self.name} call: {refusal}")

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import json
+import warnings
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import torch
@@ -10,11 +13,14 @@ import torch
 from dalle_kernels.backends import cuda_library
 
 LIBRARY = Path(__file__).parents[1] / "_cpu.so"
-_ABSENT = "the native library is absent; build it where a C++ compiler is: DALLE_KERNELS_NATIVE=1 pip install ."
+# What the build left where it left the library out: why.
+LEFT_OUT = LIBRARY.with_name("_left_out.txt")
+_WISH = "DALLE_KERNELS_NATIVE=0"
+_NAMESPACE = __name__.partition(".")[0] + "_cpu"
 
 
 class Library:
-    """The CPU library: its operations are `torch.ops.dalle_kernels_cpu`, and here is what it tells of itself.
+    """The CPU library: its operations become `torch.ops.dalle_kernels_cpu`, and here is what it tells of itself.
 
     Raises:
         OSError: where it cannot be loaded.
@@ -22,9 +28,8 @@ class Library:
     """
 
     def __init__(self, path: Path) -> None:
-        torch.ops.load_library(str(path))
         self._functions = ctypes.CDLL(str(path))
-        self._check(self._text("start"))
+        self._check(self._text("start", _NAMESPACE.encode()))
 
     def _text(self, name: str, *arguments: bytes) -> str | None:
         function = self._functions[f"dalle_kernels_cpu_{name}"]
@@ -75,14 +80,52 @@ class Library:
         self._functions.dalle_kernels_cpu_release_kept()
 
 
-NATIVE: Library | None = None
-_absence = _ABSENT
+def _why_left_out() -> str:
+    return LEFT_OUT.read_text().strip() if LEFT_OUT.exists() else "it was never built"
 
-if LIBRARY.exists():
+
+def _load() -> tuple[Library | None, str]:
+    """The library, or why there is none."""
+    if not LIBRARY.exists():
+        return None, f"the native library is absent: {_why_left_out()}"
     try:
-        NATIVE = Library(LIBRARY)
+        return Library(LIBRARY), ""
     except OSError as error:
-        _absence = f"the native library does not load: {error}"
+        return None, f"the native library does not load: {error}"
+
+
+NATIVE, _absence = _load()
+
+
+def _source() -> str:
+    """What pip installed this package from, as its command line takes it."""
+    try:
+        origin = json.loads(distribution("dalle-kernels").read_text("direct_url.json") or "{}")
+    except PackageNotFoundError:
+        return "."
+    url = origin.get("url", "dalle-kernels")
+    if "vcs_info" in origin:
+        return f"{origin['vcs_info']['vcs']}+{url}"
+    return ("--editable " if origin.get("dir_info", {}).get("editable") else "") + url
+
+
+_warned = False
+
+
+def warn_of_absence() -> None:
+    """Says once that calls which the CPU kernels would serve are slow, and how to mend it; not to whoever wanted it so.
+
+    `warnings.filterwarnings("ignore", "dalle_kernels")` silences it.
+    """
+    global _warned
+    if NATIVE is not None or _warned or _why_left_out() == _WISH:
+        return
+    _warned = True
+    warnings.warn(
+        f"dalle_kernels: CPU tensors go to the slow reference backend; {_absence}. With a C++ compiler on the path:\n"
+        f"    pip install --force-reinstall --no-deps --no-cache-dir {_source()}",
+        stacklevel=2,
+    )
 
 
 def absence() -> str | None:
