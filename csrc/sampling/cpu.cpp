@@ -43,8 +43,8 @@ Tensor sample(const Tensor& logits, const std::optional<Tensor>& unconditional, 
 }
 
 const Operators defined("CPU", {{"sample(Tensor logits, Tensor? unconditional, float guidance_scale, "
-                                   "float temperature, int top_k, float top_p, Tensor seed) -> Tensor",
-                                   boxed<&sample>}});
+                                 "float temperature, int top_k, float top_p, Tensor seed) -> Tensor",
+                                 boxed<&sample>}});
 
 }  // namespace
 }  // namespace dalle
