@@ -16,10 +16,11 @@ from benchmarks.suites.choice import PATTERNS, Choice
 SUITES = ("attention", "neighborhood", "decode", "codebook", "sampling", "training", "generation", "integrations")
 TOOLS = {
     "report": ("benchmarks.report", "plots and tables from the committed results"),
-    "aot": ("benchmarks.aot", "compile the Triton kernels ahead of time and compare with the committed table"),
-    "tune": ("benchmarks.tune", "measure launch settings on the GPU that is here"),
-    "host": ("benchmarks.triton_host", "host time of the Triton backends, launches left out"),
-    "cuda": ("benchmarks.cuda_build", "what the compiler makes of the CUDA kernels"),
+    "aot": ("benchmarks.kernels.aot", "compile the Triton kernels ahead of time and compare with the committed table"),
+    "tune": ("benchmarks.kernels.tune", "measure launch settings on the GPU that is here"),
+    "host": ("benchmarks.kernels.host", "host time of each operation on its smallest problem"),
+    "triton-host": ("benchmarks.kernels.triton_host", "host time of the Triton backends, launches left out"),
+    "cuda": ("benchmarks.kernels.cuda_build", "what the compiler makes of the CUDA kernels"),
 }
 
 

@@ -13,7 +13,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from benchmarks.aot import ARCHITECTURES
+from benchmarks.kernels.aot import ARCHITECTURES
 
 
 @triton.jit

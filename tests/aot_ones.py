@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from benchmarks import aot
+from benchmarks.kernels import aot
 from dalle_kernels import MaskPattern
 from dalle_kernels.attention import contract as attention_contract
 from dalle_kernels.attention import triton as attention

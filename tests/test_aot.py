@@ -1,7 +1,7 @@
 """Every Triton kernel compiles for GPUs that are not here, without spills, as the table says.
 
-This compiles the cases `benchmarks.aot.COMMON`; all of them, every row of the launch table among them, are compiled by
-`python -m benchmarks.aot`, whose outcome the table records.
+This compiles the cases `aot.COMMON`; all of them, every row of the launch table among them, are compiled by
+`python -m benchmarks aot`, whose outcome the table records.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from benchmarks import aot
+from benchmarks.kernels import aot
 from dalle_kernels.backends import launch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -57,7 +57,7 @@ def said(module: str, *arguments: str, first_on_path: tuple[Path, ...] = ()) -> 
 @pytest.mark.parametrize("version", ["installed", OLDEST])
 def test_machine_code(version: str, arch: int) -> None:
     first_on_path = (oldest_triton(),) if version == OLDEST else ()
-    report = said("benchmarks.aot", "--json", "--common", "--arch", str(arch), first_on_path=first_on_path)
+    report = said("benchmarks.kernels.aot", "--json", "--common", "--arch", str(arch), first_on_path=first_on_path)
     assert report["complaints"] == []
     (table,) = report["tables"].values()
     assert table, "no kernel was compiled"
@@ -70,7 +70,7 @@ def test_machine_code(version: str, arch: int) -> None:
         rows = recorded[report["triton"]][f"sm_{arch}"]
         wanted = {name: row for name, row in rows.items() if name.rpartition("/")[0] in aot.COMMON}
         assert table == wanted, (
-            "the machine code changed: if it is meant to, run `python -m benchmarks.aot --write` with this Triton"
+            "the machine code changed: if it is meant to, run `python -m benchmarks aot --write` with this Triton"
         )
 
 

@@ -5,7 +5,7 @@
     {"kernel": "attention_forward", "arch": 90, "bits": 16, "width": 64, "settings": {"num_warps": 4, ...}}
 
 and serves a call with the row of its kernel and element size that was written for the newest architecture which is not
-newer than the device, and for the smallest width that holds the call's. `benchmarks/tune.py` measures candidates on a
+newer than the device, and for the smallest width that holds the call's. `python -m benchmarks tune` measures them on a
 GPU and rewrites the rows of that GPU's architecture; nothing here or at import time ever does.
 """
 

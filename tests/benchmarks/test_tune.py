@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 
 import triton
 
-from benchmarks import tune
+from benchmarks.kernels import tune
 from dalle_kernels.backends import launch
 from dalle_kernels.codebook.gumbel import triton as triton_gumbel
 from dalle_kernels.codebook.vq import triton as triton_vq

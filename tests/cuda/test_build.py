@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.cuda_build import TABLE, build_cuda, collect
+from benchmarks.kernels.cuda_build import TABLE, build_cuda, collect
 
 Table = dict[str, Any]
 
@@ -40,7 +40,7 @@ def test_no_kernel_spills_or_touches_local_memory(built: Table) -> None:
 
 
 def test_registers_and_shared_memory_stay_within_the_table(built: Table, committed: Table) -> None:
-    assert built["kernels"].keys() == committed["kernels"].keys(), "run python -m benchmarks.cuda_build"
+    assert built["kernels"].keys() == committed["kernels"].keys(), "run python -m benchmarks cuda"
     for name, rows in built["kernels"].items():
         for architecture, row in rows.items():
             known = committed["kernels"][name][architecture]

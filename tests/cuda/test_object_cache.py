@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.cuda_build import build_cuda
+from benchmarks.kernels.cuda_build import build_cuda
 
 CXX = os.environ.get("CXX", "c++")
 

@@ -1,4 +1,4 @@
-"""What `benchmarks.tune` tries for the codebook's kernels: 8192 rows and codes (three codes fewer for tails)."""
+"""What `tune` tries for the codebook's kernels: 8192 rows and codes (three codes fewer for tails)."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from benchmarks.aot import DTYPES
-from benchmarks.tune import Task, product
+from benchmarks.kernels.aot import DTYPES
+from benchmarks.kernels.tune import Task, product
 from dalle_kernels.backends import launch
 from dalle_kernels.codebook.gumbel import contract as gumbel_contract
 from dalle_kernels.codebook.gumbel import triton as triton_gumbel

@@ -1,4 +1,4 @@
-"""What `benchmarks.tune` tries for the attention and decoding kernels: 1280 tokens in 496 heads, one decoding step."""
+"""What `tune` tries for the attention and decoding kernels: 1280 tokens in 496 heads, one decoding step."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from benchmarks.tune import Task, product
+from benchmarks.kernels.tune import Task, product
 from dalle_kernels.attention import triton as triton_backend
 from dalle_kernels.attention.contract import Grads, Inputs, Kept, Needs
 from dalle_kernels.backends import launch

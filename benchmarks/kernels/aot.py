@@ -3,12 +3,12 @@
 A case is an ordinary call of a backend function on CPU tensors, so the kernels, their launch settings and the facts
 they are specialised on (alignment, strides, flags) are those of the same call on a GPU. A stand-in driver tells Triton
 which GPU to compile for, and each launch compiles its kernel and ends there. A process compiles for one architecture,
-because the library remembers what it chose for a device. Each `benchmarks/aot_*.py` contributes a
+because the library remembers what it chose for a device. Each `benchmarks/kernels/aot_*.py` contributes a
 function `cases(arch)` that yields (name, call).
 
-    python -m benchmarks.aot --arch 80 90 100            # prints the table
-    python -m benchmarks.aot --write                     # rewrites benchmarks/results/triton_aot.json for this Triton
-    PYTHONPATH=where/triton-3.6/lives python -m benchmarks.aot --write
+    python -m benchmarks aot --arch 80 90 100            # prints the table
+    python -m benchmarks aot --write                     # rewrites benchmarks/results/triton_aot.json for this Triton
+    PYTHONPATH=where/triton-3.6/lives python -m benchmarks aot --write
 
 Per kernel the table lists registers, bytes of shared memory, instructions that move spilled registers, instructions in
 all, and how many of them are matrix instructions of which kind: mma (sm_80 on), wgmma (sm_90), tcgen05 (sm_100). A
@@ -42,7 +42,7 @@ ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 # Most shared memory of one block: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, **dict.fromkeys((86, 89, 120), 99 * 1024)}
 TENSOR_MEMORY = 512  # columns of one multiprocessor of sm_100
-RESULTS = Path(__file__).with_name("results") / "triton_aot.json"
+RESULTS = Path(__file__).parents[1] / "results" / "triton_aot.json"
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 DTYPES = {16: torch.bfloat16, 32: torch.float32}
 MATRIX_INSTRUCTIONS = {"mma": "HMMA", "wgmma": "HGMMA", "tcgen05": "UTC[A-Z]*MMA"}
@@ -143,9 +143,9 @@ def _tool(name: str, *arguments: str) -> str:
 
 
 def all_cases(arch: int) -> Iterator[Case]:
-    """The cases of every `benchmarks/aot_*.py` there is."""
+    """The cases of every `benchmarks/kernels/aot_*.py` there is."""
     for path in sorted(Path(__file__).parent.glob("aot_*.py")):
-        yield from importlib.import_module(f"benchmarks.{path.stem}").cases(arch)
+        yield from importlib.import_module(f"benchmarks.kernels.{path.stem}").cases(arch)
 
 
 def survey(arch: int, cases: Iterable[Case]) -> Table:
@@ -225,7 +225,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _in_a_process_of_its_own(arch: int, options: argparse.Namespace) -> Table:
-    command = [sys.executable, "-m", "benchmarks.aot", "--json", "--arch", str(arch), "--match", options.match]
+    command = [sys.executable, "-m", "benchmarks.kernels.aot", "--json", "--arch", str(arch), "--match", options.match]
     done = subprocess.run(command + ["--common"] * options.common, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])["tables"][str(arch)]
 

@@ -1,7 +1,7 @@
 """Microseconds of host time that a call of a Triton backend costs, alone and through the door, without a GPU.
 
-    python -m benchmarks.triton_host
-    python -m benchmarks.triton_host --json host.json
+    python -m benchmarks triton-host
+    python -m benchmarks triton-host --json host.json
 
 The door is the public function with `backend="triton"`: its checks, torch's dispatcher and the choice of a backend come
 on top, and for a gradient the autograd engine.
@@ -26,7 +26,7 @@ from unittest import mock
 import torch
 import triton
 
-from benchmarks.aot import recording
+from benchmarks.kernels.aot import recording
 from dalle_kernels.attention import contract as attention_contract
 from dalle_kernels.attention import triton as triton_backend
 from dalle_kernels.attention.op import sparse_attention

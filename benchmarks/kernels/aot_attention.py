@@ -1,4 +1,4 @@
-"""The attention kernels' cases for `benchmarks.aot`: one per row of the launch table, and the other kinds of call."""
+"""The attention kernels' cases for `aot`: one per row of the launch table, and the other kinds of call."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from benchmarks.aot import DTYPES, Case
+from benchmarks.kernels.aot import DTYPES, Case
 from dalle_kernels.attention import triton as triton_backend
 from dalle_kernels.attention.contract import Grads, Inputs, Kept, Needs
 from dalle_kernels.backends import launch

@@ -1,9 +1,9 @@
 """Measures the launch settings of Triton kernels on the GPU that is here, and rewrites its rows of `launch.json`.
 
-    python -m benchmarks.tune                              # every kernel whose room has candidates
-    python -m benchmarks.tune --kernel attention_forward --width 64 --bits 16
+    python -m benchmarks tune                              # every kernel whose room has candidates
+    python -m benchmarks tune --kernel attention_forward --width 64 --bits 16
 
-Each `benchmarks/tune_*.py` contributes a function `tasks()` of `Task`s. A candidate's answer is compared with that of
+Each `tune_*.py` here contributes a function `tasks()` of `Task`s. A candidate's answer is compared with that of
 the settings that serve the call today, on the same inputs, before it is timed. One that is wrong or fails (it does not
 compile, does not fit, cannot be launched) is passed over and listed with the reason.
 
@@ -14,7 +14,7 @@ row replaced, so their settings are copied to rows of their own. (Newer architec
 the new one.)
 
 An error after which the GPU's context answers nothing ends the run, with what was found until then written. The exit
-status is 1 then, and where today's own settings fail. Run `benchmarks.aot --write` afterwards: it tells whether a new
+status is 1 then, and where today's own settings fail. Run `python -m benchmarks aot --write` then: it tells whether a new
 row spills registers.
 """
 
@@ -69,7 +69,7 @@ def product(**choices: Sequence[int]) -> list[dict[str, int]]:
 
 def all_tasks() -> Iterator[Task]:
     for path in sorted(Path(__file__).parent.glob("tune_*.py")):
-        yield from importlib.import_module(f"benchmarks.{path.stem}").tasks()
+        yield from importlib.import_module(f"benchmarks.kernels.{path.stem}").tasks()
 
 
 def milliseconds(call: Callable[[], object]) -> float:

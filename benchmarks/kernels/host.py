@@ -1,6 +1,6 @@
 """Microseconds of host time that a call costs on the CPU, on the smallest problem there is, beside PyTorch's attention.
 
-    python -m benchmarks.host
+    python -m benchmarks host
 
 Every row is the fastest of many short runs: what the code itself takes, whatever else the machine does. With a
 gradient, the forward builds the graph that a backward would use; the backward's row has the autograd engine in it.
@@ -8,6 +8,8 @@ gradient, the forward builds the graph that a backward would use; the backward's
 
 from __future__ import annotations
 
+import argparse
+import sys
 import time
 from collections.abc import Callable, Iterator
 
@@ -70,11 +72,16 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
     yield "logit_laplace_nll", lambda: logit_laplace_nll(x, x, x)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    argparse.ArgumentParser(prog="python -m benchmarks host", description=__doc__.split("\n", 1)[0]).parse_args(
+        arguments
+    )
     torch.set_num_threads(1)
     for name, call in calls():
         print(f"{name:36} {microseconds(call):6.1f} us")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""What the compiler makes of the CUDA kernels, as a committed table: `python -m benchmarks.cuda_build`.
+"""What the compiler makes of the CUDA kernels, as a committed table: `python -m benchmarks cuda`.
 
 Per kernel and architecture: registers, stack, spills and static shared memory as ptxas reports them, and how many of
 the instructions that matter its machine code holds. Needs nvcc and cuobjdump (the CUDA toolkit's or the one in
@@ -18,7 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TABLE = ROOT / "benchmarks" / "results" / "cuda_build.json"
 sys.path.insert(0, str(ROOT / "csrc" / "cuda"))
 

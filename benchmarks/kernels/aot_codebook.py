@@ -1,4 +1,4 @@
-"""The codebook kernels' cases for `benchmarks.aot`: one per row of the launch table, and the other kinds of call."""
+"""The codebook kernels' cases for `aot`: one per row of the launch table, and the other kinds of call."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from unittest import mock
 
 import torch
 
-from benchmarks.aot import DTYPES, Case
+from benchmarks.kernels.aot import DTYPES, Case
 from dalle_kernels.backends import launch
 from dalle_kernels.codebook.gumbel import contract as gumbel_contract
 from dalle_kernels.codebook.gumbel import triton as triton_gumbel

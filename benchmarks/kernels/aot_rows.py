@@ -1,4 +1,4 @@
-"""Cases for `benchmarks.aot` of the kernels that the launch table does not hold: sampling and the likelihood."""
+"""Cases for `aot` of the kernels that the launch table does not hold: sampling and the likelihood."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from benchmarks.aot import DTYPES, Case
+from benchmarks.kernels.aot import DTYPES, Case
 from dalle_kernels.likelihood import contract as likelihood_contract
 from dalle_kernels.likelihood import triton as likelihood
 from dalle_kernels.sampling import contract as sampling_contract
