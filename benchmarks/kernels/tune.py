@@ -14,8 +14,8 @@ row replaced, so their settings are copied to rows of their own. (Newer architec
 the new one.)
 
 An error after which the GPU's context answers nothing ends the run, with what was found until then written. The exit
-status is 1 then, and where today's own settings fail. Run `python -m benchmarks aot --write` then: it tells whether a new
-row spills registers.
+status is 1 then, and where today's own settings fail. Run `python -m benchmarks aot --write` afterwards: it tells
+whether a new row spills registers.
 """
 
 from __future__ import annotations
