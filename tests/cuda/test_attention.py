@@ -142,7 +142,8 @@ def _check_backward(
     want_out, want_lse = reference.forward(Inputs(*wide, padding, scale, pattern))
     grad_lse = torch.randn(want_lse.shape, generator=generator) if with_lse else None
     out = want_out.to(q.dtype)
-    got = backward(grad_out, grad_lse, q, k, v, out, want_lse.float(), padding, scale, pattern)
+    kept = Kept(q, k, v, out, want_lse.float(), padding, scale, pattern)
+    got = backward(Grads(grad_out, grad_lse), kept, Needs(True, True, True))
     want = reference.backward(
         Grads(grad_out.double(), grad_lse),
         Kept(*wide, want_out, want_lse, padding, scale, pattern),

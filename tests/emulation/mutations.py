@@ -270,13 +270,21 @@ class Outcome(NamedTuple):
 
 @contextmanager
 def workshop() -> Iterator[Path]:
-    """A folder with a copy of what the emulation is built of and of the tests, built once as it stands."""
+    """A folder with a copy of what the emulation is built of and of the tests, built once as it stands.
+
+    Raises:
+        RuntimeError: a test of the kernels as they are fails, and would catch whatever comes.
+    """
     with tempfile.TemporaryDirectory(prefix="mutations-") as folder:
         root = Path(folder)
         for name in ("csrc", "tests", "dalle_kernels"):
             shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__", "_cuda.so"))
         shutil.copy(ROOT / "pyproject.toml", root)
         _python(root, "-c", "from tests.emulation.build import build; build()").check_returncode()
+        tests = dict.fromkeys(test for mutation in MUTATIONS for test in mutation.tests)
+        whole = _python(root, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not gpu", *tests)
+        if whole.returncode:
+            raise RuntimeError(f"tests fail before anything is made wrong: {whole.stdout}")
         yield root
 
 
