@@ -13,6 +13,7 @@ namespace dalle::DALLE_ISA {
 
 constexpr uint32_t kPhiloxMultiplier0 = 0xD2511F53, kPhiloxMultiplier1 = 0xCD9E8D57;
 constexpr int kPhiloxRounds = 10;
+constexpr uint32_t kVqStream = 2;  // VQ_STREAM of dalle_kernels/noise.py
 
 struct NoiseKeys {
   uint32_t first[kPhiloxRounds], second[kPhiloxRounds];
@@ -80,6 +81,26 @@ DALLE_INLINE void noise_words(const NoiseKeys& keys, const NoiseRow& row, uint32
   U counters[Vectors];
   DALLE_UNROLL for (int v = 0; v < Vectors; v++) counters[v] = iota() + set(counter + uint32_t(v * kLanes));
   noise_words<Vectors>(keys, row, counters, words);
+}
+
+// Words 0..3 of one counter for the rows row .. row + kLanes - 1, a row a lane.
+DALLE_INLINE void noise_words_of_rows(const NoiseKeys& keys, uint64_t row, uint32_t stream, uint32_t counter, U words[4]) {
+  const W m0 = wide_set(kPhiloxMultiplier0), m1 = wide_set(kPhiloxMultiplier1);
+  const U first = set(uint32_t(row)), low = iota() + first;
+  const U high = select(not_below(low, first), set(uint32_t(row >> 32)), set(uint32_t(row >> 32) + 1));
+  W c0[kHalves], c1[kHalves], c2[kHalves], c3[kHalves];
+  widen(set(counter), c0), widen(low, c1), widen(high, c2), widen(set(stream), c3);
+  DALLE_UNROLL for (int round = 0; round < kPhiloxRounds; round++) {
+    const W k0 = wide_set(keys.first[round]), k1 = wide_set(keys.second[round]);
+    DALLE_UNROLL for (int h = 0; h < kHalves; h++) {
+      const WideProduct product0 = wide_multiply(c0[h], m0), product1 = wide_multiply(c2[h], m1);
+      c0[h] = exclusive_or(product1.high, c1[h], k0);
+      c2[h] = exclusive_or(product0.high, c3[h], k1);
+      c1[h] = product1.low;
+      c3[h] = product0.low;
+    }
+  }
+  words[0] = narrow(c0), words[1] = narrow(c1), words[2] = narrow(c2), words[3] = narrow(c3);
 }
 
 // -log(-log u), u = ((word >> 9) + 1/2) 2^-23: the 23 bits become the mantissa of a number in [1, 2), and both that

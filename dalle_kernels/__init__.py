@@ -6,6 +6,7 @@ from dalle_kernels.codebook.binary import binary_entropy, binary_latents, binary
 from dalle_kernels.codebook.entropy import codebook_entropy
 from dalle_kernels.codebook.gumbel.op import gumbel_lookup
 from dalle_kernels.codebook.projection.op import gumbel_projection_lookup
+from dalle_kernels.codebook.statistics.op import code_statistics
 from dalle_kernels.codebook.vq.op import vq_lookup
 from dalle_kernels.decode.cache import KVCache
 from dalle_kernels.decode.op import decode_attention
@@ -48,6 +49,7 @@ __all__ = [
     "binary_entropy",
     "binary_latents",
     "binary_quantize",
+    "code_statistics",
     "codebook_entropy",
     "dalle_pattern_schedule",
     "decode_attention",

@@ -13,6 +13,7 @@ import torch
 
 GUMBEL_STREAM = 0  # the counter's last word: gumbel_lookup
 SAMPLING_STREAM = 1  # sample_tokens
+VQ_STREAM = 2  # vq_lookup
 
 _LOW = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)

@@ -68,13 +68,14 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
             projection_contract.Needs(True, True, True, True),
         ),
     )
-    yield "vq", lambda: triton_vq.forward(vq_contract.Inputs(matrix, matrix))
+    table = matrix[None]
+    yield "vq", lambda: triton_vq.forward(vq_contract.Inputs(table, table, 1, "euclidean", 1, None, None)).nearest
+    kept = vq_contract.Kept(table, table[:, :, None], codes[None, :, None], 1)
     yield (
         "vq_backward",
-        lambda: triton_vq.backward(
-            vq_contract.Grads(row), vq_contract.Kept(matrix, matrix, codes), vq_contract.Needs(True, True)
-        ),
+        lambda: triton_vq.backward(vq_contract.Grads(row[None, :, None]), kept, vq_contract.Needs(True, True)),
     )
+    yield "statistics", lambda: triton_vq.sum_rows(matrix, codes, 1)
     yield (
         "sampling",
         lambda: sampling.forward(sampling_contract.Inputs(matrix, matrix, 1, 1, 1, 0.5, torch.tensor(1))).tokens,

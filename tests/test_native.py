@@ -126,7 +126,7 @@ def test_an_error_in_a_kernel_says_what_was_wrong() -> None:
         torch.ops.dalle_kernels_cpu.sample(torch.rand(8), None, 1.0, 1.0, 0, 1.0, torch.tensor(1))
     with pytest.raises(IndexError, match=r"indices: row 1 holds 9, wanted 0 \.\. 3"):
         torch.ops.dalle_kernels_cpu.vq_backward(
-            torch.rand(2), torch.rand(2, 8), torch.rand(4, 8), torch.tensor([0, 9]), True, True
+            torch.rand(1, 2, 1), torch.rand(1, 2, 8), torch.rand(1, 2, 1, 8), torch.tensor([[[0], [9]]]), 4, True, True
         )
 
 

@@ -13,6 +13,8 @@ from dalle_kernels.codebook.gumbel import contract as gumbel_contract
 from dalle_kernels.codebook.gumbel import triton as triton_gumbel
 from dalle_kernels.codebook.projection import contract as projection_contract
 from dalle_kernels.codebook.projection import triton as triton_projection
+from dalle_kernels.codebook.statistics import contract as statistics_contract
+from dalle_kernels.codebook.statistics import triton as triton_statistics
 from dalle_kernels.codebook.vq import contract as vq_contract
 from dalle_kernels.codebook.vq import triton as triton_vq
 
@@ -35,6 +37,9 @@ def cases(arch: int) -> Iterator[Case]:
     yield "projection/16-bit/128/backward/strips", projection_backward(16, 128, CODES, strip_bytes=1)
     for bits, width in launch.served("vq_forward"):
         yield f"vq/{bits}-bit/{width}", vq(bits, width)
+    for metric in ("dot", "cosine"):
+        yield f"vq/16-bit/128/{metric}", vq(16, 128, metric)
+    yield "statistics/16-bit/128", statistics(16, 128)
 
 
 def settings(hard: bool) -> tuple[torch.Tensor, bool, bool, torch.Tensor]:
@@ -89,14 +94,21 @@ def projection_backward(bits: int, width: int, codes: int, strip_bytes: int | No
     return call
 
 
-def vq(bits: int, width: int) -> Callable[[], object]:
+def vq(bits: int, width: int, metric: str = "euclidean") -> Callable[[], object]:
     def call() -> None:
-        features, codebook = (torch.empty(rows, width, dtype=DTYPES[bits]) for rows in (ROWS, CODES))
-        triton_vq.forward(vq_contract.Inputs(features, codebook))
+        features, codebook = (torch.empty(1, rows, width, dtype=DTYPES[bits]) for rows in (ROWS, CODES))
+        triton_vq.forward(vq_contract.Inputs(features, codebook, CODES, metric, 1, None, None))
+        indices = torch.zeros(1, ROWS, 1, dtype=torch.int64)
         triton_vq.backward(
-            vq_contract.Grads(torch.empty(ROWS)),
-            vq_contract.Kept(features, codebook, torch.zeros(ROWS, dtype=torch.int64)),
+            vq_contract.Grads(torch.empty(1, ROWS, 1)),
+            vq_contract.Kept(features, features[:, :, None], indices, CODES),
             vq_contract.Needs(True, True),
         )
 
     return call
+
+
+def statistics(bits: int, width: int) -> Callable[[], object]:
+    features = torch.empty(1, ROWS, width, dtype=DTYPES[bits])
+    indices = torch.zeros(1, ROWS, dtype=torch.int64)
+    return lambda: triton_statistics.forward(statistics_contract.Inputs(features, indices, CODES))

@@ -51,7 +51,8 @@ def prepare(kernel: str, bits: int, width: int, tails: bool) -> Callable[[], obj
     codebook = randn(codes, width)
     if kernel == "vq_forward":
         features = randn(ROWS, width)
-        return lambda: triton_vq.forward(vq_contract.Inputs(features, codebook))
+        inputs = vq_contract.Inputs(features[None], codebook[None], len(codebook), "euclidean", 1, None, None)
+        return lambda: triton_vq.forward(inputs)
     settings = torch.ones((), device="cuda"), False, True, torch.tensor(1, device="cuda")
     if kernel.startswith("gumbel"):
         tensors = randn(ROWS, codes), codebook

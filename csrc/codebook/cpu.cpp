@@ -80,23 +80,36 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gumbel_forwar
           std::move(log_noisy), std::move(log_clean), std::move(mixture)};
 }
 
-// The rows of each code, in ascending order: a counting sort.
-std::pair<std::vector<int64_t>, std::vector<int64_t>> members_of_codes(const Tensor& indices, int64_t codes) {
-  require(indices.dtype() == DType::int64 && indices.is_contiguous(), "indices: wanted contiguous int64");
-  const int64_t rows = indices.numel(), *index = indices.data<const int64_t>();
+// The rows of each code, in ascending order: a counting sort. Rows of index -1 have none.
+std::pair<std::vector<int64_t>, std::vector<int64_t>> members_of_codes(const int64_t* index, int64_t rows,
+                                                                       int64_t codes) {
   std::vector<int64_t> starts(size_t(codes) + 1), members(static_cast<size_t>(rows));
   for (int64_t n = 0; n < rows; n++) {
+    if (index[n] == -1) continue;
     require<std::out_of_range>(0 <= index[n] && index[n] < codes, "indices: row ", n, " holds ", index[n],
                                ", wanted 0 .. ", codes - 1);
     starts[size_t(index[n]) + 1]++;
   }
   for (int64_t k = 0; k < codes; k++) starts[size_t(k) + 1] += starts[size_t(k)];
   std::vector<int64_t> next(starts.begin(), starts.end() - 1);
-  for (int64_t n = 0; n < rows; n++) members[size_t(next[size_t(index[n])]++)] = n;
+  for (int64_t n = 0; n < rows; n++)
+    if (index[n] != -1) members[size_t(next[size_t(index[n])]++)] = n;
   return {std::move(starts), std::move(members)};
 }
 
 constexpr int64_t kCodesPerTask = 64;
+
+// body(head, first, last) over ranges of the `size` items of every head.
+template <class Body>
+void over_heads(int64_t heads, int64_t size, int64_t grain, const Body& body) {
+  parallel_for(0, heads * size, grain, [&](int64_t item, int64_t end) {
+    while (item < end) {
+      const int64_t head = item / size, last = std::min(end, (head + 1) * size);
+      body(head, item - head * size, last - head * size);
+      item = last;
+    }
+  });
+}
 
 std::tuple<Tensor, Tensor> gumbel_backward(const std::optional<Tensor>& grad_latents,
                                            const std::optional<Tensor>& grad_kl, const Tensor& logits,
@@ -152,13 +165,9 @@ std::tuple<Tensor, Tensor> gumbel_backward(const std::optional<Tensor>& grad_lat
     parallel_for(0, problem.codes, kCodesPerTask,
                  [&](int64_t code, int64_t end) { kernels.gumbel_collect(backward, code, end); });
   if (has_latents && hard && needs_codebook) {
-    const auto [starts, members] = members_of_codes(indices, problem.codes);
-    const VqBackward scatter{.rows = rows,
-                             .codes = problem.codes,
-                             .width = problem.width,
-                             .grad_codebook = grad_codebook.data<void>(),
-                             .starts = starts.data(),
-                             .members = members.data()};
+    const auto [starts, members] = members_of_codes(indices.data<const int64_t>(), rows, problem.codes);
+    const VqBackward scatter{.rows = rows, .codes = problem.codes, .width = problem.width, .k = 1,
+                             .grad_codebook = grad_codebook.data<void>(), .starts = starts.data(), .members = members.data()};
     parallel_for(0, problem.codes, kCodesPerTask, [&](int64_t code, int64_t end) {
       kernels.scatter_rows(grad_latents->data<const void>(), scatter, code, end);
     });
@@ -166,48 +175,105 @@ std::tuple<Tensor, Tensor> gumbel_backward(const std::optional<Tensor>& grad_lat
   return {std::move(grad_logits), std::move(grad_codebook)};
 }
 
-std::tuple<Tensor, Tensor> vq_forward(const Tensor& features, const Tensor& codebook) {
+int64_t head_bytes(const Tensor& tensor, int64_t head, int64_t size) { return head * size * tensor.element_size(); }
+
+std::tuple<Tensor, Tensor, Tensor> vq_forward(const Tensor& features, const Tensor& codebook, int64_t metric, int64_t k,
+                                              const std::optional<Tensor>& temperature,
+                                              const std::optional<Tensor>& seed) {
+  require(features.dim() == 3 && codebook.dim() == 3 && codebook.is_contiguous() &&
+              features.size(0) == codebook.size(0) && features.size(2) == codebook.size(2) &&
+              features.dtype() == codebook.dtype(),
+          "vq: wanted features [H, N, D] and a contiguous codebook [H, K, D] of their dtype");
+  require(1 <= k && k <= kMostNearest && k <= codebook.size(1), "k: got ", k, ", wanted 1 .. 8 and at most K");
+  require(0 <= metric && metric <= int64_t(VqMetric::cosine), "metric: got ", metric, ", wanted 0 .. 3");
+  require(temperature.has_value() == seed.has_value(), "temperature, seed: wanted both or neither");
   const CodebookKernels& kernels = kernels_for(features);
-  const int64_t rows = features.size(0), codes = codebook.size(0), width = codebook.size(1);
+  const int64_t heads = features.size(0), rows = features.size(1), codes = codebook.size(1), width = codebook.size(2);
   const Tensor dense = contiguous(features);
-  Tensor indices = empty({rows}, DType::int64), squared_distance = empty({rows}, DType::float32);
-  const Tensor half_norms = empty({codes}, DType::float32);
-  const Vq problem{
-      dense.data<const void>(),       codebook.data<const void>(), rows, codes, width, indices.data<int64_t>(),
-      squared_distance.data<float>(), half_norms.data<float>()};
-  parallel_for(0, codes, kCodesPerTask, [&](int64_t code, int64_t end) { kernels.half_norms(problem, code, end); });
-  parallel_for(0, rows, kRowTile, [&](int64_t row, int64_t end) {
-    kernels.vq_forward(problem, row, end, thread_scratch(problem.scratch()));
+  Tensor nearest = new_tensor({heads, rows, k, width}, features.dtype());
+  Tensor squared_distance = empty({heads, rows, k}, DType::float32), indices = empty({heads, rows, k}, DType::int64);
+  const Tensor norms = empty({heads, codes}, DType::float32);
+  const auto problem = [&](int64_t head) {
+    return Vq{dense.data<const char>() + head_bytes(dense, head, rows * width),
+              codebook.data<const char>() + head_bytes(codebook, head, codes * width),
+              rows, codes, width, VqMetric(metric), k,
+              temperature.has_value() ? *temperature->data<const float>() : 0.f,
+              seed.has_value() ? uint64_t(*seed->data<const int64_t>()) : 0,
+              head * rows,
+              nearest.data<char>() + head_bytes(nearest, head, rows * k * width),
+              indices.data<int64_t>() + head * rows * k,
+              squared_distance.data<float>() + head * rows * k,
+              norms.data<float>() + head * codes};
+  };
+  if (VqMetric(metric) != VqMetric::dot)
+    over_heads(heads, codes, kCodesPerTask, [&](int64_t head, int64_t code, int64_t end) {
+      kernels.vq_norms(problem(head), code, end);
+    });
+  over_heads(heads, rows, kRowTile, [&](int64_t head, int64_t row, int64_t end) {
+    const Vq its = problem(head);
+    kernels.vq_forward(its, row, end, thread_scratch(its.scratch()));
   });
-  return {std::move(indices), std::move(squared_distance)};
+  return {std::move(nearest), std::move(squared_distance), std::move(indices)};
 }
 
-std::tuple<Tensor, Tensor> vq_backward(const Tensor& grad, const Tensor& features, const Tensor& codebook,
-                                       const Tensor& indices, bool needs_features, bool needs_codebook) {
+std::tuple<Tensor, Tensor> vq_backward(const Tensor& grad, const Tensor& features, const Tensor& nearest,
+                                       const Tensor& indices, int64_t codes, bool needs_features, bool needs_codebook) {
+  require(features.dim() == 3 && indices.dim() == 3, "vq: wanted features [H, N, D] and indices [H, N, k]");
+  const int64_t heads = features.size(0), rows = features.size(1), width = features.size(2), k = indices.size(2);
+  require(nearest.is_contiguous() && indices.is_contiguous() && indices.dtype() == DType::int64 &&
+              grad.is_contiguous() && indices.numel() == heads * rows * k && grad.numel() == heads * rows * k &&
+              nearest.numel() == heads * rows * k * width,
+          "vq: wanted contiguous grad and indices [H, N, k], and nearest [H, N, k, D]");
   const CodebookKernels& kernels = kernels_for(features);
-  const int64_t rows = features.size(0), codes = codebook.size(0), width = codebook.size(1);
   const Tensor dense = contiguous(features);
   Tensor grad_features = needs_features ? new_tensor_like(dense) : empty({0}, features.dtype());
-  Tensor grad_codebook = needs_codebook ? new_tensor_like(codebook) : empty({0}, codebook.dtype());
-  const auto [starts, members] = members_of_codes(indices, codes);
-  const VqBackward backward{grad.data<const float>(),
-                            dense.data<const void>(),
-                            codebook.data<const void>(),
-                            rows,
-                            codes,
-                            width,
-                            indices.data<const int64_t>(),
-                            grad_features.data<void>(),
-                            grad_codebook.data<void>(),
-                            starts.data(),
-                            members.data()};
+  Tensor grad_codebook = needs_codebook ? new_tensor({heads, codes, width}, features.dtype()) : empty({0}, features.dtype());
+  const auto problem = [&](int64_t head) {
+    return VqBackward{
+        .grad = grad.data<const float>() + head * rows * k,
+        .features = dense.data<const char>() + head_bytes(dense, head, rows * width),
+        .nearest = nearest.data<const char>() + head_bytes(nearest, head, rows * k * width),
+        .rows = rows, .codes = codes, .width = width, .k = k,
+        .grad_features = needs_features ? grad_features.data<char>() + head_bytes(dense, head, rows * width) : nullptr,
+        .grad_codebook = needs_codebook ? grad_codebook.data<char>() + head_bytes(dense, head, codes * width) : nullptr,
+        .starts = nullptr, .members = nullptr};
+  };
   if (needs_features)
-    parallel_for(0, rows, kCodesPerTask,
-                 [&](int64_t row, int64_t end) { kernels.vq_grad_features(backward, row, end); });
-  if (needs_codebook)
-    parallel_for(0, codes, kCodesPerTask,
-                 [&](int64_t code, int64_t end) { kernels.vq_grad_codebook(backward, code, end); });
+    over_heads(heads, rows, kCodesPerTask, [&](int64_t head, int64_t row, int64_t end) {
+      kernels.vq_grad_features(problem(head), row, end);
+    });
+  for (int64_t head = 0; needs_codebook && head < heads; head++) {
+    const auto [starts, members] =
+        members_of_codes(indices.data<const int64_t>() + head * rows * k, rows * k, codes);
+    VqBackward its = problem(head);
+    its.starts = starts.data(), its.members = members.data();
+    parallel_for(0, codes, kCodesPerTask, [&](int64_t code, int64_t end) { kernels.vq_grad_codebook(its, code, end); });
+  }
   return {std::move(grad_features), std::move(grad_codebook)};
+}
+
+std::tuple<Tensor, Tensor> code_statistics(const Tensor& features, const Tensor& indices, int64_t codes) {
+  require(features.dim() == 3 && indices.is_contiguous() && indices.dtype() == DType::int64 &&
+              indices.numel() == features.size(0) * features.size(1),
+          "code_statistics: wanted features [H, N, D] and contiguous int64 indices [H, N]");
+  const CodebookKernels& kernels = kernels_for(features);
+  const int64_t heads = features.size(0), rows = features.size(1), width = features.size(2);
+  const Tensor dense = contiguous(features);
+  Tensor counts = empty({heads, codes}, DType::float32), sums = new_tensor({heads, codes, width}, DType::float32);
+  for (int64_t head = 0; head < heads; head++) {
+    const auto [starts, members] = members_of_codes(indices.data<const int64_t>() + head * rows, rows, codes);
+    float* count = counts.data<float>() + head * codes;
+    for (int64_t code = 0; code < codes; code++) count[code] = float(starts[size_t(code) + 1] - starts[size_t(code)]);
+    const VqBackward its{.grad = nullptr,
+                         .features = dense.data<const char>() + head_bytes(dense, head, rows * width),
+                         .nearest = nullptr,
+                         .rows = rows, .codes = codes, .width = width, .k = 1,
+                         .grad_features = nullptr,
+                         .grad_codebook = sums.data<float>() + head * codes * width,
+                         .starts = starts.data(), .members = members.data()};
+    parallel_for(0, codes, kCodesPerTask, [&](int64_t code, int64_t end) { kernels.sum_rows(its, code, end); });
+  }
+  return {std::move(counts), std::move(sums)};
 }
 
 // The generator by itself, for tests: words int64 [4, 16] of 16 counters from `counter`, and their noise.
@@ -229,10 +295,13 @@ const Operators defined(
       " bool hard, bool noise, Tensor seed, Tensor latents, Tensor indices, Tensor kl, Tensor maximum,"
       " Tensor log_noisy, Tensor log_clean, Tensor mixture, bool needs_codebook) -> (Tensor, Tensor)",
       boxed<&gumbel_backward>},
-     {"vq_forward(Tensor features, Tensor codebook) -> (Tensor, Tensor)", boxed<&vq_forward>},
-     {"vq_backward(Tensor grad_squared_distance, Tensor features, Tensor codebook, Tensor indices, bool needs_features,"
-      " bool needs_codebook) -> (Tensor, Tensor)",
-      boxed<&vq_backward>}});
+     {"vq_forward(Tensor features, Tensor codebook, int metric, int k, Tensor? temperature, Tensor? seed)"
+      " -> (Tensor, Tensor, Tensor)",
+      boxed<&vq_forward>},
+     {"vq_backward(Tensor grad_squared_distance, Tensor features, Tensor nearest, Tensor indices, int codes,"
+      " bool needs_features, bool needs_codebook) -> (Tensor, Tensor)",
+      boxed<&vq_backward>},
+     {"code_statistics(Tensor features, Tensor indices, int codes) -> (Tensor, Tensor)", boxed<&code_statistics>}});
 // Without a tensor there is no device to go by.
 const Operators anywhere("CompositeExplicitAutograd",
                          {{"noise_words(int seed, int row, int stream, int counter) -> (Tensor, Tensor)",

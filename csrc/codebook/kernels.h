@@ -65,26 +65,38 @@ struct GumbelBackward : Gumbel {
   int64_t split_rows() const { return round_up((rows + splits - 1) / splits, kRowTile); }
 };
 
+// In the order of METRICS in dalle_kernels/codebook/vq/contract.py.
+enum class VqMetric : int64_t { euclidean, distance, dot, cosine };
+
+constexpr int64_t kMostNearest = 8;
+
 struct Vq {
   const void* features;  // [rows, width]
   const void* codebook;  // [codes, width]
   int64_t rows, codes, width;
-  int64_t* indices;         // [rows]
-  float* squared_distance;  // [rows]
-  float* half_norms;        // [codes], a workspace: half the squared norm of each row of the codebook
+  VqMetric metric;
+  int64_t k;          // nearest rows, at most kMostNearest
+  float temperature;  // of the noise; 0 for none
+  uint64_t seed;
+  int64_t noise_row;        // of the first row
+  void* nearest;            // [rows, k, width], as are the next two
+  int64_t* indices;         // [rows, k]
+  float* squared_distance;  // [rows, k]
+  float* norms;             // [codes], a workspace: see vq_norms
 
-  int64_t scratch() const { return 4 * kRowTile * padded(width); }
+  static constexpr int64_t kNoiseCodes = 24;  // whose noise is made at once
+  // A tile of features, and one of noise.
+  int64_t scratch() const { return 4 * kRowTile * (padded(width) + kNoiseCodes); }
 };
 
 struct VqBackward {
-  const float* grad;  // [rows]
-  const void* features;
-  const void* codebook;
-  int64_t rows, codes, width;
-  const int64_t* indices;
+  const float* grad;      // [rows, k]
+  const void* features;   // [rows, width]
+  const void* nearest;    // [rows, k, width]
+  int64_t rows, codes, width, k;
   void* grad_features;
   void* grad_codebook;
-  // The rows of each code in ascending order: members[starts[k]] .. members[starts[k + 1]].
+  // The choices of each code, row x k + place, in ascending order: members[starts[k]] .. members[starts[k + 1]].
   const int64_t *starts, *members;
 };
 
@@ -94,13 +106,16 @@ struct CodebookKernels {
   void (*gumbel_forward)(const GumbelForward&, int64_t row, int64_t row_end, void* scratch);
   void (*gumbel_prepare)(const GumbelBackward&, int64_t row_tile, int64_t row_tile_end);
   void (*gumbel_backward)(const GumbelBackward&, int64_t task, int64_t task_end, void* scratch);  // tiles() * splits
-  void (*gumbel_collect)(const GumbelBackward&, int64_t code, int64_t code_end);                  // adds up the shares
-  void (*half_norms)(const Vq&, int64_t code, int64_t code_end);
+  void (*gumbel_collect)(const GumbelBackward&, int64_t code, int64_t code_end);  // adds up the shares
+  // norms[k] = |c_k|^2 / 2; for cosines 1 / |c_k|, 0 where that is zero.
+  void (*vq_norms)(const Vq&, int64_t code, int64_t code_end);
   void (*vq_forward)(const Vq&, int64_t row, int64_t row_end, void* scratch);
   void (*vq_grad_features)(const VqBackward&, int64_t row, int64_t row_end);
   void (*vq_grad_codebook)(const VqBackward&, int64_t code, int64_t code_end);
   // grad_codebook[k] = the sum of grad's rows that chose code k: the straight-through share of gumbel_lookup.
   void (*scatter_rows)(const void* grad, const VqBackward&, int64_t code, int64_t code_end);
+  // The same of features' rows in float32, whatever they are.
+  void (*sum_rows)(const VqBackward&, int64_t code, int64_t code_end);
   // The four words of the 16 counters from `counter`, and the noise that they make: the generator itself, for tests.
   void (*noise_words)(uint64_t seed, uint64_t row, uint32_t stream, uint32_t counter, uint32_t words[4][16],
                       float noise[4][16]);

@@ -24,8 +24,9 @@ static void noise_words_at(uint64_t seed, uint64_t row, uint32_t stream, uint32_
 
 template <class T>
 constexpr CodebookKernels kCodebookKernels{
-    gumbel_pack<T>,    gumbel_forward<T>, gumbel_prepare<T>, gumbel_backward<T>,  gumbel_collect<T>, half_norms<T>,
-    vq_forward<T>,     vq_grad_features<T>, vq_grad_codebook<T>, scatter_rows<T>, noise_words_at};
+    gumbel_pack<T>,    gumbel_forward<T>, gumbel_prepare<T>, gumbel_backward<T>,  gumbel_collect<T>, vq_norms<T>,
+    vq_forward<T>,     vq_grad_features<T>, vq_grad_codebook<T>, scatter_rows<T>, sum_rows<T>,
+    noise_words_at};
 
 const CodebookTable& codebook_kernels() {
 #if defined(DALLE_PAIRS)

@@ -2,6 +2,7 @@
 // entitled to, for the address and undefined-behaviour sanitizers (tests/test_sanitizers.py builds and runs it), and
 // checks the results against plain double loops.
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <cstdio>
@@ -151,43 +152,61 @@ void gumbel(const CodebookKernels& kernels, int64_t rows, int64_t codes, int64_t
 }
 
 template <class T>
-void vq(const CodebookKernels& kernels, int64_t rows, int64_t codes, int64_t width) {
+void vq(const CodebookKernels& kernels, int64_t rows, int64_t codes, int64_t width, VqMetric metric, int64_t k, float temperature) {
   const auto features = random_table<T>(rows * width), codebook = random_table<T>(codes * width);
-  auto indices = poisoned<int64_t>(rows);
-  auto distance = poisoned<float>(rows), half_norms = poisoned<float>(codes);
-  const Vq problem{features.data(), codebook.data(),  rows, codes, width, indices.data(),
-                   distance.data(), half_norms.data()};
+  auto indices = poisoned<int64_t>(rows * k);
+  auto distance = poisoned<float>(rows * k), norms = poisoned<float>(codes);
+  auto nearest = poisoned<T>(rows * k * width);
+  const Vq problem{features.data(), codebook.data(), rows, codes, width, metric, k, temperature, 77, 5,
+                   nearest.data(), indices.data(), distance.data(), norms.data()};
   const Scratch scratch(problem.scratch());
-  kernels.half_norms(problem, 0, codes);
-  kernels.vq_forward(problem, 0, rows, scratch.memory.get());
+  if (metric != VqMetric::dot) kernels.vq_norms(problem, 0, codes);
+  kernels.vq_forward(problem, 0, rows / 2, scratch.memory.get());
+  kernels.vq_forward(problem, rows / 2, rows, scratch.memory.get());
   std::vector<int64_t> starts(size_t(codes) + 1), members;
-  for (int64_t k = 0; k < codes; k++) {
-    for (int64_t n = 0; n < rows; n++)
-      if (indices[size_t(n)] == k) members.push_back(n);
-    starts[size_t(k) + 1] = int64_t(members.size());
+  for (int64_t code = 0; code < codes; code++) {
+    for (int64_t choice = 0; choice < rows * k; choice++)
+      if (indices[size_t(choice)] == code) members.push_back(choice);
+    starts[size_t(code) + 1] = int64_t(members.size());
   }
   for (int64_t n = 0; n < rows; n++) {
-    double best = 1e300;
-    for (int64_t k = 0; k < codes; k++) {
-      double sum = 0;
+    double best = -1e300;
+    const auto score = [&](int64_t code) {
+      double product = 0, squares = 0, of_row = 0, of_code = 0;
+      for (int64_t d = 0; d < width; d++) {
+        const double f = to_float(features[size_t(n * width + d)]), c = to_float(codebook[size_t(code * width + d)]);
+        product += f * c, squares += (f - c) * (f - c), of_row += f * f, of_code += c * c;
+      }
+      const double plain = metric == VqMetric::euclidean ? -squares : metric == VqMetric::distance ? -std::sqrt(squares)
+                         : metric == VqMetric::dot ? product : product / std::sqrt(of_row * of_code);
+      return plain + (temperature > 0 ? double(temperature * noise_of(kernels, 77, 5 + n, code, codes, 2)) : 0.0);
+    };
+    for (int64_t code = 0; code < codes; code++) best = std::fmax(best, score(code));
+    expect(score(indices[size_t(n * k)]) >= best - 1e-4 * (1 + std::fabs(best)), "vq: the best");
+    for (int64_t place = 1; place < k; place++)
+      expect(score(indices[size_t(n * k + place)]) <= score(indices[size_t(n * k + place - 1)]) + 1e-4 * (1 + std::fabs(best)), "vq: the order");
+    for (int64_t choice = n * k; choice < (n + 1) * k; choice++) {
+      double squares = 0;
       for (int64_t d = 0; d < width; d++)
-        sum +=
-            std::pow(double(to_float(features[size_t(n * width + d)])) - to_float(codebook[size_t(k * width + d)]), 2);
-      best = std::fmin(best, sum);
+        squares += std::pow(double(to_float(features[size_t(n * width + d)])) - to_float(codebook[size_t(indices[size_t(choice)] * width + d)]), 2);
+      expect(std::fabs(distance[size_t(choice)] - squares) <= 1e-5 * squares + 1e-6, "vq: distance");
     }
-    expect(std::fabs(distance[size_t(n)] - best) <= 1e-5 * best + 1e-6, "vq: distance");
   }
-  expect(int64_t(members.size()) == rows, "vq: indices");
-  const auto grad = random_table<float>(rows);
+  expect(int64_t(members.size()) == rows * k, "vq: indices");
+  const auto grad = random_table<float>(rows * k);
   auto grad_features = poisoned<T>(rows * width), grad_codebook = poisoned<T>(codes * width);
-  const VqBackward backward{
-      grad.data(),    features.data(),      codebook.data(),      rows,          codes,         width,
-      indices.data(), grad_features.data(), grad_codebook.data(), starts.data(), members.data()};
+  VqBackward backward{grad.data(), features.data(), nearest.data(), rows, codes, width, k,
+                      grad_features.data(), grad_codebook.data(), starts.data(), members.data()};
   kernels.vq_grad_features(backward, 0, rows);
   kernels.vq_grad_codebook(backward, 0, codes);
   for (const T value : grad_features) expect(std::isfinite(to_float(value)), "vq: dfeatures");
   for (const T value : grad_codebook) expect(std::isfinite(to_float(value)), "vq: dcodebook");
+  if (k > 1) return;
   kernels.scatter_rows(features.data(), backward, 0, codes);
+  auto sums = poisoned<float>(codes * width);
+  backward.grad_codebook = sums.data();
+  kernels.sum_rows(backward, 0, codes);
+  for (const float value : sums) expect(std::isfinite(value), "vq: sums");
 }
 
 template <class T>
@@ -243,7 +262,11 @@ void run(const CodebookKernels& kernels, SampleRows sample, const LaplaceKernels
     gumbel<T>(kernels, rows, codes, width, false, true);
     gumbel<T>(kernels, rows, codes, width, true, true);
     gumbel<T>(kernels, rows, codes, width, true, false);
-    vq<T>(kernels, rows, codes, width);
+    for (const VqMetric metric : {VqMetric::euclidean, VqMetric::distance, VqMetric::dot, VqMetric::cosine})
+      for (const float temperature : {0.f, 0.7f}) {
+        vq<T>(kernels, rows, codes, width, metric, 1, temperature);
+        vq<T>(kernels, rows, codes, width, metric, std::min<int64_t>(codes, 3), temperature);
+      }
   }
   for (const int64_t codes : {1, 3, 17, 64, 333})
     for (const auto& [top_k, top_p] : {std::pair<int64_t, float>{0, 1.f}, {5, 1.f}, {0, 0.5f}, {200, 0.99f}})

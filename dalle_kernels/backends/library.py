@@ -79,6 +79,7 @@ _KINDS = {
     torch.Tensor: _Kind("Tensor", lambda value: value, lambda value: value),
     bool: _Kind("bool", lambda value: value, lambda value: value),
     int: _Kind("int", lambda value: value, lambda value: value),
+    str: _Kind("str", lambda value: value, lambda value: value),
     float: _Kind("Tensor", _encode_float, lambda value: value.item() if isinstance(value, torch.Tensor) else value),
     Pattern: _Kind(
         "str",
@@ -132,6 +133,7 @@ class Derivative:
         jvp: (tangents, kept) -> tangents of the outputs in the order of `grads`; tangents in the order of `needs`, None
             where there is none. Plain PyTorch, for any device.
         like: what a gradient looks like, by its input.
+        fake: kept -> what all gradients look like, where their inputs are not kept.
     """
 
     name: str
@@ -141,6 +143,7 @@ class Derivative:
     backward: Callable[[Any, Any, Any, Any], tuple[torch.Tensor | None, ...]]
     jvp: Callable[[Any, Any], tuple[torch.Tensor | None, ...]]
     like: Callable[[torch.Tensor], torch.Tensor] = torch.empty_like
+    fake: Callable[[Any], tuple[torch.Tensor, ...]] | None = None
 
 
 class Entry(Generic[In, Out]):
@@ -205,7 +208,8 @@ class _Derived:
         inputs, outputs = entry._inputs.fields, entry._outputs.fields
         self._keeps = [(inputs + outputs).index(field) for field in self._kept.fields]
         self._needs = [inputs.index(field) for field in derivative.needs._fields]  # type: ignore[attr-defined]
-        self._from = [self._kept.fields.index(inputs[place]) for place in self._needs]
+        if derivative.fake is None:
+            self._from = [self._kept.fields.index(inputs[place]) for place in self._needs]
         self._differentiable = [outputs.index(field) for field in self._grads.fields]
         self._constant = [place for place in range(len(outputs)) if place not in self._differentiable]
         define(
@@ -243,6 +247,9 @@ class _Derived:
 
     def _fake(self, *args: Any) -> tuple[torch.Tensor, ...]:
         _, kept, needs = self._split(args)
+        if self._stated.fake is not None:
+            likes = self._stated.fake(self._stated.kept(*kept))
+            return tuple(like if need else kept[0].new_empty(0) for like, need in zip(likes, needs, strict=True))
         return tuple(
             self._stated.like(kept[place]) if need and kept[place] is not None else kept[0].new_empty(0)
             for place, need in zip(self._from, needs, strict=True)

@@ -28,6 +28,20 @@ def check_pair(name: str, inputs: torch.Tensor, codebook: torch.Tensor) -> tuple
     return inputs, codebook
 
 
+def check_row_mask(row_mask: object, features: torch.Tensor) -> torch.Tensor | None:
+    """`row_mask`, a bool for each row of `features`, or None."""
+    if row_mask is None:
+        return None
+    if not isinstance(row_mask, torch.Tensor):
+        raise TypeError(f"row_mask: got {type(row_mask).__name__}, wanted a torch.Tensor")
+    if row_mask.dtype != torch.bool or row_mask.shape != features.shape[:-1]:
+        came = f"{row_mask.dtype} of shape {tuple(row_mask.shape)}"
+        raise ValueError(f"row_mask: got {came}, wanted torch.bool of shape {tuple(features.shape[:-1])}")
+    if row_mask.device != features.device:
+        raise ValueError(f"row_mask: got a tensor on {row_mask.device}, wanted {features.device} where features are")
+    return row_mask
+
+
 def gradient_like(tensor: torch.Tensor) -> torch.Tensor:
     """The codebook's gradients are contiguous."""
     return tensor.new_empty(tensor.shape)

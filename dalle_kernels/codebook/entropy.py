@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import torch
 
 from dalle_kernels.checks import autocast, check_alike, check_temperature, check_tensor
+from dalle_kernels.codebook.checks import check_row_mask
 
 Metric: TypeAlias = Literal["dot", "euclidean"]
 _ROWS, _CODES = 512, 1024  # of a tile, which stays within a core's caches
@@ -82,13 +83,8 @@ def codebook_entropy(
 def masked_rows(features: torch.Tensor, row_mask: torch.Tensor | None) -> torch.Tensor:
     """[N, D], the rows that count: at least one."""
     rows = features.reshape(-1, features.shape[-1])
-    if row_mask is not None:
-        if not isinstance(row_mask, torch.Tensor):
-            raise TypeError(f"row_mask: got {type(row_mask).__name__}, wanted a torch.Tensor")
-        if row_mask.dtype != torch.bool or row_mask.shape != features.shape[:-1]:
-            came = f"{row_mask.dtype} of shape {tuple(row_mask.shape)}"
-            raise ValueError(f"row_mask: got {came}, wanted torch.bool of shape {tuple(features.shape[:-1])}")
-        rows = rows[row_mask.reshape(-1)]
+    if (counted := check_row_mask(row_mask, features)) is not None:
+        rows = rows[counted.reshape(-1)]
     if not rows.shape[0]:
         raise ValueError("features: got no row that counts, wanted at least one")
     return rows

@@ -190,7 +190,6 @@ def test_bits_do_not_depend_on_threads(isa: str, shape: tuple, dtype: torch.dtyp
             torch.set_num_threads(count)
             forward = cpu.forward(Inputs(logits, codebook, *arguments))
             hard = cpu.forward(Inputs(logits, codebook, arguments[0], True, True, arguments[3]))
-            nearest = vq_cpu.forward(vq_contract.Inputs(grad_latents, codebook))
             results.append(
                 (
                     *forward,
@@ -202,12 +201,6 @@ def test_bits_do_not_depend_on_threads(isa: str, shape: tuple, dtype: torch.dtyp
                         Grads(grad_latents, grad_kl),
                         Kept(logits, codebook, arguments[0], True, True, arguments[3], *hard),
                         Needs(True, True),
-                    ),
-                    *nearest,
-                    *vq_cpu.backward(
-                        vq_contract.Grads(grad_kl),
-                        vq_contract.Kept(grad_latents, codebook, nearest.indices),
-                        vq_contract.Needs(True, True),
                     ),
                 )
             )
@@ -222,16 +215,18 @@ def test_bits_do_not_depend_on_threads(isa: str, shape: tuple, dtype: torch.dtyp
 @pytest.mark.usefixtures("poisoned_memory")
 def test_vq_against_float64(isa: str, shape: tuple, dtype: torch.dtype) -> None:
     _, codebook, features, grad = draw(*shape, dtype)
-    distance, indices = vq_cpu.forward(vq_contract.Inputs(features, codebook))
-    exact = (features.double()[:, None] - codebook.double()).square().sum(-1)
-    assert torch.equal(indices, exact.argmin(-1))
-    torch.testing.assert_close(distance.double(), exact.min(-1).values, rtol=2e-6, atol=1e-12)
-    got = vq_cpu.backward(
-        vq_contract.Grads(grad), vq_contract.Kept(features, codebook, indices), vq_contract.Needs(True, True)
-    )
+    features, codebook, grad = features[None], codebook[None], grad[None, :, None]
+    inputs = vq_contract.Inputs(features, codebook, codebook.shape[1], "euclidean", 1, None, None)
+    nearest, distance, indices = vq_cpu.forward(inputs)
+    exact = (features.double()[:, :, None] - codebook.double()[:, None]).square().sum(-1)
+    assert torch.equal(indices[..., 0], exact.argmin(-1))
+    assert torch.equal(nearest[0, :, 0], codebook[0, indices[0, :, 0]])
+    torch.testing.assert_close(distance[..., 0].double(), exact.min(-1).values, rtol=2e-6, atol=1e-12)
+    kept = vq_contract.Kept(features, nearest, indices, codebook.shape[1])
+    got = vq_cpu.backward(vq_contract.Grads(grad), kept, vq_contract.Needs(True, True))
     want = vq_reference.backward(
         vq_contract.Grads(grad.double()),
-        vq_contract.Kept(features.double(), codebook.double(), indices),
+        kept._replace(features=features.double(), nearest=nearest.double()),
         vq_contract.Needs(True, True),
     )
     tolerance = 1e-5 if dtype == torch.float32 else 2**-7

@@ -70,7 +70,9 @@ def test_opcheck(hard: bool, dtype: torch.dtype) -> None:
     logits, codebook = table(dtype=dtype)
     tau, seed = torch.tensor(0.8), torch.tensor(5)
     opcheck(torch.ops.dalle_kernels.gumbel_forward.default, (logits, codebook, tau, hard, True, seed, "auto"))
-    opcheck(torch.ops.dalle_kernels.vq_forward.default, (codebook[:5].detach().requires_grad_(), codebook, "auto"))
+    rows = codebook[None, :5].detach().requires_grad_()
+    arguments = rows, codebook[None], codebook.shape[0], "euclidean", 1, None, None, "auto"
+    opcheck(torch.ops.dalle_kernels.vq_forward.default, arguments)
 
 
 def test_torch_compile_makes_one_graph() -> None:

@@ -2,27 +2,40 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 
 from dalle_kernels.backends.contract import Call, Differentiable
 
+Metric: TypeAlias = Literal["euclidean", "distance", "dot", "cosine"]
+METRICS: tuple[Metric, ...] = ("euclidean", "distance", "dot", "cosine")
+MOST = 8  # nearest rows at once
+
 
 class Inputs(NamedTuple):
-    features: torch.Tensor  # [N, D], rows contiguous
-    codebook: torch.Tensor  # [K, D], contiguous
+    features: torch.Tensor  # [H, N, D], rows contiguous
+    codebook: torch.Tensor  # [H, K, D], contiguous
+    codes: int  # K, which the backward wants without the codebook
+    metric: str
+    k: int  # how many rows
+    temperature: torch.Tensor | None  # 0-dim float32; None: the nearest rows
+    seed: torch.Tensor | None  # 0-dim int64, where there is a temperature
 
 
 class Outputs(NamedTuple):
-    squared_distance: torch.Tensor  # float32 [N] (float64 for float64 features)
-    indices: torch.Tensor  # int64 [N]
+    nearest: torch.Tensor  # [H, N, k, D], the chosen rows of the codebook
+    squared_distance: torch.Tensor  # float32 [H, N, k] (float64 for float64 features)
+    indices: torch.Tensor  # int64 [H, N, k], best first
 
 
 class Kept(NamedTuple):
+    """Not the codebook: an EMA step may change it in place before the backward."""
+
     features: torch.Tensor
-    codebook: torch.Tensor
+    nearest: torch.Tensor
     indices: torch.Tensor
+    codes: int
 
 
 class Grads(NamedTuple):
@@ -38,4 +51,13 @@ Backend: TypeAlias = Differentiable[Inputs, Outputs, Grads, Kept, Needs]
 
 
 def call_of(values: Inputs | Kept) -> Call:
-    return Call(values.features.device, values.features.dtype, values.codebook.shape[1])
+    features = values.features
+    if isinstance(values, Inputs):
+        return Call(features.device, features.dtype, features.shape[-1], extras(values.k, values.temperature))
+    return Call(features.device, features.dtype, features.shape[-1], extras(values.indices.shape[-1], None))
+
+
+def extras(k: int | None, temperature: object) -> tuple[str, ...]:
+    """What not every backend has."""
+    asked = {"several nearest rows": k is not None and k > 1, "a temperature": temperature is not None}
+    return tuple(name for name, present in asked.items() if present)

@@ -6,9 +6,10 @@ import torch
 
 from dalle_kernels.backends import native
 from dalle_kernels.backends.contract import Call
-from dalle_kernels.codebook.vq.contract import Grads, Inputs, Kept, Needs, Outputs
+from dalle_kernels.codebook.vq.contract import METRICS, Grads, Inputs, Kept, Needs, Outputs
 
 _ops = torch.ops.dalle_kernels_cpu
+_METRICS: tuple[str, ...] = METRICS  # csrc/codebook/kernels.h counts them in this order
 
 
 def refuse(call: Call) -> str | None:
@@ -20,8 +21,10 @@ def describe() -> str:
 
 
 def forward(inputs: Inputs) -> Outputs:
-    indices, squared_distance = _ops.vq_forward(*inputs)
-    return Outputs(squared_distance, indices)
+    metric = _METRICS.index(inputs.metric)
+    return Outputs(
+        *_ops.vq_forward(inputs.features, inputs.codebook, metric, inputs.k, inputs.temperature, inputs.seed)
+    )
 
 
 def backward(grads: Grads, kept: Kept, needs: Needs) -> tuple[torch.Tensor | None, ...]:

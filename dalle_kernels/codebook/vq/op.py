@@ -2,21 +2,54 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import numbers
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 
 from dalle_kernels.backends.choice import Operation, register
+from dalle_kernels.backends.contract import Call
 from dalle_kernels.backends.library import Derivative, Entry
-from dalle_kernels.checks import rows_contiguous
-from dalle_kernels.codebook.checks import check_pair, describe, gradient_like, refuse_nan
+from dalle_kernels.checks import (
+    autocast,
+    check_alike,
+    check_temperature,
+    check_tensor,
+    positive_temperature,
+    rows_contiguous,
+    seed_tensor,
+)
+from dalle_kernels.codebook.checks import check_row_mask, gradient_like, refuse_nan
+from dalle_kernels.codebook.statistics.op import CodeStatistics, code_statistics
 from dalle_kernels.codebook.vq import reference
-from dalle_kernels.codebook.vq.contract import Backend, Grads, Inputs, Kept, Needs, Outputs, call_of
+from dalle_kernels.codebook.vq.contract import (
+    METRICS,
+    MOST,
+    Backend,
+    Grads,
+    Inputs,
+    Kept,
+    Metric,
+    Needs,
+    Outputs,
+    call_of,
+    extras,
+)
 
 if TYPE_CHECKING:
     from dalle_kernels.codebook.vq import cpu, triton
 
     _BACKENDS: tuple[Backend, ...] = (cpu, triton, reference)
+
+
+def _describe(
+    features: torch.Tensor, codebook: torch.Tensor, *_: Any, k: int | None = None, temperature: Any = None, **__: Any
+) -> Call:
+    check_tensor("the first argument", features)
+    check_tensor("codebook", codebook)
+    return Call(features.device, autocast(features)[0].dtype, codebook.shape[-1], extras(k, temperature))
+
 
 OPERATION: Operation[Backend] = Operation(
     "vq_lookup",
@@ -25,69 +58,193 @@ OPERATION: Operation[Backend] = Operation(
         "cpu": "dalle_kernels.codebook.vq.cpu",
         "reference": "dalle_kernels.codebook.vq.reference",
     },
-    describe,
+    _describe,
 )
 
 
+@overload
 def vq_lookup(
-    features: torch.Tensor, codebook: torch.Tensor, backend: str = "auto"
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    features: torch.Tensor,
+    codebook: torch.Tensor,
+    backend: str = "auto",
+    *,
+    metric: Metric = "euclidean",
+    row_mask: torch.Tensor | None = None,
+    k: int | None = None,
+    temperature: float | torch.Tensor | None = None,
+    seed: int | torch.Tensor | None = None,
+    statistics: Literal[False] = False,
+    all_reduce: None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
+
+
+@overload
+def vq_lookup(
+    features: torch.Tensor,
+    codebook: torch.Tensor,
+    backend: str = "auto",
+    *,
+    metric: Metric = "euclidean",
+    row_mask: torch.Tensor | None = None,
+    temperature: float | torch.Tensor | None = None,
+    seed: int | torch.Tensor | None = None,
+    statistics: Literal[True],
+    all_reduce: Callable[[torch.Tensor], object] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, CodeStatistics]: ...
+
+
+def vq_lookup(
+    features: torch.Tensor,
+    codebook: torch.Tensor,
+    backend: str = "auto",
+    *,
+    metric: Metric = "euclidean",
+    row_mask: torch.Tensor | None = None,
+    k: int | None = None,
+    temperature: float | torch.Tensor | None = None,
+    seed: int | torch.Tensor | None = None,
+    statistics: bool = False,
+    all_reduce: Callable[[torch.Tensor], object] | None = None,
+) -> Any:
     """The nearest codebook row of each feature, with the straight-through gradient.
 
-    Source: van den Oord et al. 2017 (VQ-VAE), equations 1 to 3. The squared distance is the codebook loss and the
-    commitment loss at once: it is differentiable to both sides, with the index held fixed.
+    Sources: van den Oord et al. 2017 (VQ-VAE), equations 1 to 3, and appendix A.1 for what `statistics` serve; Yu et
+    al. 2022 for cosine; Kool et al. 2019 for k draws without replacement. The squared distance is the codebook loss
+    and the commitment loss at once: it is differentiable to both sides, with the index held fixed. Nothing of the
+    codebook is kept for the backward, so that it may be changed in place before that; a codebook that wants no
+    gradient costs none.
 
     Args:
-        features: [..., D], float16, bfloat16, float32 or float64; computed in float32 inside.
-        codebook: [K, D], dtype and device of `features` (under autocast both are cast).
+        features: [..., D], float16, bfloat16, float32 or float64; computed in float32 inside. [H, ..., D] with a
+            codebook of H heads.
+        codebook: [K, D], or [H, K, D] with one for each head; dtype and device of `features` (under autocast both are
+            cast).
         backend: "auto", "reference", "cpu", "triton" or "cuda"; see `explain`.
+        metric: which row is nearest: the one of the largest score, which is -|f - c|^2 for "euclidean", -|f - c| for
+            "distance" (the same rows, but for a temperature), f . c for "dot", f . c / |f| |c| for "cosine" (0 where
+            either is zero). It decides on the index alone: latents and squared distance are of features and codebook as
+            they are.
+        row_mask: bool [...], False at rows that do not count: their index is -1, their latents and squared distance are
+            0 and take no gradient, NaN in them is not looked at.
+        k: as many rows, 1 to 8, best first; None for the nearest without a dimension of its own.
+        temperature: draws from softmax(scores / temperature), by the Gumbel noise that `dalle_kernels.noise` defines,
+            the same on every backend; k draws are without replacement. None takes the nearest.
+        seed: of the draw: a 64-bit int or one-element int64 tensor; None draws one from torch's generator.
+        statistics: also returns how many rows chose each code, and their sums; see `code_statistics`. Not with `k`.
+        all_reduce: called on those counts and on those sums, which it changes in place: `torch.distributed.all_reduce`
+            makes them those of all processes.
 
     Returns:
-        latents: [..., D], codebook[indices]; its gradient passes to `features` unchanged.
-        indices: int64 [...], the first of the nearest rows.
-        squared_distance: float32 [...] (float64 for float64 features).
+        latents: [..., D] ([..., k, D]), codebook[indices]; its gradient passes to `features` unchanged.
+        indices: int64 [...] ([..., k]), the first of the nearest rows.
+        squared_distance: float32 [...] ([..., k]) (float64 for float64 features).
+        statistics: a `CodeStatistics`, where asked for.
 
     Raises:
-        TypeError, ValueError: for wrong shapes, dtypes or devices, or, on the CPU, NaN among the features.
+        TypeError, ValueError: for wrong shapes, dtypes, devices or settings, or, on the CPU, NaN among the features.
 
     Example:
         >>> latents, indices, squared_distance = vq_lookup(torch.randn(2, 16, 32), torch.randn(512, 32))
         >>> latents.shape, indices.shape
         (torch.Size([2, 16, 32]), torch.Size([2, 16]))
+        >>> *_, (counts, sums) = vq_lookup(torch.randn(2, 16, 32), torch.randn(512, 32), statistics=True)
+        >>> int(counts.sum()), sums.shape
+        (32, torch.Size([512, 32]))
     """
-    features, codebook = check_pair("features", features, codebook)
-    if features.shape[-1] != codebook.shape[1]:
-        raise ValueError(f"codebook: got width {codebook.shape[1]}, wanted {features.shape[-1]} as features have")
+    features, codebook = _checked(features, codebook)
+    heads = codebook.shape[:-2]
     rows = features.shape[:-1]
-    squared_distance, indices = _ENTRY(
-        Inputs(rows_contiguous(features).reshape(-1, features.shape[-1]), codebook.contiguous()), backend
+    if metric not in METRICS:
+        raise ValueError(f"metric: got {metric!r}, wanted one of {', '.join(map(repr, METRICS))}")
+    most = min(MOST, codebook.shape[-2])
+    if k is not None and (not isinstance(k, numbers.Integral) or not 1 <= k <= most):
+        raise ValueError(f"k: got {k!r}, wanted an int from 1 to {most}, or None")
+    if k is not None and statistics:
+        raise ValueError(f"statistics: got True with k={k}, wanted k=None")
+    if all_reduce is not None and not statistics:
+        raise ValueError("all_reduce: got a function, wanted None where no statistics are asked for")
+    counted = check_row_mask(row_mask, features)
+    if counted is not None:
+        features = torch.where(counted[..., None], features, 0.0)
+    drawn = temperature is not None
+    outputs = _ENTRY(
+        Inputs(
+            rows_contiguous(features).reshape(*(heads or (1,)), -1, features.shape[-1]),
+            codebook.contiguous().view(*(heads or (1,)), *codebook.shape[-2:]),
+            codebook.shape[-2],
+            metric,
+            1 if k is None else int(k),
+            positive_temperature(temperature, features.device) if drawn else None,  # type: ignore[arg-type]
+            seed_tensor(seed, features.device) if drawn else None,
+        ),
+        backend,
     )
-    indices = indices.reshape(rows)
-    nearest = torch.nn.functional.embedding(indices, codebook.detach())
+    several = () if k is None else (int(k),)
+    nearest = outputs.nearest.reshape(*rows, *several, features.shape[-1])
+    indices, squared_distance = outputs.indices.reshape(*rows, *several), outputs.squared_distance
+    squared_distance = squared_distance.reshape(*rows, *several)
+    if counted is not None:
+        here = counted if k is None else counted[..., None]
+        nearest = torch.where(here[..., None], nearest, 0.0)
+        indices = torch.where(here, indices, -1)
+        squared_distance = torch.where(here, squared_distance, 0.0)
+    through = features - features.detach()
     # The value is the codebook's row to the last bit, which features + (nearest - features) would not be.
-    latents = nearest + (features - features.detach())
-    return latents, indices, squared_distance.reshape(rows)
+    latents = nearest + (through if k is None else through[..., None, :])
+    if not statistics:
+        return latents, indices, squared_distance
+    found = code_statistics(features.detach(), indices, codebook.shape[-2], heads=len(heads) > 0, all_reduce=all_reduce)
+    return latents, indices, squared_distance, found
 
 
 register(vq_lookup, OPERATION)
 
 
+def _checked(features: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    check_tensor("features", features)
+    check_tensor("codebook", codebook)
+    came = f"{tuple(features.shape)}, {tuple(codebook.shape)}"
+    if codebook.dim() not in (2, 3):
+        raise ValueError(f"codebook: got shape {tuple(codebook.shape)}, wanted [K, D] or [H, K, D]")
+    if features.dim() < codebook.dim() - 1 or 0 in codebook.shape:
+        raise ValueError(f"features, codebook: got shapes {came}, wanted at least one code")
+    features, codebook = autocast(features, codebook)
+    check_alike("codebook", codebook, "features", features)
+    if features.shape[-1] != codebook.shape[-1]:
+        raise ValueError(f"codebook: got width {codebook.shape[-1]}, wanted {features.shape[-1]} as features have")
+    if codebook.dim() == 3 and features.shape[0] != codebook.shape[0]:
+        raise ValueError(f"codebook: got {codebook.shape[0]} heads, wanted {features.shape[0]} as features have")
+    return features, codebook
+
+
 def _forward(backend: Backend, inputs: Inputs) -> Outputs:
+    if inputs.temperature is not None and inputs.features.device.type == "cpu":
+        check_temperature(float(inputs.temperature))
     outputs = backend.forward(inputs)
-    refuse_nan("features", inputs.features, outputs.squared_distance)
+    features = inputs.features
+    refuse_nan("features", features.reshape(-1, features.shape[-1]), outputs.squared_distance[..., 0].reshape(-1))
     return outputs
 
 
 def _forward_fake(inputs: Inputs) -> Outputs:
     features = inputs.features
     wide = torch.float64 if features.dtype == torch.float64 else torch.float32
-    rows = features.shape[0]
-    return Outputs(features.new_empty(rows, dtype=wide), features.new_empty(rows, dtype=torch.int64))
+    heads, rows, width = features.shape
+    return Outputs(
+        features.new_empty(heads, rows, inputs.k, width),
+        features.new_empty(heads, rows, inputs.k, dtype=wide),
+        features.new_empty(heads, rows, inputs.k, dtype=torch.int64),
+    )
 
 
 def _backward(backend: Backend, grads: Grads, kept: Kept, needs: Needs) -> tuple[torch.Tensor | None, ...]:
     assert grads.squared_distance is not None
     return backend.backward(Grads(grads.squared_distance.contiguous()), kept, needs)
+
+
+def _backward_fake(kept: Kept) -> tuple[torch.Tensor, ...]:
+    heads, _, width = kept.features.shape
+    return gradient_like(kept.features), kept.features.new_empty(heads, kept.codes, width)
 
 
 _ENTRY = Entry(
@@ -98,5 +255,5 @@ _ENTRY = Entry(
     call_of,
     _forward,
     _forward_fake,
-    Derivative("vq_backward", Grads, Kept, Needs, _backward, reference.jvp, gradient_like),
+    Derivative("vq_backward", Grads, Kept, Needs, _backward, reference.jvp, fake=_backward_fake),
 )

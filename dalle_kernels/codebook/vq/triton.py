@@ -1,13 +1,14 @@
 """Nearest codebook row in Triton, and its gradient without atomics.
 
 Forward: argmin over k of |f - c_k|^2 is argmax of f . c_k - |c_k|^2 / 2, a matrix product with the argmax in its
-epilogue; the distance itself is then computed from the difference, which cancels nothing.
+epilogue; the distance itself is then computed from the difference, which cancels nothing. Of dot products nothing is
+taken away, and for cosines a code's product is divided by its norm. Heads come one after another.
 
 Backward: dfeatures_n = 2 h_n (f_n - c_k(n)) with h the distance's gradient, and dcodebook_k = -sum over the rows n of
-code k. Rows are sorted by code, so a code's rows are one run. A program takes a chunk of the sorted rows and sums the
-runs in it by a product with the 0/1 matrix "same code". A run that began in an earlier chunk leaves its sum in `heads`,
-one per chunk; a second kernel adds those, in order, to the run's beginning. Nothing is added twice to one place, and a
-code that owns all rows is as well spread as any other.
+code k; statistics sum the rows themselves. Rows are sorted by code, so a code's rows are one run. A program takes a
+chunk of the sorted rows and sums the runs in it by a product with the 0/1 matrix "same code". A run that began in an
+earlier chunk leaves its sum in `heads`, one per chunk; a second kernel adds those, in order, to the run's beginning.
+Nothing is added twice to one place, and a code that owns all rows is as well spread as any other.
 """
 
 import functools
@@ -25,16 +26,22 @@ from dalle_kernels.codebook.vq.contract import Grads, Inputs, Kept, Needs, Outpu
 WIDEST = 256
 CHUNK = 32  # sorted rows a program
 HEADS = 16  # heads added at once
+METRICS = {"euclidean": 0, "distance": 0, "dot": 1, "cosine": 2}  # without noise a distance is as good as its square
 
 
 @triton.jit
-def half_norm_kernel(codebook, norms, K, D, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr):
-    """norms[k] = |c_k|^2 / 2."""
+def norm_kernel(codebook, norms, K, D, COSINE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr):
+    """norms[k] = |c_k|^2 / 2, or 1 / |c_k| (0 for a zero code)."""
     code = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     feature = tl.arange(0, BLOCK_D)[None, :]
     kept = (code < K)[:, None] & (feature < D)
     row = tl.load(codebook + code.to(tl.int64)[:, None] * D + feature, mask=kept, other=0.0).to(tl.float32)
-    tl.store(norms + code, tl.sum(row * row, 1) * 0.5, mask=code < K)
+    total = tl.sum(row * row, 1)
+    if COSINE:
+        total = tl.where(total > 0, tl.rsqrt(tl.where(total > 0, total, 1.0)), 0.0)
+    else:
+        total *= 0.5
+    tl.store(norms + code, total, mask=code < K)
 
 
 @triton.jit
@@ -46,8 +53,8 @@ def load_features(base, rows, stride, first, D, BLOCK: tl.constexpr):
 
 @triton.jit
 def vq_forward_kernel(
-    features, codebook, norms, indices, distances, N, K, D, stride,
-    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
+    features, codebook, norms, nearest, indices, distances, N, K, D, stride,
+    METRIC: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -59,8 +66,6 @@ def vq_forward_kernel(
     index = tl.zeros([BLOCK_N], tl.int32)
     for start in range(0, K, BLOCK_K):
         code = start + tl.arange(0, BLOCK_K)
-        # A row past the end reads as code 0, but is infinitely long, hence never the nearest.
-        norm = tl.load(norms + code, mask=code < K, other=float("inf"))
         place = tl.where(code < K, code, 0).to(tl.int64)
         score = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
         if BLOCK_C == BLOCK_D:
@@ -70,22 +75,31 @@ def vq_forward_kernel(
                 part = load_features(features, row, stride, first, D, BLOCK_C)
                 codes = load_features(codebook, place, D, first, D, BLOCK_C)
                 score = dot(part, tl.trans(codes), score, PRECISION)
-        score -= norm[None, :]
+        if METRIC == 0:
+            # A code past the end reads as code 0, but is infinitely long, hence never the nearest.
+            score -= tl.load(norms + code, mask=code < K, other=float("inf"))[None, :]
+        else:
+            if METRIC == 2:
+                score *= tl.load(norms + code, mask=code < K, other=0.0)[None, :]
+            score = tl.where((code < K)[None, :], score, float("-inf"))
         largest = tl.max(score, 1)
         first = tl.min(tl.where(score == largest[:, None], code[None, :], K - 1), 1)
         index = tl.where(largest > best, first, index)
         best = tl.maximum(best, largest)
-    nearest = load_features(codebook, index.to(tl.int64), D, 0, D, BLOCK_D).to(tl.float32)
-    difference = load_features(features, row, stride, 0, D, BLOCK_D).to(tl.float32) - nearest
+    chosen = load_features(codebook, index.to(tl.int64), D, 0, D, BLOCK_D)
+    difference = load_features(features, row, stride, 0, D, BLOCK_D).to(tl.float32) - chosen.to(tl.float32)
+    feature = tl.arange(0, BLOCK_D)[None, :]
+    tl.store(nearest + row[:, None] * D + feature, chosen, mask=inside[:, None] & (feature < D))
     tl.store(indices + row, index.to(tl.int64), mask=inside)
     tl.store(distances + row, tl.sum(difference * difference, 1), mask=inside)
 
 
 @triton.jit
 def vq_backward_kernel(
-    grads, features, codebook, sorted_codes, order, dfeatures, dcodebook, heads, N, D, stride,
-    CHUNK: tl.constexpr, BLOCK_D: tl.constexpr,
+    grads, features, nearest, sorted_codes, order, dfeatures, dcodebook, heads, N, D, stride,
+    SUMS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    """SUMS: dcodebook[k] is the sum of the rows of code k; there are no grads, nearest and dfeatures."""
     first = tl.program_id(0) * CHUNK
     place = first + tl.arange(0, CHUNK)
     inside = place < N
@@ -94,9 +108,12 @@ def vq_backward_kernel(
     feature = tl.arange(0, BLOCK_D)[None, :]
     kept = inside[:, None] & (feature < D)
     f = tl.load(features + row[:, None] * stride + feature, mask=kept, other=0.0).to(tl.float32)
-    c = tl.load(codebook + code[:, None] * D + feature, mask=kept, other=0.0).to(tl.float32)
-    share = 2.0 * tl.load(grads + row, mask=inside, other=0.0)[:, None] * (c - f)
-    tl.store(dfeatures + row[:, None] * D + feature, (-share).to(dfeatures.dtype.element_ty), mask=kept)
+    if SUMS:
+        share = f
+    else:
+        c = tl.load(nearest + row[:, None] * D + feature, mask=kept, other=0.0).to(tl.float32)
+        share = 2.0 * tl.load(grads + row, mask=inside, other=0.0)[:, None] * (c - f)
+        tl.store(dfeatures + row[:, None] * D + feature, (-share).to(dfeatures.dtype.element_ty), mask=kept)
 
     # The codes once more as a row. Runs past the end share code -1 and are stored nowhere.
     other = tl.load(sorted_codes + first + tl.arange(0, CHUNK), mask=first + tl.arange(0, CHUNK) < N, other=-1)
@@ -151,44 +168,83 @@ def _block(width: int) -> int:
 def refuse(call: Call) -> str | None:
     if call.width > WIDEST:
         return f"the codebook is {call.width} wide, the kernels hold rows of at most {WIDEST}"
+    if call.extras:
+        return f"it does not do {' and '.join(call.extras)}"
     return obstacle(call.device, call.dtype)
 
 
 def forward(inputs: Inputs) -> Outputs:
-    features, codebook = inputs
-    (rows, width), codes = features.shape, codebook.shape[0]
-    indices = features.new_empty(rows, dtype=torch.int64)
-    distances = features.new_empty(rows, dtype=torch.float32)
+    features, codebook = inputs.features, inputs.codebook
+    (heads, rows, width), codes = features.shape, codebook.shape[1]
+    nearest = features.new_empty(heads, rows, 1, width)
+    indices = features.new_empty(heads, rows, 1, dtype=torch.int64)
+    distances = features.new_empty(heads, rows, 1, dtype=torch.float32)
+    metric = METRICS[inputs.metric]
     if rows:
         plan = _plan(features.device, features.dtype, width)
         norms = features.new_empty(codes, dtype=torch.float32)
-        half_norm_kernel[(ceil_div(codes, 32),)](
-            codebook, norms, codes, width, BLOCK_K=32, BLOCK_D=plan["BLOCK_D"], num_warps=4, enable_fp_fusion=True
-        )
-        vq_forward_kernel[(ceil_div(rows, plan["BLOCK_N"]),)](
-            features, codebook, norms, indices, distances, rows, codes, width, features.stride(0), **plan
-        )
-    return Outputs(distances, indices)
+        for head in range(heads):
+            if metric != METRICS["dot"]:
+                norm_kernel[(ceil_div(codes, 32),)](
+                    codebook[head], norms, codes, width, COSINE=metric == METRICS["cosine"], BLOCK_K=32,
+                    BLOCK_D=plan["BLOCK_D"], num_warps=4, enable_fp_fusion=True,
+                )  # fmt: skip
+            vq_forward_kernel[(ceil_div(rows, plan["BLOCK_N"]),)](
+                features[head], codebook[head], norms, nearest[head], indices[head], distances[head],
+                rows, codes, width, features.stride(1), METRIC=metric, **plan,
+            )  # fmt: skip
+    return Outputs(nearest, distances, indices)
 
 
 def backward(grads: Grads, kept: Kept, needs: Needs) -> tuple[torch.Tensor | None, ...]:
     """See the top of the file."""
-    features, codebook, indices = kept
+    features, nearest, indices, codes = kept
+    assert grads.squared_distance is not None
+    if not needs.codebook:
+        difference = features.float() - nearest[:, :, 0].float()
+        return (2 * grads.squared_distance * difference).to(features.dtype), None
+    heads, rows, width = features.shape
+    dfeatures = features.new_empty(heads, rows, width)
+    dcodebook = features.new_zeros(heads, codes, width, dtype=torch.float32)
+    for head in range(heads):
+        sorted_codes, order = torch.sort(indices[head, :, 0], stable=True)
+        _add_runs(
+            grads.squared_distance[head], features[head], nearest[head], sorted_codes, order, dfeatures[head],
+            dcodebook[head], False,
+        )  # fmt: skip
+    return dfeatures, dcodebook.to(features.dtype)
+
+
+def sum_rows(features: torch.Tensor, indices: torch.Tensor, codes: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """How many of features [N, D] chose each code, and their sums, float32 [K], [K, D]; indices [N], -1 for none."""
+    # Rows that do not count are sorted behind the others, as a code that is cut off.
+    sorted_codes, order = torch.sort(torch.where(indices < 0, codes, indices), stable=True)
+    starts = torch.searchsorted(sorted_codes, torch.arange(codes + 1, device=indices.device))
+    sums = features.new_zeros(codes + 1, features.shape[1], dtype=torch.float32)
+    _add_runs(sums, features, features, sorted_codes, order, features, sums, True)
+    return starts.diff().float(), sums[:-1]
+
+
+def _add_runs(
+    grads: torch.Tensor,
+    features: torch.Tensor,
+    nearest: torch.Tensor,
+    sorted_codes: torch.Tensor,
+    order: torch.Tensor,
+    dfeatures: torch.Tensor,
+    dcodebook: torch.Tensor,
+    sums: bool,
+) -> None:
     rows, width = features.shape
-    dfeatures = features.new_empty(rows, width)
-    dcodebook = codebook.new_zeros(codebook.shape, dtype=torch.float32)
-    if rows:
-        sorted_codes, order = torch.sort(indices, stable=True)
-        chunks = ceil_div(rows, CHUNK)
-        heads = features.new_empty(chunks, width, dtype=torch.float32)
-        block = _block(width)
-        vq_backward_kernel[(chunks,)](
-            grads.squared_distance, features, codebook, sorted_codes, order, dfeatures, dcodebook, heads,
-            rows, width, features.stride(0), CHUNK=CHUNK, BLOCK_D=block, num_warps=max(4, block // 32),
-            enable_fp_fusion=True,
-        )  # fmt: skip
-        vq_heads_kernel[(chunks,)](
-            sorted_codes, heads, dcodebook, rows, width, CHUNK=CHUNK, HEADS=HEADS, BLOCK_D=block, num_warps=4,
-            enable_fp_fusion=True,
-        )  # fmt: skip
-    return dfeatures, dcodebook.to(codebook.dtype)
+    if not rows:
+        return
+    chunks, block = ceil_div(rows, CHUNK), _block(width)
+    heads = features.new_empty(chunks, width, dtype=torch.float32)
+    vq_backward_kernel[(chunks,)](
+        grads, features, nearest, sorted_codes, order, dfeatures, dcodebook, heads, rows, width, features.stride(0),
+        SUMS=sums, CHUNK=CHUNK, BLOCK_D=block, num_warps=max(4, block // 32), enable_fp_fusion=True,
+    )  # fmt: skip
+    vq_heads_kernel[(chunks,)](
+        sorted_codes, heads, dcodebook, rows, width, CHUNK=CHUNK, HEADS=HEADS, BLOCK_D=block, num_warps=4,
+        enable_fp_fusion=True,
+    )  # fmt: skip
