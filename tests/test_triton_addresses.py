@@ -145,13 +145,16 @@ def test_vq() -> None:
     features, codebook, grad = halves(3, 16), halves(40, 16), torch.ones(3, device=DEVICE)
     results = []
     for table in (far_apart(features, 0), features):
-        distances, indices = triton_vq.forward(vq_contract.Inputs(table, codebook))
+        inputs = vq_contract.Inputs(table[None], codebook[None], len(codebook), "euclidean", 1, None, None)
+        nearest, distances, indices = triton_vq.forward(inputs)
         results.append(
             (
                 indices,
                 distances,
                 *triton_vq.backward(
-                    vq_contract.Grads(grad), vq_contract.Kept(table, codebook, indices), vq_contract.Needs(True, True)
+                    vq_contract.Grads(grad[None, :, None]),
+                    vq_contract.Kept(table[None], nearest, indices, len(codebook)),
+                    vq_contract.Needs(True, True),
                 ),
             )
         )

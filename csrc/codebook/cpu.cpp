@@ -166,8 +166,13 @@ std::tuple<Tensor, Tensor> gumbel_backward(const std::optional<Tensor>& grad_lat
                  [&](int64_t code, int64_t end) { kernels.gumbel_collect(backward, code, end); });
   if (has_latents && hard && needs_codebook) {
     const auto [starts, members] = members_of_codes(indices.data<const int64_t>(), rows, problem.codes);
-    const VqBackward scatter{.rows = rows, .codes = problem.codes, .width = problem.width, .k = 1,
-                             .grad_codebook = grad_codebook.data<void>(), .starts = starts.data(), .members = members.data()};
+    const VqBackward scatter{.rows = rows,
+                             .codes = problem.codes,
+                             .width = problem.width,
+                             .k = 1,
+                             .grad_codebook = grad_codebook.data<void>(),
+                             .starts = starts.data(),
+                             .members = members.data()};
     parallel_for(0, problem.codes, kCodesPerTask, [&](int64_t code, int64_t end) {
       kernels.scatter_rows(grad_latents->data<const void>(), scatter, code, end);
     });
@@ -196,7 +201,11 @@ std::tuple<Tensor, Tensor, Tensor> vq_forward(const Tensor& features, const Tens
   const auto problem = [&](int64_t head) {
     return Vq{dense.data<const char>() + head_bytes(dense, head, rows * width),
               codebook.data<const char>() + head_bytes(codebook, head, codes * width),
-              rows, codes, width, VqMetric(metric), k,
+              rows,
+              codes,
+              width,
+              VqMetric(metric),
+              k,
               temperature.has_value() ? *temperature->data<const float>() : 0.f,
               seed.has_value() ? uint64_t(*seed->data<const int64_t>()) : 0,
               head * rows,
@@ -206,9 +215,8 @@ std::tuple<Tensor, Tensor, Tensor> vq_forward(const Tensor& features, const Tens
               norms.data<float>() + head * codes};
   };
   if (VqMetric(metric) != VqMetric::dot)
-    over_heads(heads, codes, kCodesPerTask, [&](int64_t head, int64_t code, int64_t end) {
-      kernels.vq_norms(problem(head), code, end);
-    });
+    over_heads(heads, codes, kCodesPerTask,
+               [&](int64_t head, int64_t code, int64_t end) { kernels.vq_norms(problem(head), code, end); });
   over_heads(heads, rows, kRowTile, [&](int64_t head, int64_t row, int64_t end) {
     const Vq its = problem(head);
     kernels.vq_forward(its, row, end, thread_scratch(its.scratch()));
@@ -227,24 +235,27 @@ std::tuple<Tensor, Tensor> vq_backward(const Tensor& grad, const Tensor& feature
   const CodebookKernels& kernels = kernels_for(features);
   const Tensor dense = contiguous(features);
   Tensor grad_features = needs_features ? new_tensor_like(dense) : empty({0}, features.dtype());
-  Tensor grad_codebook = needs_codebook ? new_tensor({heads, codes, width}, features.dtype()) : empty({0}, features.dtype());
+  Tensor grad_codebook =
+      needs_codebook ? new_tensor({heads, codes, width}, features.dtype()) : empty({0}, features.dtype());
   const auto problem = [&](int64_t head) {
     return VqBackward{
         .grad = grad.data<const float>() + head * rows * k,
         .features = dense.data<const char>() + head_bytes(dense, head, rows * width),
         .nearest = nearest.data<const char>() + head_bytes(nearest, head, rows * k * width),
-        .rows = rows, .codes = codes, .width = width, .k = k,
+        .rows = rows,
+        .codes = codes,
+        .width = width,
+        .k = k,
         .grad_features = needs_features ? grad_features.data<char>() + head_bytes(dense, head, rows * width) : nullptr,
         .grad_codebook = needs_codebook ? grad_codebook.data<char>() + head_bytes(dense, head, codes * width) : nullptr,
-        .starts = nullptr, .members = nullptr};
+        .starts = nullptr,
+        .members = nullptr};
   };
   if (needs_features)
-    over_heads(heads, rows, kCodesPerTask, [&](int64_t head, int64_t row, int64_t end) {
-      kernels.vq_grad_features(problem(head), row, end);
-    });
+    over_heads(heads, rows, kCodesPerTask,
+               [&](int64_t head, int64_t row, int64_t end) { kernels.vq_grad_features(problem(head), row, end); });
   for (int64_t head = 0; needs_codebook && head < heads; head++) {
-    const auto [starts, members] =
-        members_of_codes(indices.data<const int64_t>() + head * rows * k, rows * k, codes);
+    const auto [starts, members] = members_of_codes(indices.data<const int64_t>() + head * rows * k, rows * k, codes);
     VqBackward its = problem(head);
     its.starts = starts.data(), its.members = members.data();
     parallel_for(0, codes, kCodesPerTask, [&](int64_t code, int64_t end) { kernels.vq_grad_codebook(its, code, end); });
@@ -267,10 +278,14 @@ std::tuple<Tensor, Tensor> code_statistics(const Tensor& features, const Tensor&
     const VqBackward its{.grad = nullptr,
                          .features = dense.data<const char>() + head_bytes(dense, head, rows * width),
                          .nearest = nullptr,
-                         .rows = rows, .codes = codes, .width = width, .k = 1,
+                         .rows = rows,
+                         .codes = codes,
+                         .width = width,
+                         .k = 1,
                          .grad_features = nullptr,
                          .grad_codebook = sums.data<float>() + head * codes * width,
-                         .starts = starts.data(), .members = members.data()};
+                         .starts = starts.data(),
+                         .members = members.data()};
     parallel_for(0, codes, kCodesPerTask, [&](int64_t code, int64_t end) { kernels.sum_rows(its, code, end); });
   }
   return {std::move(counts), std::move(sums)};

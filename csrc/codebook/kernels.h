@@ -90,9 +90,9 @@ struct Vq {
 };
 
 struct VqBackward {
-  const float* grad;      // [rows, k]
-  const void* features;   // [rows, width]
-  const void* nearest;    // [rows, k, width]
+  const float* grad;     // [rows, k]
+  const void* features;  // [rows, width]
+  const void* nearest;   // [rows, k, width]
   int64_t rows, codes, width, k;
   void* grad_features;
   void* grad_codebook;
@@ -106,7 +106,7 @@ struct CodebookKernels {
   void (*gumbel_forward)(const GumbelForward&, int64_t row, int64_t row_end, void* scratch);
   void (*gumbel_prepare)(const GumbelBackward&, int64_t row_tile, int64_t row_tile_end);
   void (*gumbel_backward)(const GumbelBackward&, int64_t task, int64_t task_end, void* scratch);  // tiles() * splits
-  void (*gumbel_collect)(const GumbelBackward&, int64_t code, int64_t code_end);  // adds up the shares
+  void (*gumbel_collect)(const GumbelBackward&, int64_t code, int64_t code_end);                  // adds up the shares
   // norms[k] = |c_k|^2 / 2; for cosines 1 / |c_k|, 0 where that is zero.
   void (*vq_norms)(const Vq&, int64_t code, int64_t code_end);
   void (*vq_forward)(const Vq&, int64_t row, int64_t row_end, void* scratch);

@@ -5,8 +5,8 @@
 // ever reduced across lanes. Codes come in ascending order and only a greater score wins: ties go to the first.
 //
 // Several nearest rows, and rows drawn by noise, are kept as a list a lane, best first, into which a better code is put
-// in its place; soon few codes are better than the last, and the list is left alone. Noise comes for four quarters of the
-// codebook at a time, so codes are not in order there, and a list looks at them where scores are equal.
+// in its place; soon few codes are better than the last, and the list is left alone. Noise comes for four quarters of
+// the codebook at a time, so codes are not in order there, and a list looks at them where scores are equal.
 #pragma once
 
 #include "codebook/kernels.h"

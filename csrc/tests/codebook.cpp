@@ -152,13 +152,15 @@ void gumbel(const CodebookKernels& kernels, int64_t rows, int64_t codes, int64_t
 }
 
 template <class T>
-void vq(const CodebookKernels& kernels, int64_t rows, int64_t codes, int64_t width, VqMetric metric, int64_t k, float temperature) {
+void vq(const CodebookKernels& kernels, int64_t rows, int64_t codes, int64_t width, VqMetric metric, int64_t k,
+        float temperature) {
   const auto features = random_table<T>(rows * width), codebook = random_table<T>(codes * width);
   auto indices = poisoned<int64_t>(rows * k);
   auto distance = poisoned<float>(rows * k), norms = poisoned<float>(codes);
   auto nearest = poisoned<T>(rows * k * width);
-  const Vq problem{features.data(), codebook.data(), rows, codes, width, metric, k, temperature, 77, 5,
-                   nearest.data(), indices.data(), distance.data(), norms.data()};
+  const Vq problem{
+      features.data(), codebook.data(), rows,        codes, width, metric, k, temperature, 77, 5, nearest.data(),
+      indices.data(),  distance.data(), norms.data()};
   const Scratch scratch(problem.scratch());
   if (metric != VqMetric::dot) kernels.vq_norms(problem, 0, codes);
   kernels.vq_forward(problem, 0, rows / 2, scratch.memory.get());
@@ -177,26 +179,32 @@ void vq(const CodebookKernels& kernels, int64_t rows, int64_t codes, int64_t wid
         const double f = to_float(features[size_t(n * width + d)]), c = to_float(codebook[size_t(code * width + d)]);
         product += f * c, squares += (f - c) * (f - c), of_row += f * f, of_code += c * c;
       }
-      const double plain = metric == VqMetric::euclidean ? -squares : metric == VqMetric::distance ? -std::sqrt(squares)
-                         : metric == VqMetric::dot ? product : product / std::sqrt(of_row * of_code);
+      const double plain = metric == VqMetric::euclidean  ? -squares
+                           : metric == VqMetric::distance ? -std::sqrt(squares)
+                           : metric == VqMetric::dot      ? product
+                                                          : product / std::sqrt(of_row * of_code);
       return plain + (temperature > 0 ? double(temperature * noise_of(kernels, 77, 5 + n, code, codes, 2)) : 0.0);
     };
     for (int64_t code = 0; code < codes; code++) best = std::fmax(best, score(code));
     expect(score(indices[size_t(n * k)]) >= best - 1e-4 * (1 + std::fabs(best)), "vq: the best");
     for (int64_t place = 1; place < k; place++)
-      expect(score(indices[size_t(n * k + place)]) <= score(indices[size_t(n * k + place - 1)]) + 1e-4 * (1 + std::fabs(best)), "vq: the order");
+      expect(score(indices[size_t(n * k + place)]) <=
+                 score(indices[size_t(n * k + place - 1)]) + 1e-4 * (1 + std::fabs(best)),
+             "vq: the order");
     for (int64_t choice = n * k; choice < (n + 1) * k; choice++) {
       double squares = 0;
       for (int64_t d = 0; d < width; d++)
-        squares += std::pow(double(to_float(features[size_t(n * width + d)])) - to_float(codebook[size_t(indices[size_t(choice)] * width + d)]), 2);
+        squares += std::pow(double(to_float(features[size_t(n * width + d)])) -
+                                to_float(codebook[size_t(indices[size_t(choice)] * width + d)]),
+                            2);
       expect(std::fabs(distance[size_t(choice)] - squares) <= 1e-5 * squares + 1e-6, "vq: distance");
     }
   }
   expect(int64_t(members.size()) == rows * k, "vq: indices");
   const auto grad = random_table<float>(rows * k);
   auto grad_features = poisoned<T>(rows * width), grad_codebook = poisoned<T>(codes * width);
-  VqBackward backward{grad.data(), features.data(), nearest.data(), rows, codes, width, k,
-                      grad_features.data(), grad_codebook.data(), starts.data(), members.data()};
+  VqBackward backward{grad.data(), features.data(),      nearest.data(),       rows,          codes,         width,
+                      k,           grad_features.data(), grad_codebook.data(), starts.data(), members.data()};
   kernels.vq_grad_features(backward, 0, rows);
   kernels.vq_grad_codebook(backward, 0, codes);
   for (const T value : grad_features) expect(std::isfinite(to_float(value)), "vq: dfeatures");

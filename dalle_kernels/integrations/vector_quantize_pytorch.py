@@ -5,17 +5,17 @@ gradients and EMA updates, without their tables of every row against every code.
 
 - `VectorQuantize`, in every module that is made of it (`ResidualVQ`, `GroupedResidualVQ`, `HierarchicalVQ`): EMA and
   learned codebooks, cosine similarity, heads, masks, k-means initialisation, dead codes, rotation trick, affine
-  parameters, orthogonal loss, in-place optimizers. One product, a gather and a segmented sum stand for their three
-  products and one-hot table.
+  parameters, orthogonal loss, in-place optimizers, `topk` up to 8. One product, a gather and a segmented sum stand for
+  their three products and one-hot table. `stochastic_sample_codes` draws from the same distribution with the noise that
+  `dalle_kernels.noise` defines, so that a seed draws other codes than theirs does.
 - `SimVQ` and `ResidualSimVQ`: the same for their projected codebook.
 - `LFQ`, and `ResidualLFQ` and `GroupedResidualLFQ` made of it, spherical (BSQ) too: the entropies over all codes
   exactly, from tables of N x sqrt(K). Theirs puts a floor of 1e-5 under the probability inside each logarithm, which
   takes the gradient from a codebook of 2^17 codes or more that is used evenly; ours has no floor.
   Under a mask theirs takes each row's entropy for that of the batch; ours takes the rows together.
 
-What needs every distance (`topk`, `stochastic_sample_codes`, `straight_through`, a diversity or cross-entropy loss,
-indices to score) runs their own code, and says so once. `implicit_neural_codebook` (QINCo), whose codes differ by
-row, is refused.
+What needs every distance (a larger `topk`, `straight_through`, a diversity or cross-entropy loss, indices to score)
+runs their own code, and says so once. `implicit_neural_codebook` (QINCo), whose codes differ by row, is refused.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ from torch import Tensor, nn
 from dalle_kernels.backends.choice import check_backend
 from dalle_kernels.codebook.binary import WIDEST, binary_entropy
 from dalle_kernels.codebook.entropy import entropy
+from dalle_kernels.codebook.statistics.op import code_statistics
+from dalle_kernels.codebook.vq.contract import MOST
 from dalle_kernels.codebook.vq.op import vq_lookup
 from dalle_kernels.integrations.extension import Extension, extend
 
@@ -98,22 +100,17 @@ def _say(why: str) -> None:
 # --- Codebooks --------------------------------------------------------------------------------------------------------
 
 
-def _nearest(rows: Tensor, codes: Tensor, backend: str) -> Tensor:
-    """int64 [h, n]: the nearest of codes [h, c, d] to each of rows [h, n, d]; of unit vectors the most alike."""
+def _nearest(rows: Tensor, codes: Tensor, backend: str, **named: Any) -> Tensor:
+    """int64 [h, n] (or [h, n, k]): of codes [h, c, d], those that `vq_lookup` takes for rows [h, n, d]."""
     with torch.no_grad():
-        return torch.stack([vq_lookup(x, table, backend=backend)[1] for x, table in zip(rows, codes, strict=True)])
+        return vq_lookup(rows.detach(), codes.detach(), backend, **named)[1]
 
 
 def _statistics(rows: Tensor, indices: Tensor, codes: int, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """How many rows [h, c] chose each code, and their sums [h, c, d]."""
-    counts = rows.new_zeros(rows.shape[0], codes)
-    sums = rows.new_zeros(rows.shape[0], codes, rows.shape[-1])
-    for head, (x, index) in enumerate(zip(rows, indices, strict=True)):
-        if mask is not None:
-            x, index = x[mask[head]], index[mask[head]]
-        counts[head] = torch.bincount(index, minlength=codes)
-        sums[head].index_add_(0, index, x)
-    return counts, sums
+    if mask is not None:
+        indices = indices.masked_fill(~mask, -1)
+    return code_statistics(rows, indices, codes, heads=True)
 
 
 class _Codebook(Extension):
@@ -124,17 +121,25 @@ class _Codebook(Extension):
     ) -> str | None:
         """Why every distance is needed, or None."""
         asked = getattr(self.gumbel_sample, "keywords", None)
-        if topk is not None:
-            return "topk"
+        if topk is not None and topk > MOST:
+            return f"a topk of more than {MOST}"
         if transform is not None:
             return "codebook_transform_fn"
         if asked is None:
             return "gumbel_sample of the caller's"
         heat = self.sample_codebook_temp if temperature is None else temperature
-        for name in ("stochastic", "straight_through"):
-            if asked.get(name) and self.training and heat > 0:
-                return f"{name} sampling"
+        if asked.get("straight_through") and self.training and heat > 0:
+            return "straight_through sampling"
         return None
+
+    def _chosen(self: Any, rows: Tensor, embed: Tensor, topk: int | None, temperature: float | None) -> Tensor:
+        """int64 [h, n] (or [h, n, k]): the codes that theirs would choose, but for the seed of a draw."""
+        heat = self.sample_codebook_temp if temperature is None else temperature
+        drawn = self.gumbel_sample.keywords.get("stochastic") and self.training and heat > 0
+        metric = "dot" if self.use_cosine_sim else "distance"
+        return _nearest(
+            rows, embed, self.dalle_kernels_backend, metric=metric, k=topk, temperature=heat if drawn else None
+        )
 
     @torch.jit.ignore
     def init_embed_(self: Any, data: Tensor, mask: Tensor | None = None) -> None:
@@ -246,10 +251,12 @@ class _Codebook(Extension):
             if self.affine_param:
                 spread = self.batch_variance.clamp(min=1e-5).sqrt() / self.codebook_variance.clamp(min=1e-5).sqrt()
                 embed = (embed - self.codebook_mean) * spread + self.batch_mean
-            indices = _nearest(rows.detach(), embed.detach(), self.dalle_kernels_backend)
+            indices = self._chosen(rows, embed, topk, sample_codebook_temp)
             # A gather by each head's indices, taken before the codebook moves below.
-            quantize = torch.stack([F.embedding(index, table) for index, table in zip(indices, embed, strict=True)])
-            if self.training and update_usage and not freeze_codebook:
+            first = torch.arange(0, embed.shape[0] * embed.shape[1], embed.shape[1], device=indices.device)
+            places = indices + first.view(-1, *[1] * (indices.dim() - 1))
+            quantize = F.embedding(places, embed.flatten(0, 1))
+            if self.training and update_usage and not freeze_codebook and topk is None:
                 self.update_codebook(
                     rows,
                     indices,
@@ -258,7 +265,9 @@ class _Codebook(Extension):
                     accum_ema_update=accum_ema_update,
                     ema_update=ema_update,
                 )
-            quantize, indices = quantize.view(x.shape), indices.view(x.shape[:-1])
+            several = () if topk is None else (topk,)
+            quantize = quantize.view(*x.shape[:-1], *several, x.shape[-1])
+            indices = indices.view(*x.shape[:-1], *several)
             return (quantize[0], indices[0], None) if single else (quantize, indices, None)
 
 
@@ -297,7 +306,8 @@ def _kmeans(codebook: Any, samples: Tensor) -> tuple[Tensor, Tensor]:
     means = codebook.sample_fn(samples, codebook.codebook_size)
     counts = means.new_zeros(means.shape[:2])
     for _ in range(codebook.kmeans_iters):
-        indices = _nearest(samples, means, codebook.dalle_kernels_backend)
+        metric = "dot" if codebook.use_cosine_sim else "euclidean"
+        indices = _nearest(samples, means, codebook.dalle_kernels_backend, metric=metric)
         counts, sums = _statistics(samples, indices, codebook.codebook_size, None)
         codebook.kmeans_all_reduce_fn(counts)
         new = sums / counts.clamp_min(1)[..., None]

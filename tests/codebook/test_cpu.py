@@ -296,9 +296,11 @@ def test_a_frozen_codebook_costs_nothing(isa: str, hard: bool) -> None:
     assert torch.equal(both[0], alone[0])
     assert alone[1] is not None
     assert alone[1].numel() == 0
-    features = vq_contract.Kept(grad_latents, codebook, kept.indices)
-    both = vq_cpu.backward(vq_contract.Grads(grad_kl), features, vq_contract.Needs(True, True))
+    nearest = codebook[kept.indices][None, :, None]
+    features = vq_contract.Kept(grad_latents[None], nearest, kept.indices[None, :, None], len(codebook))
+    distances = vq_contract.Grads(grad_kl[None, :, None])
+    both = vq_cpu.backward(distances, features, vq_contract.Needs(True, True))
     for place, needs in enumerate((vq_contract.Needs(True, False), vq_contract.Needs(False, True))):
-        alone = vq_cpu.backward(vq_contract.Grads(grad_kl), features, needs)
+        alone = vq_cpu.backward(distances, features, needs)
         assert torch.equal(both[place], alone[place])
         assert alone[1 - place].numel() == 0

@@ -209,11 +209,10 @@ def test_loss_breakdowns() -> None:
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"stochastic_sample_codes": True}, {}),
         ({"straight_through": True, "rotation_trick": False}, {}),
         ({"codebook_diversity_loss_weight": 1.0}, {}),
         ({"commitment_use_cross_entropy_loss": True}, {}),
-        ({}, {"topk": 3}),
+        ({}, {"topk": 9}),
     ],
     ids=str,
 )
@@ -228,6 +227,42 @@ def test_what_needs_every_distance_is_theirs(options: dict[str, Any], named: dic
     wanted = step(before, x, 1, **named)
     same(got[0], wanted[0])
     same(got[1], wanted[1])
+
+
+@pytest.mark.parametrize("options", [{}, {"use_cosine_sim": True}, {"rotation_trick": False}], ids=str)
+@pytest.mark.parametrize("training", [True, False])
+def test_topk(options: dict[str, Any], training: bool) -> None:
+    before, after = pair(lambda: theirs.VectorQuantize(dim=16, codebook_size=40, **options))
+    for module in (before, after):
+        module.train(training)
+    x = torch.randn(2, 37, 16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for topk in (1, 3, 8):
+            wanted, got = (step(module, x, 1, topk=topk) for module in (before, after))
+            same(got[0], wanted[0])
+            same(got[1], wanted[1])
+    same(list(after.state_dict().values()), list(before.state_dict().values()))
+
+
+@pytest.mark.parametrize("cosine", [False, True])
+def test_sampled_codes_have_the_same_distribution(cosine: bool) -> None:
+    options = {"stochastic_sample_codes": True, "sample_codebook_temp": 0.5, "use_cosine_sim": cosine}
+    before, after = pair(lambda: theirs.VectorQuantize(dim=4, codebook_size=6, rotation_trick=False, **options))
+    x = torch.randn(4).expand(1, 30000, 4)
+    torch.manual_seed(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        shares = [
+            module(x, freeze_codebook=True)[1].flatten().bincount(minlength=6) / 30000 for module in (before, after)
+        ]
+    torch.testing.assert_close(shares[1], shares[0], rtol=0, atol=0.015)
+    torch.manual_seed(2)
+    once = after(x, freeze_codebook=True)[1]
+    torch.manual_seed(2)
+    assert torch.equal(after(x, freeze_codebook=True)[1], once)  # the seed is torch's
+    before.eval(), after.eval()
+    same(after(x), before(x))
 
 
 def test_indices_can_be_scored() -> None:
