@@ -13,7 +13,17 @@ import torch
 from benchmarks.harness import DTYPES, Bench, Cell, Options, Recorder, default_output, limit_memory
 from benchmarks.suites.choice import PATTERNS, Choice
 
-SUITES = ("attention", "neighborhood", "decode", "codebook", "sampling", "training", "generation", "integrations")
+SUITES = (
+    "attention",
+    "neighborhood",
+    "decode",
+    "codebook",
+    "quantizers",
+    "sampling",
+    "training",
+    "generation",
+    "integrations",
+)
 TOOLS = {
     "report": ("benchmarks.report", "plots and tables from the committed results"),
     "aot": ("benchmarks.kernels.aot", "compile the Triton kernels ahead of time and compare with the committed table"),

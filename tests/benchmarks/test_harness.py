@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -195,6 +196,31 @@ def test_ours_passes_the_benchmark_s_check(cell: Cell) -> None:
     check = ours.verify()
     assert check.passed, check
     assert cell.work().flops or cell.work().bytes
+
+
+def test_quantizers_agree_with_their_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ours and theirs, where it is installed; wrong codes and wrong gradients are caught."""
+    from benchmarks.suites import quantizers
+
+    cells = [
+        quantizers.product_cell(CPU, 96, 300, 16),
+        quantizers.vq_cell(CPU, 96, 300, 16),
+        quantizers.residual_cell(CPU, 96, 2, 64, 16),
+        quantizers.lfq_cell(CPU, 96, 8, False),
+        quantizers.lfq_cell(CPU, 96, 8, True),
+        quantizers.ibq_cell(CPU, 96, 300, 16),
+    ]
+    for cell in cells:
+        for contender in cell.contenders():
+            with contextlib.suppress(UnavailableError):
+                trial = contender.prepare()
+                trial.runs[0]()
+                assert trial.verify().passed, (cell, contender.name)
+    right, gradient = quantizers.vq_lookup, quantizers.codebook_entropy
+    monkeypatch.setattr(quantizers, "vq_lookup", lambda features, codes: right(features.roll(1, 0), codes))
+    monkeypatch.setattr(quantizers, "codebook_entropy", lambda features, codes: gradient(features, codes.detach()))
+    for cell in (cells[0], cells[-1]):
+        assert not next(iter(cell.contenders())).prepare().verify().passed
 
 
 def test_the_check_catches_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,7 +53,7 @@ def load_features(base, rows, stride, first, D, BLOCK: tl.constexpr):
 
 @triton.jit
 def vq_forward_kernel(
-    features, codebook, norms, nearest, indices, distances, N, K, D, stride,
+    features, codebook, norms, indices, distances, N, K, D, stride,
     METRIC: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -66,6 +66,11 @@ def vq_forward_kernel(
     index = tl.zeros([BLOCK_N], tl.int32)
     for start in range(0, K, BLOCK_K):
         code = start + tl.arange(0, BLOCK_K)
+        if METRIC == 0:
+            # A code past the end reads as code 0, but is infinitely long, hence never the nearest.
+            norm = tl.load(norms + code, mask=code < K, other=float("inf"))
+        if METRIC == 2:
+            norm = tl.load(norms + code, mask=code < K, other=0.0)
         place = tl.where(code < K, code, 0).to(tl.int64)
         score = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
         if BLOCK_C == BLOCK_D:
@@ -76,20 +81,17 @@ def vq_forward_kernel(
                 codes = load_features(codebook, place, D, first, D, BLOCK_C)
                 score = dot(part, tl.trans(codes), score, PRECISION)
         if METRIC == 0:
-            # A code past the end reads as code 0, but is infinitely long, hence never the nearest.
-            score -= tl.load(norms + code, mask=code < K, other=float("inf"))[None, :]
+            score -= norm[None, :]
         else:
             if METRIC == 2:
-                score *= tl.load(norms + code, mask=code < K, other=0.0)[None, :]
+                score *= norm[None, :]
             score = tl.where((code < K)[None, :], score, float("-inf"))
         largest = tl.max(score, 1)
         first = tl.min(tl.where(score == largest[:, None], code[None, :], K - 1), 1)
         index = tl.where(largest > best, first, index)
         best = tl.maximum(best, largest)
-    chosen = load_features(codebook, index.to(tl.int64), D, 0, D, BLOCK_D)
-    difference = load_features(features, row, stride, 0, D, BLOCK_D).to(tl.float32) - chosen.to(tl.float32)
-    feature = tl.arange(0, BLOCK_D)[None, :]
-    tl.store(nearest + row[:, None] * D + feature, chosen, mask=inside[:, None] & (feature < D))
+    nearest = load_features(codebook, index.to(tl.int64), D, 0, D, BLOCK_D).to(tl.float32)
+    difference = load_features(features, row, stride, 0, D, BLOCK_D).to(tl.float32) - nearest
     tl.store(indices + row, index.to(tl.int64), mask=inside)
     tl.store(distances + row, tl.sum(difference * difference, 1), mask=inside)
 
@@ -176,8 +178,7 @@ def refuse(call: Call) -> str | None:
 def forward(inputs: Inputs) -> Outputs:
     features, codebook = inputs.features, inputs.codebook
     (heads, rows, width), codes = features.shape, codebook.shape[1]
-    nearest = features.new_empty(heads, rows, 1, width)
-    indices = features.new_empty(heads, rows, 1, dtype=torch.int64)
+    indices = features.new_zeros(heads, rows, 1, dtype=torch.int64)  # in range where nothing runs, but compiles
     distances = features.new_empty(heads, rows, 1, dtype=torch.float32)
     metric = METRICS[inputs.metric]
     if rows:
@@ -190,9 +191,12 @@ def forward(inputs: Inputs) -> Outputs:
                     BLOCK_D=plan["BLOCK_D"], num_warps=4, enable_fp_fusion=True,
                 )  # fmt: skip
             vq_forward_kernel[(ceil_div(rows, plan["BLOCK_N"]),)](
-                features[head], codebook[head], norms, nearest[head], indices[head], distances[head],
+                features[head], codebook[head], norms, indices[head], distances[head],
                 rows, codes, width, features.stride(1), METRIC=metric, **plan,
             )  # fmt: skip
+    # In the kernel, the store of these rows would make it spill.
+    first = torch.arange(0, heads * codes, codes, device=indices.device)[:, None, None]
+    nearest = torch.nn.functional.embedding(indices + first, codebook.view(-1, width))
     return Outputs(nearest, distances, indices)
 
 
@@ -242,7 +246,7 @@ def _add_runs(
     heads = features.new_empty(chunks, width, dtype=torch.float32)
     vq_backward_kernel[(chunks,)](
         grads, features, nearest, sorted_codes, order, dfeatures, dcodebook, heads, rows, width, features.stride(0),
-        SUMS=sums, CHUNK=CHUNK, BLOCK_D=block, num_warps=max(4, block // 32), enable_fp_fusion=True,
+        SUMS=sums, CHUNK=CHUNK, BLOCK_D=block, num_warps=max(8 if sums else 4, block // 32), enable_fp_fusion=True,
     )  # fmt: skip
     vq_heads_kernel[(chunks,)](
         sorted_codes, heads, dcodebook, rows, width, CHUNK=CHUNK, HEADS=HEADS, BLOCK_D=block, num_warps=4,
