@@ -22,6 +22,7 @@ from dalle_kernels.codebook.projection import triton as triton_projection
 from dalle_kernels.codebook.vq import contract as vq_contract
 from dalle_kernels.codebook.vq import triton as triton_vq
 from dalle_kernels.decode import triton as decoding
+from dalle_kernels.decode.store import Store
 from dalle_kernels.likelihood import contract as likelihood_contract
 from dalle_kernels.likelihood import triton as likelihood
 from dalle_kernels.sampling import contract as sampling_contract
@@ -47,8 +48,9 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
             attention_contract.Needs(True, True, True),
         ),
     )
-    yield "decode", lambda: decoding.forward(heads, heads, heads, heads, heads, torch.tensor(0), 1.0, pattern)
-    yield "decode_splits", lambda: decoding.forward(heads, heads, heads, heads, heads, torch.tensor(0), 1.0, longer)
+    store = Store(heads, heads)
+    yield "decode", lambda: decoding.forward(heads, heads, heads, store, torch.tensor(0), 1.0, pattern)
+    yield "decode_splits", lambda: decoding.forward(heads, heads, heads, store, torch.tensor(0), 1.0, longer)
     yield "gumbel", lambda: triton_gumbel.forward(gumbel_contract.Inputs(matrix, matrix, *settings))
     yield (
         "gumbel_backward",
