@@ -260,6 +260,7 @@ SHORT = """
 import ctypes, mmap, torch
 from dalle_kernels import Row, TokenLayout
 from dalle_kernels.attention import triton_backward, triton_forward
+from dalle_kernels.attention.contract import Grads, Inputs, Kept, Needs
 
 pages = mmap.mmap(-1, 2 * mmap.PAGESIZE)
 address = ctypes.addressof(ctypes.c_char.from_buffer(pages))
@@ -276,8 +277,9 @@ def plan_for(*call):
 triton_forward.plan_for = triton_backward.plan_for = plan_for
 pattern = Row(TokenLayout(5, (3, 4)))
 q = torch.randn(1, 1, 17, 16)
-out, lse = triton_forward.forward(q, q, q, None, 0.25, pattern)
-triton_backward.backward(out, lse, q, q, q, out, lse, None, 0.25, pattern)
+out, lse = triton_forward.forward(Inputs(q, q, q, None, 0.25, pattern))
+kept = Kept(q, q, q, out, lse, None, 0.25, pattern)
+triton_backward.backward(Grads(out, lse), kept, Needs(True, True, True))
 print("read", len(plan_for("attention_forward", pattern, 17, q.device, q.dtype, 16).schedule.order))
 """
 
