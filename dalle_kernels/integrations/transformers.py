@@ -388,22 +388,9 @@ class _Attention:
         elif position:
             out = _go_on(query, key, value, pattern, position, hidden, scale)
         else:
-            out = self._whole(query, key, value, pattern, hidden, scale)
+            out = sparse_attention(query, key, value, pattern, scale, hidden, backend=self.backend)
         out = out.transpose(1, 2).contiguous()
         return F.pad(out, (0, 0, 0, 0, 0, beyond), value=torch.nan) if beyond > 0 else out, None
-
-    def _whole(
-        self, query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, hidden: Tensor | None, scale: float
-    ) -> Tensor:
-        """All tokens from the first on."""
-        groups = query.shape[1] // key.shape[1]
-        if groups > 1:
-            key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
-        wide, narrow = query.shape[-1], value.shape[-1]
-        if wide != narrow:  # zeros change neither scores nor values
-            query, key = (F.pad(tensor, (0, max(narrow - wide, 0))) for tensor in (query, key))
-            value = F.pad(value, (0, max(wide - narrow, 0)))
-        return sparse_attention(query, key, value, pattern, scale, hidden, backend=self.backend)[..., :narrow]
 
     def _at(
         self,
@@ -423,7 +410,8 @@ class _Attention:
         places = position + torch.arange(new, device=key.device)
         whole = query.new_zeros(*query.shape[:2], length, query.shape[3]).index_copy(2, places, query)
         hidden = None if hidden is None else hidden[:, :length]
-        out = self._whole(whole, key[:, :, :length], value[:, :, :length], pattern, hidden, scale)
+        key, value = key[:, :, :length], value[:, :, :length]
+        out = sparse_attention(whole, key, value, pattern, scale, hidden, backend=self.backend)
         return out.index_select(2, places)
 
     def _refuse(self, module: nn.Module, dropout: float, others: dict[str, Any]) -> None:
