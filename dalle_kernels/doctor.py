@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from statistics import median
 from typing import NamedTuple, TypeAlias
 
@@ -329,15 +328,6 @@ def against_sdpa(device: torch.device, dtype: torch.dtype) -> str:
 # --- The report -------------------------------------------------------------------------------------------------------
 
 
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
 def _version(package: str) -> str:
     try:
         return version(package)
@@ -351,7 +341,7 @@ def environment() -> list[str]:
     lines = [
         f"dalle_kernels {dalle_kernels.__version__} on Python {platform.python_version()}, {platform.platform()}",
         packages,
-        f"processor: {_processor()}, {torch.get_num_threads()} threads",
+        f"processor: {native.processor()}, {torch.get_num_threads()} threads",
     ]
     for index in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(index)

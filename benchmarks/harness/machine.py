@@ -19,20 +19,10 @@ from dalle_kernels.backends import native
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def machine_name(device: torch.device) -> str:
-    """The processor's or the GPU's name, as the system gives it."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    if platform.system() == "Linux":
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-        if found:
-            return found[1].strip()
-    return platform.processor() or platform.machine()
-
-
 def machine(device: torch.device) -> dict[str, Any]:
     """What the figures were measured on."""
-    facts: dict[str, Any] = {"name": machine_name(device), "cores": len(os.sched_getaffinity(0))}
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else native.processor()
+    facts: dict[str, Any] = {"name": name, "cores": len(os.sched_getaffinity(0))}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         facts |= {"capability": f"{properties.major}.{properties.minor}", "memory_bytes": properties.total_memory}
@@ -47,8 +37,8 @@ def machine(device: torch.device) -> dict[str, Any]:
         "instruction_set": native.instruction_set(),
         "torch_capability": torch.backends.cpu.get_cpu_capability(),
     }
-    if platform.system() == "Linux":
-        text = Path("/proc/cpuinfo").read_text()
+    if (cpuinfo := Path("/proc/cpuinfo")).exists():
+        text = cpuinfo.read_text()
         for name in ("vendor_id", "cpu family", "model", "cpu MHz"):
             if found := re.search(rf"^{name}\s*:\s*(.+)$", text, re.MULTILINE):
                 facts[name] = found[1].strip()
@@ -56,10 +46,36 @@ def machine(device: torch.device) -> dict[str, Any]:
     return facts
 
 
+# Of x86 processors, by vendor, family and models: clouds call all of a maker's by one name.
+MICROARCHITECTURES = (
+    ("AuthenticAMD", 23, range(0x30), "Zen"),
+    ("AuthenticAMD", 23, range(0x30, 0x100), "Zen 2"),
+    ("AuthenticAMD", 25, (*range(0x10), *range(0x20, 0x60)), "Zen 3"),
+    ("AuthenticAMD", 25, (*range(0x10, 0x20), *range(0x60, 0x80), *range(0xA0, 0xB0)), "Zen 4"),
+    ("AuthenticAMD", 26, range(0x100), "Zen 5"),
+    ("GenuineIntel", 6, (0x55,), "Skylake or Cascade Lake"),
+    ("GenuineIntel", 6, (0x6A, 0x6C), "Ice Lake"),
+    ("GenuineIntel", 6, (0x8F,), "Sapphire Rapids"),
+    ("GenuineIntel", 6, (0xCF,), "Emerald Rapids"),
+    ("GenuineIntel", 6, (0xAD, 0xAE), "Granite Rapids"),
+)
+
+
+def microarchitecture(machine: dict[str, Any]) -> str:
+    """Of a machine's processor, "" where it is not known."""
+    vendor, family, model = (machine.get(name) for name in ("vendor_id", "cpu family", "model"))
+    if vendor is None or family is None or model is None:
+        return ""
+    found = (
+        name for v, f, models, name in MICROARCHITECTURES if (v, f) == (vendor, int(family)) and int(model) in models
+    )
+    return next(found, "")
+
+
 def label(machine: dict[str, Any]) -> str:
-    """The machine's name, of a processor with the instruction set that the kernels use: clouds call different
-    processors by one name."""
-    return ", ".join(filter(None, (machine["name"], machine.get("instruction_set"))))
+    """The machine's name, of a processor with what it is and the instruction set that the kernels use."""
+    parts = (machine["name"], microarchitecture(machine), machine.get("instruction_set"))
+    return ", ".join(filter(None, parts))
 
 
 def slug(text: str) -> str:

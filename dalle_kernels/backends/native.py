@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import json
+import platform
+import re
 import warnings
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -140,6 +142,13 @@ def absence() -> str | None:
 def instruction_set() -> str:
     """The instruction set that the native CPU kernels use now, such as "avx512_bf16"; "none" without them."""
     return "none" if NATIVE is None else NATIVE.isa()
+
+
+def processor() -> str:
+    """The processor's name, as the system gives it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else None
+    return found[1].strip() if found else platform.processor() or platform.machine()
 
 
 def refuse_cpu(device: torch.device, dtype: torch.dtype) -> str | None:

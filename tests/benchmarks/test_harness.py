@@ -27,6 +27,7 @@ from benchmarks.harness import (
     Trial,
     UnavailableError,
     Work,
+    label,
     peak_memory,
     quantile,
     read_records,
@@ -332,6 +333,22 @@ def test_the_report_writes_plots_a_page_and_readme_s_rows(tmp_path: Path) -> Non
     assert report.main([], results, readme) == 0
     assert (readme.read_text(), (results / report.PAGE).read_text()) == (first, page)
     assert (results / "plots" / "test-cpu-scaling.svg").read_bytes() == drawn
+
+
+@pytest.mark.parametrize(
+    ("vendor", "family", "model", "name"),
+    [
+        ("AuthenticAMD", 25, 1, "Zen 3"),
+        ("AuthenticAMD", 25, 17, "Zen 4"),
+        ("AuthenticAMD", 26, 2, "Zen 5"),
+        ("GenuineIntel", 6, 143, "Sapphire Rapids"),
+        ("GenuineIntel", 6, 1, ""),
+    ],
+)
+def test_processors_of_one_name_are_told_apart(vendor: str, family: int, model: int, name: str) -> None:
+    facts = {"name": "CPU", "vendor_id": vendor, "cpu family": str(family), "model": str(model)}
+    facts["instruction_set"] = "avx2"
+    assert label(facts) == ("CPU, " + name if name else "CPU") + ", avx2"
 
 
 def test_readme_s_rows_come_from_one_clean_commit() -> None:
