@@ -108,7 +108,7 @@ class Keeper {
       shrink_to(0);
       memory = std::aligned_alloc(alignof(Block), total);
     }
-    require<std::runtime_error>(memory != nullptr, "dalle_kernels: cannot allocate ", int64_t(total), " bytes");
+    require(memory != nullptr, "dalle_kernels: cannot allocate ", int64_t(total), " bytes");
     prefer_large_pages(memory, total);
     return new (memory) Block{total - sizeof(Block)};
   }

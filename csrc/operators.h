@@ -49,7 +49,7 @@ struct Boxed;
 template <class Result, class... Arguments, Result (*function)(Arguments...)>
 struct Boxed<function> {
   static void call(StableIValue* stack, uint64_t inputs, uint64_t) {
-    require<std::logic_error>(inputs == sizeof...(Arguments), "an operation's schema and its function part");
+    require(inputs == sizeof...(Arguments), "an operation's schema and its function part");
     call(stack, std::index_sequence_for<Arguments...>());
   }
 

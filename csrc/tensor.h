@@ -114,11 +114,11 @@ inline std::string text(DType part) { return dtype_name(part); }
 inline std::string text(int64_t part) { return std::to_string(part); }
 }  // namespace message
 
-// Throws `Error` (std::invalid_argument is Python's ValueError, std::out_of_range IndexError) with the parts as its
-// message unless `holds`.
-template <class Error = std::invalid_argument, class... Parts>
+// Throws what Python sees as RuntimeError, with the parts as its message, unless `holds`. (Of other types torch makes
+// RuntimeErrors too, from 2.15 on.)
+template <class... Parts>
 void require(bool holds, const Parts&... parts) {
-  if (!holds) throw Error((message::text(parts) + ...));
+  if (!holds) throw std::runtime_error((message::text(parts) + ...));
 }
 
 }  // namespace dalle

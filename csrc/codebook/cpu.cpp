@@ -86,8 +86,7 @@ std::pair<std::vector<int64_t>, std::vector<int64_t>> members_of_codes(const int
   std::vector<int64_t> starts(size_t(codes) + 1), members(static_cast<size_t>(rows));
   for (int64_t n = 0; n < rows; n++) {
     if (index[n] == -1) continue;
-    require<std::out_of_range>(0 <= index[n] && index[n] < codes, "indices: row ", n, " holds ", index[n],
-                               ", wanted 0 .. ", codes - 1);
+    require(0 <= index[n] && index[n] < codes, "indices: row ", n, " holds ", index[n], ", wanted 0 .. ", codes - 1);
     starts[size_t(index[n]) + 1]++;
   }
   for (int64_t k = 0; k < codes; k++) starts[size_t(k) + 1] += starts[size_t(k)];
