@@ -52,7 +52,7 @@ def gumbel_noise(seed: torch.Tensor, rows: int, codes: int, stream: int) -> torc
     Args:
         seed: 0-dim int64.
         rows, codes: the table's shape, N and K.
-        stream: which operation draws: GUMBEL_STREAM or SAMPLING_STREAM.
+        stream: which operation draws: GUMBEL_STREAM, SAMPLING_STREAM or VQ_STREAM.
 
     Returns:
         float32 [N, K] on the seed's device.

@@ -1,5 +1,5 @@
 // The codebook's CPU operations as torch sees them: outputs, workspaces, threads. The arithmetic is in gumbel.h and
-// vq.h; arguments were checked by dalle_kernels/codebook/op.py. Results do not depend on the number of threads: tasks
+// vq.h; arguments were checked by the op.py of its room. Results do not depend on the number of threads: tasks
 // are cut by shapes alone, and whatever several rows add to has one writer.
 
 #include <algorithm>

@@ -119,7 +119,7 @@ def vq_lookup(
             codebook of H heads.
         codebook: [K, D], or [H, K, D] with one for each head; dtype and device of `features` (under autocast both are
             cast).
-        backend: "auto", "reference", "cpu", "triton" or "cuda"; see `explain`.
+        backend: "auto", "reference", "cpu" or "triton"; see `explain`.
         metric: which row is nearest: the one of the largest score, which is -|f - c|^2 for "euclidean", -|f - c| for
             "distance" (the same rows, but for a temperature), f . c for "dot", f . c / |f| |c| for "cosine" (0 where
             either is zero). It decides on the index alone: latents and squared distance are of features and codebook as
