@@ -125,13 +125,17 @@ class TrainTransformerConfig:
     """Probability with which a merge of the byte-pair encoding is left out, in training."""
     caption_dropout: float = 0.1
     """Probability with which a caption is replaced by none, for classifier-free guidance."""
+    cell_dropout: float = 0.0
+    """Largest share of a picture's tokens that are hidden from the stream, and predicted all the same: each picture's
+    share is drawn evenly from 0 on. Without it a model that has few pictures learns them by their own first cells, and
+    their captions hardly."""
     guidance_scale: float = 1.5
     """Guidance of the samples drawn as training goes on."""
 
     def __post_init__(self) -> None:
         require_positive(self, "pictures")
         require(self.model, "at least 256, one for each byte", lambda value: value >= 256, "vocab_text")
-        require_share(self, "bpe_dropout", "caption_dropout")
+        require_share(self, "bpe_dropout", "caption_dropout", "cell_dropout")
         require(self, "a finite number", math.isfinite, "guidance_scale")
 
 

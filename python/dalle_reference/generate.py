@@ -22,6 +22,7 @@ def generate(
     top_p: float | None = None,
     guidance_scale: float = 1.0,
     image_prefix: Tensor | None = None,
+    latents: Tensor | None = None,
     use_cache: bool = True,
     progress: Callable[[int, int], object] | None = None,
 ) -> Tensor:
@@ -38,8 +39,9 @@ def generate(
         number: pictures of each caption.
         temperature, top_k, top_p: as in `dalle_kernels.sample_tokens`; temperature 0: the likeliest token.
         guidance_scale: s of classifier-free guidance, logits u + s (c - u) with u those of the empty caption;
-            other than 1 it doubles the batch, and wants a model trained with some captions dropped.
+            other than 1 it doubles the batch, and wants a model trained with some captions (and latents) dropped.
         image_prefix: int64 [B, m], the first m cells of each caption's pictures in raster order; the rest is drawn.
+        latents: [B, latent], for a model that takes them.
         use_cache: keep keys and values between tokens. Without it each token runs the whole stream anew:
             slow, for checking the other way.
         progress: called with (cells done, cells in all) after each token.
@@ -67,19 +69,21 @@ def generate(
     guided = guidance_scale != 1.0
     if guided:
         text_tokens = torch.cat([text_tokens, torch.full_like(text_tokens, NO_TOKEN)])
+        latents = None if latents is None else torch.cat([latents, torch.zeros_like(latents)])
 
     image = image_prefix.repeat_interleave(number, 0)
     caches = model.new_caches(len(text_tokens), copies=number) if use_cache else None
     if not use_cache:
         text_tokens = text_tokens.repeat_interleave(number, 0)
+        latents = None if latents is None else latents.repeat_interleave(number, 0)
     seeds = _step_seeds(seed, cells, text_tokens.device)
     with torch.no_grad():
         for cell in range(image_prefix.shape[1], cells):
             stream = torch.cat([image, image]) if guided else image
             if caches is None:
-                hidden = model.hidden(text_tokens, stream)
+                hidden = model.hidden(text_tokens, stream, latents=latents)
             elif cell == image_prefix.shape[1]:
-                prompts = model.hidden(text_tokens, stream[::number], caches)
+                prompts = model.hidden(text_tokens, stream[::number], caches, latents)
                 hidden = prompts[:, -1:].repeat_interleave(number, 0)
             else:
                 hidden = model.step(stream[:, -1:], cell - 1, caches)

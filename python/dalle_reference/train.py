@@ -27,7 +27,7 @@ from dalle_reference.loop import (
     step_generator,
 )
 from dalle_reference.tokenizer import PADDING, CaptionTokenizer
-from dalle_reference.transformer import DalleTransformer
+from dalle_reference.transformer import NO_TOKEN, DalleTransformer
 
 _SHOWN = 16
 _ENCODE_BATCH = 128
@@ -114,7 +114,9 @@ def train_transformer(config: TrainTransformerConfig) -> Path:
         texts = [captions[i][chance.integers(len(captions[i]))] for i in chosen]
         text = tokenizer.encode(texts, length, config.bpe_dropout, chance)
         text[torch.from_numpy(chance.random(len(chosen)) < config.caption_dropout)] = PADDING
-        loss = run.model.loss(text.to(device), tokens[torch.from_numpy(chosen)].to(device))
+        cells = tokens[torch.from_numpy(chosen)]
+        seen = hide_cells(cells, config.cell_dropout, chance)
+        loss = run.model.loss(text.to(device), cells.to(device), seen=seen.to(device))
         return loss.total, _floats(text_loss=loss.text, image_loss=loss.image) if detailed else {}
 
     def draw(step: int, board: Any) -> None:
@@ -221,6 +223,12 @@ def tokenize_pictures(dvae: DiscreteVAE, images: torch.Tensor) -> torch.Tensor:
     device = next(dvae.parameters()).device
     parts = [dvae.encode(part.to(device).float() / 255.0).flatten(1).cpu() for part in images.split(_ENCODE_BATCH)]
     return torch.cat(parts)
+
+
+def hide_cells(tokens: torch.Tensor, most: float, chance: np.random.Generator) -> torch.Tensor:
+    """Tokens of pictures, int64 [B, L], with `NO_TOKEN` in place of a share of each one's, drawn from 0 to `most`."""
+    share = most * chance.random((len(tokens), 1))
+    return tokens.masked_fill(torch.from_numpy(chance.random(tokens.shape) < share), NO_TOKEN)
 
 
 def _require_pictures(pictures: PictureSet, source: str) -> None:

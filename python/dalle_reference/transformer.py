@@ -19,6 +19,9 @@ Text positions without a caption token hold a learned vector of their own, one p
 position may attend to; nothing is masked. They are never predicted. A caption without any token is the
 unconditional one, used by classifier-free guidance.
 
+A model with `latent` is also told a vector, such as CLIP's of the picture: four projections of it are added to the last
+four text positions. No projection has a bias, so a vector of zeros is no vector.
+
 `TransformerConfig` also states the relatives of this model whose weights fit: ruDALL-E's two generations differ in
 their norms, in how the convolution treats the grid's edge, and in where the grid begins.
 """
@@ -33,7 +36,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dalle_kernels import Convolution, KVCache, Pattern, TokenLayout, dalle_pattern_schedule
+from dalle_kernels import (
+    Causal,
+    Column,
+    Convolution,
+    Fixed,
+    KVCache,
+    Pattern,
+    Row,
+    Strided,
+    TokenLayout,
+    dalle_pattern_schedule,
+)
 from dalle_kernels.nn import SparseSelfAttention
 from dalle_reference.errors import MOST_SIZE, require, require_positive
 
@@ -41,7 +55,10 @@ TEXT_WEIGHT = 1 / 8
 """The text's share of the loss; the image's is the rest. Each is first divided by its own count of tokens."""
 
 NO_TOKEN = -1
-"""Stands in `text_tokens` where a caption has ended."""
+"""Stands in `text_tokens` where a caption has ended, and in `seen` where a cell's token is hidden."""
+
+LATENT_TOKENS = 4
+"""Positions before the picture at which a latent stands (Ramesh et al. 2022, section 2.1)."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +83,13 @@ class TransformerConfig:
     """Also normalise what attention and the MLP add to the stream (CogView, Ding et al. 2021, section 2.4)."""
     head_norm: bool = False
     """Normalise a second time before the heads."""
+    schedule: Literal["dalle", "rowcol", "strided", "fixed", "causal"] = "dalle"
+    """What each layer sees of the grid. dalle: row, column, row, row and so on, the last a convolution. rowcol: no
+    convolution, as the Sparse Transformer has it on pictures, where it calls them local and strided. strided and fixed:
+    its two patterns with both parts in every layer and a row of the grid as stride (Child et al. 2019, section 4.3);
+    they see only some of the text. causal: all that came before."""
+    latent: int = 0
+    """Width of the vector that a picture is drawn of besides its caption; 0 for none."""
     convolution: Literal["raster", "clamp", "torus"] = "raster"
     """How the last layer's convolution treats the grid's edge; `dalle_kernels.Convolution` explains."""
     text_on_grid: bool = False
@@ -77,6 +101,13 @@ class TransformerConfig:
         require(self, "at least 2 (the start of text and one token)", lambda value: value >= 2, "text_length")
         two = "two positive numbers (rows, columns)"
         require(self, two, lambda value: len(value) == 2 and 1 <= min(value) <= max(value) <= MOST_SIZE, "grid")
+        require(self, f"0 to {MOST_SIZE}", lambda value: 0 <= value <= MOST_SIZE, "latent")
+        if self.latent:
+            wanted = f"more than {LATENT_TOKENS} (the start of text and the latent's)"
+            require(self, wanted, lambda value: value > LATENT_TOKENS, "text_length")
+        if self.schedule not in ("dalle", "rowcol", "strided", "fixed", "causal"):
+            wanted = "'dalle', 'rowcol', 'strided', 'fixed' or 'causal'"
+            raise ValueError(f"schedule: got {self.schedule!r}, wanted {wanted}")
         if self.convolution not in ("raster", "clamp", "torus"):
             raise ValueError(f"convolution: got {self.convolution!r}, wanted 'raster', 'clamp' or 'torus'")
 
@@ -103,8 +134,18 @@ class TransformerConfig:
     @property
     def patterns(self) -> tuple[Pattern, ...]:
         """Each layer's, first to last."""
-        *body, last = dalle_pattern_schedule(self.layers, self.layout)
-        return (*body, replace(cast(Convolution, last), boundary=self.convolution))
+        layout, stride = self.layout, self.grid[1]
+        if self.schedule == "dalle":
+            *body, last = dalle_pattern_schedule(self.layers, layout)
+            return (*body, replace(cast(Convolution, last), boundary=self.convolution))
+        if self.schedule == "rowcol":
+            return tuple(Column(layout) if layer % 4 == 1 else Row(layout) for layer in range(self.layers))
+        everywhere: dict[str, Pattern] = {
+            "strided": Strided(layout.length, stride),
+            "fixed": Fixed(layout.length, stride, summary=max(1, stride // 16)),
+            "causal": Causal(layout),
+        }
+        return (everywhere[self.schedule],) * self.layers
 
 
 PRESETS: dict[str, TransformerConfig] = {
@@ -176,6 +217,8 @@ class DalleTransformer(nn.Module):
         # so its row is the start of text.
         self.text_embedding = nn.Embedding(config.vocab_text + config.text_length, width)
         self.text_position = nn.Parameter(torch.empty(config.text_length, width))
+        if config.latent:
+            self.project_latent = nn.Linear(config.latent, LATENT_TOKENS * width, bias=False)
         self.image_embedding = nn.Embedding(config.vocab_image, width)
         self.row_position = nn.Parameter(torch.empty(rows, 1, width))
         self.column_position = nn.Parameter(torch.empty(1, columns, width))
@@ -196,7 +239,7 @@ class DalleTransformer(nn.Module):
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
-            if isinstance(module, nn.Linear):
+            if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
         for position in (self.text_position, self.row_position, self.column_position):
             nn.init.normal_(position, std=0.02)
@@ -204,27 +247,42 @@ class DalleTransformer(nn.Module):
             for writer in (block.attention.project_out, block.contract):
                 nn.init.normal_(writer.weight, std=0.02 * (2 * self.config.layers) ** -0.5)
 
-    def embed_text(self, text_tokens: Tensor) -> Tensor:
-        """Captions [B, n <= caption_length], `NO_TOKEN` where they have ended -> [B, T, width]."""
+    def embed_text(self, text_tokens: Tensor, latents: Tensor | None = None) -> Tensor:
+        """Captions [B, n <= caption_length], `NO_TOKEN` where they have ended, latents [B, latent] -> [B, T, width]."""
         length, start = self.config.text_length, self.config.vocab_text
         tokens = F.pad(text_tokens, (1, length - 1 - text_tokens.shape[1]), value=NO_TOKEN)
         fillers = torch.arange(start, start + length, device=tokens.device)
-        return self.text_embedding(torch.where(tokens < 0, fillers, tokens)) + self.text_position
+        x = self.text_embedding(torch.where(tokens < 0, fillers, tokens)) + self.text_position
+        if latents is None:
+            return x
+        if not self.config.latent or latents.shape != (len(x), self.config.latent):
+            wanted = f"[{len(x)}, {self.config.latent}]" if self.config.latent else "none: the model takes no latent"
+            raise ValueError(f"latents: got shape {tuple(latents.shape)}, wanted {wanted}")
+        told = self.project_latent(latents).unflatten(1, (LATENT_TOKENS, -1))
+        return x + F.pad(told, (0, 0, length - LATENT_TOKENS, 0))
 
     def embed_image(self, image_tokens: Tensor, first_cell: int = 0) -> Tensor:
-        """Image tokens [B, m] of the cells from `first_cell` on -> [B, m, width]."""
+        """Image tokens [B, m], `NO_TOKEN` where hidden, of the cells from `first_cell` on -> [B, m, width]."""
         positions = (self.row_position + self.column_position).flatten(0, 1)
         last_cell = first_cell + image_tokens.shape[1]
-        return self.image_embedding(image_tokens) + positions[first_cell:last_cell]
+        known = self.image_embedding(image_tokens.clamp(min=0)) * (image_tokens >= 0)[..., None]
+        return known + positions[first_cell:last_cell]
 
-    def hidden(self, text_tokens: Tensor, image_tokens: Tensor, caches: Sequence[KVCache] | None = None) -> Tensor:
+    def hidden(
+        self,
+        text_tokens: Tensor,
+        image_tokens: Tensor,
+        caches: Sequence[KVCache] | None = None,
+        latents: Tensor | None = None,
+    ) -> Tensor:
         """Run the stream of a caption and the first m cells of a picture.
 
         Args:
             text_tokens: int64 [B, n <= caption_length], `NO_TOKEN` at the end.
-            image_tokens: int64 [B, m <= H * W], in raster order; m = 0 is only the text. The last cell, which
-                predicts nothing, has no place where the grid begins with `text_on_grid`.
+            image_tokens: int64 [B, m <= H * W], in raster order, `NO_TOKEN` where hidden; m = 0 is only the text. The
+                last cell, which predicts nothing, has no place where the grid begins with `text_on_grid`.
             caches: one per layer, from `new_caches`; filled, so that `step` can go on.
+            latents: [B, latent], for a model that takes them; a row of zeros, or None, is no latent.
 
         Returns:
             [B, T + m, width], normalised: the input of the two heads.
@@ -232,7 +290,7 @@ class DalleTransformer(nn.Module):
         batch = text_tokens.shape[0]
         check_tokens("text_tokens", text_tokens, batch, self.config.caption_length)
         check_tokens("image_tokens", image_tokens, batch, self.config.layout.length - self.config.text_length)
-        x = torch.cat([self.embed_text(text_tokens), self.embed_image(image_tokens)], dim=1)
+        x = torch.cat([self.embed_text(text_tokens, latents), self.embed_image(image_tokens)], dim=1)
         for layer, block in enumerate(self.layers):
             x = block(x, None if caches is None else caches[layer])
         return self.head_norm(self.final_norm(x))
@@ -249,12 +307,15 @@ class DalleTransformer(nn.Module):
             x = block.step(x, cache, position)
         return self.head_norm(self.final_norm(x))
 
-    def forward(self, text_tokens: Tensor, image_tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, text_tokens: Tensor, image_tokens: Tensor, latents: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Logits of every token that the stream predicts.
 
         Args:
             text_tokens: int64 [B, n <= caption_length], `NO_TOKEN` at the end.
-            image_tokens: int64 [B, H * W].
+            image_tokens: int64 [B, H * W], what the stream is fed; `NO_TOKEN` where hidden.
+            latents: as for `hidden`.
 
         Returns:
             Of the caption's tokens [B, n, vocab_text] and of the picture's [B, H * W, vocab_image].
@@ -263,17 +324,28 @@ class DalleTransformer(nn.Module):
         if image_tokens.shape != (batch, cells):
             raise ValueError(f"image_tokens: got shape {tuple(image_tokens.shape)}, wanted ({batch}, {cells})")
         # The last token is only ever predicted.
-        hidden = self.hidden(text_tokens, image_tokens[:, :-1])
+        hidden = self.hidden(text_tokens, image_tokens[:, :-1], latents=latents)
         text = self.text_head(hidden[:, : text_tokens.shape[1]])
         return text, self.image_head(hidden[:, predictors:])
 
-    def loss(self, text_tokens: Tensor, image_tokens: Tensor) -> TransformerLoss:
+    def loss(
+        self,
+        text_tokens: Tensor,
+        image_tokens: Tensor,
+        *,
+        seen: Tensor | None = None,
+        latents: Tensor | None = None,
+    ) -> TransformerLoss:
         """The training loss of a batch; the arguments are those of `forward`.
 
         Text positions without a token are not predicted, so an empty caption (one dropped for classifier-free
         guidance) adds nothing to the text's loss.
+
+        Args:
+            seen: `image_tokens` with `NO_TOKEN` in place of some, which the stream is fed instead; all are predicted.
+                What the cells before do not say, the caption must (Bowman et al. 2016, section 3.2, for words).
         """
-        text_logits, image_logits = self(text_tokens, image_tokens)
+        text_logits, image_logits = self(text_tokens, image_tokens if seen is None else seen, latents)
         image = F.cross_entropy(image_logits.flatten(0, 1).float(), image_tokens.flatten())
         text = F.cross_entropy(
             text_logits.flatten(0, 1).float(), text_tokens.flatten(), ignore_index=NO_TOKEN, reduction="sum"

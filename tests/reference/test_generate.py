@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -70,6 +71,21 @@ def test_several_pictures_of_a_caption_are_those_of_its_copies(
     wanted = generate(model, text.repeat_interleave(9, 0), seed=3, **copied)
     assert torch.equal(generate(model, text, seed=3, number=9, **way), wanted)
     assert torch.equal(generate(model, text, seed=3, number=9, use_cache=False, **way), wanted)
+
+
+@pytest.mark.parametrize("schedule", ["dalle", "rowcol", "strided", "fixed", "causal"])
+def test_latents_and_every_schedule_go_through_the_cache(schedule: Any, text: torch.Tensor) -> None:
+    torch.manual_seed(0)
+    model = DalleTransformer(replace(CONFIG, schedule=schedule, latent=5))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.3)
+    latents = torch.randn(3, 5)
+    for guidance in (1.0, 2.0):
+        told = generate(model, text, seed=1, number=2, latents=latents, guidance_scale=guidance)
+        slow = generate(model, text, seed=1, number=2, latents=latents, guidance_scale=guidance, use_cache=False)
+        assert torch.equal(told, slow)
+        assert not torch.equal(told, generate(model, text, seed=1, number=2, guidance_scale=guidance))
 
 
 def test_the_seed_decides_and_rows_differ(model: DalleTransformer) -> None:

@@ -20,6 +20,8 @@ from dalle_reference.generate import generate
 from dalle_reference.load import load_clip, load_dvae
 from dalle_reference.loop import batch_indices, distinct_indices
 from dalle_reference.schedules import half_cosine, warm_up
+from dalle_reference.train import hide_cells
+from dalle_reference.transformer import NO_TOKEN
 from PIL import Image
 
 TINY_DVAE = [
@@ -28,7 +30,7 @@ TINY_DVAE = [
 ]
 TINY_TRANSFORMER = [
     *["--layers", "2", "--heads", "2", "--head-dim", "16", "--text-length", "8", "--vocab-text", "300"],
-    *["--grid", "8", "8", "--vocab-image", "32"],
+    *["--grid", "8", "8", "--vocab-image", "32", "--cell-dropout", "0.5"],
     *["--batch", "4", "--log-every", "1", "--precision", "fp32", "--draw-every", "0"],
 ]
 
@@ -303,6 +305,7 @@ def test_refusals(stage_1: Path, common: list[str], tmp_path: Path, capsys: pyte
         ("train-transformer demo --pictures 0", "pictures: got 0, wanted at least 1"),
         ("train-transformer demo --bpe-dropout 2", "bpe_dropout: got 2.0, wanted 0 to 1"),
         ("train-transformer demo --caption-dropout -0.5", "caption_dropout: got -0.5"),
+        ("train-transformer demo --cell-dropout 1.5", "cell_dropout: got 1.5"),
         ("train-transformer demo --vocab-text 10", "vocab_text: got 10"),
         ("train-transformer demo --vocab-text 999999999999999999999999", "vocab_text: got 999999999999999999999999"),
         ("train-transformer demo --head-dim 999999999999999999999999", "head_dim: got 999999999999999999999999"),
@@ -465,6 +468,17 @@ def test_every_picture_comes_once_an_epoch_and_seeds_shuffle() -> None:
     assert list(order[:10]) != list(order[10:])
     other = np.concatenate([batch_indices(step, 4, 10, seed=4) for step in range(5)])
     assert list(order) != list(other)
+
+
+def test_cells_are_hidden_in_a_share_that_differs_by_picture() -> None:
+    tokens = torch.arange(400).expand(300, -1)
+    seen = hide_cells(tokens, 0.8, np.random.default_rng(0))
+    assert torch.equal(seen[seen >= 0], tokens[seen >= 0])
+    shares = (seen == NO_TOKEN).float().mean(dim=1)
+    assert shares.max() < 0.88
+    counts = torch.histc(shares, 4, 0.0, 0.8)
+    assert counts.min() > 50, counts
+    assert torch.equal(hide_cells(tokens, 0.0, np.random.default_rng(0)), tokens)
 
 
 def test_schedules() -> None:

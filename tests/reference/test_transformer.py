@@ -12,7 +12,7 @@ from dalle_reference import dvae
 from dalle_reference.load import require_grid
 from dalle_reference.transformer import NO_TOKEN, PRESETS, DalleTransformer, TransformerConfig
 
-from dalle_kernels import AxialRow, Column, Convolution, Row, dalle_pattern_schedule
+from dalle_kernels import AxialRow, Causal, Column, Convolution, Fixed, Row, Strided, dalle_pattern_schedule
 
 TINY = TransformerConfig(vocab_text=30, text_length=6, grid=(4, 3), vocab_image=20, layers=3, heads=2, head_dim=16)
 
@@ -174,6 +174,64 @@ def test_a_batch_of_empty_captions_trains_the_picture_alone() -> None:
     assert not model.text_head.weight.grad.any()
 
 
+def test_a_hidden_cell_is_predicted_but_not_read() -> None:
+    model, (text, image) = make(), batch()
+    seen = image.clone()
+    seen[:, 4] = NO_TOKEN
+    other = image.clone()
+    other[:, 4] = (other[:, 4] + 1) % TINY.vocab_image
+    _, hidden = model(text, seen)
+    _, shown = model(text, image)
+    torch.testing.assert_close(hidden[:, :5], shown[:, :5])
+    assert not torch.allclose(hidden[:, 5], shown[:, 5])
+    loss = model.loss(text, image, seen=seen)
+    torch.testing.assert_close(loss.image, F.cross_entropy(hidden.flatten(0, 1), image.flatten()))
+    assert loss.image != model.loss(text, other, seen=seen).image, "the cell is still to be guessed"
+    loss.total.backward()
+    everything = model.loss(text, image, seen=torch.full_like(image, NO_TOKEN))
+    assert everything.image.isfinite()
+
+
+def test_a_latent_reaches_every_cell_and_none_is_a_row_of_zeros() -> None:
+    config = replace(TINY, latent=7)
+    model, (text, image) = make(config), batch()
+    latents = torch.randn(3, 7, generator=torch.Generator().manual_seed(2), requires_grad=True)
+    plain_text, plain = model(text, image)
+    zero_text, zero = model(text, image, torch.zeros(3, 7))
+    assert torch.equal(zero, plain)
+    assert torch.equal(zero_text, plain_text)
+    _, told = model(text, image, latents)
+    for cell in range(config.image_length):
+        (gradient,) = torch.autograd.grad(told[1, cell].logsumexp(-1), latents, retain_graph=True)
+        assert gradient[1].abs().min() > 0
+        assert not gradient[[0, 2]].any(), "one picture's latent leaks into another"
+    for wrong in (torch.zeros(2, 7), torch.zeros(3, 6)):
+        with pytest.raises(ValueError, match=r"latents: got shape .* wanted \[3, 7\]"):
+            model(text, image, wrong)
+    with pytest.raises(ValueError, match="wanted none"):
+        make()(text, image, latents)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "kinds"),
+    [
+        ("dalle", [Row, Column, Row, Row, Row, Convolution]),
+        ("rowcol", [Row, Column, Row, Row, Row, Column]),
+        ("strided", [Strided] * 6),
+        ("fixed", [Fixed] * 6),
+        ("causal", [Causal] * 6),
+    ],
+)
+def test_a_schedule_says_what_each_layer_sees(schedule: str, kinds: list[type]) -> None:
+    config = replace(TINY, layers=6, schedule=schedule)
+    assert [type(pattern) for pattern in config.patterns] == kinds
+    assert {pattern.length for pattern in config.patterns} == {config.layout.length}
+    text, image = batch()
+    assert make(config).loss(text, image).total.isfinite()
+    if schedule == "strided":  # a row's cells, and the column's: stride is the grid's width
+        assert config.patterns[0].mask()[16].nonzero().flatten().tolist() == [1, 4, 7, 10, 13, 14, 15, 16]
+
+
 def test_bfloat16_autocast_stays_close_and_trains_every_parameter() -> None:
     model, (text, image) = make(std=0.05), batch()
     exact = model.loss(text, image)
@@ -259,6 +317,9 @@ def test_bad_tokens_are_refused(text: torch.Tensor, image: torch.Tensor, error: 
         ({"grid": (4, 0)}, r"grid: got \(4, 0\)"),
         ({"vocab_image": -3}, "vocab_image: got -3"),
         ({"convolution": "corner"}, "convolution: got 'corner'"),
+        ({"schedule": "dense"}, "schedule: got 'dense'"),
+        ({"latent": -1}, "latent: got -1"),
+        ({"latent": 8, "text_length": 4}, "text_length: got 4"),
     ],
 )
 def test_bad_configurations_are_refused(changes: dict, message: str) -> None:
