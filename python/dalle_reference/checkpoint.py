@@ -36,7 +36,7 @@ class Checkpoint:
 
     Attributes:
         path: the folder.
-        kind: "dvae", "transformer" or "clip".
+        kind: what it is of, "dvae" for one.
         step: steps that had been made.
         config: the configuration it was made with, as JSON has it.
         tensors: by name; "model.", "ema." and "optimizer." say whose they are.

@@ -15,16 +15,16 @@ import torch.nn.functional as F
 import tyro
 from tqdm import tqdm
 
-from dalle_reference import demo, render, train, weights
+from dalle_reference import demo, render, train, train_family, weights
 from dalle_reference.clip import CLIP, caption_tokens
-from dalle_reference.config import CLIP_PRESETS, DVAE_PRESETS, TRANSFORMER_PRESETS
+from dalle_reference.config import CLIP_PRESETS, DVAE_PRESETS, PIXELS_PRESETS, TRANSFORMER_PRESETS
 from dalle_reference.convert import KINDS, convert
 from dalle_reference.data import MOST_PICTURE_BYTES, decode_picture
 from dalle_reference.errors import UserError, require, require_amount, require_positive, require_seed
 from dalle_reference.evaluate import psnr
 from dalle_reference.files import read_bounded, require_output
 from dalle_reference.generate import generate
-from dalle_reference.load import load_clip, load_dvae, load_transformer
+from dalle_reference.load import load_clip, load_dvae, load_pixels, load_transformer
 from dalle_reference.loop import Interrupted, resolve_device, step_generator
 from dalle_reference.tokenizer import CaptionTokenizer
 
@@ -42,6 +42,7 @@ def _presets(entries: dict[str, tuple[str, Any]]) -> Any:
 _DVAEChoice: Any = _presets(DVAE_PRESETS)
 _TransformerChoice: Any = _presets(TRANSFORMER_PRESETS)
 _CLIPChoice: Any = _presets(CLIP_PRESETS)
+_PixelsChoice: Any = _presets(PIXELS_PRESETS)
 _Kind: Any = Literal[KINDS]
 
 
@@ -58,6 +59,11 @@ def _train_transformer(config: _TransformerChoice) -> None:
 def _train_clip(config: _CLIPChoice) -> None:
     """The judge: learn which caption belongs to which picture."""
     print(f"CLIP in {train.train_clip(config)}")
+
+
+def _train_pixels(config: _PixelsChoice) -> None:
+    """Pixels as tokens: Sparse Transformer and Image GPT."""
+    print(f"pixels in {train_family.train_pixels(config)}")
 
 
 @dataclass(frozen=True)
@@ -252,6 +258,50 @@ def _reconstruct(config: Annotated[ReconstructConfig, tyro.conf.arg(name="")]) -
     print(f"wrote {config.out}; PSNR {psnr(originals, decoded):.2f} dB")
 
 
+@dataclass(frozen=True)
+class CompleteConfig:
+    """Draw what is below the top of pictures, pixel by pixel."""
+
+    pictures: tyro.conf.Positional[tuple[Path, ...]]
+    """Picture files."""
+    model: Path = Path("runs/pixels")
+    """Folder of a train-pixels."""
+    out: Path = Path("completions.png")
+    """The sheet to write: in each row what was given, what was drawn, and the picture."""
+    rows: int | None = None
+    """Rows of pixels to keep; half of them where not given."""
+    number: int = 4
+    """Completions of each picture."""
+    seed: int = 0
+    """The same seed gives the same completions."""
+    temperature: float = 1.0
+    """Below 1 likelier tokens, 0 the likeliest."""
+    device: str = "auto"
+    """cpu, cuda, or auto."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "number")
+        require_amount(self, "temperature", "rows")
+        require_seed(self)
+
+
+def _complete(config: Annotated[CompleteConfig, tyro.conf.arg(name="")]) -> None:
+    """Draw what is below the top of pictures, pixel by pixel."""
+    if not config.pictures:
+        raise UserError("pictures: got none, wanted at least one file")
+    require_output(config.out, ".png")
+    model = load_pixels(config.model, resolve_device(config.device))
+    side = model.config.resolution
+    rows = side // 2 if config.rows is None else config.rows
+    if rows > side:
+        raise UserError(f"rows: got {rows}, wanted 0 to {side}, the rows of pixels in a picture")
+    pictures = torch.stack([_read_picture(path, side) for path in config.pictures]).to(model.palette.device)
+    train_family.completion_sheet(
+        config.out, model, pictures, rows, number=config.number, seed=config.seed, temperature=config.temperature
+    )
+    print(f"wrote {config.out}")
+
+
 def _read_picture(path: Path, resolution: int) -> torch.Tensor:
     return decode_picture(read_bounded(path, MOST_PICTURE_BYTES), resolution, str(path))
 
@@ -311,7 +361,9 @@ _COMMANDS = {
     "train-dvae": _train_dvae,
     "train-transformer": _train_transformer,
     "train-clip": _train_clip,
+    "train-pixels": _train_pixels,
     "generate": _generate,
+    "complete": _complete,
     "classify": _classify,
     "reconstruct": _reconstruct,
     "convert": _convert,

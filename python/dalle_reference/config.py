@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from dalle_reference import clip, dvae, transformer
+from dalle_reference import clip, dvae, pixels, transformer
 from dalle_reference.errors import require, require_amount, require_positive, require_seed, require_share
 
 
@@ -155,6 +155,15 @@ class TrainCLIPConfig:
         require_share(self, "bpe_dropout")
 
 
+@dataclass(frozen=True)
+class TrainPixelsConfig:
+    """Pixels as tokens."""
+
+    run: RunConfig
+    model: pixels.PixelConfig = pixels.PRESETS["bytes"]
+    data: DataConfig = field(default_factory=DataConfig)
+
+
 def to_json(config: Any) -> dict[str, Any]:
     """A configuration as checkpoints keep it: without what may change when a run goes on."""
 
@@ -283,6 +292,54 @@ CLIP_PRESETS: dict[str, tuple[str, TrainCLIPConfig]] = {
                 average=0.999,
             ),
             clip.PRESETS["paper"],
+        ),
+    ),
+}
+
+PIXELS_PRESETS: dict[str, tuple[str, TrainPixelsConfig]] = {
+    "bytes": (
+        "16 x 16 pictures, each byte a token: 768 of them, 4 layers of 4 x 32; minutes on a CPU",
+        TrainPixelsConfig(_run("runs/pixels", steps=3000, batch=8, learning_rate=3e-3, beta2=0.95, weight_decay=0.01)),
+    ),
+    "palette": (
+        "24 x 24 pictures of 512 colours: 576 tokens, 4 layers of 4 x 32; minutes on a CPU",
+        TrainPixelsConfig(
+            _run("runs/pixels", steps=3000, batch=8, learning_rate=3e-3, beta2=0.95, weight_decay=0.01),
+            pixels.PRESETS["palette"],
+        ),
+    ),
+    "sparse-transformer": (
+        "64 x 64 pictures, each byte a token, sized as in Child et al. 2019: there 3.44 bits a dimension on ImageNet",
+        TrainPixelsConfig(
+            _run(
+                "runs/pixels",
+                steps=560_000,
+                batch=16,
+                learning_rate=3.5e-4,
+                final_learning_rate=0.0,
+                warm_up_steps=5000,
+                beta2=0.999,
+                weight_decay=0.01,
+                average=0.999,
+            ),
+            pixels.PRESETS["sparse-transformer"],
+        ),
+    ),
+    "image-gpt": (
+        "32 x 32 pictures of 512 colours, iGPT-S of Chen et al. 2020: there 2.09 nats a pixel on ImageNet",
+        TrainPixelsConfig(
+            _run(
+                "runs/pixels",
+                steps=1_000_000,
+                batch=128,
+                learning_rate=3e-3,
+                final_learning_rate=0.0,
+                warm_up_steps=10_000,
+                beta2=0.95,
+                weight_decay=0.01,
+                average=0.999,
+            ),
+            pixels.PRESETS["image-gpt"],
         ),
     ),
 }

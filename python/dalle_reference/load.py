@@ -12,6 +12,7 @@ from dalle_reference import checkpoint
 from dalle_reference.clip import CLIP, CLIPConfig
 from dalle_reference.dvae import DiscreteVAE, DVAEConfig
 from dalle_reference.errors import UserError
+from dalle_reference.pixels import PixelConfig, PixelTransformer
 from dalle_reference.tokenizer import CaptionTokenizer
 from dalle_reference.transformer import DalleTransformer, TransformerConfig
 
@@ -67,6 +68,15 @@ def load_clip_alone(run: Path, device: torch.device) -> CLIP:
         UserError: as `load_transformer`.
     """
     return _load(run, "clip", CLIP, CLIPConfig, device)
+
+
+def load_pixels(run: Path, device: torch.device) -> PixelTransformer:
+    """A transformer of pixels, with its palette.
+
+    Raises:
+        UserError: as `load_transformer`.
+    """
+    return _load(run, "pixels", PixelTransformer, PixelConfig, device)
 
 
 def require_grid(model: TransformerConfig, dvae: DVAEConfig, where: Path) -> None:

@@ -16,20 +16,29 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import lru_cache, wraps
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from dalle_reference import checkpoint, schedules
-from dalle_reference.config import RunConfig, TrainCLIPConfig, TrainDVAEConfig, TrainTransformerConfig
+from dalle_reference.config import RunConfig
 from dalle_reference.ema import M, MovingAverage
 from dalle_reference.errors import UserError
 from dalle_reference.files import exclusive, replacing
 from dalle_reference.render import read_metrics
 
-C = TypeVar("C", TrainDVAEConfig, TrainTransformerConfig, TrainCLIPConfig)
+
+class Trains(Protocol):
+    """A configuration of something that is trained."""
+
+    @property
+    def run(self) -> RunConfig:
+        """Where, and for how long."""
+
+
+C = TypeVar("C", bound=Trains)
 LossFunction = Callable[[int, bool], tuple[torch.Tensor, dict[str, float]]]
 
 
@@ -109,7 +118,7 @@ class Run(Generic[M]):
 
     Args:
         config: length, step sizes, places.
-        kind: "dvae", "transformer" or "clip".
+        kind: what checkpoints call it, "dvae" for one.
         model: to train; on its device already.
         document: the configuration as checkpoints keep it.
 

@@ -45,7 +45,7 @@ def train_dvae(config: TrainDVAEConfig) -> Path:
     device = resolve_device(run_config.device)
     pictures = load_pictures(config.data.source, config.model.resolution, run_config.cache)
     training, held_out = pictures.split(config.data.held_out)
-    _require_pictures(training, config.data.source)
+    require_pictures(training, config.data.source)
     images = training.images
     shown = (held_out if len(held_out) else training).images[:_SHOWN].to(device).float() / 255.0
     torch.manual_seed(run_config.seed)
@@ -189,11 +189,8 @@ def name_pictures(model: CLIP, tokenizer: CaptionTokenizer, pictures: PictureSet
     device = next(model.parameters()).device
     shares = {}
     for language in sorted({language for record in pictures.records for language in record.captions}):
-        first: dict[str, int] = {}
-        for index, record in enumerate(pictures.records):
-            if language in record.captions:
-                first.setdefault(record.concept, index)
-        chosen = pictures.take(list(first.values()))
+        named = [index for index, record in enumerate(pictures.records) if language in record.captions]
+        chosen = pictures.take(named).one_per_concept()
         names = [record.captions[language] for record in chosen.records]
         vectors = model.encode_captions(caption_tokens(names, tokenizer, model.config).to(device))
         guesses = [
@@ -208,10 +205,9 @@ def select_training(config: TrainTransformerConfig, dvae: DVAEConfig) -> Picture
     """The captioned pictures that stage 2 trains on."""
     pictures = load_pictures(config.data.source, dvae.resolution, config.run.cache)
     training, _ = pictures.captioned().split(config.data.held_out)
-    _require_pictures(training, f"{config.data.source}, with captions")
+    require_pictures(training, f"{config.data.source}, with captions")
     if config.one_per_concept:
-        first = {record.concept: index for index, record in reversed(list(enumerate(training.records)))}
-        training = training.take(sorted(first.values()))
+        training = training.one_per_concept()
     if config.pictures is not None and config.pictures < len(training):
         training = training.take([i * len(training) // config.pictures for i in range(config.pictures)])
     return training
@@ -231,7 +227,8 @@ def hide_cells(tokens: torch.Tensor, most: float, chance: np.random.Generator) -
     return tokens.masked_fill(torch.from_numpy(chance.random(tokens.shape) < share), NO_TOKEN)
 
 
-def _require_pictures(pictures: PictureSet, source: str) -> None:
+def require_pictures(pictures: PictureSet, source: str) -> None:
+    """Raises UserError where there are none."""
     if not len(pictures):
         raise UserError(f"{source}: no pictures to train on")
 

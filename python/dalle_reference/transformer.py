@@ -225,7 +225,7 @@ class DalleTransformer(nn.Module):
         self.blocks = nn.ModuleList(Block(pattern, config) for pattern in config.patterns)
         self.final_norm = nn.LayerNorm(width)
         self.head_norm = nn.LayerNorm(width) if config.head_norm else nn.Identity()
-        self.text_head = nn.Linear(width, config.vocab_text)
+        self.text_head: nn.Module = nn.Linear(width, config.vocab_text)
         self.image_head = nn.Linear(width, config.vocab_image)
         self.reset_parameters()
 

@@ -42,23 +42,6 @@ TINY_CLIP = [
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pictures")
-    colors = ["red", "green", "blue", "yellow", "black", "orange", "purple", "gray", "pink", "brown", "cyan", "navy"]
-    for color in colors:
-        picture = Image.new("RGB", (16, 16), "white")
-        picture.paste(color, (3, 3, 13, 13))
-        picture.save(folder / f"{color}.png")
-        (folder / f"{color}.txt").write_text(f"a {color} square\n{color}\n")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def common(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    return ["--source", str(pictures), "--cache", str(tmp_path_factory.mktemp("cache"))]
-
-
-@pytest.fixture(scope="module")
 def stage_1(common: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("stage-1") / "run"
     cli.main(["train-dvae", "demo", "--out", str(out), "--steps", "12", *TINY_DVAE, *common])

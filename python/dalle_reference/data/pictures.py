@@ -58,6 +58,11 @@ class PictureSet:
         """The pictures that have at least one caption."""
         return self.take([i for i, record in enumerate(self.records) if record.captions])
 
+    def one_per_concept(self) -> PictureSet:
+        """The first picture of each concept: without its variants, such as those by skin tone."""
+        first = {record.concept: index for index, record in reversed(list(enumerate(self.records)))}
+        return self.take(sorted(first.values()))
+
     def split(self, held_out: float) -> tuple[PictureSet, PictureSet]:
         """(training, held out): a concept, with all its variants, is on one side only.
 
