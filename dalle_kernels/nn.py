@@ -164,13 +164,20 @@ class GumbelQuantizer(nn.Module):
     def reset_parameters(self) -> None:
         nn.init.normal_(self.codebook, std=self.codebook.shape[1] ** -0.5)
 
-    def forward(self, logits: Tensor, temperature: float | Tensor = 1.0, seed: int | Tensor | None = None) -> Quantized:
+    def forward(
+        self,
+        logits: Tensor,
+        temperature: float | Tensor = 1.0,
+        seed: int | Tensor | None = None,
+        row_offset: int | Tensor = 0,
+    ) -> Quantized:
         """Quantize.
 
         Args:
             logits: [..., K]; channels come last.
             temperature: of the relaxation; has no effect in evaluation.
             seed: of the noise; drawn from PyTorch's default generator unless told.
+            row_offset: which row of the noise the first row takes, as in `gumbel_lookup`.
         """
         return Quantized(
             *gumbel_lookup(
@@ -180,6 +187,7 @@ class GumbelQuantizer(nn.Module):
                 hard=self.hard,
                 noise=self.training,
                 seed=seed,
+                **({"row_offset": row_offset} if row_offset else {}),
                 backend=self.backend,
             )
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 import threading
 from collections.abc import Sequence
@@ -25,7 +26,8 @@ from dalle_reference.evaluate import psnr
 from dalle_reference.files import read_bounded, require_output
 from dalle_reference.generate import generate
 from dalle_reference.load import load_clip, load_dvae, load_pixels, load_transformer
-from dalle_reference.loop import Interrupted, resolve_device, step_generator
+from dalle_reference.loop import Interrupted, step_generator
+from dalle_reference.parallel import Elsewhere, resolve_device
 from dalle_reference.tokenizer import CaptionTokenizer
 
 _AT_ONCE, _DECODED_AT_ONCE = 256, 16
@@ -48,22 +50,22 @@ _Kind: Any = Literal[KINDS]
 
 def _train_dvae(config: _DVAEChoice) -> None:
     """Stage 1: learn to turn pictures into tokens and back."""
-    print(f"dVAE in {train.train_dvae(config)}")
+    _say(f"dVAE in {train.train_dvae(config)}")
 
 
 def _train_transformer(config: _TransformerChoice) -> None:
     """Stage 2: learn the stream of captions and picture tokens."""
-    print(f"transformer in {train.train_transformer(config)}")
+    _say(f"transformer in {train.train_transformer(config)}")
 
 
 def _train_clip(config: _CLIPChoice) -> None:
     """The judge: learn which caption belongs to which picture."""
-    print(f"CLIP in {train.train_clip(config)}")
+    _say(f"CLIP in {train.train_clip(config)}")
 
 
 def _train_pixels(config: _PixelsChoice) -> None:
     """Pixels as tokens: Sparse Transformer and Image GPT."""
-    print(f"pixels in {train_family.train_pixels(config)}")
+    _say(f"pixels in {train_family.train_pixels(config)}")
 
 
 @dataclass(frozen=True)
@@ -391,8 +393,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if type(error) is RuntimeError and not any(reason in str(error) for reason in too_much):
             raise
         _leave("out of memory; ask for a smaller batch, fewer pictures or a smaller model", 2)
+    except Elsewhere:
+        sys.exit(1)
     except Interrupted as stop:
-        _leave(str(stop), 130)
+        _leave(str(stop) if _is_main() else "", 130)
     except KeyboardInterrupt:
         _leave("stopped", 130)
 
@@ -403,8 +407,19 @@ def _on_thread_error(failed: threading.ExceptHookArgs) -> None:
 
 
 def _leave(message: str, status: int) -> NoReturn:
-    print(f"dalle-reference: {message}", file=sys.stderr)
+    if message:
+        print(f"dalle-reference: {message}", file=sys.stderr)
     sys.exit(status)
+
+
+def _say(message: str) -> None:
+    if _is_main():
+        print(message)
+
+
+def _is_main() -> bool:
+    """Of the processes that torchrun started together, if it did."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from dalle_kernels import Causal, MaskPattern, Pattern, TokenLayout
 from dalle_kernels.nn import SparseSelfAttention
 from dalle_reference.errors import MOST_SIZE, require, require_positive
+from dalle_reference.parallel import World
 from dalle_reference.tokenizer import CaptionTokenizer
 from dalle_reference.transformer import NO_TOKEN, check_tokens
 
@@ -225,13 +226,22 @@ class CLIP(nn.Module):
         """Of the logits: the inverse temperature."""
         return self.log_scale.exp()
 
-    def loss(self, pictures: Tensor, tokens: Tensor) -> CLIPLoss:
-        """The training loss of N pictures and their captions, all of which should show different things."""
+    def loss(self, pictures: Tensor, tokens: Tensor, world: World | None = None) -> CLIPLoss:
+        """The training loss of N pictures and their captions, all of which should show different things.
+
+        With several processes in `world`, the captions that a picture is told from are those of all of them, and so are
+        the pictures of a caption; the mean of the processes' losses is the whole batch's.
+        """
         with torch.no_grad():
             self.log_scale.clamp_(max=math.log(LARGEST_SCALE))
-        logits = self(pictures, tokens)
-        own = torch.arange(len(logits), device=logits.device)
-        total = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+        shown, said = self.encode_pictures(pictures), self.encode_captions(tokens)
+        own = torch.arange(len(shown), device=shown.device)
+        all_shown, all_said = shown, said
+        if world is not None and world.size > 1:
+            all_shown, all_said = world.gather_differentiably(torch.stack([shown, said], dim=1)).unbind(1)
+            own = own + world.rank * len(shown)
+        logits = self.scale * shown @ all_said.T
+        total = (F.cross_entropy(logits, own) + F.cross_entropy(self.scale * said @ all_shown.T, own)) / 2
         return CLIPLoss(total, (logits.detach().argmax(dim=1) == own).float().mean())
 
 

@@ -56,9 +56,11 @@ class RunConfig:
     """Go on from the newest checkpoint in `out`, exactly as if the run had never stopped."""
     cache: Path | None = None
     """Where decoded pictures are kept; $DALLE_REFERENCE_CACHE or the user's cache folder by default."""
+    accumulate: int = 1
+    """Parts that a process takes its share of a batch in, gradients added up, where memory is short."""
 
     def __post_init__(self) -> None:
-        require_positive(self, "steps", "batch", "log_every", "save_every")
+        require_positive(self, "steps", "batch", "log_every", "save_every", "accumulate")
         require_amount(self, "learning_rate", "final_learning_rate", "warm_up_steps", "weight_decay", "draw_every")
         require(self, "above 0", lambda value: value > 0, "clip", "epsilon")
         require(self, "at least 0 and below 1", lambda value: 0 <= value < 1, "beta1", "beta2", "average")
@@ -67,8 +69,8 @@ class RunConfig:
             raise ValueError(f"precision: got {self.precision!r}, wanted auto, fp32 or bf16")
 
 
-# These change nothing in the sequence of losses, so a run may go on with others than it began with.
-_FREE = ("out", "dvae", "log_every", "save_every", "draw_every", "resume", "cache")
+# These change nothing in the sequence of losses (but for rounding), so a run may go on with others than it began with.
+_FREE = ("out", "dvae", "log_every", "save_every", "draw_every", "resume", "cache", "accumulate")
 
 
 @dataclass(frozen=True)

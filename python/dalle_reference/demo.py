@@ -29,7 +29,8 @@ from dalle_reference.evaluate import psnr, retrieval
 from dalle_reference.files import exclusive, replacing
 from dalle_reference.generate import generate
 from dalle_reference.load import load_dvae, load_transformer
-from dalle_reference.loop import Interrupted, autocast, resolve_device
+from dalle_reference.loop import Interrupted, autocast
+from dalle_reference.parallel import resolve_device
 from dalle_reference.tokenizer import CaptionTokenizer
 from dalle_reference.transformer import DalleTransformer
 

@@ -241,13 +241,15 @@ class DiscreteVAE(nn.Module):
         grid = (latents + self.code_bias).reshape(batch, height, width, -1).permute(0, 3, 1, 2)
         return self.decoder(grid)
 
-    def forward(self, images: torch.Tensor, temperature: float, seed: int) -> DVAEOutput:
+    def forward(self, images: torch.Tensor, temperature: float, seed: int, first: int = 0) -> DVAEOutput:
         """One training pass.
 
         Args:
             images: [B, 3, S, S] in 0..1.
             temperature: of the relaxation, above 0; the vq variant does not look at it.
             seed: of the Gumbel noise, which there is in training mode only.
+            first: the place of the first picture in its batch, by which pictures have the noise that they have in the
+                whole of it.
 
         Raises:
             ValueError: for pictures of another size than the configuration's.
@@ -261,7 +263,8 @@ class DiscreteVAE(nn.Module):
             latents, indices, codebook_loss, commitment_loss = self.quantizer(scores)
             distance = codebook_loss + COMMITMENT * commitment_loss
         else:
-            latents, indices, row_kl = self.quantizer(scores, temperature, seed)
+            cells = self.config.grid[0] * self.config.grid[1]
+            latents, indices, row_kl = self.quantizer(scores, temperature, seed, row_offset=first * cells)
             kl = row_kl.sum() / images.numel()
         maps = self._decode(latents, len(images)).float()
         mu, log_b = maps.chunk(2, dim=1)

@@ -1,25 +1,28 @@
 """The loop that both stages share: update, average, log, draw, save, and go on exactly where a run stopped.
 
-Everything random in a step is a function of the seed and the step's number, so the state of a run is its weights, the
-optimizer's moments, the running mean and the step: what a checkpoint holds.
+Everything random in a step is a function of the seed, the step's number and the picture's place in the batch, so the
+state of a run is its weights, the optimizer's moments, the running mean and the step: what a checkpoint holds. And so a
+run is the same, up to rounding, on any number of processes: each takes its places of every batch (`parallel.World`).
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
-import re
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import replace
 from functools import lru_cache, wraps
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar, cast
 
 import numpy as np
 import torch
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from dalle_reference import checkpoint, schedules
@@ -27,6 +30,7 @@ from dalle_reference.config import RunConfig
 from dalle_reference.ema import M, MovingAverage
 from dalle_reference.errors import UserError
 from dalle_reference.files import exclusive, replacing
+from dalle_reference.parallel import Elsewhere, World, joined
 from dalle_reference.render import read_metrics
 
 
@@ -39,24 +43,13 @@ class Trains(Protocol):
 
 
 C = TypeVar("C", bound=Trains)
-LossFunction = Callable[[int, bool], tuple[torch.Tensor, dict[str, float]]]
+Prepare = Callable[[int, list[range]], list[tuple[Any, ...]]]
+Objective = Callable[..., tuple[torch.Tensor, Any]]
+Describe = Callable[[int, list[Any]], dict[str, float]]
 
 
 class Interrupted(Exception):  # noqa: N818 (nothing has gone wrong)
     """A run was asked to stop; its state is saved."""
-
-
-def resolve_device(name: str) -> torch.device:
-    """The device that a configuration's name means."""
-    found = torch.cuda.device_count()
-    if name == "auto":
-        return torch.device("cuda" if found else "cpu")
-    if not re.fullmatch(r"cpu|cuda(:\d{1,4})?", name):
-        raise UserError(f"device: got {name!r}, wanted cpu, cuda, cuda:1 or the like, or auto")
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= found:
-        raise UserError(f"device: got {name}, but torch finds {found or 'no'} GPU{'s' * (found > 1)} here")
-    return device
 
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:
@@ -88,8 +81,15 @@ def step_generator(seed: int, step: int) -> np.random.Generator:
     return np.random.default_rng([seed, step, 1])
 
 
-def alone_in_its_folder(train: Callable[[C], Path]) -> Callable[[C], Path]:
-    """A training function that has its run's folder to itself, and begins (or goes on) only where a run may.
+def sample_generator(seed: int, step: int, place: int) -> np.random.Generator:
+    """The chance that one picture of step `step` may use, the one at `place` in its batch."""
+    return np.random.default_rng([seed, step, 2, place])
+
+
+def alone_in_its_folder(train: Callable[[C, World], Path]) -> Callable[[C], Path]:
+    """A training function whose processes have the run's folder to themselves, and begin (or go on) where a run may.
+
+    Processes that `torchrun` has started anew, because one of them had ended, go on from the newest checkpoint.
 
     It raises UserError if the folder holds a run and `resume` was not asked for, if there is none to resume, or if
     another process is at work there.
@@ -98,19 +98,45 @@ def alone_in_its_folder(train: Callable[[C], Path]) -> Callable[[C], Path]:
     @wraps(train)
     def train_alone(config: C) -> Path:
         run = config.run
-        if run.out.exists() and not run.out.is_dir():
-            raise UserError(f"{run.out}: is no folder; choose another --out")
-        if run.resume and checkpoint.latest(run.out) is None:
-            raise UserError(f"{run.out}: no checkpoint there to go on from; without --resume the run begins anew")
-        with exclusive(run.out):
-            if not run.resume and checkpoint.latest(run.out) is not None:
-                raise UserError(f"{run.out}: holds a run already; go on with --resume, or choose another --out")
+        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+        with joined(run.device) as world, ExitStack() as held:
+
+            def begin() -> bool:
+                """Whether to resume; the folder is this run's from here on."""
+                if run.batch % (world.size * run.accumulate):
+                    shares = f"{world.size} processes" + f" x {run.accumulate} parts" * (run.accumulate > 1)
+                    raise UserError(f"batch: got {run.batch}, wanted a multiple of {shares}")
+                if run.out.exists() and not run.out.is_dir():
+                    raise UserError(f"{run.out}: is no folder; choose another --out")
+                begun = checkpoint.latest(run.out) is not None
+                if run.resume and not (begun or restarted):
+                    raise UserError(
+                        f"{run.out}: no checkpoint there to go on from; without --resume the run begins anew"
+                    )
+                held.enter_context(exclusive(run.out))
+                begun = checkpoint.latest(run.out) is not None
+                if begun and not (run.resume or restarted):
+                    raise UserError(f"{run.out}: holds a run already; go on with --resume, or choose another --out")
+                return begun
+
+            resume = world.first(begin)
             try:
-                return train(config)
+                return train(replace(cast(Any, config), run=replace(run, resume=resume)), world)
             except OSError as error:  # a full disk, most of all
                 raise UserError(f"{run.out}: {error}; what was saved before stands") from error
 
     return train_alone
+
+
+class _Pass(torch.nn.Module):
+    """A model and its objective as one module, whose forward pass DistributedDataParallel sees."""
+
+    def __init__(self, model: torch.nn.Module, objective: Objective) -> None:
+        super().__init__()
+        self.model, self.objective = model, objective
+
+    def forward(self, *arguments: Any) -> tuple[torch.Tensor, Any]:
+        return self.objective(self.model, *arguments)
 
 
 class Run(Generic[M]):
@@ -119,15 +145,25 @@ class Run(Generic[M]):
     Args:
         config: length, step sizes, places.
         kind: what checkpoints call it, "dvae" for one.
-        model: to train; on its device already.
+        model: to train; on its device already, the same on every process.
+        objective: (model, arguments of a part of a batch) -> the part's mean loss, and what `describe` is to see of it.
         document: the configuration as checkpoints keep it.
+        world: the processes that share each batch.
 
     Raises:
         UserError: if the run to resume is damaged or of another configuration.
     """
 
-    def __init__(self, config: RunConfig, kind: str, model: M, document: Mapping[str, Any]) -> None:
-        self.config, self.kind, self.model, self.document = config, kind, model, document
+    def __init__(
+        self,
+        config: RunConfig,
+        kind: str,
+        model: M,
+        objective: Objective,
+        document: Mapping[str, Any],
+        world: World,
+    ) -> None:
+        self.config, self.kind, self.model, self.document, self.world = config, kind, model, document, world
         groups: list[dict[str, Any]] = [
             {"params": [value for value in model.parameters() if value.dim() > 1]},
             {"params": [value for value in model.parameters() if value.dim() <= 1], "weight_decay": 0.0},
@@ -145,40 +181,43 @@ class Run(Generic[M]):
         self.metrics = config.out / "metrics.jsonl"
         if config.resume:
             self._resume()
-        else:
+        elif world.main:
             # What a run that left no checkpoint has measured is measured again.
             self.metrics.unlink(missing_ok=True)
+        self._pass: torch.nn.Module = _Pass(model, objective)
+        if world.size > 1:
+            places = [world.device] if world.device.type == "cuda" else None
+            self._pass = DistributedDataParallel(self._pass, device_ids=places, gradient_as_bucket_view=True)
 
-    def train(self, compute_loss: LossFunction, draw: Callable[[int, Any], None]) -> None:
+    def train(self, prepare: Prepare, describe: Describe, draw: Callable[[int, Any], None]) -> None:
         """Makes the steps that remain.
 
         Args:
-            compute_loss: (step, detailed) -> the loss, and numbers to log where `detailed`.
+            prepare: (step, places in the batch) -> the objective's arguments for each range of places.
+            describe: (step, what the objective gave for each) -> numbers to log; every process calls it.
             draw: (step, TensorBoard writer): writes pictures of what the model does.
 
         Raises:
             Interrupted: after SIGINT or SIGTERM, with the state saved.
             UserError: if the loss is no longer a number; the last checkpoint stands.
         """
-        from torch.utils.tensorboard.writer import SummaryWriter
-
-        config = self.config
-        device = next(self.model.parameters()).device
+        config, world = self.config, self.world
         self.model.train()
-        with (
-            _stop_flag() as stop,
-            self.metrics.open("a", encoding="utf-8") as log,
-            SummaryWriter(str(config.out), purge_step=self.step) as board,
-            tqdm(
-                total=config.steps * config.batch,
-                initial=self.step * config.batch,
-                desc=self.kind,
-                unit="pictures",
-                smoothing=0.05,
-                mininterval=0.5 if sys.stderr.isatty() else 15.0,
-                dynamic_ncols=sys.stderr.isatty(),
-            ) as bar,
-        ):
+        with ExitStack() as opened:
+            stop = opened.enter_context(_stop_flag())
+            log, board = opened.enter_context(self._records()) if world.main else (None, None)
+            bar = opened.enter_context(
+                tqdm(
+                    total=config.steps * config.batch,
+                    initial=self.step * config.batch,
+                    desc=self.kind,
+                    unit="pictures",
+                    smoothing=0.05,
+                    mininterval=0.5 if sys.stderr.isatty() else 15.0,
+                    dynamic_ncols=sys.stderr.isatty(),
+                    disable=not world.main,
+                )
+            )
             since, began = self.step, time.perf_counter()
             while self.step < config.steps:
                 last = self.step + 1 == config.steps
@@ -186,19 +225,12 @@ class Run(Generic[M]):
                 rate = self._learning_rate()
                 for group in self.optimizer.param_groups:
                     group["lr"] = rate
-                try:
-                    with autocast(config.precision, device):
-                        loss, numbers = compute_loss(self.step, detailed)
-                    value = float(loss.detach())
-                    if not np.isfinite(value):
-                        raise ValueError(f"the loss is {value}")
-                except ValueError as error:  # also how operations refuse NaN
-                    raise UserError(f"{config.out}: step {self.step}: {error}; try a smaller step size") from error
-                loss.backward()
+                value, seen, stopping = self._gradients(prepare, detailed, bool(stop))
                 norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
                 self.optimizer.step()
                 self.optimizer.zero_grad(set_to_none=True)
                 self.average.update(self.model, self.step)
+                numbers = describe(self.step, seen) if detailed else {}
                 self.step += 1
                 bar.set_postfix(loss=f"{value:.4f}", refresh=False)
                 bar.update(config.batch)
@@ -206,19 +238,68 @@ class Run(Generic[M]):
                     speed = (self.step - since) * config.batch / (time.perf_counter() - began)
                     since, began = self.step, time.perf_counter()
                     numbers |= {"gradient_norm": float(norm), "learning_rate": rate, "pictures_per_second": speed}
-                    self._log(log, board, {"step": self.step, "loss": value, **numbers})
-                if self.step % config.save_every == 0 or last or stop:
-                    log.flush()
+                    with world.together():
+                        if world.main:
+                            self._log(log, board, {"step": self.step, "loss": value, **numbers})
+                if self.step % config.save_every == 0 or last or stopping:
                     self.save()
                 if config.draw_every and (self.step % config.draw_every == 0 or last):
-                    draw(self.step, board)
-                if stop and not last:
+                    with world.together():
+                        if world.main:
+                            draw(self.step, board)
+                if stopping and not last:
                     raise Interrupted(
                         f"{config.out}: stopped at step {self.step} of {config.steps}, saved; --resume goes on"
                     )
 
+    def _gradients(self, prepare: Prepare, detailed: bool, stop: bool) -> tuple[float, list[Any], bool]:
+        """Adds up a step's gradients: its loss, what `describe` is to see where `detailed`, whether to stop."""
+        config, world = self.config, self.world
+        with world.together():
+            parts = prepare(self.step, world.parts(config.batch, config.accumulate))
+        total, seen = 0.0, []
+        for number, arguments in enumerate(parts, 1):
+            waits = isinstance(self._pass, DistributedDataParallel) and number < len(parts)
+            with self._pass.no_sync() if waits else nullcontext():  # type: ignore[operator]
+                value, trouble = math.nan, None
+                try:
+                    with autocast(config.precision, world.device):
+                        loss, output = self._pass(*arguments)
+                    value = float(loss.detach())
+                    if not math.isfinite(value):
+                        raise ValueError(f"the loss is {value}")
+                except ValueError as error:  # also how operations refuse NaN
+                    trouble = UserError(f"{config.out}: step {self.step}: {error}; try a smaller step size")
+                # One question for all that a step must know of the others.
+                losses, troubled, asked = world.total(
+                    torch.tensor([value, trouble is not None, stop]).double()
+                ).tolist()
+                if trouble is not None:
+                    raise trouble
+                if troubled:
+                    raise Elsewhere
+                (loss / len(parts)).backward()
+            total += losses / (world.size * len(parts))
+            if detailed:
+                seen.append(output)
+        return total, seen, asked > 0
+
+    @contextmanager
+    def _records(self) -> Iterator[tuple[Any, Any]]:
+        """The file of metrics and TensorBoard's writer."""
+        from torch.utils.tensorboard.writer import SummaryWriter
+
+        with (
+            self.metrics.open("a", encoding="utf-8") as log,
+            SummaryWriter(str(self.config.out), purge_step=self.step) as board,
+        ):
+            yield log, board
+
     def save(self) -> Path:
         """Writes a checkpoint of this moment."""
+        return self.world.first(self._save)
+
+    def _save(self) -> Path:
         tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
         tensors |= {f"ema.{name}": value for name, value in self.average.module.state_dict().items()}
         for name, parameter in self.model.named_parameters():
@@ -256,6 +337,8 @@ class Run(Generic[M]):
         except (KeyError, RuntimeError) as error:
             raise UserError(f"{saved.path}: holds no state that a run can go on from ({error})") from error
         self.step = saved.step
+        if not self.world.main:
+            return
         # Lines after the checkpoint are about to be made again.
         kept = [record for record in read_metrics(self.metrics) if record["step"] <= self.step]
         with replacing(self.metrics) as draft:

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from dalle_kernels.nn import VectorQuantizer
 from dalle_reference import checkpoint, render, schedules
-from dalle_reference.clip import CLIP, caption_tokens
+from dalle_reference.clip import CLIP, CLIPLoss, caption_tokens
 from dalle_reference.config import TrainCLIPConfig, TrainDVAEConfig, TrainTransformerConfig, to_json
 from dalle_reference.data import PictureSet, load_pictures
-from dalle_reference.dvae import DiscreteVAE, DVAEConfig
+from dalle_reference.dvae import DiscreteVAE, DVAEConfig, DVAEOutput
 from dalle_reference.errors import UserError
 from dalle_reference.evaluate import codebook_use, psnr
 from dalle_reference.generate import generate
@@ -23,18 +24,19 @@ from dalle_reference.loop import (
     alone_in_its_folder,
     batch_indices,
     distinct_indices,
-    resolve_device,
+    sample_generator,
     step_generator,
 )
+from dalle_reference.parallel import World
 from dalle_reference.tokenizer import PADDING, CaptionTokenizer
-from dalle_reference.transformer import NO_TOKEN, DalleTransformer
+from dalle_reference.transformer import NO_TOKEN, DalleTransformer, TransformerLoss
 
 _SHOWN = 16
 _ENCODE_BATCH = 128
 
 
 @alone_in_its_folder
-def train_dvae(config: TrainDVAEConfig) -> Path:
+def train_dvae(config: TrainDVAEConfig, world: World) -> Path:
     """Trains stage 1 and returns its folder.
 
     Raises:
@@ -42,31 +44,41 @@ def train_dvae(config: TrainDVAEConfig) -> Path:
         Interrupted: when asked to stop; the state is saved.
     """
     run_config = config.run
-    device = resolve_device(run_config.device)
-    pictures = load_pictures(config.data.source, config.model.resolution, run_config.cache)
+    device = world.device
+    pictures = world.main_first(lambda: load_pictures(config.data.source, config.model.resolution, run_config.cache))
     training, held_out = pictures.split(config.data.held_out)
     require_pictures(training, config.data.source)
     images = training.images
     shown = (held_out if len(held_out) else training).images[:_SHOWN].to(device).float() / 255.0
     torch.manual_seed(run_config.seed)
-    run = Run(run_config, "dvae", DiscreteVAE(config.model).to(device), to_json(config))
+    model = DiscreteVAE(config.model).to(device)
 
-    def compute_loss(step: int, detailed: bool) -> tuple[torch.Tensor, dict[str, float]]:
+    def prepare(step: int, parts: list[range]) -> list[tuple[Any, ...]]:
         chosen = torch.from_numpy(batch_indices(step, run_config.batch, len(images), run_config.seed))
-        batch = images[chosen].to(device).float() / 255.0
-        tau_steps = max(1, round(config.temperature_share * run_config.steps))
-        tau = schedules.half_cosine(step, tau_steps, 1.0, config.temperature)
-        beta_steps = max(1, round(config.kl_share * run_config.steps))
-        beta = schedules.half_cosine(step, beta_steps, 0.0, config.kl_weight)
         seed = int(step_generator(run_config.seed, step).integers(2**63))
-        output = run.model(batch, tau, seed)
-        loss = output.nll + beta * output.kl + config.distance_weight * output.distance
-        if not detailed:
-            return loss, {}
-        numbers = _floats(nll=output.nll, kl=output.kl, distance=output.distance)
+        return [(step, images[chosen[part.start : part.stop]], seed, part.start) for part in parts]
+
+    def objective(
+        model: DiscreteVAE, step: int, pictures: torch.Tensor, seed: int, first: int
+    ) -> tuple[torch.Tensor, DVAEOutput]:
+        output = model(pictures.to(device).float() / 255.0, schedule(step)[0], seed, first)
+        if isinstance(model.quantizer, VectorQuantizer):
+            world.least(model.quantizer.idle)  # a code is as idle as where it was chosen last
+        return output.nll + schedule(step)[1] * output.kl + config.distance_weight * output.distance, output
+
+    def schedule(step: int) -> tuple[float, float]:
+        """The relaxation's temperature, and the weight of the KL."""
+        tau_steps = max(1, round(config.temperature_share * run_config.steps))
+        beta_steps = max(1, round(config.kl_share * run_config.steps))
+        tau = schedules.half_cosine(step, tau_steps, 1.0, config.temperature)
+        return tau, schedules.half_cosine(step, beta_steps, 0.0, config.kl_weight)
+
+    def describe(step: int, outputs: list[DVAEOutput]) -> dict[str, float]:
+        numbers = means(world, outputs, "nll", "kl", "distance")
         numbers.pop("kl" if config.model.quantizer == "vq" else "distance")
-        numbers |= {"temperature": tau, "kl_weight": beta}
-        return loss, numbers | codebook_use(output.indices, config.model.vocab)
+        numbers |= dict(zip(("temperature", "kl_weight"), schedule(step), strict=True))
+        used = world.gather(torch.cat([output.indices for output in outputs]))
+        return numbers | codebook_use(used, config.model.vocab)
 
     def draw(step: int, board: Any) -> None:
         mean = run.average.module
@@ -77,12 +89,13 @@ def train_dvae(config: TrainDVAEConfig) -> Path:
         board.add_scalar("held_out_psnr", psnr(shown, decoded), step)
         board.add_images("reconstructions", decoded, step)
 
-    run.train(compute_loss, draw)
+    run = Run(run_config, "dvae", model, objective, to_json(config), world)
+    run.train(prepare, describe, draw)
     return run_config.out
 
 
 @alone_in_its_folder
-def train_transformer(config: TrainTransformerConfig) -> Path:
+def train_transformer(config: TrainTransformerConfig, world: World) -> Path:
     """Trains stage 2 and returns its folder, which holds all that generation needs: also the tokenizer and the dVAE.
 
     Raises:
@@ -90,34 +103,53 @@ def train_transformer(config: TrainTransformerConfig) -> Path:
         Interrupted: when asked to stop; the state is saved.
     """
     run_config = config.run
-    device = resolve_device(run_config.device)
+    device = world.device
     kept_dvae, kept_tokenizer = run_config.out / "dvae", run_config.out / "tokenizer.json"
     dvae_source = kept_dvae if run_config.resume else config.dvae
-    dvae = load_dvae(dvae_source, device)
+    dvae = world.main_first(lambda: load_dvae(dvae_source, device))
     require_grid(config.model, dvae.config, dvae_source)
-    training = select_training(config, dvae.config)
-    tokens = tokenize_pictures(dvae, training.images)
+    training = world.main_first(lambda: select_training(config, dvae.config))
+    tokens = tokenize_pictures(dvae, training.images, world)
     captions = [list(record.captions.values()) for record in training.records]
-    if run_config.resume:
-        tokenizer = CaptionTokenizer.load(kept_tokenizer)
-    else:
-        tokenizer = CaptionTokenizer.train((text for texts in captions for text in texts), config.model.vocab_text)
+
+    def begin() -> None:
+        _learn_tokens(captions, config.model.vocab_text, kept_tokenizer)
         _keep_dvae(config.dvae, kept_dvae)
-        tokenizer.save(kept_tokenizer)
+
+    if not run_config.resume:
+        world.first(begin)
+    tokenizer = CaptionTokenizer.load(kept_tokenizer)
     length = config.model.caption_length
     torch.manual_seed(run_config.seed)
-    run = Run(run_config, "transformer", DalleTransformer(config.model).to(device), to_json(config))
+    model = DalleTransformer(config.model).to(device)
 
-    def compute_loss(step: int, detailed: bool) -> tuple[torch.Tensor, dict[str, float]]:
-        chance = step_generator(run_config.seed, step)
+    def prepare(step: int, parts: list[range]) -> list[tuple[Any, ...]]:
         chosen = batch_indices(step, run_config.batch, len(training), run_config.seed)
-        texts = [captions[i][chance.integers(len(captions[i]))] for i in chosen]
-        text = tokenizer.encode(texts, length, config.bpe_dropout, chance)
-        text[torch.from_numpy(chance.random(len(chosen)) < config.caption_dropout)] = PADDING
-        cells = tokens[torch.from_numpy(chosen)]
-        seen = hide_cells(cells, config.cell_dropout, chance)
-        loss = run.model.loss(text.to(device), cells.to(device), seen=seen.to(device))
-        return loss.total, _floats(text_loss=loss.text, image_loss=loss.image) if detailed else {}
+
+        def sample(place: int) -> tuple[torch.Tensor, ...]:
+            chance = sample_generator(run_config.seed, step, place)
+            picture = int(chosen[place])
+            caption = captions[picture][chance.integers(len(captions[picture]))]
+            text = tokenizer.encode([caption], length, config.bpe_dropout, chance)
+            if chance.random() < config.caption_dropout:
+                text.fill_(PADDING)
+            cells = tokens[picture : picture + 1]
+            return text, cells, hide_cells(cells, config.cell_dropout, chance)
+
+        shares = [[torch.cat(rows) for rows in zip(*map(sample, part), strict=True)] for part in parts]
+        count = int(world.total(torch.stack([(text >= 0).sum() for text, *_ in shares]).sum()))
+        mean_count = max(count, 1) / (world.size * len(parts))
+        return [(*(rows.to(device) for rows in share), mean_count) for share in shares]
+
+    def objective(
+        model: DalleTransformer, text: torch.Tensor, image: torch.Tensor, seen: torch.Tensor, text_count: float
+    ) -> tuple[torch.Tensor, TransformerLoss]:
+        loss = model.loss(text, image, seen=seen, text_count=text_count)
+        return loss.total, loss
+
+    def describe(step: int, losses: list[TransformerLoss]) -> dict[str, float]:
+        found = means(world, losses, "text", "image")
+        return {"text_loss": found["text"], "image_loss": found["image"]}
 
     def draw(step: int, board: Any) -> None:
         chosen = np.linspace(0, len(training) - 1, min(_SHOWN, len(training))).astype(int)
@@ -129,12 +161,13 @@ def train_transformer(config: TrainTransformerConfig) -> Path:
         render.sheet(path, decoded, texts, heading=f"step {step}: samples", footer=training.credit)
         board.add_images("samples", decoded, step)
 
-    run.train(compute_loss, draw)
+    run = Run(run_config, "transformer", model, objective, to_json(config), world)
+    run.train(prepare, describe, draw)
     return run_config.out
 
 
 @alone_in_its_folder
-def train_clip(config: TrainCLIPConfig) -> Path:
+def train_clip(config: TrainCLIPConfig, world: World) -> Path:
     """Trains CLIP and returns its folder, which holds its tokenizer too.
 
     Raises:
@@ -142,8 +175,11 @@ def train_clip(config: TrainCLIPConfig) -> Path:
         Interrupted: when asked to stop; the state is saved.
     """
     run_config, model_config = config.run, config.model
-    device = resolve_device(run_config.device)
-    pictures = load_pictures(config.data.source, model_config.resolution, run_config.cache).captioned()
+    device = world.device
+    if run_config.accumulate > 1:
+        raise UserError(f"accumulate: got {run_config.accumulate}, wanted 1: CLIP compares all pictures of a batch")
+    pictures = world.main_first(lambda: load_pictures(config.data.source, model_config.resolution, run_config.cache))
+    pictures = pictures.captioned()
     training, held_out = pictures.split(config.data.held_out)
     variants: dict[str, list[int]] = {}
     for index, record in enumerate(training.records):
@@ -155,31 +191,37 @@ def train_clip(config: TrainCLIPConfig) -> Path:
         )
     captions = [list(record.captions.values()) for record in training.records]
     kept_tokenizer = run_config.out / "tokenizer.json"
-    if run_config.resume:
-        tokenizer = CaptionTokenizer.load(kept_tokenizer)
-    else:
-        tokenizer = CaptionTokenizer.train((text for texts in captions for text in texts), model_config.vocab_text - 1)
-        tokenizer.save(kept_tokenizer)
+    if not run_config.resume:
+        world.first(lambda: _learn_tokens(captions, model_config.vocab_text - 1, kept_tokenizer))
+    tokenizer = CaptionTokenizer.load(kept_tokenizer)
     torch.manual_seed(run_config.seed)
-    run = Run(run_config, "clip", CLIP(model_config).to(device), to_json(config))
+    model = CLIP(model_config).to(device)
 
-    def compute_loss(step: int, detailed: bool) -> tuple[torch.Tensor, dict[str, float]]:
-        chance = step_generator(run_config.seed, step)
-        chosen = [
-            concepts[i][chance.integers(len(concepts[i]))]
-            for i in distinct_indices(step, run_config.batch, len(concepts), run_config.seed)
-        ]
-        texts = [captions[i][chance.integers(len(captions[i]))] for i in chosen]
-        tokens = caption_tokens(texts, tokenizer, model_config, config.bpe_dropout, chance)
-        loss = run.model.loss(training.images[chosen].to(device).float() / 255.0, tokens.to(device))
-        return loss.total, _floats(right=loss.right, scale=run.model.scale) if detailed else {}
+    def prepare(step: int, parts: list[range]) -> list[tuple[Any, ...]]:
+        shown = distinct_indices(step, run_config.batch, len(concepts), run_config.seed)
+        chosen, tokens = [], []
+        for place in parts[0]:
+            chance = sample_generator(run_config.seed, step, place)
+            picture = concepts[shown[place]][chance.integers(len(concepts[shown[place]]))]
+            text = captions[picture][chance.integers(len(captions[picture]))]
+            chosen.append(picture)
+            tokens.append(caption_tokens([text], tokenizer, model_config, config.bpe_dropout, chance))
+        return [(training.images[chosen].to(device).float() / 255.0, torch.cat(tokens).to(device))]
+
+    def objective(model: CLIP, pictures: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, CLIPLoss]:
+        loss = model.loss(pictures, tokens, world)
+        return loss.total, loss
+
+    def describe(step: int, losses: list[CLIPLoss]) -> dict[str, float]:
+        return means(world, losses, "right") | {"scale": float(model.scale.detach())}
 
     def draw(step: int, board: Any) -> None:
         shown = held_out if len(held_out) else training
         for language, share in name_pictures(run.average.module, tokenizer, shown).items():
             board.add_scalar(f"names_right/{language}", share, step)
 
-    run.train(compute_loss, draw)
+    run = Run(run_config, "clip", model, objective, to_json(config), world)
+    run.train(prepare, describe, draw)
     return run_config.out
 
 
@@ -214,11 +256,22 @@ def select_training(config: TrainTransformerConfig, dvae: DVAEConfig) -> Picture
 
 
 @torch.no_grad()
-def tokenize_pictures(dvae: DiscreteVAE, images: torch.Tensor) -> torch.Tensor:
-    """Tokens of uint8 pictures [N, 3, S, S]: int64 [N, h * w], on the CPU."""
+def tokenize_pictures(dvae: DiscreteVAE, images: torch.Tensor, world: World | None = None) -> torch.Tensor:
+    """Tokens of uint8 pictures [N, 3, S, S]: int64 [N, h * w], on the CPU.
+
+    The processes of `world` share the work, in batches that are the same however many they are.
+    """
     device = next(dvae.parameters()).device
-    parts = [dvae.encode(part.to(device).float() / 255.0).flatten(1).cpu() for part in images.split(_ENCODE_BATCH)]
-    return torch.cat(parts)
+    world = world or World(device)
+    rows, columns = dvae.config.grid
+    batches = images.split(_ENCODE_BATCH)
+    own = batches[len(batches) * world.rank // world.size : len(batches) * (world.rank + 1) // world.size]
+    parts = [dvae.encode(part.to(device).float() / 255.0).flatten(1).cpu() for part in own]
+    return world.gather(torch.cat(parts) if parts else torch.empty(0, rows * columns, dtype=torch.int64))
+
+
+def _learn_tokens(captions: list[list[str]], vocab_size: int, path: Path) -> None:
+    CaptionTokenizer.train((text for texts in captions for text in texts), vocab_size).save(path)
 
 
 def hide_cells(tokens: torch.Tensor, most: float, chance: np.random.Generator) -> torch.Tensor:
@@ -244,5 +297,7 @@ def _keep_dvae(source: Path, target: Path) -> None:
     checkpoint.save(target, "dvae", newest.step, newest.config, tensors)
 
 
-def _floats(**values: torch.Tensor) -> dict[str, float]:
-    return {name: float(value.detach()) for name, value in values.items()}
+def means(world: World, outputs: list[Any], *names: str) -> dict[str, float]:
+    """The means of 0-dim tensors, over the parts and the processes."""
+    own = torch.stack([torch.stack([getattr(output, name).detach() for output in outputs]).mean() for name in names])
+    return dict(zip(names, world.mean(own).tolist(), strict=True))

@@ -10,7 +10,8 @@ import torch
 from dalle_reference import render
 from dalle_reference.config import TrainPixelsConfig, to_json
 from dalle_reference.data import PictureSet, load_pictures
-from dalle_reference.loop import Run, alone_in_its_folder, batch_indices, resolve_device
+from dalle_reference.loop import Run, alone_in_its_folder, batch_indices
+from dalle_reference.parallel import World
 from dalle_reference.pixels import PixelTransformer, bits_per_dimension, fit_palette
 from dalle_reference.train import require_pictures
 
@@ -19,7 +20,7 @@ _SHOWN, _WAYS = 6, 4
 
 
 @alone_in_its_folder
-def train_pixels(config: TrainPixelsConfig) -> Path:
+def train_pixels(config: TrainPixelsConfig, world: World) -> Path:
     """Trains a transformer of pixels and returns its folder.
 
     Raises:
@@ -27,8 +28,8 @@ def train_pixels(config: TrainPixelsConfig) -> Path:
         Interrupted: when asked to stop; the state is saved.
     """
     run_config = config.run
-    device = resolve_device(run_config.device)
-    pictures = load_pictures(config.data.source, config.model.resolution, run_config.cache)
+    device = world.device
+    pictures = world.main_first(lambda: load_pictures(config.data.source, config.model.resolution, run_config.cache))
     training, held_out = pictures.split(config.data.held_out)
     require_pictures(training, config.data.source)
     images = training.images
@@ -37,11 +38,13 @@ def train_pixels(config: TrainPixelsConfig) -> Path:
     model = PixelTransformer(config.model)
     if config.model.colours:
         model.palette.copy_(fit_palette(images, config.model.colours, run_config.seed))
-    run = Run(run_config, "pixels", model.to(device), to_json(config))
 
-    def compute_loss(step: int, detailed: bool) -> tuple[torch.Tensor, dict[str, float]]:
+    def prepare(step: int, parts: list[range]) -> list[tuple[Any, ...]]:
         chosen = torch.from_numpy(batch_indices(step, run_config.batch, len(images), run_config.seed))
-        return run.model.loss(images[chosen].to(device)), {}
+        return [(images[chosen[part.start : part.stop]].to(device),) for part in parts]
+
+    def objective(model: PixelTransformer, pictures: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return model.loss(pictures), None
 
     def draw(step: int, board: Any) -> None:
         nats = pixel_loss(run.average.module, shown)
@@ -58,7 +61,8 @@ def train_pixels(config: TrainPixelsConfig) -> Path:
             footer=pictures.credit,
         )
 
-    run.train(compute_loss, draw)
+    run = Run(run_config, "pixels", model.to(device), objective, to_json(config), world)
+    run.train(prepare, lambda step, outputs: {}, draw)
     return run_config.out
 
 

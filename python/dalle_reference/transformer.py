@@ -335,6 +335,7 @@ class DalleTransformer(nn.Module):
         *,
         seen: Tensor | None = None,
         latents: Tensor | None = None,
+        text_count: float | None = None,
     ) -> TransformerLoss:
         """The training loss of a batch; the arguments are those of `forward`.
 
@@ -344,12 +345,14 @@ class DalleTransformer(nn.Module):
         Args:
             seen: `image_tokens` with `NO_TOKEN` in place of some, which the stream is fed instead; all are predicted.
                 What the cells before do not say, the caption must (Bowman et al. 2016, section 3.2, for words).
+            text_count: what the sum over caption tokens is divided by; their number where None. For the parts of a
+                batch, the mean number in a part: the mean of the parts' losses is then the batch's.
         """
         text_logits, image_logits = self(text_tokens, image_tokens if seen is None else seen, latents)
         image = F.cross_entropy(image_logits.flatten(0, 1).float(), image_tokens.flatten())
         text = F.cross_entropy(
             text_logits.flatten(0, 1).float(), text_tokens.flatten(), ignore_index=NO_TOKEN, reduction="sum"
-        ) / (text_tokens >= 0).sum().clamp(min=1)
+        ) / ((text_tokens >= 0).sum().clamp(min=1) if text_count is None else text_count)
         return TransformerLoss(TEXT_WEIGHT * text + (1 - TEXT_WEIGHT) * image, text, image)
 
 

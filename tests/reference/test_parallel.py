@@ -1,0 +1,157 @@
+"""Runs on several processes, on gloo: the same losses as on one, and one clear end when something is wrong."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from dalle_reference import cli
+from dalle_reference.load import load_dvae
+from dalle_reference.loop import sample_generator, step_generator
+from dalle_reference.parallel import World
+from dalle_reference.train import tokenize_pictures
+from PIL import Image
+
+CPU = torch.device("cpu")
+COMMON = ["--log-every", "1", "--precision", "fp32", "--draw-every", "4", "--steps", "4", "--held-out", "0"]
+DVAE = ["--resolution", "16", "--width", "8", "--groups", "2", "--blocks", "1", "--vocab", "32", "--code-width", "8"]
+DVAE = ["train-dvae", "demo", *DVAE, *COMMON, "--batch", "8"]
+TRANSFORMER = ["--layers", "2", "--heads", "2", "--head-dim", "16", "--text-length", "8", "--vocab-text", "300"]
+TRANSFORMER = ["train-transformer", "demo", *TRANSFORMER, "--grid", "8", "8", "--vocab-image", "32", *COMMON]
+TRANSFORMER += ["--batch", "8", "--bpe-dropout", "0.5", "--caption-dropout", "0.3", "--cell-dropout", "0.5"]
+CLIP = ["--resolution", "16", "--width", "16", "--layers", "2", "--vocab-text", "300", "--text-length", "12"]
+CLIP = ["train-clip", "demo", *CLIP, "--text-width", "16", "--text-layers", "2", "--embedding", "8", *COMMON]
+CLIP += ["--batch", "8"]
+
+PIXELS = ["train-pixels", "bytes", "--resolution", "8", "--layers", "1", "--heads", "2", "--head-dim", "16", *COMMON]
+PIXELS += ["--batch", "8"]
+
+PROGRAM = """
+import json, sys
+from dalle_reference import cli
+from dalle_reference.parallel import joined
+with joined("cpu"):
+    for arguments in json.loads(sys.argv[1]):
+        cli.main(arguments)
+"""
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("pictures")
+    for number in range(12):
+        picture = Image.new("RGB", (16, 16), "white")
+        picture.paste((20 * number, 255 - 20 * number, 128), (3, 3, 6 + number % 8, 13))
+        picture.save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(f"picture of the number {number}\n{number}\n")
+    return ["--source", str(folder), "--cache", str(tmp_path_factory.mktemp("cache"))]
+
+
+Done = subprocess.CompletedProcess[str]
+Launch = Callable[..., Done]
+
+
+@pytest.fixture
+def launch(tmp_path: Path) -> Launch:
+    """Runs commands one after the other in each of some processes that torchrun starts."""
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+
+    def launched(
+        processes: int, *commands: list[str], options: tuple[str, ...] = ()
+    ) -> subprocess.CompletedProcess[str]:
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        return subprocess.run(
+            [*torchrun, *options, str(program), json.dumps(commands)],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+
+    return launched
+
+
+def records(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_run(run: Path, other: Path) -> None:
+    """Every number that was logged is the same to the rounding of float32, grown over a few steps."""
+    ours, theirs = records(run), records(other)
+    assert len(ours) == len(theirs) > 0
+    for mine, yours in zip(ours, theirs, strict=True):
+        assert mine.keys() == yours.keys()
+        for name in mine.keys() - {"pictures_per_second"}:
+            assert mine[name] == pytest.approx(yours[name], rel=2e-5, abs=1e-6), (name, mine["step"])
+
+
+def test_two_processes_make_the_run_of_one(source: list[str], launch: Launch, tmp_path: Path) -> None:
+    def commands(name: str) -> list[list[str]]:
+        out = tmp_path / name
+        stage_2 = [*TRANSFORMER, "--dvae", str(tmp_path / "one" / "dvae")]
+        return [
+            *([[*DVAE, *source, "--out", str(out / "dvae")]] if name == "one" else []),
+            [*DVAE, *source, "--out", str(out / "vq"), "--quantizer", "vq"],
+            [*stage_2, *source, "--out", str(out / "transformer")],
+            [*stage_2, *source, "--out", str(out / "parts"), "--accumulate", "2"],
+            [*CLIP, *source, "--out", str(out / "clip")],
+            [*PIXELS, *source, "--out", str(out / "pixels")],
+        ]
+
+    for command in commands("one"):
+        cli.main(command)
+    done = launch(2, *commands("two"))
+    assert done.returncode == 0, done.stderr
+    for name in ("vq", "transformer", "parts", "clip", "pixels"):
+        assert_same_run(tmp_path / "two" / name, tmp_path / "one" / name)
+    assert_same_run(tmp_path / "one" / "parts", tmp_path / "one" / "transformer")
+    idle = [load_dvae(tmp_path / name / "vq", CPU).quantizer.idle for name in ("one", "two")]
+    assert torch.equal(*idle)
+    assert 0 < int((idle[0] > 0).sum()) < 32
+    assert done.stdout.count("transformer in") == 2  # one process says so, of two runs
+    assert sorted(path.name for path in (tmp_path / "two" / "vq" / "pictures").iterdir()) == [
+        "reconstructions-00000004.png"
+    ]
+
+
+def test_tokens_do_not_depend_on_the_number_of_processes(source: list[str], tmp_path: Path, monkeypatch) -> None:
+    cli.main([*DVAE, *source, "--out", str(tmp_path / "dvae")])
+    dvae = load_dvae(tmp_path / "dvae", CPU)
+    monkeypatch.setattr("dalle_reference.train._ENCODE_BATCH", 3)
+    monkeypatch.setattr(World, "gather", lambda self, rows: rows)
+    images = torch.randint(256, (11, 3, 16, 16), dtype=torch.uint8)
+    whole = tokenize_pictures(dvae, images)
+    for size in (2, 3, 4, 7):
+        parts = [tokenize_pictures(dvae, images, World(CPU, rank, size)) for rank in range(size)]
+        assert torch.equal(torch.cat(parts), whole)
+
+
+def test_places_of_a_batch_are_shared_out_in_order() -> None:
+    for size, accumulate in ((1, 1), (2, 1), (4, 1), (2, 2), (1, 4)):
+        worlds = [World(CPU, rank, size) for rank in range(size)]
+        turns = zip(*(world.parts(8, accumulate) for world in worlds), strict=True)
+        assert [place for turn in turns for part in turn for place in part] == list(range(8))
+
+
+def test_every_place_has_a_chance_of_its_own() -> None:
+    drawn = [sample_generator(3, step, place).integers(2**63) for step in range(5) for place in range(5)]
+    drawn += [step_generator(3, step).integers(2**63) for step in range(5)]
+    assert len(set(drawn)) == 30
+
+
+def test_what_fails_on_one_process_is_said_once_and_ends_all(source: list[str], launch: Launch, tmp_path: Path) -> None:
+    out = ["--out", str(tmp_path / "run")]
+    done = launch(2, [*DVAE, *source, *out, "--batch", "7"])
+    assert done.returncode != 0
+    assert done.stderr.count("batch: got 7, wanted a multiple of 2 processes") == 1
+    assert "Error: " not in done.stderr.split("torch/distributed/run")[0]
+
+    done = launch(2, [*DVAE, *source, *out, "--quantizer", "vq", "--learning-rate", "1e30"])
+    assert done.returncode != 0
+    assert 1 <= done.stderr.count("try a smaller step size") <= 2  # each process that has it says so
