@@ -1,8 +1,10 @@
-"""Records of tensors that move to a device together, and tensors that outlive the mode they were first asked for in."""
+"""Records of tensors that move to a device together, and tensors that outlive what they were first asked for in: a
+mode, a transform, a CUDA graph's memory pool."""
 
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any, ParamSpec, Self, TypeVar, cast
@@ -38,14 +40,76 @@ def remembered(maxsize: int) -> Callable[[Callable[P, T]], Callable[P, T]]:
     return remember
 
 
+def has_graphs(device: torch.device | str) -> bool:
+    return torch.device(device).type == "cuda"
+
+
+def capturing() -> bool:
+    """Whether the current stream's work is being captured in a CUDA graph."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+def settled(device: torch.device | str, make: Callable[[], T]) -> T:
+    """What `make` makes on `device`, in memory that no CUDA graph's pool has a hand in: for whatever is kept.
+
+    While torch.compile(mode="reduce-overhead") warms a graph up, all that its thread allocates is taken from the
+    graph's pool, and what is still alive afterwards without being an output is an error; in a pool that the caller
+    set, it would be overwritten. Another thread's allocations are not. It waits for its work, so that any stream may
+    read what it made.
+
+    Raises:
+        RuntimeError: under a capture, which takes no copies from the host.
+    """
+    if not has_graphs(device):
+        return make()
+    if capturing():
+        raise RuntimeError(
+            f"a table that this call reads is not on {device} yet, and cannot be copied there while a CUDA graph is"
+            " captured: make the same call once before the capture"
+        )
+    made: list[T] = []
+    failures: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            with torch.cuda.device(device):
+                made.append(make())
+                torch.cuda.current_stream().synchronize()
+        except BaseException as failure:
+            failures.append(failure)
+
+    thread = threading.Thread(target=work, name="dalle_kernels.settled")
+    thread.start()
+    thread.join()
+    if failures:
+        raise failures[0]
+    return made[0]
+
+
+_captured: dict[int, object] = {}
+
+
+def lasting(record: T, device: torch.device | str) -> T:
+    """`record`, whose tensors are on `device`. A CUDA graph that is being captured reads them at each replay: what it
+    is given stays for good, even if it is no longer remembered."""
+    if device != "cpu" and capturing():
+        _captured[id(record)] = record
+    return record
+
+
 class OnDevice:
     """For dataclasses: the fields that are tensors, or such records, share a device."""
 
     def to(self, device: torch.device | str) -> Self:
-        """The same record with its tensors on `device`."""
+        """The same record with its tensors on `device`, where they may be kept: see `settled`."""
+        return settled(device, lambda: self._moved(device))
+
+    def _moved(self, device: torch.device | str) -> Self:
         moved: dict[str, Any] = {}
         for field in fields(self):  # type: ignore[arg-type]
             value = getattr(self, field.name)
-            if isinstance(value, (torch.Tensor, OnDevice)):
+            if isinstance(value, torch.Tensor):
                 moved[field.name] = value.to(device)
+            elif isinstance(value, OnDevice):
+                moved[field.name] = value._moved(device)
         return replace(self, **moved)  # type: ignore[type-var]

@@ -14,7 +14,7 @@ from itertools import pairwise
 
 import torch
 
-from dalle_kernels.device import OnDevice, remembered
+from dalle_kernels.device import OnDevice, lasting, remembered
 from dalle_kernels.patterns.patterns import Pattern
 from dalle_kernels.patterns.schedule import schedule_for
 
@@ -71,7 +71,7 @@ def plan_for(
     Raises:
         ValueError: for fewer slots than SMALLEST.
     """
-    return _remembered(pattern, rows, columns, transposed, length, slots, parts, str(device))
+    return lasting(_remembered(pattern, rows, columns, transposed, length, slots, parts, str(device)), device)
 
 
 @remembered(maxsize=256)
@@ -115,7 +115,7 @@ def sums_plan_for(
     last, 3 the only one, 0 another. It cannot be had where more than `slots` tiles are between their first and last
     visits at once, or where some tile is never visited, so that nobody would write its gradients.
     """
-    return _remembered_sums(pattern, rows, columns, length, slots, str(device))
+    return lasting(_remembered_sums(pattern, rows, columns, length, slots, str(device)), device)
 
 
 @remembered(maxsize=256)

@@ -9,7 +9,7 @@ import torch
 
 from dalle_kernels.attention import cuda_plan
 from dalle_kernels.backends import cuda_library
-from dalle_kernels.device import OnDevice, remembered
+from dalle_kernels.device import OnDevice, lasting, remembered
 from dalle_kernels.patterns.patterns import Pattern
 
 COLUMNS = 64  # keys a tile, and rows that are copied together: kColumns there
@@ -38,7 +38,7 @@ def plan_for(
     pattern: Pattern, rows: int, length: int, slots: int, parts: int, device: torch.device | str = "cpu"
 ) -> Sm90aPlan:
     """The walk over tiles of `rows` queries, a multiple of 64, by 64 keys; arguments as of `cuda_plan.plan_for`."""
-    return _remembered(pattern, rows, length, slots, parts, str(device))
+    return lasting(_remembered(pattern, rows, length, slots, parts, str(device)), device)
 
 
 @remembered(maxsize=256)

@@ -6,7 +6,7 @@ import torch
 
 from dalle_kernels.attention.contract import Grads, Inputs, Kept, Needs, Outputs
 from dalle_kernels.backends.contract import Call
-from dalle_kernels.device import remembered
+from dalle_kernels.device import lasting, remembered, settled
 from dalle_kernels.patterns.patterns import Pattern
 from dalle_kernels.precision import widen
 
@@ -17,14 +17,14 @@ def refuse(call: Call) -> str | None:
 
 @remembered(maxsize=32)
 def _mask(pattern: Pattern, length: int, device: torch.device) -> torch.Tensor:
-    return pattern.mask(length).to(device)
+    return settled(device, lambda: pattern.mask(length).to(device))
 
 
 def _probabilities(
     q: torch.Tensor, k: torch.Tensor, key_padding_mask: torch.Tensor | None, scale: float, pattern: Pattern
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Softmax [B, H, S, S] over the visible keys, and its log-sum-exp [B, H, S]; zeros and -inf where there is none."""
-    visible = _mask(pattern, q.shape[2], q.device)
+    visible = lasting(_mask(pattern, q.shape[2], q.device), q.device)
     if key_padding_mask is not None:
         visible = visible & ~key_padding_mask[:, None, None, :]
     scores = (scale * q @ k.mT).masked_fill(~visible, -torch.inf)

@@ -36,7 +36,7 @@ from dalle_kernels.attention.triton_forward import (
 )
 from dalle_kernels.backends import launch
 from dalle_kernels.backends.triton_common import ceil_div, dot
-from dalle_kernels.device import OnDevice, remembered
+from dalle_kernels.device import OnDevice, lasting, remembered
 from dalle_kernels.patterns.patterns import Pattern
 from dalle_kernels.patterns.schedule import Schedule, schedule_for
 
@@ -300,13 +300,17 @@ class Work(OnDevice):
         return Work(pieces_of, tiles, slots, split_offsets[-1])
 
 
-@remembered(maxsize=256)
 def work_for(pattern: Pattern, length: int, device: torch.device, dtype: torch.dtype, width: int, heads: int) -> Work:
     """The pieces for one kind of call: lists stay whole where there are heads enough to keep the GPU busy anyway.
 
     Of all programs the longest start first, so they leave no tail while they take no more than half of what each
     of the `programs` that run at a time has to do in all.
     """
+    return lasting(_work(pattern, length, device, dtype, width, heads), device)
+
+
+@remembered(maxsize=256)
+def _work(pattern: Pattern, length: int, device: torch.device, dtype: torch.dtype, width: int, heads: int) -> Work:
     settings = launch.settings_for("attention_backward_keys", launch.architecture(device), 8 * dtype.itemsize, width)
     tile = plan_for("attention_backward_keys", pattern, length, device, dtype, width).schedule.tile
     schedule = schedule_for(pattern, tile, length)  # on the CPU: to read the device's, the host would have to wait

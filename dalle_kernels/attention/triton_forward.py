@@ -12,7 +12,6 @@ found through `order`, so a column of the image is as close as a row.
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import replace
 from typing import NamedTuple
@@ -24,6 +23,7 @@ import triton.language as tl
 from dalle_kernels.attention.contract import Inputs, Outputs
 from dalle_kernels.backends import launch
 from dalle_kernels.backends.triton_common import ceil_div, dot, precision
+from dalle_kernels.device import lasting, remembered
 from dalle_kernels.patterns.patterns import Pattern
 from dalle_kernels.patterns.schedule import Schedule, schedule_for
 
@@ -180,9 +180,15 @@ class Plan(NamedTuple):
     constants: dict[str, object]  # compile-time arguments and launch options, as the kernel's keywords
 
 
-@functools.lru_cache(maxsize=256)
 def plan_for(kernel: str, pattern: Pattern, length: int, device: torch.device, dtype: torch.dtype, width: int) -> Plan:
-    """The schedule and settings of `kernel` for one kind of call."""
+    """The schedule and settings of `kernel` for one kind of call, remembered."""
+    return lasting(_remembered(kernel, pattern, length, device, dtype, width), device)
+
+
+@remembered(maxsize=256)
+def _remembered(
+    kernel: str, pattern: Pattern, length: int, device: torch.device, dtype: torch.dtype, width: int
+) -> Plan:
     settings = launch.settings_for(kernel, launch.architecture(device), 8 * dtype.itemsize, width)
     tile = settings["query_tile"], settings["key_tile"]
     group, warps, stages = (settings[name] for name in ("heads_at_once", "num_warps", "num_stages"))
@@ -200,11 +206,12 @@ def plan_for(kernel: str, pattern: Pattern, length: int, device: torch.device, d
     }
     if "maxnreg" in settings:  # without it ptxas may keep to fewer registers than the block has, and spill
         constants["maxnreg"] = settings["maxnreg"]
-    schedule = schedule_for(pattern, tile, length, device)
-    if length < max(tile):
-        # Walks over full tiles look at the tokens of tile 0 without a mask, though there be no full tile to walk over.
-        schedule = replace(schedule, order=torch.nn.functional.pad(schedule.order, (0, max(tile) - length)))
-    return Plan(schedule, constants)
+    if length >= max(tile):
+        return Plan(schedule_for(pattern, tile, length, device), constants)
+    # Walks over full tiles look at the tokens of tile 0 without a mask, though there be no full tile to walk over.
+    schedule = schedule_for(pattern, tile, length)
+    padded = torch.nn.functional.pad(schedule.order, (0, max(tile) - length))
+    return Plan(replace(schedule, order=padded).to(device), constants)
 
 
 def exponent_scale(scale: float) -> tuple[float, bool]:

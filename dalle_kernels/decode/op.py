@@ -12,7 +12,7 @@ from dalle_kernels.backends.library import define
 from dalle_kernels.checks import autocast, check_alike, check_scale, check_tensor, rows_contiguous
 from dalle_kernels.decode.cache import KVCache, as_int, check_empty, check_next, check_position
 from dalle_kernels.decode.store import Store
-from dalle_kernels.device import remembered
+from dalle_kernels.device import lasting, remembered, settled
 from dalle_kernels.patterns.decode_table import decode_table_for
 from dalle_kernels.patterns.patterns import Pattern
 
@@ -213,7 +213,7 @@ def _prefill(
     if lengths is not None:
         check_empty(lengths)
     _check_apart(keys, values)
-    slot, token = _places(Pattern.parse(pattern), tokens, prompt, rewind, str(k.device))
+    slot, token = lasting(_places(Pattern.parse(pattern), tokens, prompt, rewind, str(k.device)), k.device)
     keys[:, :, slot] = k[:, :, token]
     values[:, :, slot] = v[:, :, token]
     if hidden is not None:
@@ -228,10 +228,9 @@ def _places(pattern: Pattern, tokens: int, prompt: int, rewind: int, device: str
     table = decode_table_for(pattern, "cpu", prompt, rewind)
     slots = (table if table.shared is None else table.shared).slot[:tokens].tolist()
     last = {slot: token for token, slot in enumerate(slots) if slot >= 0}  # a later token takes over the slot
-    return (
-        torch.tensor(list(last), dtype=torch.int64, device=device),
-        torch.tensor(list(last.values()), dtype=torch.int64, device=device),
-    )
+    places = torch.tensor([list(last), list(last.values())], dtype=torch.int64)
+    slot, token = settled(device, lambda: places.to(device))
+    return slot, token
 
 
 define(

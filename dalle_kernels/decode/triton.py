@@ -22,6 +22,7 @@ from dalle_kernels.backends import launch
 from dalle_kernels.backends.contract import Call
 from dalle_kernels.backends.triton_common import ceil_div, obstacle
 from dalle_kernels.decode.store import Store
+from dalle_kernels.device import lasting
 from dalle_kernels.patterns.decode_table import DecodeTable, decode_table_for
 from dalle_kernels.patterns.patterns import Pattern
 
@@ -192,7 +193,6 @@ class Plan(NamedTuple):
     constants: dict[str, object]
 
 
-@functools.lru_cache(maxsize=256)
 def plan_for(
     pattern: Pattern,
     device: torch.device,
@@ -201,6 +201,13 @@ def plan_for(
     heads: int,
     prompt: int = 0,
     rewind: int = 0,
+) -> Plan:
+    return lasting(_remembered(pattern, device, dtype, width, heads, prompt, rewind), device)
+
+
+@functools.lru_cache(maxsize=256)
+def _remembered(
+    pattern: Pattern, device: torch.device, dtype: torch.dtype, width: int, heads: int, prompt: int, rewind: int
 ) -> Plan:
     settings = dict(launch.settings_for("decode_forward", launch.architecture(device), 8 * dtype.itemsize, width))
     table = decode_table_for(pattern, device, prompt, rewind)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from dalle_kernels.device import OnDevice, remembered
+from dalle_kernels.device import OnDevice, lasting, remembered
 from dalle_kernels.patterns.patterns import IntArray, Pattern, check_length
 
 WORD_BITS = 32
@@ -111,7 +111,7 @@ def schedule_for(
     pattern: Pattern, tile: tuple[int, int], length: int | None = None, device: torch.device | str = "cpu"
 ) -> Schedule:
     """`Schedule.build`, remembered per (pattern, tile, length, device)."""
-    return _remembered(pattern, tile, check_length(pattern, length), str(device))
+    return lasting(_remembered(pattern, tile, check_length(pattern, length), str(device)), device)
 
 
 @remembered(maxsize=256)
