@@ -8,70 +8,29 @@ made to be pasted into an issue. The exit status is 1 where an answer is wrong o
 from __future__ import annotations
 
 import argparse
-import math
 import platform
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from statistics import median
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 import dalle_kernels
-from dalle_kernels import (
-    Convolution,
-    KVCache,
-    Row,
-    TokenLayout,
-    decode_attention,
-    explain,
-    gumbel_lookup,
-    gumbel_projection_lookup,
-    logit_laplace_nll,
-    sample_tokens,
-    sparse_attention,
-    vq_lookup,
-)
-from dalle_kernels.backends import native
+from dalle_kernels import Row, TokenLayout, explain, sparse_attention
+from dalle_kernels.backends import native, self_check
+from dalle_kernels.backends.cases import all_cases, judge
 from dalle_kernels.backends.choice import BACKENDS
-
-Tensors: TypeAlias = tuple[torch.Tensor, ...]
-
-# How far the worst element may lie from float64's, as a share of the largest: a few roundings of sums this short.
-ALLOWED = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
-
-
-@dataclass(frozen=True)
-class Probe:
-    """One operation on one small problem.
-
-    Attributes:
-        name: what the table calls it.
-        function: the public operation, for `explain`.
-        inputs: makes the floating-point tensors, in float64, from a seeded generator.
-        run: computes everything that the operation gives, gradients included, by a backend.
-        exact: indices and tokens, which must be the reference's to the last one: float32 only, so that no rounding of
-            the inputs can tip a draw.
-        arguments: `inputs` as the arguments of `function`.
-    """
-
-    name: str
-    function: Callable[..., object]
-    inputs: Callable[[], Tensors]
-    run: Callable[[Tensors, str], Tensors]
-    arguments: Callable[[Tensors], tuple[object, ...]]
-    exact: bool = False
 
 
 class Finding(NamedTuple):
-    """What one backend made of one probe."""
+    """What one backend made of one case."""
 
-    probe: str
+    case: str
     device: str
     dtype: str
     backend: str
@@ -85,177 +44,7 @@ class Finding(NamedTuple):
         return self.status in ("wrong", "failed")
 
 
-# --- Probes -----------------------------------------------------------------------------------------------------------
-
-_ROW = Row(TokenLayout(text_length=20, grid=(6, 10)))
-_CONVOLUTION = Convolution(TokenLayout(text_length=5, grid=(9, 9)), kernel_size=5)
-
-
-def _normal(*shapes: tuple[int, ...]) -> Callable[[], Tensors]:
-    def make() -> Tensors:
-        generator = torch.Generator().manual_seed(0)
-        return tuple(torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
-
-    return make
-
-
-def _with_gradients(inputs: Tensors, outputs: Callable[[Tensors], Tensors]) -> Tensors:
-    """What `outputs` gives, and the gradient of a fixed mixture of it with respect to each input."""
-    leaves = tuple(tensor.detach().requires_grad_() for tensor in inputs)
-    results = outputs(leaves)
-    differentiable = [result for result in results if result.requires_grad]
-    weights = [torch.linspace(-1, 1, result.numel()).view(result.shape).to(result) for result in differentiable]
-    gradients = torch.autograd.grad(differentiable, leaves, weights)
-    return *(result.detach() for result in results), *gradients
-
-
-def _attention(pattern: dalle_kernels.Pattern) -> Callable[[Tensors, str], Tensors]:
-    def run(inputs: Tensors, backend: str) -> Tensors:
-        padding = torch.zeros(inputs[0].shape[0], inputs[0].shape[2], dtype=torch.bool, device=inputs[0].device)
-        padding[0, :3] = True
-
-        def outputs(leaves: Tensors) -> Tensors:
-            q, k, v = leaves
-            return sparse_attention(q, k, v, pattern, key_padding_mask=padding, return_lse=True, backend=backend)
-
-        return _with_gradients(inputs, outputs)
-
-    return run
-
-
-def _decoding(inputs: Tensors, backend: str) -> Tensors:
-    q, k, v = inputs
-    batch, heads, length, width = q.shape
-    cache = KVCache(_ROW, batch, heads, width, dtype=q.dtype, device=q.device)
-    steps = []
-    with torch.no_grad():
-        for position in range(length):
-            here = slice(position, position + 1)
-            steps.append(
-                decode_attention(q[:, :, here], k[:, :, here], v[:, :, here], cache, position, backend=backend)
-            )
-    return (torch.cat(steps, 2),)
-
-
-def _gumbel(hard: bool) -> Callable[[Tensors, str], Tensors]:
-    def run(inputs: Tensors, backend: str) -> Tensors:
-        def outputs(leaves: Tensors) -> Tensors:
-            logits, codebook = leaves
-            latents, _, kl = gumbel_lookup(logits, codebook, temperature=0.9, hard=hard, seed=1, backend=backend)
-            return latents, kl
-
-        return _with_gradients(inputs, outputs)
-
-    return run
-
-
-def _projection(inputs: Tensors, backend: str) -> Tensors:
-    def outputs(leaves: Tensors) -> Tensors:
-        features, weight, codebook = leaves
-        latents, _, kl = gumbel_projection_lookup(
-            features, weight, None, codebook, temperature=0.9, seed=1, backend=backend
-        )
-        return latents, kl
-
-    return _with_gradients(inputs, outputs)
-
-
-def _indices(inputs: Tensors, backend: str) -> Tensors:
-    logits, codebook = inputs
-    return (gumbel_lookup(logits, codebook, temperature=0.9, seed=1, backend=backend)[1],)
-
-
-def _nearest(inputs: Tensors, backend: str) -> Tensors:
-    def outputs(leaves: Tensors) -> Tensors:
-        features, codebook = leaves
-        latents, _, squared_distance = vq_lookup(features, codebook, backend=backend)
-        return latents, squared_distance
-
-    return _with_gradients(inputs, outputs)
-
-
-def _likelihood(inputs: Tensors, backend: str) -> Tensors:
-    pixels = torch.linspace(0.1, 0.9, inputs[0].numel()).view(inputs[0].shape).to(inputs[0])
-
-    def outputs(leaves: Tensors) -> Tensors:
-        mu, log_b = leaves
-        return (logit_laplace_nll(pixels, mu, log_b, backend=backend),)
-
-    return _with_gradients(inputs, outputs)
-
-
-def _tokens(inputs: Tensors, backend: str) -> Tensors:
-    return (sample_tokens(inputs[0], 0.8, top_k=50, top_p=0.9, seed=1, backend=backend),)
-
-
-def probes() -> list[Probe]:
-    """Every operation, forward and backward, on problems that no tile divides."""
-    attention = _normal(*[(2, 3, _ROW.length, 32)] * 3)
-    corner = _normal(*[(1, 2, _CONVOLUTION.length, 64)] * 3)
-    table = _normal((37, 300), (300, 40))
-    return [
-        Probe("attention, row", sparse_attention, attention, _attention(_ROW), lambda x: (*x, _ROW)),
-        Probe(
-            "attention, convolution", sparse_attention, corner, _attention(_CONVOLUTION), lambda x: (*x, _CONVOLUTION)
-        ),
-        Probe(
-            "decoding, row",
-            decode_attention,
-            _normal(*[(2, 3, 40, 32)] * 3),
-            _decoding,
-            lambda x: (
-                x[0][:, :, :1],
-                x[1][:, :, :1],
-                x[2][:, :, :1],
-                KVCache(_ROW, 2, 3, 32, x[0].dtype, x[0].device),
-                0,
-            ),
-        ),
-        Probe("Gumbel lookup, soft", gumbel_lookup, table, _gumbel(hard=False), lambda x: (*x, 0.9)),
-        Probe("Gumbel lookup, hard", gumbel_lookup, table, _gumbel(hard=True), lambda x: (*x, 0.9)),
-        Probe("Gumbel lookup, indices", gumbel_lookup, table, _indices, lambda x: (*x, 0.9), exact=True),
-        Probe(
-            "Gumbel lookup from features",
-            gumbel_projection_lookup,
-            _normal((37, 24), (300, 24), (300, 40)),
-            _projection,
-            lambda x: (x[0], x[1], None, x[2], 0.9),
-        ),
-        Probe("nearest code", vq_lookup, _normal((37, 40), (300, 40)), _nearest, lambda x: x),
-        Probe("likelihood", logit_laplace_nll, _normal((3, 50), (3, 50)), _likelihood, lambda x: (x[0].sigmoid(), *x)),
-        Probe("sampling", sample_tokens, _normal((5, 700)), _tokens, lambda x: x, exact=True),
-    ]
-
-
 # --- Judging ----------------------------------------------------------------------------------------------------------
-
-
-def _error(results: Tensors, truth: Tensors) -> float:
-    """The worst element's distance from the truth, as a share of its tensor's largest; NaN where one is NaN."""
-    worst = 0.0
-    for result, true in zip(results, truth, strict=True):
-        got, wanted = result.double().cpu(), true.double().cpu()
-        distance = (
-            torch.where(got == wanted, 0.0, (got - wanted).abs()).max().item()
-        )  # equal infinities are no distance
-        share = distance / max(wanted[wanted.isfinite()].abs().max().item(), 1e-30)
-        worst = share if math.isnan(share) else max(worst, share)
-        if math.isnan(worst):
-            break
-    return worst
-
-
-def _judge(probe: Probe, device: torch.device, dtype: torch.dtype, backend: str) -> tuple[str, str]:
-    """("right" or "wrong", the error beside what is allowed)."""
-    inputs = tuple(tensor.to(device, dtype) for tensor in probe.inputs())
-    results = probe.run(inputs, backend)
-    if probe.exact:
-        truth = probe.run(inputs, "reference")
-        differ = sum(int((result != true).sum()) for result, true in zip(results, truth, strict=True))
-        return ("right" if differ == 0 else "wrong"), f"{differ} differ"
-    truth = probe.run(tuple(tensor.double().cpu() for tensor in inputs), "reference")
-    error = _error(results, truth)
-    return ("right" if error <= ALLOWED[dtype] else "wrong"), f"{error:.1e} of {ALLOWED[dtype]:.0e}"
 
 
 def _milliseconds(run: Callable[[], object], device: torch.device) -> float:
@@ -278,28 +67,31 @@ def ratio(ours: Callable[[], object], other: Callable[[], object], device: torch
 
 
 def examine(device: torch.device, dtypes: Sequence[torch.dtype], speed: bool = True) -> Iterator[Finding]:
-    """Every backend's answer to every probe on `device`, as it comes."""
-    for probe in probes():
-        for dtype in dtypes[:1] if probe.exact else dtypes:
-            inputs = tuple(tensor.to(device, dtype) for tensor in probe.inputs())
-            told = explain(probe.function, *probe.arguments(inputs))
+    """Every backend's answer to every case on `device`, as it comes."""
+    for case in all_cases():
+        for dtype in dtypes[:1] if case.exact else dtypes:
+            inputs = tuple(tensor.to(device, dtype) for tensor in case.inputs(case.width))
+            told = explain(case.function, *case.arguments(inputs))
             for backend in BACKENDS:
                 reason = told.refusals.get(backend)
                 serves = backend == told.backend or (reason is not None and reason.startswith("could serve"))
                 name = str(dtype).removeprefix("torch.")
-                seen = Finding(probe.name, str(device), name, backend, backend == told.backend, "refused", reason or "")
+                seen = Finding(case.name, str(device), name, backend, backend == told.backend, "refused", reason or "")
                 if serves:
                     try:
-                        status, detail = _judge(probe, device, dtype, backend)
-                        seen = seen._replace(status=status, detail=detail)
+                        right, detail = judge(case, case.width, device, dtype, backend)
+                        seen = seen._replace(status="right" if right else "wrong", detail=detail)
                     except Exception as error:  # whatever a kernel throws is the finding
                         lines = str(error).splitlines() or [""]
-                        seen = seen._replace(status="failed", detail=f"{type(error).__name__}: {lines[0]}")
+                        failed = "wrong" if self_check.WRONG in lines[0] else "failed"
+                        seen = seen._replace(status=failed, detail=f"{type(error).__name__}: {lines[0]}")
+                elif reason is not None and reason.startswith(self_check.WRONG):
+                    seen = seen._replace(status="wrong")
                 if seen.status == "right" and speed and backend != "reference":
                     seen = seen._replace(
                         speed=ratio(
-                            partial(probe.run, inputs, backend),
-                            partial(probe.run, inputs, "reference"),
+                            partial(case.run, inputs, backend),
+                            partial(case.run, inputs, "reference"),
                             device,
                             rounds=3,
                         )
@@ -346,7 +138,20 @@ def environment() -> list[str]:
     for index in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(index)
         lines.append(f"GPU {index}: {torch.cuda.get_device_name(index)}, capability {major}.{minor}")
+        lines += self_checks(torch.device("cuda", index))
     return [*lines, *native.report().splitlines()]
+
+
+def self_checks(device: torch.device) -> list[str]:
+    """What the self-check has found on `device`, a line each."""
+    kept = self_check.kept(device)
+    where = f"self-check: {self_check.mode()}; {len(kept)} verdicts in {self_check.folder()}"
+    return [where, *(f"  {name}: {'right' if it.right else 'WRONG'}: {it.detail}" for name, it in kept.items())]
+
+
+def long(seen: Finding) -> bool:
+    """Whether the detail is a sentence, which the table has no room for."""
+    return seen.status == "failed" or self_check.WRONG in seen.detail
 
 
 def table(findings: Sequence[Finding]) -> list[str]:
@@ -355,21 +160,21 @@ def table(findings: Sequence[Finding]) -> list[str]:
     refusals: dict[tuple[str, str, str], dict[str, None]] = {}  # in order, each once
     for seen in findings:
         if seen.status == "refused":
-            refusals.setdefault((seen.backend, seen.device, seen.detail), {})[seen.probe] = None
+            refusals.setdefault((seen.backend, seen.device, seen.detail), {})[seen.case] = None
             continue
         speed = "" if seen.speed is None else f"{seen.speed:.1f}x"
         answer = seen.status.upper() if seen.bad else seen.status
         backend = seen.backend + ("*" if seen.chosen else "")
-        detail = "see below" if seen.status == "failed" else seen.detail
-        rows.append((seen.probe, seen.device, seen.dtype, backend, answer, detail, speed))
+        detail = "see below" if long(seen) else seen.detail
+        rows.append((seen.case, seen.device, seen.dtype, backend, answer, detail, speed))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     lines.append('* what "auto" takes; speed: times as fast as the reference backend on a problem this small')
     for (backend, device, reason), refused in refusals.items():
-        every = len(refused) == len({seen.probe for seen in findings if seen.device == device})
+        every = len(refused) == len({seen.case for seen in findings if seen.device == device})
         lines.append(f"{backend} on {device}: {'' if every else '; '.join(refused) + ': '}{reason}")
-    failures = [seen for seen in findings if seen.status == "failed"]
-    return [*lines, *(f"{seen.probe}, {seen.dtype}, {seen.backend} failed: {seen.detail}" for seen in failures)]
+    failures = [seen for seen in findings if long(seen)]
+    return [*lines, *(f"{seen.case}, {seen.dtype}, {seen.backend} {seen.status}: {seen.detail}" for seen in failures)]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -385,7 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for seen in examine(device, dtypes, speed=not asked.no_speed):
             findings.append(seen)
             if sys.stderr.isatty():
-                print(f"\r\033[K{seen.probe}, {seen.dtype}, {seen.backend}", end="", file=sys.stderr, flush=True)
+                print(f"\r\033[K{seen.case}, {seen.dtype}, {seen.backend}", end="", file=sys.stderr, flush=True)
     if sys.stderr.isatty():
         print("\r\033[K", end="", file=sys.stderr)
     print("\n" + "\n".join(table(findings)))

@@ -34,14 +34,14 @@ def test_this_installation_is_well() -> None:
     assert "0 wrong or failed" in done.stdout
     assert f"torch {torch.__version__.partition('+')[0]}" in done.stdout
     assert "times as fast as SDPA causal" in done.stdout
-    for probe in doctor.probes():
-        assert probe.name in done.stdout
+    for case in doctor.all_cases():
+        assert case.name in done.stdout
 
 
 def findings(name: str) -> dict[str, doctor.Finding]:
-    """The CPU backends' answers in float32 to one probe."""
-    only = [probe for probe in doctor.probes() if probe.name == name]
-    with mock.patch.object(doctor, "probes", return_value=only):
+    """The CPU backends' answers in float32 to one case."""
+    only = [case for case in doctor.all_cases() if case.name == name]
+    with mock.patch.object(doctor, "all_cases", return_value=only):
         return {seen.backend: seen for seen in doctor.examine(CPU, [torch.float32], speed=False)}
 
 
@@ -69,9 +69,9 @@ def test_a_kernel_that_fails_is_found() -> None:
 
 
 def test_a_wrong_answer_is_the_exit_status(capsys: pytest.CaptureFixture[str]) -> None:
-    only = [probe for probe in doctor.probes() if probe.name == "likelihood"]
+    only = [case for case in doctor.all_cases() if case.name == "likelihood"]
     wrong = mock.patch.object(likelihood, "forward", lambda pixels, *_: torch.zeros_like(pixels))
-    with mock.patch.object(doctor, "probes", return_value=only), wrong:
+    with mock.patch.object(doctor, "all_cases", return_value=only), wrong:
         assert doctor.main(["--no-speed"]) == 1
     assert "please report this table" in capsys.readouterr().out
 

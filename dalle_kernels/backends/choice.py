@@ -6,6 +6,9 @@ named serves the call or raises with its reason; nothing falls back silently. `e
     CPU tensors    cpu, reference
     CUDA tensors   triton, reference        (cuda joins where a measurement shows that it beats triton)
     others         reference
+
+A GPU backend that does not refuse is checked before it first serves (self_check.py): one whose answers are wrong on
+the device at hand refuses from then on.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, NamedTuple, TypeVar, cast
 
-from dalle_kernels.backends import native
+from dalle_kernels.backends import native, self_check
 from dalle_kernels.backends.contract import Backend, Call
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
@@ -51,9 +54,12 @@ class Operation(Generic[B]):
         if backend not in self.modules:
             return f"there is no {backend} kernel for {self.name}"
         try:
-            return self.load(backend).refuse(call)
+            reason = self.load(backend).refuse(call)
         except ImportError as error:
             return f"it cannot be imported here: {error}"
+        if reason is None and (verdict := self_check.known(self.name, backend, call)):
+            return self_check.refusal(verdict)
+        return reason
 
     def load(self, backend: str) -> B:
         return cast(B, importlib.import_module(self.modules[backend]))
@@ -66,14 +72,17 @@ class Operation(Generic[B]):
         """
         chosen = self._chosen.get((backend, call))
         if chosen is None:
-            if len(self._chosen) >= 1024:
-                self._chosen.clear()
-            chosen = self._chosen[backend, call] = self.load(self._serving(backend, call))
+            serving = self._serving(backend, call)
+            chosen = self.load(serving)
+            if not self_check.pending(self.name, serving, call):
+                if len(self._chosen) >= 1024:
+                    self._chosen.clear()
+                self._chosen[backend, call] = chosen
         return chosen
 
     def _serving(self, backend: str, call: Call) -> str:
         check_backend(backend)
-        candidates = self.candidates(call)
+        candidates = [self._checked(candidate, backend, call) for candidate in self.candidates(call)]
         if backend == "auto":
             serving = first(candidates)
             if serving == "reference" and native.absence() in [
@@ -85,6 +94,13 @@ class Operation(Generic[B]):
         if refusal is not None:
             raise ValueError(f"backend: {backend!r} cannot serve this {self.name} call: {refusal}")
         return backend
+
+    def _checked(self, candidate: Candidate, backend: str, call: Call) -> Candidate:
+        """The candidate after its self-check, which is made, or warned of again, where the choice may fall on it."""
+        asked = candidate.automatic if backend == "auto" else candidate.name == backend
+        if not asked or not (candidate.refusal or self_check.WRONG).startswith(self_check.WRONG):
+            return candidate
+        return candidate._replace(refusal=self_check.refuse(self.name, candidate.name, call))
 
 
 def first(candidates: list[Candidate]) -> str:
@@ -103,6 +119,7 @@ _OPERATIONS: dict[Callable[..., Any], Operation[Any]] = {}
 
 def forget_choices() -> None:
     """Makes the next calls choose anew: for whoever changes what a backend can do, as tests do."""
+    self_check.forget()
     for operation in _OPERATIONS.values():
         operation._chosen.clear()
 
@@ -119,7 +136,7 @@ class Explanation:
     Attributes:
         operation: the operation's name.
         backend: the backend that `backend="auto"` chooses.
-        detail: what that backend says of itself (the CPU backend its instruction set).
+        detail: what that backend says of itself (the CPU backend its instruction set), or the self-check of it.
         refusals: for every other backend, why it does not serve the call.
     """
 
@@ -155,7 +172,8 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
         known = ", ".join(entry.name for entry in _OPERATIONS.values())
         raise ValueError(f"function: got {function!r}, wanted one of {known}") from None
     kwargs.pop("backend", None)
-    candidates = operation.candidates(operation.describe(*args, **kwargs))
+    call = operation.describe(*args, **kwargs)
+    candidates = operation.candidates(call)
     chosen = first(candidates)
     refusals: dict[str, str] = {}
     for candidate in candidates:
@@ -166,4 +184,5 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
         elif candidate.name != chosen:
             refusals[candidate.name] = f"could serve, but {chosen} comes first"
     say = getattr(operation.load(chosen), "describe", lambda: "")
-    return Explanation(operation.name, chosen, say(), refusals)
+    detail = say() or self_check.describe(operation.name, chosen, call)
+    return Explanation(operation.name, chosen, detail, refusals)
