@@ -33,7 +33,8 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
     row, matrix, heads = torch.empty(1), torch.empty(1, 1), torch.empty(1, 1, 1, 1)
     settings = torch.ones(()), False, True, torch.tensor(1)
     codes = torch.zeros(1, dtype=torch.int64)
-    saved = *settings, matrix, codes, row, row, row, row, torch.empty(0)
+    made = matrix, codes, row, row, row, row, torch.empty(0)
+    saved = *settings, *made
     pattern = MaskPattern(torch.ones(1, 1, dtype=torch.bool))
     longer = MaskPattern(torch.ones(256, 256, dtype=torch.bool).tril())
 
@@ -61,12 +62,12 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
         ),
     )
     layer = matrix, matrix, row, matrix
-    yield "projection", lambda: triton_projection.forward(projection_contract.Inputs(*layer, *settings))
+    yield "projection", lambda: triton_projection.forward(projection_contract.Inputs(*layer, *settings, False))
     yield (
         "projection_backward",
         lambda: triton_projection.backward(
-            projection_contract.Grads(matrix, row),
-            projection_contract.Kept(*layer, *saved),
+            projection_contract.Grads(matrix, row, None),
+            projection_contract.Kept(*layer, *settings, False, *made, torch.empty(0)),
             projection_contract.Needs(True, True, True, True),
         ),
     )

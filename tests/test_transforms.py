@@ -55,9 +55,10 @@ def gumbel(hard: bool, noise: bool) -> Callable[..., tuple[torch.Tensor, ...]]:
     return lookup
 
 
-def projection(features: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, codebook: torch.Tensor):  # type: ignore[no-untyped-def]
-    latents, _, kl = gumbel_projection_lookup(features, weight, bias, codebook, 0.7, seed=SEED)
-    return latents, kl
+def projection(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    features, weight, bias, codebook = tensors
+    made = gumbel_projection_lookup(features, weight, bias, codebook, 0.7, seed=SEED, distribution=True)
+    return made[0], made[2], made[3]
 
 
 def nearest(features: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -193,9 +194,10 @@ def test_meta_tensors(name: str) -> None:
         outputs = (logit_laplace_nll(*(tensor.to("meta") for tensor in (inputs[0], *inputs))),)
     elif name == "vq":
         outputs = vq_lookup(*(tensor.to("meta") for tensor in inputs))[::2]
+    elif name == "projection":
+        outputs = function(*(tensor.to("meta") for tensor in inputs))
     else:
-        lookup = gumbel_projection_lookup if name == "projection" else gumbel_lookup
-        outputs = lookup(*(tensor.to("meta") for tensor in inputs), 0.7)[::2]
+        outputs = gumbel_lookup(*(tensor.to("meta") for tensor in inputs), 0.7)[::2]
     for output, plain in zip(outputs, function(*inputs), strict=True):
         assert output.device.type == "meta"
         assert output.shape == plain.shape

@@ -76,17 +76,18 @@ def layer(bits: int, width: int, codes: int) -> list[torch.Tensor]:
 
 
 def projection_forward(bits: int, width: int, codes: int) -> Callable[[], object]:
-    return lambda: triton_projection.forward(projection_contract.Inputs(*layer(bits, width, codes), *settings(False)))
+    inputs = *layer(bits, width, codes), *settings(False), False
+    return lambda: triton_projection.forward(projection_contract.Inputs(*inputs))
 
 
 def projection_backward(bits: int, width: int, codes: int, strip_bytes: int | None = None) -> Callable[[], object]:
     def call() -> None:
         latents = torch.empty(ROWS, width, dtype=DTYPES[bits])
-        saved = *settings(False), latents, *results(latents, False)
+        saved = *settings(False), False, latents, *results(latents, False), torch.empty(0)
         limit = triton_projection.STRIP_BYTES if strip_bytes is None else strip_bytes
         with mock.patch.object(triton_projection, "STRIP_BYTES", limit):
             triton_projection.backward(
-                projection_contract.Grads(latents, torch.empty(ROWS)),
+                projection_contract.Grads(latents, torch.empty(ROWS), None),
                 projection_contract.Kept(*layer(bits, width, codes), *saved),
                 projection_contract.Needs(True, True, True, True),
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
@@ -53,17 +54,18 @@ def prepare(kernel: str, bits: int, width: int, tails: bool) -> Callable[[], obj
         features = randn(ROWS, width)
         inputs = vq_contract.Inputs(features[None], codebook[None], len(codebook), "euclidean", 1, None, None)
         return lambda: triton_vq.forward(inputs)
-    settings = torch.ones((), device="cuda"), False, True, torch.tensor(1, device="cuda")
+    settings: tuple[Any, ...] = torch.ones((), device="cuda"), False, True, torch.tensor(1, device="cuda")
+    grads: tuple[torch.Tensor | None, ...] = randn(ROWS, width), torch.ones(ROWS, device="cuda")
     if kernel.startswith("gumbel"):
         tensors = randn(ROWS, codes), codebook
         contract, room = gumbel_contract, triton_gumbel
     else:
         tensors = randn(ROWS, CHANNELS), randn(codes, CHANNELS) / CHANNELS**0.5, randn(codes), codebook
         contract, room = projection_contract, triton_projection
+        settings, grads = (*settings, False), (*grads, None)  # without the mean distribution
     if kernel.endswith("forward"):
         return lambda: room.forward(contract.Inputs(*tensors, *settings))
     outputs = room.forward(contract.Inputs(*tensors, *settings))
-    grads = randn(ROWS, width), torch.ones(ROWS, device="cuda")
     kept = contract.Kept(*tensors, *settings, *outputs)
     needs = contract.Needs._make([True] * len(contract.Needs._fields))
     return lambda: room.backward(contract.Grads(*grads), kept, needs)

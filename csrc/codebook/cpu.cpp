@@ -1,8 +1,9 @@
-// The codebook's CPU operations as torch sees them: outputs, workspaces, threads. The arithmetic is in gumbel.h and
-// vq.h; arguments were checked by the op.py of its room. Results do not depend on the number of threads: tasks
-// are cut by shapes alone, and whatever several rows add to has one writer.
+// The codebook's CPU operations as torch sees them: outputs, workspaces, threads. The arithmetic is in gumbel.h,
+// projection.h and vq.h; arguments were checked by the op.py of its room. Results do not depend on the number of
+// threads: tasks are cut by shapes alone, and whatever several rows add to has one writer.
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <optional>
 #include <stdexcept>
@@ -39,15 +40,10 @@ Gumbel gumbel_problem(const Tensor& logits, const Tensor& codebook, const Tensor
           "gumbel: wanted logits [N, K] with contiguous rows and a contiguous codebook [K, D] of their dtype");
   require(temperature.dtype() == DType::float32 && temperature.numel() == 1, "temperature: wanted one float32");
   require(seed.dtype() == DType::int64 && seed.numel() == 1, "seed: wanted one int64");
-  return {logits.data<const void>(),
-          codebook.data<const void>(),
-          logits.size(0),
-          logits.size(1),
-          codebook.size(1),
-          logits.stride(0),
-          *temperature.data<const float>(),
-          noise,
-          uint64_t(*seed.data<const int64_t>())};
+  return {{codebook.data<const void>(), logits.size(0), logits.size(1), codebook.size(1),
+           *temperature.data<const float>(), noise, uint64_t(*seed.data<const int64_t>())},
+          logits.data<const void>(),
+          logits.stride(0)};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gumbel_forward(const Tensor& logits,
@@ -96,7 +92,23 @@ std::pair<std::vector<int64_t>, std::vector<int64_t>> members_of_codes(const int
   return {std::move(starts), std::move(members)};
 }
 
-constexpr int64_t kCodesPerTask = 64;
+constexpr int64_t kCodesPerTask = 64, kRowsPerTask = 16;
+
+// Each row of grad_latents to the code that it chose.
+void add_chosen(const CodebookKernels& kernels, const Tensor& grad_latents, const Tensor& indices, int64_t codes,
+                int64_t width, const Tensor& grad_codebook) {
+  const auto [starts, members] = members_of_codes(indices.data<const int64_t>(), indices.numel(), codes);
+  const VqBackward scatter{.rows = indices.numel(),
+                           .codes = codes,
+                           .width = width,
+                           .k = 1,
+                           .grad_codebook = grad_codebook.data<void>(),
+                           .starts = starts.data(),
+                           .members = members.data()};
+  parallel_for(0, codes, kCodesPerTask, [&](int64_t code, int64_t end) {
+    kernels.scatter_rows(grad_latents.data<const void>(), scatter, code, end);
+  });
+}
 
 // body(head, first, last) over ranges of the `size` items of every head.
 template <class Body>
@@ -163,20 +175,188 @@ std::tuple<Tensor, Tensor> gumbel_backward(const std::optional<Tensor>& grad_lat
   if (backward.partial != nullptr)
     parallel_for(0, problem.codes, kCodesPerTask,
                  [&](int64_t code, int64_t end) { kernels.gumbel_collect(backward, code, end); });
-  if (has_latents && hard && needs_codebook) {
-    const auto [starts, members] = members_of_codes(indices.data<const int64_t>(), rows, problem.codes);
-    const VqBackward scatter{.rows = rows,
-                             .codes = problem.codes,
-                             .width = problem.width,
-                             .k = 1,
-                             .grad_codebook = grad_codebook.data<void>(),
-                             .starts = starts.data(),
-                             .members = members.data()};
-    parallel_for(0, problem.codes, kCodesPerTask, [&](int64_t code, int64_t end) {
-      kernels.scatter_rows(grad_latents->data<const void>(), scatter, code, end);
-    });
-  }
+  if (has_latents && hard && needs_codebook)
+    add_chosen(kernels, *grad_latents, indices, problem.codes, problem.width, grad_codebook);
   return {std::move(grad_logits), std::move(grad_codebook)};
+}
+
+Projection projection_problem(const Tensor& features, const Tensor& weight, const std::optional<Tensor>& bias,
+                              const Tensor& codebook, const Tensor& temperature, bool noise, const Tensor& seed) {
+  require(features.dim() == 2 && has_rows(features) && weight.dim() == 2 && weight.is_contiguous() &&
+              codebook.dim() == 2 && codebook.is_contiguous() && features.size(1) == weight.size(1) &&
+              weight.size(0) == codebook.size(0) && features.dtype() == weight.dtype() &&
+              features.dtype() == codebook.dtype(),
+          "projection: wanted features [N, C] with contiguous rows, contiguous weight [K, C] and codebook [K, D], one "
+          "dtype");
+  require(!bias.has_value() ||
+              (bias->is_contiguous() && bias->numel() == weight.size(0) && bias->dtype() == features.dtype()),
+          "projection: wanted a contiguous bias [K] of the features' dtype");
+  require(temperature.dtype() == DType::float32 && temperature.numel() == 1, "temperature: wanted one float32");
+  require(seed.dtype() == DType::int64 && seed.numel() == 1, "seed: wanted one int64");
+  return {{codebook.data<const void>(), features.size(0), weight.size(0), codebook.size(1),
+           *temperature.data<const float>(), noise, uint64_t(*seed.data<const int64_t>())},
+          features.data<const void>(),
+          weight.data<const void>(),
+          bias.has_value() ? bias->data<const void>() : nullptr,
+          features.size(1),
+          features.stride(0),
+          0,
+          0,
+          nullptr};
+}
+
+// A strip's rows of a table in both forms: see Spread.
+struct Spreading {
+  Tensor by_rows, packed;
+
+  Spreading(int64_t strip, int64_t width, bool pack)
+      : by_rows(new_tensor({strip, padded(width)}, DType::int32)),
+        packed(pack ? new_tensor({round_up(strip, 2), padded(width)}, DType::int32) : empty({0}, DType::int32)) {}
+
+  void operator()(const CodebookKernels& kernels, const void* table, int64_t element_size, int64_t begin, int64_t end,
+                  int64_t width, int64_t stride) const {
+    const Spread rows{static_cast<const char*>(table) + begin * stride * element_size,
+                      end - begin,
+                      width,
+                      stride,
+                      by_rows.data<uint32_t>(),
+                      packed.numel() > 0 ? packed.data<uint32_t>() : nullptr};
+    parallel_for(0, round_up(end - begin, kRowTile) / kRowTile, 1,
+                 [&](int64_t tile, int64_t last) { kernels.spread(rows, tile, last); });
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> projection_forward(
+    const Tensor& features, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& codebook,
+    const Tensor& temperature, bool hard, bool noise, const Tensor& seed, bool distribution) {
+  const CodebookKernels& kernels = kernels_for(features);
+  ProjectionForward forward{projection_problem(features, weight, bias, codebook, temperature, noise, seed)};
+  const int64_t rows = forward.rows, codes = forward.codes;
+  const int64_t strip = std::min(rows, distribution ? Projection::rows_with_tables(codes) : Projection::kMostRows);
+  Tensor latents = new_tensor({rows, forward.width}, features.dtype());
+  Tensor indices = empty({rows}, DType::int64);
+  Tensor kl = empty({rows}, DType::float32), maximum = empty({rows}, DType::float32);
+  Tensor log_noisy = empty({rows}, DType::float32), log_clean = empty({rows}, DType::float32);
+  Tensor mean = empty({distribution ? codes : 0}, DType::float32);
+  if (distribution && rows == 0) std::fill_n(mean.data<float>(), codes, NAN);
+  const Spreading spreading(strip, forward.channels, false);
+  const Tensor states = empty({forward.splits() * strip * int64_t(sizeof(RowTotal)) / 8}, DType::int64);
+  const Tensor sums =
+      hard ? empty({0}, DType::float32) : new_tensor({forward.splits(), strip, padded(forward.width)}, DType::float32);
+  const Tensor logits =
+      distribution ? new_tensor({forward.table_size(strip)}, DType::float32) : empty({0}, DType::float32);
+  forward.latents = latents.data<void>();
+  forward.hard = hard;
+  forward.indices = indices.data<int64_t>();
+  forward.kl = kl.data<float>(), forward.maximum = maximum.data<float>();
+  forward.log_noisy = log_noisy.data<float>(), forward.log_clean = log_clean.data<float>();
+  forward.feature_rows = spreading.by_rows.data<uint32_t>();
+  forward.states = reinterpret_cast<RowTotal*>(states.data<int64_t>());
+  forward.sums = hard ? nullptr : sums.data<float>();
+  forward.distribution = distribution ? mean.data<float>() : nullptr;
+  forward.logits = distribution ? logits.data<float>() : nullptr;
+  for (int64_t begin = 0; begin < rows; begin += strip) {
+    forward.begin = begin, forward.end = std::min(rows, begin + strip);
+    spreading(kernels, forward.features, features.element_size(), begin, forward.end, forward.channels,
+              forward.features_stride);
+    parallel_for(0, forward.splits(), 1, [&](int64_t split, int64_t end) {
+      kernels.projection_scores(forward, split, end, thread_scratch(forward.scratch()));
+    });
+    parallel_for(0, forward.strip(), kRowsPerTask,
+                 [&](int64_t row, int64_t end) { kernels.projection_finish(forward, row, end); });
+    if (distribution)
+      parallel_for(0, forward.tiles(), 1,
+                   [&](int64_t tile, int64_t end) { kernels.projection_distribution(forward, tile, end); });
+  }
+  return {std::move(latents),   std::move(indices),   std::move(kl),  std::move(maximum),
+          std::move(log_noisy), std::move(log_clean), std::move(mean)};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> projection_backward(
+    const std::optional<Tensor>& grad_latents, const std::optional<Tensor>& grad_kl,
+    const std::optional<Tensor>& grad_distribution, const Tensor& features, const Tensor& weight,
+    const std::optional<Tensor>& bias, const Tensor& codebook, const Tensor& temperature, bool hard, bool noise,
+    const Tensor& seed, const Tensor& indices, const Tensor& kl, const Tensor& maximum, const Tensor& log_noisy,
+    const Tensor& log_clean, bool needs_features, bool needs_weight, bool needs_bias, bool needs_codebook) {
+  const CodebookKernels& kernels = kernels_for(features);
+  const bool through_logits = needs_features || needs_weight || needs_bias;
+  const bool has_latents = pointer<const void>(grad_latents) != nullptr;
+  const bool through_mixture = has_latents && needs_codebook && !hard;
+  const bool walks_latents = has_latents && (through_logits || through_mixture);
+  // Without a gradient of the latents nothing asks for the noise, and codes can be walked in their own order.
+  ProjectionBackward backward{
+      projection_problem(features, weight, bias, codebook, temperature, noise && walks_latents, seed)};
+  const int64_t rows = backward.rows, codes = backward.codes, channels = backward.channels, width = backward.width;
+  const DType dtype = features.dtype();
+  const auto gradient = [&](bool needed, const std::vector<int64_t>& sizes) {
+    return needed ? new_tensor(sizes, dtype) : empty({0}, dtype);
+  };
+  Tensor grad_features = gradient(needs_features, {rows, channels}),
+         grad_weight = gradient(needs_weight, {codes, channels});
+  Tensor grad_bias = gradient(needs_bias, {codes}), grad_codebook = gradient(needs_codebook, {codes, width});
+  const auto clear = [](const Tensor& tensor) {
+    std::memset(tensor.data<void>(), 0, size_t(tensor.numel() * tensor.element_size()));
+  };
+  backward.grad_latents = walks_latents ? pointer<const void>(grad_latents) : nullptr;
+  backward.grad_kl = through_logits ? pointer<const float>(grad_kl) : nullptr;
+  backward.grad_distribution = through_logits ? pointer<const float>(grad_distribution) : nullptr;
+  const bool of_distribution = backward.grad_distribution != nullptr;
+  const bool walks = rows > 0 && (walks_latents || backward.grad_kl != nullptr || of_distribution);
+  if (!walks) clear(grad_features), clear(grad_weight), clear(grad_bias);
+  if (needs_codebook && !(walks && through_mixture)) clear(grad_codebook);
+  if (walks) {
+    backward.kl = kl.data<const float>(), backward.maximum = maximum.data<const float>();
+    backward.log_noisy = log_noisy.data<const float>(), backward.log_clean = log_clean.data<const float>();
+    const auto result = [](bool needed, const Tensor& tensor) { return needed ? tensor.data<void>() : nullptr; };
+    backward.grad_features = result(needs_features, grad_features);
+    backward.grad_weight = result(needs_weight, grad_weight);
+    backward.grad_bias = result(needs_bias, grad_bias);
+    backward.grad_codebook = result(through_mixture, grad_codebook);
+
+    const int64_t strip = std::min(rows, Projection::rows_with_tables(codes));
+    std::vector<Tensor> workspaces;
+    const auto workspace = [&](bool needed, int64_t size) -> float* {
+      return needed ? workspaces.emplace_back(new_tensor({size}, DType::float32)).data<float>() : nullptr;
+    };
+    // Where weights and those of the logits are the same numbers, one table serves both.
+    const bool alike = !backward.noise && backward.temperature == 1;
+    const int64_t table = backward.table_size(strip);
+    backward.terms = workspace(through_logits, table);
+    backward.weights = workspace(walks_latents || of_distribution, table);
+    backward.others = workspace(walks_latents && of_distribution && !alike, table);
+    const int64_t totals = backward.tiles() * strip;
+    backward.totals = workspace(through_logits && backward.weights != nullptr, totals);
+    backward.other_totals = workspace(backward.others != nullptr, totals);
+    backward.partial = workspace(needs_features, backward.splits() * strip * padded(channels));
+    const bool keep = strip < rows && dtype != DType::float32;
+    backward.wide_weight = workspace(needs_weight && keep, codes * padded(channels));
+    backward.wide_codebook = workspace(through_mixture && keep, codes * padded(width));
+    backward.wide_bias = workspace(needs_bias, codes);
+    const Spreading of_features(strip, channels, needs_weight);
+    const Spreading of_grad(walks_latents ? strip : 0, width, through_mixture);
+    backward.feature_rows = of_features.by_rows.data<uint32_t>();
+    backward.feature_columns = of_features.packed.data<uint32_t>();
+    backward.grad_rows = of_grad.by_rows.data<uint32_t>();
+    backward.grad_columns = of_grad.packed.data<uint32_t>();
+    for (int64_t begin = 0; begin < rows; begin += strip) {
+      backward.begin = begin, backward.end = std::min(rows, begin + strip);
+      of_features(kernels, backward.features, features.element_size(), begin, backward.end, channels,
+                  backward.features_stride);
+      if (walks_latents)
+        of_grad(kernels, backward.grad_latents, features.element_size(), begin, backward.end, width, width);
+      parallel_for(0, backward.tiles(), 1, [&](int64_t tile, int64_t end) {
+        kernels.projection_tables(backward, tile, end, thread_scratch(backward.scratch()));
+      });
+      parallel_for(0, backward.splits(), 1, [&](int64_t split, int64_t end) {
+        kernels.projection_gradients(backward, split, end, thread_scratch(backward.scratch()));
+      });
+      if (needs_features)
+        parallel_for(0, backward.strip(), kRowsPerTask,
+                     [&](int64_t row, int64_t end) { kernels.projection_collect(backward, row, end); });
+    }
+  }
+  if (has_latents && hard && needs_codebook) add_chosen(kernels, *grad_latents, indices, codes, width, grad_codebook);
+  return {std::move(grad_features), std::move(grad_weight), std::move(grad_bias), std::move(grad_codebook)};
 }
 
 int64_t head_bytes(const Tensor& tensor, int64_t head, int64_t size) { return head * size * tensor.element_size(); }
@@ -309,6 +489,14 @@ const Operators defined(
       " bool hard, bool noise, Tensor seed, Tensor latents, Tensor indices, Tensor kl, Tensor maximum,"
       " Tensor log_noisy, Tensor log_clean, Tensor mixture, bool needs_codebook) -> (Tensor, Tensor)",
       boxed<&gumbel_backward>},
+     {"projection_forward(Tensor features, Tensor weight, Tensor? bias, Tensor codebook, Tensor temperature, bool hard,"
+      " bool noise, Tensor seed, bool distribution) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+      boxed<&projection_forward>},
+     {"projection_backward(Tensor? grad_latents, Tensor? grad_kl, Tensor? grad_distribution, Tensor features,"
+      " Tensor weight, Tensor? bias, Tensor codebook, Tensor temperature, bool hard, bool noise, Tensor seed,"
+      " Tensor indices, Tensor kl, Tensor maximum, Tensor log_noisy, Tensor log_clean, bool needs_features,"
+      " bool needs_weight, bool needs_bias, bool needs_codebook) -> (Tensor, Tensor, Tensor, Tensor)",
+      boxed<&projection_backward>},
      {"vq_forward(Tensor features, Tensor codebook, int metric, int k, Tensor? temperature, Tensor? seed)"
       " -> (Tensor, Tensor, Tensor)",
       boxed<&vq_forward>},

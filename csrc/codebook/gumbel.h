@@ -1,82 +1,38 @@
 // gumbel_lookup on the CPU: softmax((logits + g) / tau) @ codebook in one pass over the logits, and its gradients.
 //
-// Forward. A task owns some rows and walks the codebook in tiles of 4 x 32 codes, 32 in each quarter, so that a noise
-// counter feeds all four. Per tile: scores = logits + g for every row; their running maximum m; the two softmax sums
-// relative to it, of (logits + g) / tau and, for the KL, of the logits themselves; then probabilities @ codebook for
-// all the rows at once, out of registers. One maximum serves both softmaxes: g > -2.83, so logits - m < 2.83, and
-// g < 16.7, so the largest of them is not far below. When m grows (about log K times a row) the sums are rescaled.
+// Forward. A task owns some rows and walks the codebook in tiles. Per tile: scores = logits + g for every row and what
+// softmax.h makes of them; then probabilities @ codebook for all the rows at once, out of registers.
 //
 // Backward. A task owns a tile of codes and walks the rows, so the codebook's gradient has one writer and one order of
 // addition. With y the mixture's weights, regenerated, p = softmax(logits) and d = dL codebook^T:
 //     dlogits = y (d - dL . mixture) / tau + dKL p (log p + H(p)),   dcodebook = y^T dL.
-//
-// Inside, exponentials and sums are in base 2.
 #pragma once
 
 #include "codebook/kernels.h"
-#include "noise.h"
 #include "codebook/product.h"
+#include "codebook/softmax.h"
 
 DALLE_TARGET_BEGIN
 namespace dalle::DALLE_ISA {
 
-constexpr float kLog2E = 0x1.715476p+0f, kLn2 = 0x1.62e430p-1f;
-constexpr float kLowestLogit = -FLT_MAX;    // a row with none as great has no distribution: its kl is NaN
-constexpr int kTileVectors = int(kCounterTile) / kLanes;
-constexpr int kNoiseVectors = kLanes == 16 ? 2 : 1;  // as many as registers hold
-constexpr uint32_t kGumbelStream = 0;
-
-// The codes of tile `tile`: part l, 0 <= l < 4, is first[l] .. first[l] + count[l] - 1. With noise part l lies in
-// quarter l, and its codes take word l of the counters from `counter`; without, the four parts follow one another.
-struct Tile {
-  int64_t first[4];
-  int count[4];
-  uint32_t counter;
-  bool full;
-
-  Tile(const Gumbel& p, int64_t tile) : counter(uint32_t(tile * kCounterTile)), full(true) {
-    for (int l = 0; l < 4; l++) {
-      first[l] = p.noise ? l * p.quarter() + tile * kCounterTile : tile * kCodeTile + l * kCounterTile;
-      const int64_t end = p.noise && (l + 1) * p.quarter() < p.codes ? (l + 1) * p.quarter() : p.codes;
-      const int64_t left = end - first[l];
-      count[l] = int(left < 0 ? 0 : left < kCounterTile ? left : kCounterTile);
-      full = full && count[l] == kCounterTile;
-    }
-  }
-};
-
-// A tile's logits and scores of one row: [l][j] holds codes first[l] + j kLanes ..; past the end, -inf.
+// A tile's logits and scores of one row; past the end of the codebook they are -inf.
 template <bool Noise, bool Full, class T>
-DALLE_INLINE void load_scores(const T* logits, const Tile& tile, const NoiseKeys& keys, const NoiseRow& noise,
-                              F clean[4][kTileVectors], F noisy[4][kTileVectors]) {
-  U words[kTileVectors][4];
-  if constexpr (Noise) {
-    DALLE_UNROLL for (int j = 0; j < kTileVectors; j += kNoiseVectors)
-      noise_words<kNoiseVectors>(keys, noise, tile.counter + uint32_t(j * kLanes), words + j);
-  }
-  DALLE_UNROLL for (int j = 0; j < kTileVectors; j++) {
-    DALLE_UNROLL for (int l = 0; l < 4; l++) {
-      const T* from = logits + tile.first[l] + j * kLanes;
-      if constexpr (Full) {
-        clean[l][j] = load(from);
-        prefetch(from + kCounterTile);
-      } else {
-        const int left = tile.count[l] - j * kLanes, n = left < 0 ? 0 : left < kLanes ? left : kLanes;
-        clean[l][j] = select(first(n), load(n > 0 ? from : logits, n), set(-INFINITY));
-      }
-      noisy[l][j] = Noise ? clean[l][j] + gumbel(words[j][l]) : clean[l][j];
-    }
-  }
+DALLE_INLINE void load_row(const T* logits, const Tile& tile, const NoiseKeys& keys, const NoiseRow& noise, TileRow& clean,
+                           TileRow& noisy) {
+  load_scores<Noise>(
+      tile, keys, noise,
+      [&](int l, int j) __attribute__((always_inline)) {
+        const T* from = logits + tile.first[l] + j * kLanes;
+        if constexpr (Full) {
+          prefetch(from + kCounterTile);
+          return load(from);
+        } else {
+          const int left = tile.count[l] - j * kLanes, n = left < 0 ? 0 : left < kLanes ? left : kLanes;
+          return select(first(n), load(n > 0 ? from : logits, n), set(-INFINITY));
+        }
+      },
+      clean, noisy);
 }
-
-// What a row has gathered so far: sums per lane of e^((noisy - top) / tau), of e^(clean - top) and of that times its own
-// exponent, to base 2 (for the entropy); the maximum of the scores, and where it is first reached.
-struct alignas(64) RowState {
-  F noisy, clean, moment;
-  float top;
-  int64_t best;  // `codes` until some score is at least kLowestLogit
-};
-static_assert(sizeof(RowState) <= 256);
 
 template <class T>
 struct GumbelForwardKernel {
@@ -94,60 +50,25 @@ struct GumbelForwardKernel {
   GumbelForwardKernel(const GumbelForward& problem, void* scratch)
       : p(problem), keys(problem.seed), scale(kLog2E / problem.temperature), columns(padded(problem.width)) {
     states = (RowState*)scratch;
-    probabilities = (float*)((char*)scratch + kRowTile * 256);
+    probabilities = (float*)((char*)scratch + kRowTile * kRowStateBytes);
     sums = probabilities + kRowTile * kCodeTile;
-  }
-
-  // The row's maximum grew: everything summed so far is rescaled to the new one.
-  void raise(RowState& state, float* sum, const Tile& tile, const F noisy[4][kTileVectors], float top) {
-    if (top > state.top) {
-      const F noisy_factor = exp2(set((state.top - top) * scale));
-      const F drop = set((state.top - top) * kLog2E), clean_factor = exp2(drop);
-      state.noisy = state.noisy * noisy_factor;
-      state.moment = clean_factor * fma(max(drop, set(kZeroExponent)), state.clean, state.moment);
-      state.clean = state.clean * clean_factor;
-      for (int64_t j = 0; j < columns; j += kLanes) store(sum + j, load(sum + j) * noisy_factor);
-      state.top = top;
-      state.best = p.codes;
-    }
-    for (int l = 0; l < 4; l++)
-      for (int j = 0; j < kTileVectors; j++)
-        if (const uint32_t hits = bits(equal(noisy[l][j], set(top)))) {
-          const int64_t code = tile.first[l] + j * kLanes + __builtin_ctz(hits);
-          if (code < state.best) state.best = code;
-        }
   }
 
   template <bool Noise, bool Full>
   void score(const Tile& tile, int64_t row, int count) {
     for (int r = 0; r < count; r++) {
-      F clean[4][kTileVectors], noisy[4][kTileVectors];
-      load_scores<Noise, Full>((const T*)p.logits + (row + r) * p.logits_stride, tile, keys,
-                               NoiseRow(keys, uint64_t(row + r), kGumbelStream), clean, noisy);
+      TileRow clean, noisy;
+      load_row<Noise, Full>((const T*)p.logits + (row + r) * p.logits_stride, tile, keys,
+                            NoiseRow(keys, uint64_t(row + r), kGumbelStream), clean, noisy);
       RowState& state = states[r];
-      F top = noisy[0][0];
-      DALLE_UNROLL for (int l = 0; l < 4; l++)
-        DALLE_UNROLL for (int j = 0; j < kTileVectors; j++) top = max(top, noisy[l][j]);
+      const F top = largest_score(noisy);
       // Tiles with noise do not come in the order of codes, so an equal score may be the first one after all.
       if (__builtin_expect(any(greater_equal(top, set(state.top))), 0))
-        raise(state, sums + r * columns, tile, noisy, largest(top));
-
-      // Differences first: products of large scores, or with a large 1 / tau, would be rounded by more than they differ.
-      const F shift = set(state.top);
-      F noisy_sum = state.noisy, clean_sum = state.clean, moment = state.moment;
-      DALLE_UNROLL for (int l = 0; l < 4; l++)
-        DALLE_UNROLL for (int j = 0; j < kTileVectors; j++) {
-          const F weight = exp2_or_zero((noisy[l][j] - shift) * set(scale));
-          noisy_sum = noisy_sum + weight;
-          const int64_t at = r * kCodeTile + l * kCounterTile + j * kLanes;
-          if constexpr (P::kDepth == 1) store(probabilities + at, weight);
-          else store((bf16*)probabilities + at, weight);
-          const F exponent = max(set(kZeroExponent), (clean[l][j] - shift) * set(kLog2E));
-          const F share = exp2_bounded(exponent);
-          clean_sum = clean_sum + share;
-          moment = fma(share, exponent, moment);
-        }
-      state.noisy = noisy_sum, state.clean = clean_sum, state.moment = moment;
+        raise(p, state, sums + r * columns, columns, scale, tile, noisy, largest(top));
+      const int64_t at = r * kCodeTile;
+      add_up(state, scale, clean, noisy, [&](int l, int j, F weight) __attribute__((always_inline)) {
+        put_word<P>(probabilities, at + l * kCounterTile + j * kLanes, weight);
+      });
     }
   }
 
@@ -159,16 +80,10 @@ struct GumbelForwardKernel {
   void finish(int64_t row, int count) {
     for (int r = 0; r < count; r++) {
       const RowState& state = states[r];
-      const bool empty = state.best == p.codes;
-      const float noisy = empty ? NAN : sum(state.noisy), clean = empty ? NAN : sum(state.clean);
-      const int64_t n = row + r, best = empty ? 0 : state.best;
-      p.indices[n] = best;
-      p.maximum[n] = state.top;
-      p.log_noisy[n] = __builtin_logf(noisy);
-      p.log_clean[n] = __builtin_logf(clean);
-      p.kl[n] = __builtin_logf(float(p.codes)) + kLn2 * (sum(state.moment) / clean) - __builtin_logf(clean);
-      const F factor = set(1.f / noisy);
-      const T* sampled = (const T*)p.codebook + best * p.width;
+      const int64_t n = row + r;
+      const RowTotal total = finish_row(p, n, {sum(state.noisy), sum(state.clean), sum(state.moment), state.top, state.best});
+      const F factor = set(1.f / total.noisy);
+      const T* sampled = (const T*)p.codebook + total.best * p.width;
       T* latents = (T*)p.latents + n * p.width;
       for (int64_t j = 0; j < p.width; j += kLanes) {
         const int left = p.width - j < kLanes ? int(p.width - j) : kLanes;
@@ -183,8 +98,7 @@ struct GumbelForwardKernel {
     for (; row < row_end; row += kRowTile) {
       const int count = int(row_end - row < kRowTile ? row_end - row : kRowTile);
       std::memset(sums, 0, size_t(count) * size_t(columns) * sizeof(float));
-      const RowState fresh{zero(), zero(), zero(), kLowestLogit, p.codes};
-      for (int r = 0; r < count; r++) states[r] = fresh;
+      for (int r = 0; r < count; r++) states[r] = fresh_row(p);
       for (int64_t t = 0; t < p.tiles(); t++) {
         const Tile tile(p, t);
         if (p.noise) tile.full ? score<true, true>(tile, row, count) : score<true, false>(tile, row, count);
@@ -204,7 +118,7 @@ void gumbel_pack(const GumbelForward& p, int64_t t, int64_t tile_end) {
   for (; t < tile_end; t++) {
     const Tile tile(p, t);
     for (int l = 0; l < 4; l++)
-      pack_rows<P>((const T*)p.codebook + tile.first[l] * p.width, tile.count[l], p.width,
+      pack_rows<P>((const T*)p.codebook + tile.first[l] * p.width, tile.count[l], p.width, p.width,
                    p.packed + t * kRowWords * padded(p.width), l * kPartWords, kPartWords, kRowWords);
   }
 }
@@ -237,7 +151,7 @@ void gumbel_prepare(const GumbelBackward& p, int64_t row_tile, int64_t row_tile_
       p.delta[n] = sum(total);
     }
     const int64_t steps = (end - begin + P::kDepth - 1) / P::kDepth;
-    pack_rows<P>(grad + begin * p.width, end - begin, p.width, p.grad_packed + begin / P::kDepth * columns, 0, steps, steps);
+    pack_rows<P>(grad + begin * p.width, end - begin, p.width, p.width, p.grad_packed + begin / P::kDepth * columns, 0, steps, steps);
   }
 }
 
@@ -282,13 +196,13 @@ struct GumbelBackwardKernel {
 
   // The gradient of the logits for one row and tile; returns the weights in y.
   template <bool Noise, bool Full, bool Latents, bool Kl>
-  inline __attribute__((always_inline)) void row_gradient(const Tile& tile, int64_t n, const float* product_row, F y[4][kTileVectors]) {
-    F clean[4][kTileVectors], noisy[4][kTileVectors];
-    load_scores<Noise, Full>((const T*)p.logits + n * p.logits_stride, tile, keys,
-                             NoiseRow(keys, uint64_t(n), kGumbelStream), clean, noisy);
+  DALLE_METHOD void row_gradient(const Tile& tile, int64_t n, const float* product_row, TileRow& y) {
+    TileRow clean, noisy;
+    load_row<Noise, Full>((const T*)p.logits + n * p.logits_stride, tile, keys,
+                          NoiseRow(keys, uint64_t(n), kGumbelStream), clean, noisy);
     T* out = (T*)p.grad_logits + n * p.codes;
     const float grad_kl = Kl ? p.grad_kl[n] : 0.f;
-    const F top = set(p.maximum[n]), noisy_shift = set(-p.log_noisy[n] * kLog2E), clean_shift = set(-p.log_clean[n] * kLog2E);
+    const RowShift row(p, n);
     const F delta = set(Latents ? p.delta[n] : 0.f), inverse = set(1.f / p.temperature);
     const F slope = set(grad_kl * kLn2), offset = set(grad_kl * (log_codes - p.kl[n]));
     DALLE_UNROLL for (int l = 0; l < 4; l++)
@@ -296,14 +210,11 @@ struct GumbelBackwardKernel {
         F gradient = zero();
         y[l][j] = zero();
         if constexpr (Latents) {
-          // The maximum comes off first, exactly: scores may be so large that log K is lost in their rounding.
-          const F weight = exp2_or_zero(fma(noisy[l][j] - top, set(scale), noisy_shift));
-          const F difference = load(product_row + l * kCounterTile + j * kLanes) - delta;
-          gradient = weight * inverse * difference;
-          y[l][j] = weight;
+          y[l][j] = row.weight(noisy[l][j], scale);
+          gradient = y[l][j] * inverse * (load(product_row + l * kCounterTile + j * kLanes) - delta);
         }
         if constexpr (Kl) {
-          const F exponent = max(set(kZeroExponent), min(zero(), fma(clean[l][j] - top, set(kLog2E), clean_shift)));
+          const F exponent = row.exponent(clean[l][j]);
           gradient = fma(exp2_bounded(exponent), fma(exponent, slope, offset), gradient);
         }
         T* to = out + tile.first[l] + j * kLanes;
@@ -316,7 +227,7 @@ struct GumbelBackwardKernel {
   template <bool Noise, bool Full, bool Latents, bool Kl>
   void rows_gradient(const Tile& tile, int64_t row, int count) {
     for (int r = 0; r < count; r += P::kDepth) {
-      F y[P::kDepth][4][kTileVectors];
+      TileRow y[P::kDepth];
       DALLE_UNROLL for (int i = 0; i < P::kDepth; i++) {
         if (r + i < count) {
           row_gradient<Noise, Full, Latents, Kl>(tile, row + r + i, products + (r + i) * kCodeTile, y[i]);

@@ -74,23 +74,63 @@ static void product(Left a, const Word* b, float* c, ptrdiff_t c_stride, int64_t
   if (j < columns) column_product<P, 1>(a, b, rest, c + j, c_stride, rows, depth, add);
 }
 
-// Packs `count` rows of a table into steps first .. first + steps - 1 of b: as floats, or as pairs of rows. Rows past
+// Writes values at .. of a left-hand side: float32, or bfloat16 that pairs of neighbours are made of.
+template <class P>
+DALLE_INLINE void put_word(float* table, int64_t at, F values) {
+  if constexpr (P::kDepth == 1) store(table + at, values);
+  else store((bf16*)table + at, values);
+}
+
+// The words j .. of a row of `width` values, 0 past its end.
+template <class P, class T>
+DALLE_INLINE F load_words(const T* row, int64_t j, int64_t width) {
+  const T* from = row + j * P::kDepth;
+  const int64_t left = width - j * P::kDepth;
+  if constexpr (P::kDepth == 1) {
+    return left >= kLanes ? load(from) : left > 0 ? load(from, int(left)) : zero();
+  } else {
+    if (left >= 2 * kLanes) return load((const float*)from);
+    uint32_t words[kLanes] = {};
+    if (left > 0) std::memcpy(words, from, size_t(left) * sizeof(T));
+    return load((const float*)words);
+  }
+}
+
+// Packs `count` rows of a dense table as columns first_column .. first_column + size - 1 of b, whose `columns` come in
+// whole blocks; columns past the last row become 0. Both are multiples of kLanes.
+template <class P, class T>
+static void pack_columns(const T* table, int64_t count, int64_t width, Word* packed, int64_t first_column, int64_t size,
+                         int64_t columns) {
+  const int64_t depth = round_up(width, kPad) / P::kDepth;
+  for (int64_t c = 0; c < size; c += kLanes)
+    for (int64_t step = 0; step < depth; step += kLanes) {
+      F words[kLanes];
+      DALLE_UNROLL for (int i = 0; i < kLanes; i++)
+        words[i] = c + i < count ? load_words<P>(table + (c + i) * width, step, width) : zero();
+      transpose(words);
+      float* to = (float*)packed + packed_at(step, first_column + c, columns, depth);
+      DALLE_UNROLL for (int i = 0; i < kLanes; i++)
+        if (step + i < depth) store(to + i * kBlockColumns, words[i]);
+    }
+}
+
+// Packs `count` rows of a table, `stride` apart, into steps first .. first + steps - 1 of b: as floats, or as pairs of rows. Rows past
 // the last, and columns past `width`, become 0.
 template <class P, class T>
-static void pack_rows(const T* table, int64_t count, int64_t width, Word* packed, int64_t first_step, int64_t steps,
-                      int64_t depth) {
+static void pack_rows(const T* table, int64_t count, int64_t width, int64_t stride, Word* packed, int64_t first_step,
+                      int64_t steps, int64_t depth) {
   const int64_t columns = round_up(width, kPad);
   for (int64_t step = 0; step < steps; step++)
     for (int64_t j = 0; j < columns; j += kLanes) {
       const int64_t i = step * P::kDepth;
       const int n = int(width - j < 0 ? 0 : width - j < kLanes ? width - j : kLanes);
-      const T* from = table + i * width + j;
+      const T* from = table + i * stride + j;
       uint32_t* to = (uint32_t*)packed + packed_at(first_step + step, j, columns, depth);
       const F first = i >= count ? zero() : n == kLanes ? load(from) : load(from, n);
       if constexpr (P::kDepth == 1) {
         store(to, as_words(first));
       } else {
-        const F second = i + 1 >= count ? zero() : n == kLanes ? load(from + width) : load(from + width, n);
+        const F second = i + 1 >= count ? zero() : n == kLanes ? load(from + stride) : load(from + stride, n);
         store(to, P::pack(first, second));
       }
     }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "codebook/gumbel.h"
+#include "codebook/projection.h"
 #include "codebook/vq.h"
 #include "noise.h"
 
@@ -24,7 +25,9 @@ static void noise_words_at(uint64_t seed, uint64_t row, uint32_t stream, uint32_
 
 template <class T>
 constexpr CodebookKernels kCodebookKernels{
-    gumbel_pack<T>,    gumbel_forward<T>, gumbel_prepare<T>, gumbel_backward<T>,  gumbel_collect<T>, vq_norms<T>,
+    gumbel_pack<T>,    gumbel_forward<T>, gumbel_prepare<T>, gumbel_backward<T>,  gumbel_collect<T>,
+    spread<T>, projection_scores<T>, projection_finish<T>, projection_distribution<T>, projection_tables<T>,
+    projection_gradients<T>, projection_collect<T>, vq_norms<T>,
     vq_forward<T>,     vq_grad_features<T>, vq_grad_codebook<T>, scatter_rows<T>, sum_rows<T>,
     noise_words_at};
 

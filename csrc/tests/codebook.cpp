@@ -84,7 +84,7 @@ void gumbel(const CodebookKernels& kernels, int64_t rows, int64_t codes, int64_t
   const std::string name =
       "gumbel " + std::to_string(rows) + " x " + std::to_string(codes) + " -> " + std::to_string(width);
   const auto logits = random_table<T>(rows * codes, 2.f), codebook = random_table<T>(codes * width);
-  const Gumbel problem{logits.data(), codebook.data(), rows, codes, width, codes, 0.7f, noise, 0x9876543210FEDCBAull};
+  const Gumbel problem{{codebook.data(), rows, codes, width, 0.7f, noise, 0x9876543210FEDCBAull}, logits.data(), codes};
   auto latents = poisoned<T>(rows * width);
   auto mixture = poisoned<float>(rows * width);
   auto indices = poisoned<int64_t>(rows);
@@ -147,6 +147,127 @@ void gumbel(const CodebookKernels& kernels, int64_t rows, int64_t codes, int64_t
     if (backward.grad_codebook != nullptr && backward.splits > 1) kernels.gumbel_collect(backward, 0, codes);
     for (const T value : grad_logits) expect(std::isfinite(to_float(value)), name + ": dlogits");
     if (backward.grad_codebook != nullptr)
+      for (const T value : grad_codebook) expect(std::isfinite(to_float(value)), name + ": dcodebook");
+  }
+}
+
+// The lookup from features, in strips of `strip` rows.
+template <class T>
+void projection(const CodebookKernels& kernels, int64_t rows, int64_t channels, int64_t codes, int64_t width, bool hard,
+                bool noise, int64_t strip) {
+  const std::string name = "projection " + std::to_string(rows) + " x " + std::to_string(channels) + " x " +
+                           std::to_string(codes) + " -> " + std::to_string(width);
+  const auto features = random_table<T>(rows * channels), weight = random_table<T>(codes * channels);
+  const auto bias = random_table<T>(codes), codebook = random_table<T>(codes * width);
+  const float temperature = noise ? 0.7f : 1.f;
+  const Projection problem{{codebook.data(), rows, codes, width, temperature, noise, 0x9876543210FEDCBAull},
+                           features.data(),
+                           weight.data(),
+                           noise ? bias.data() : nullptr,
+                           channels,
+                           channels,
+                           0,
+                           0,
+                           nullptr};
+  auto latents = poisoned<T>(rows * width);
+  auto indices = poisoned<int64_t>(rows);
+  auto kl = poisoned<float>(rows), maximum = poisoned<float>(rows), distribution = poisoned<float>(codes);
+  auto log_noisy = poisoned<float>(rows), log_clean = poisoned<float>(rows);
+  auto feature_rows = poisoned<uint32_t>(strip * padded(channels)), feature_columns = feature_rows;
+  ProjectionForward forward{problem};
+  forward.latents = latents.data(), forward.hard = hard, forward.indices = indices.data(), forward.kl = kl.data();
+  forward.maximum = maximum.data(), forward.log_noisy = log_noisy.data(), forward.log_clean = log_clean.data();
+  forward.distribution = distribution.data(), forward.feature_rows = feature_rows.data();
+  std::vector<RowTotal> states(size_t(forward.splits() * strip));
+  auto sums = poisoned<float>(hard ? 1 : forward.splits() * strip * padded(width));
+  auto logits = poisoned<float>(forward.table_size(strip));
+  forward.states = states.data(), forward.sums = hard ? nullptr : sums.data(), forward.logits = logits.data();
+  const Scratch forward_scratch(forward.scratch());
+  const auto spread = [&](const auto& table, int64_t begin, int64_t end, int64_t size, auto& by_rows, auto& packed) {
+    kernels.spread({table.data() + begin * size, end - begin, size, size, by_rows.data(), packed.data()}, 0,
+                   round_up(end - begin, kRowTile) / kRowTile);
+  };
+  for (int64_t begin = 0; begin < rows; begin += strip) {
+    forward.begin = begin, forward.end = std::min(rows, begin + strip);
+    spread(features, begin, forward.end, channels, feature_rows, feature_columns);
+    kernels.projection_scores(forward, 0, forward.splits(), forward_scratch.memory.get());
+    kernels.projection_finish(forward, 0, forward.strip());
+    kernels.projection_distribution(forward, 0, forward.tiles());
+  }
+
+  std::vector<double> mean(size_t(codes), 0.0);
+  for (int64_t n = 0; n < rows; n++) {
+    std::vector<double> mixed(size_t(width), 0.0), clean;
+    double total = 0, clean_total = 0, best = -1e300;
+    int64_t index = 0;
+    for (int64_t k = 0; k < codes; k++) {
+      double logit = noise ? to_float(bias[size_t(k)]) : 0;
+      for (int64_t c = 0; c < channels; c++)
+        logit += double(to_float(features[size_t(n * channels + c)])) * to_float(weight[size_t(k * channels + c)]);
+      const double score = logit + (noise ? noise_of(kernels, problem.seed, n, k, codes, 0) : 0.f);
+      if (score > best) best = score, index = k;
+      const double share = std::exp(score / temperature);
+      total += share, clean_total += std::exp(logit), clean.push_back(std::exp(logit));
+      for (int64_t d = 0; d < width; d++) mixed[size_t(d)] += share * to_float(codebook[size_t(k * width + d)]);
+    }
+    for (int64_t k = 0; k < codes; k++) mean[size_t(k)] += clean[size_t(k)] / clean_total / double(rows);
+    expect(indices[size_t(n)] == index, name + ": index");
+    const double lse = maximum[size_t(n)] / temperature + log_noisy[size_t(n)];
+    expect(std::fabs(lse - std::log(total)) < 2e-5 * (1 + std::fabs(std::log(total))), name + ": log-sum-exp");
+    for (int64_t d = 0; d < width; d++) {
+      const double want = hard ? to_float(codebook[size_t(index * width + d)]) : mixed[size_t(d)] / total;
+      expect(std::fabs(to_float(latents[size_t(n * width + d)]) - want) < (sizeof(T) == 4 ? 2e-5 : 0.03),
+             name + ": latents");
+    }
+  }
+  for (int64_t k = 0; k < codes; k++)
+    expect(std::fabs(distribution[size_t(k)] - mean[size_t(k)]) < 1e-5, name + ": distribution");
+
+  const auto grad_latents = random_table<T>(rows * width);
+  const auto grad_kl = random_table<float>(rows), grad_distribution = random_table<float>(codes);
+  for (const bool has_latents : {true, false}) {
+    auto grad_features = poisoned<T>(rows * channels), grad_weight = poisoned<T>(codes * channels);
+    auto grad_bias = poisoned<T>(codes), grad_codebook = poisoned<T>(codes * width);
+    auto grad_rows = poisoned<uint32_t>(strip * padded(width)), grad_columns = grad_rows;
+    ProjectionBackward backward{problem};
+    backward.noise = noise && has_latents;
+    const bool mixes = has_latents && !hard, apart = has_latents && noise;
+    backward.grad_latents = has_latents ? grad_latents.data() : nullptr;
+    backward.grad_kl = grad_kl.data(), backward.grad_distribution = grad_distribution.data();
+    backward.kl = kl.data(), backward.maximum = maximum.data();
+    backward.log_noisy = log_noisy.data(), backward.log_clean = log_clean.data();
+    backward.grad_features = grad_features.data(), backward.grad_weight = grad_weight.data();
+    backward.grad_bias = grad_bias.data(), backward.grad_codebook = mixes ? grad_codebook.data() : nullptr;
+    backward.feature_rows = feature_rows.data(), backward.feature_columns = feature_columns.data();
+    backward.grad_rows = grad_rows.data(), backward.grad_columns = grad_columns.data();
+    auto terms = poisoned<float>(backward.table_size(strip)), weights = terms, others = terms;
+    auto totals = poisoned<float>(backward.tiles() * strip), other_totals = totals;
+    auto partial = poisoned<float>(backward.splits() * strip * padded(channels));
+    auto wide_weight = poisoned<float>(codes * padded(channels)),
+         wide_codebook = poisoned<float>(codes * padded(width));
+    auto wide_bias = poisoned<float>(codes);
+    backward.terms = terms.data(), backward.weights = weights.data();
+    backward.others = apart ? others.data() : nullptr;
+    backward.totals = totals.data(), backward.other_totals = apart ? other_totals.data() : nullptr;
+    backward.partial = partial.data(), backward.wide_bias = wide_bias.data();
+    backward.wide_weight = sizeof(T) == 2 ? wide_weight.data() : nullptr;
+    backward.wide_codebook = sizeof(T) == 2 ? wide_codebook.data() : nullptr;
+    const Scratch scratch(backward.scratch());
+    for (int64_t begin = 0; begin < rows; begin += strip) {
+      backward.begin = begin, backward.end = std::min(rows, begin + strip);
+      spread(features, begin, backward.end, channels, feature_rows, feature_columns);
+      spread(grad_latents, begin, backward.end, width, grad_rows, grad_columns);
+      kernels.projection_tables(backward, 0, backward.tiles(), scratch.memory.get());
+      kernels.projection_gradients(backward, 0, backward.splits(), scratch.memory.get());
+      kernels.projection_collect(backward, 0, backward.strip());
+    }
+    double of_biases = 0;
+    for (const T value : grad_features) expect(std::isfinite(to_float(value)), name + ": dfeatures");
+    for (const T value : grad_weight) expect(std::isfinite(to_float(value)), name + ": dweight");
+    for (const T value : grad_bias) of_biases += to_float(value);
+    // Softmaxes do not see what is common to all logits.
+    expect(std::fabs(of_biases) < (sizeof(T) == 4 ? 1e-3 : 0.5) * double(rows + 1), name + ": dbias");
+    if (mixes)
       for (const T value : grad_codebook) expect(std::isfinite(to_float(value)), name + ": dcodebook");
   }
 }
@@ -270,6 +391,10 @@ void run(const CodebookKernels& kernels, SampleRows sample, const LaplaceKernels
     gumbel<T>(kernels, rows, codes, width, false, true);
     gumbel<T>(kernels, rows, codes, width, true, true);
     gumbel<T>(kernels, rows, codes, width, true, false);
+    for (const int64_t strip : {rows, std::min(rows, kRowTile)}) {
+      projection<T>(kernels, rows, width, codes, 1 + width / 2, false, true, strip);
+      projection<T>(kernels, rows, 19, codes, width, true, false, strip);
+    }
     for (const VqMetric metric : {VqMetric::euclidean, VqMetric::distance, VqMetric::dot, VqMetric::cosine})
       for (const float temperature : {0.f, 0.7f}) {
         vq<T>(kernels, rows, codes, width, metric, 1, temperature);

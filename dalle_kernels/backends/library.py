@@ -155,7 +155,7 @@ class Entry(Generic[In, Out]):
         inputs, outputs: the room's NamedTuples.
         call: Inputs or Kept -> what a backend is chosen by.
         forward: (backend, inputs) -> outputs, with the checks that look at values.
-        fake: inputs -> outputs without their values; floats are tensors in it.
+        fake: (inputs, backend's name) -> outputs without their values; floats are tensors in it.
         derivative: None for an operation that has none.
     """
 
@@ -167,7 +167,7 @@ class Entry(Generic[In, Out]):
         outputs: type[Out],
         call: Callable[[Any], Call],
         forward: Callable[[Any, In], Out],
-        fake: Callable[[In], Out],
+        fake: Callable[[In, str], Out],
         derivative: Derivative | None = None,
     ) -> None:
         self._operation, self._call, self._forward = operation, call, forward
@@ -181,7 +181,7 @@ class Entry(Generic[In, Out]):
         define(
             f"{name}({self._inputs.schema()}, str backend) -> {returns}",
             lambda *args: flat(self._run(self._inputs.decode(args[:-1]), args[-1])),
-            lambda *args: flat(fake(inputs(*args[:-1]))),
+            lambda *args: flat(fake(inputs(*args[:-1]), args[-1])),
         )
         self._op = getattr(torch.ops.dalle_kernels, name).default
         self._derivative = None if derivative is None else _Derived(self, name, derivative)

@@ -79,7 +79,7 @@ def _forward(backend: Backend, inputs: Inputs) -> Outputs:
     return backend.forward(inputs)
 
 
-def _forward_fake(inputs: Inputs) -> Outputs:
+def _forward_fake(inputs: Inputs, _: str) -> Outputs:
     wide = torch.float64 if inputs.mu.dtype == torch.float64 else torch.float32
     return Outputs(torch.empty_like(inputs.pixels, dtype=wide))
 

@@ -136,7 +136,7 @@ def _forward(backend: Backend, inputs: Inputs) -> Outputs:
     return backend.forward(inputs)
 
 
-def _forward_fake(inputs: Inputs) -> Outputs:
+def _forward_fake(inputs: Inputs, _: str) -> Outputs:
     return Outputs(inputs.logits.new_empty(inputs.logits.shape[0], dtype=torch.int64))
 
 

@@ -38,7 +38,7 @@ def test_lookup(name: str, mask: str, hard: bool, noise: bool) -> None:
 
 
 @pytest.mark.parametrize("mask", ["-1e9", "lowest", "1e6 away"])
-@pytest.mark.parametrize("name", ["reference", "triton"])
+@pytest.mark.parametrize("name", ["reference", "cpu", "triton"])
 def test_projection(name: str, mask: str) -> None:
     lookup = functools.partial(_projection, _backend(name))
     offsets.check(offsets.projected(lookup), torch.float32, mask, False, True)

@@ -101,7 +101,7 @@ def _forward(backend: Backend, inputs: Inputs) -> Outputs:
     return outputs
 
 
-def _forward_fake(inputs: Inputs) -> Outputs:
+def _forward_fake(inputs: Inputs, _: str) -> Outputs:
     return fake_outputs(inputs.logits, inputs.codebook, inputs.hard)
 
 

@@ -40,13 +40,11 @@ def forward(inputs: Inputs) -> Outputs:
 def backward(grads: Grads, kept: Kept, needs: Needs) -> tuple[torch.Tensor | None, ...]:
     """With y = softmax((logits + g) / tau), p = softmax(logits) and d = dL codebook^T:
 
-    dlogits = y (d - dL . mixture) / tau + dKL p (log p + H(p)); the codebook receives y^T dL, or where hard the
+    dlogits = y (d - y . d) / tau + dKL p (log p + H(p)); the codebook receives y^T dL, or where hard the
     one-hot rows' share.
     """
     grad_latents, grad_kl = grads
-    logits, codebook, temperature, hard, noise, seed, latents, indices, kl, maximum, log_noisy, log_clean, mixture = (
-        kept
-    )
+    logits, codebook, temperature, hard, noise, seed, _, indices, kl, maximum, log_noisy, log_clean, _ = kept
     wide, table = widen(logits), widen(codebook)
     dlogits, dcodebook = torch.zeros_like(wide), torch.zeros_like(table)
     if grad_latents is not None:
@@ -54,8 +52,8 @@ def backward(grads: Grads, kept: Kept, needs: Needs) -> tuple[torch.Tensor | Non
         if needs.logits or not hard:
             y = ((_noisy(wide, noise, seed) - maximum[:, None]) / temperature - log_noisy[:, None]).exp()
         if needs.logits:
-            delta = (grad * (mixture if hard else widen(latents))).sum(-1, keepdim=True)
-            dlogits += y * (grad @ table.T - delta) / temperature
+            pull = grad @ table.T
+            dlogits += y * (pull - (y * pull).sum(-1, keepdim=True)) / temperature
         if needs.codebook:
             dcodebook = dcodebook.index_add_(0, indices, grad) if hard else y.T @ grad
     if grad_kl is not None and needs.logits:

@@ -7,7 +7,6 @@ from typing import NamedTuple, TypeAlias
 import torch
 
 from dalle_kernels.backends.contract import Call, Differentiable
-from dalle_kernels.codebook.gumbel.contract import Grads, Outputs
 
 __all__ = ["Backend", "Grads", "Inputs", "Kept", "Needs", "Outputs", "call_of"]
 
@@ -21,6 +20,20 @@ class Inputs(NamedTuple):
     hard: bool
     noise: bool
     seed: torch.Tensor  # 0-dim int64
+    with_distribution: bool
+
+
+class Outputs(NamedTuple):
+    """As of the Gumbel lookup, but for the last two."""
+
+    latents: torch.Tensor  # [N, D], the dtype of features
+    indices: torch.Tensor  # int64 [N]
+    kl: torch.Tensor  # [N], float32 as what follows (float64 for float64 features)
+    maximum: torch.Tensor  # [N]
+    log_noisy: torch.Tensor  # [N]
+    log_clean: torch.Tensor  # [N]
+    mixture: torch.Tensor  # [N, D] the soft mixture where `keeps_mixture`, else [0]
+    distribution: torch.Tensor  # [K] the mean over the rows of softmax(logits) where asked for, else [0]
 
 
 class Kept(NamedTuple):
@@ -32,6 +45,7 @@ class Kept(NamedTuple):
     hard: bool
     noise: bool
     seed: torch.Tensor
+    with_distribution: bool
     latents: torch.Tensor
     indices: torch.Tensor
     kl: torch.Tensor
@@ -39,6 +53,13 @@ class Kept(NamedTuple):
     log_noisy: torch.Tensor
     log_clean: torch.Tensor
     mixture: torch.Tensor
+    distribution: torch.Tensor
+
+
+class Grads(NamedTuple):
+    latents: torch.Tensor | None  # contiguous, as are the others
+    kl: torch.Tensor | None
+    distribution: torch.Tensor | None
 
 
 class Needs(NamedTuple):
@@ -52,4 +73,16 @@ Backend: TypeAlias = Differentiable[Inputs, Outputs, Grads, Kept, Needs]
 
 
 def call_of(values: Inputs | Kept) -> Call:
-    return Call(values.features.device, values.features.dtype, values.codebook.shape[1])
+    return Call(
+        values.features.device, values.features.dtype, values.codebook.shape[1], extras(values.with_distribution)
+    )
+
+
+def extras(with_distribution: bool) -> tuple[str, ...]:
+    """What not every backend has."""
+    return ("the mean distribution",) if with_distribution else ()
+
+
+def keeps_mixture(hard: bool, backend: str, device: torch.device) -> bool:
+    """Whether `Outputs.mixture` is there: Triton's backward reads it, others make it anew."""
+    return hard and (device.type == "cuda" or backend == "triton")

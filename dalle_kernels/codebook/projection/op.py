@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 
@@ -18,33 +18,82 @@ from dalle_kernels.checks import (
     rows_contiguous,
     seed_tensor,
 )
-from dalle_kernels.codebook.checks import gradient_like
-from dalle_kernels.codebook.gumbel.op import contiguous, fake_outputs
+from dalle_kernels.codebook.checks import gradient_like, refuse_nan
+from dalle_kernels.codebook.gumbel.op import fake_outputs
 from dalle_kernels.codebook.projection import reference
-from dalle_kernels.codebook.projection.contract import Backend, Grads, Inputs, Kept, Needs, Outputs, call_of
+from dalle_kernels.codebook.projection.contract import (
+    Backend,
+    Grads,
+    Inputs,
+    Kept,
+    Needs,
+    Outputs,
+    call_of,
+    extras,
+    keeps_mixture,
+)
 
 if TYPE_CHECKING:
-    from dalle_kernels.codebook.projection import triton
+    from dalle_kernels.codebook.projection import cpu, triton
 
-    _BACKENDS: tuple[Backend, ...] = (triton, reference)
+    _BACKENDS: tuple[Backend, ...] = (cpu, triton, reference)
 
 
 def _describe(
-    features: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, codebook: torch.Tensor, *_: Any, **__: Any
+    features: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    codebook: torch.Tensor,
+    *_: Any,
+    distribution: bool = False,
+    **__: Any,
 ) -> Call:
     check_tensor("features", features)
     check_tensor("codebook", codebook, rank=2)
-    return Call(features.device, autocast(features)[0].dtype, codebook.shape[-1])
+    return Call(features.device, autocast(features)[0].dtype, codebook.shape[-1], extras(distribution))
 
 
 OPERATION: Operation[Backend] = Operation(
     "gumbel_projection_lookup",
     {
         "triton": "dalle_kernels.codebook.projection.triton",
+        "cpu": "dalle_kernels.codebook.projection.cpu",
         "reference": "dalle_kernels.codebook.projection.reference",
     },
     _describe,
 )
+
+
+@overload
+def gumbel_projection_lookup(
+    features: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    codebook: torch.Tensor,
+    temperature: float | torch.Tensor,
+    hard: bool = False,
+    noise: bool = True,
+    seed: int | torch.Tensor | None = None,
+    backend: str = "auto",
+    *,
+    distribution: Literal[False] = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
+
+
+@overload
+def gumbel_projection_lookup(
+    features: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    codebook: torch.Tensor,
+    temperature: float | torch.Tensor,
+    hard: bool = False,
+    noise: bool = True,
+    seed: int | torch.Tensor | None = None,
+    backend: str = "auto",
+    *,
+    distribution: Literal[True],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]: ...
 
 
 def gumbel_projection_lookup(
@@ -57,29 +106,40 @@ def gumbel_projection_lookup(
     noise: bool = True,
     seed: int | torch.Tensor | None = None,
     backend: str = "auto",
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    *,
+    distribution: bool = False,
+) -> tuple[torch.Tensor, ...]:
     """`gumbel_lookup(features @ weight.T + bias, codebook, ...)` without storing the logits.
 
     The last 1 x 1 convolution of a dVAE's encoder and the lookup in one: the logits, N x K, are made a tile at a time
     and made again in the backward pass. They stay in float32 between the two, where the two calls would round them to
     the dtype of `features`. Differentiable with respect to `features`, `weight`, `bias` and `codebook`.
 
-    Source: as for `gumbel_lookup`; Ramesh et al. 2021, appendix A.1 for the encoder's last layer.
+    With the codebook as weight too, `hard=True` and `noise=False`, it is index backpropagation (IBQ): all codes scored
+    by their product with the features, the best one straight-through. `kl` and `distribution` then hold its two
+    entropies.
+
+    Sources: as for `gumbel_lookup`; Ramesh et al. 2021, appendix A.1 for the encoder's last layer; Shi et al. 2024 for
+    IBQ.
 
     Args:
         features: [..., C], float16, bfloat16, float32 or float64.
         weight: [K, C], bias: [K] or None, codebook: [K, D]; dtype and device of `features` (under autocast all are
             cast).
         temperature, hard, noise, seed: as for `gumbel_lookup`; the same seed draws the same noise.
-        backend: "auto", "reference" or "triton"; see `explain`.
+        backend: "auto", "reference", "cpu" or "triton"; see `explain`. Triton does not do `distribution`.
+        distribution: whether to return it.
 
     Returns:
         latents: [..., D] in the dtype of `features`.
         indices: int64 [...], argmax(logits + g).
         kl: float32 [...] (float64 for float64 features), log K - entropy of softmax(logits), in nats.
+        distribution: float32 [K] (float64 for float64 features), the mean over all rows of softmax(logits), which the
+            temperature does not change; differentiable. Only where it was asked for.
 
     Raises:
-        TypeError, ValueError: for wrong shapes, dtypes, devices or a temperature that is not above 0.
+        TypeError, ValueError: for wrong shapes, dtypes, devices, a temperature that is not above 0, or, on the CPU, NaN
+            among the features.
 
     Example:
         >>> features, weight, codebook = torch.randn(2, 16, 24), torch.randn(512, 24), torch.randn(512, 32)
@@ -109,7 +169,7 @@ def gumbel_projection_lookup(
         (bias,) = autocast(bias)
         check_alike("bias", bias, "features", features)
     rows = features.shape[:-1]
-    latents, indices, kl, *_ = _ENTRY(
+    latents, indices, kl, *_, mean = _ENTRY(
         Inputs(
             rows_contiguous(features).reshape(-1, features.shape[-1]),
             weight.contiguous(),
@@ -119,10 +179,12 @@ def gumbel_projection_lookup(
             hard or not noise,
             noise,
             seed_tensor(seed, features.device),
+            distribution,
         ),
         backend,
     )
-    return latents.reshape(*rows, codebook.shape[1]), indices.reshape(rows), kl.reshape(rows)
+    results = latents.reshape(*rows, codebook.shape[1]), indices.reshape(rows), kl.reshape(rows)
+    return (*results, mean) if distribution else results
 
 
 register(gumbel_projection_lookup, OPERATION)
@@ -131,15 +193,19 @@ register(gumbel_projection_lookup, OPERATION)
 def _forward(backend: Backend, inputs: Inputs) -> Outputs:
     if inputs.features.device.type == "cpu":
         check_temperature(float(inputs.temperature))
-    return backend.forward(inputs)
+    outputs = backend.forward(inputs)
+    refuse_nan("features", inputs.features, outputs.kl)
+    return outputs
 
 
-def _forward_fake(inputs: Inputs) -> Outputs:
-    return fake_outputs(inputs.features, inputs.codebook, inputs.hard)
+def _forward_fake(inputs: Inputs, backend: str) -> Outputs:
+    kept = keeps_mixture(inputs.hard, backend, inputs.features.device)
+    made = fake_outputs(inputs.features, inputs.codebook, kept)
+    return Outputs(*made, made.kl.new_empty(inputs.codebook.shape[0] if inputs.with_distribution else 0))
 
 
 def _backward(backend: Backend, grads: Grads, kept: Kept, needs: Needs) -> tuple[torch.Tensor | None, ...]:
-    return backend.backward(contiguous(grads), kept, needs)
+    return backend.backward(Grads(*(None if grad is None else grad.contiguous() for grad in grads)), kept, needs)
 
 
 _ENTRY = Entry(

@@ -7,7 +7,7 @@ import torch
 from dalle_kernels.codebook.gumbel import contract as gumbel
 from dalle_kernels.codebook.gumbel import reference
 from dalle_kernels.codebook.gumbel.reference import refuse
-from dalle_kernels.codebook.projection.contract import Grads, Inputs, Kept, Needs, Outputs
+from dalle_kernels.codebook.projection.contract import Grads, Inputs, Kept, Needs, Outputs, keeps_mixture
 from dalle_kernels.precision import widen
 
 __all__ = ["backward", "forward", "jvp", "refuse"]
@@ -17,19 +17,40 @@ def _logits(features: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | N
     return torch.nn.functional.linear(widen(features), widen(weight), None if bias is None else widen(bias))
 
 
+def _gumbel_kept(kept: Kept) -> gumbel.Kept:
+    """What the lookup of the logits would have kept."""
+    shared = kept._asdict()
+    return gumbel.Kept(
+        logits=_logits(kept.features, kept.weight, kept.bias),
+        **{name: shared[name] for name in gumbel.Kept._fields if name != "logits"},
+    )
+
+
 def forward(inputs: Inputs) -> Outputs:
-    features, weight, bias = inputs[:3]
-    outputs = reference.forward(gumbel.Inputs(_logits(features, weight, bias), *inputs[3:]))
-    return outputs._replace(latents=outputs.latents.to(features.dtype))
+    features, weight, bias, codebook, temperature, hard, noise, seed, with_distribution = inputs
+    logits = _logits(features, weight, bias)
+    made = reference.forward(gumbel.Inputs(logits, codebook, temperature, hard, noise, seed))
+    mixture = made.mixture if keeps_mixture(hard, "reference", features.device) else made.mixture.new_empty(0)
+    distribution = logits.softmax(-1).mean(0) if with_distribution else logits.new_empty(0)
+    made = made._replace(latents=made.latents.to(features.dtype), mixture=mixture)
+    return Outputs(*made, distribution)
 
 
 def backward(grads: Grads, kept: Kept, needs: Needs) -> tuple[torch.Tensor | None, ...]:
+    """With p = softmax(logits) and G the derivative by the mean distribution, the lookup's dlogits receive
+    p (G - p . G) / N besides.
+    """
     features, weight, bias = kept[:3]
     through_logits = needs.features or needs.weight or needs.bias
+    lookup = _gumbel_kept(kept)
     dlogits, dcodebook = reference.backward(
-        grads, gumbel.Kept(_logits(features, weight, bias), *kept[3:]), gumbel.Needs(through_logits, needs.codebook)
+        gumbel.Grads(grads.latents, grads.kl), lookup, gumbel.Needs(through_logits, needs.codebook)
     )
     assert dlogits is not None
+    if through_logits and grads.distribution is not None and grads.distribution.numel():
+        p = lookup.logits.softmax(-1)
+        pulled = p * grads.distribution
+        dlogits = dlogits + (pulled - p * pulled.sum(-1, keepdim=True)) / max(len(p), 1)
     return (
         (dlogits @ widen(weight)).to(features.dtype) if needs.features else None,
         (dlogits.T @ widen(features)).to(weight.dtype) if needs.weight else None,
@@ -38,8 +59,8 @@ def backward(grads: Grads, kept: Kept, needs: Needs) -> tuple[torch.Tensor | Non
     )
 
 
-def jvp(tangents: tuple[torch.Tensor | None, ...], kept: Kept) -> tuple[torch.Tensor, torch.Tensor]:
-    features, weight, bias = kept[:3]
+def jvp(tangents: tuple[torch.Tensor | None, ...], kept: Kept) -> tuple[torch.Tensor, ...]:
+    features, weight = kept[:2]
     dfeatures, dweight, dbias, dcodebook = (None if tangent is None else widen(tangent) for tangent in tangents)
     dlogits = None
     if dfeatures is not None:
@@ -50,4 +71,9 @@ def jvp(tangents: tuple[torch.Tensor | None, ...], kept: Kept) -> tuple[torch.Te
     if dbias is not None:
         shared = dbias.expand(features.shape[0], -1)
         dlogits = shared if dlogits is None else dlogits + shared
-    return reference.jvp((dlogits, dcodebook), gumbel.Kept(_logits(features, weight, bias), *kept[3:]))
+    lookup = _gumbel_kept(kept)
+    ddistribution = torch.zeros_like(kept.distribution)
+    if kept.with_distribution and dlogits is not None:
+        p = lookup.logits.softmax(-1)
+        ddistribution = (p * (dlogits - (p * dlogits).sum(-1, keepdim=True))).mean(0)
+    return *reference.jvp((dlogits, dcodebook), lookup), ddistribution

@@ -166,11 +166,13 @@ def projection_backward_kernel(
 def refuse(call: Call) -> str | None:
     if call.width > WIDEST:
         return f"the codebook is {call.width} wide, the kernels hold rows of at most {WIDEST}"
+    if call.extras:
+        return f"it does not do {' and '.join(call.extras)}"
     return obstacle(call.device, call.dtype)
 
 
 def forward(inputs: Inputs) -> Outputs:
-    features, weight, bias, codebook, temperature, hard, noise, seed = inputs
+    features, weight, bias, codebook, temperature, hard, noise, seed, _ = inputs
     (rows, channels), (codes, width) = features.shape, codebook.shape
     latents = features.new_empty(rows, width)
     indices = features.new_empty(rows, dtype=torch.int64)
@@ -183,13 +185,13 @@ def forward(inputs: Inputs) -> Outputs:
             mixture, rows, channels, codes, ceil_div(codes, 4), width, features.stride(0),
             BIAS=bias is not None, HARD=hard, NOISE=noise, EVEN_C=channels % settings["BLOCK_C"] == 0, **settings,
         )  # fmt: skip
-    return Outputs(latents, indices, kl, maximum, log_noisy, log_clean, mixture)
+    return Outputs(latents, indices, kl, maximum, log_noisy, log_clean, mixture, kl.new_empty(0))
 
 
 def backward(grads: Grads, kept: Kept, needs: Needs) -> tuple[torch.Tensor | None, ...]:
-    grad_latents, grad_kl = grads
-    features, weight, bias, codebook, temperature, hard, noise, seed, *made = kept
-    latents, indices, kl, maximum, log_noisy, log_clean, mixture = made
+    grad_latents, grad_kl, _ = grads
+    features, weight, bias, codebook, temperature, hard, noise, seed, _, *made = kept
+    latents, indices, kl, maximum, log_noisy, log_clean, mixture, _ = made
     (rows, channels), (codes, width) = features.shape, codebook.shape
     dfeatures = features.new_empty(rows, channels)
     dweight = weight.new_zeros(weight.shape, dtype=torch.float32)

@@ -117,10 +117,10 @@ def _forward(backend: Backend, inputs: Inputs) -> Outputs:
     return backend.forward(inputs)
 
 
-def _forward_fake(inputs: Inputs) -> Outputs:
+def _forward_fake(inputs: Inputs, _: str) -> Outputs:
     features = inputs.features
     wide = torch.float64 if features.dtype == torch.float64 else torch.float32
-    heads, _, width = features.shape
+    heads, width = features.shape[0], features.shape[2]
     return Outputs(
         features.new_empty(heads, inputs.codes, dtype=wide), features.new_empty(heads, inputs.codes, width, dtype=wide)
     )

@@ -226,7 +226,7 @@ def _forward(backend: Backend, inputs: Inputs) -> Outputs:
     return outputs
 
 
-def _forward_fake(inputs: Inputs) -> Outputs:
+def _forward_fake(inputs: Inputs, _: str) -> Outputs:
     features = inputs.features
     wide = torch.float64 if features.dtype == torch.float64 else torch.float32
     heads, rows, width = features.shape

@@ -1,0 +1,32 @@
+"""The lookup from features in native code: csrc/codebook/projection.h."""
+
+from __future__ import annotations
+
+import torch
+
+from dalle_kernels.backends import native
+from dalle_kernels.backends.contract import Call
+from dalle_kernels.codebook.projection.contract import Grads, Inputs, Kept, Needs, Outputs
+
+_ops = torch.ops.dalle_kernels_cpu
+
+
+def refuse(call: Call) -> str | None:
+    return native.refuse_cpu(call.device, call.dtype)
+
+
+def describe() -> str:
+    return native.instruction_set()
+
+
+def forward(inputs: Inputs) -> Outputs:
+    *of_rows, distribution = _ops.projection_forward(*inputs)
+    return Outputs._make((*of_rows, distribution.new_empty(0), distribution))
+
+
+def backward(grads: Grads, kept: Kept, needs: Needs) -> tuple[torch.Tensor | None, ...]:
+    """The same bits for any number of threads."""
+    asked = needs._replace(bias=needs.bias and kept.bias is not None)
+    made = (kept.indices, kept.kl, kept.maximum, kept.log_noisy, kept.log_clean)
+    gradients = _ops.projection_backward(*grads, *kept[:8], *made, *asked)
+    return tuple(gradient if need else None for gradient, need in zip(gradients, asked, strict=True))
