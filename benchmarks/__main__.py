@@ -25,6 +25,7 @@ SUITES = (
     "integrations",
 )
 TOOLS = {
+    "fit": ("benchmarks.fit", "the suites that what the doctor found leaves worth timing on a GPU"),
     "report": ("benchmarks.report", "plots and tables from the committed results"),
     "aot": ("benchmarks.kernels.aot", "compile the Triton kernels ahead of time and compare with the committed table"),
     "tune": ("benchmarks.kernels.tune", "measure launch settings on the GPU that is here"),

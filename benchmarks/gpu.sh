@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# On a fresh machine with a GPU: builds, runs the GPU tests and compute-sanitizer, and benchmarks, in under nine minutes.
-# The most informative stages come first, and whatever was measured when time runs out is kept. Needs a torch with CUDA,
-# nvcc, a C++ compiler, and the package's `test` extra; PYTHON says which Python has them.
+# On a fresh machine with a GPU: builds, asks the doctor, runs the GPU tests and compute-sanitizer, and benchmarks, in
+# under nine minutes. The doctor decides what is timed: no suite of an operation whose GPU kernels are wrong here. The most
+# informative stages come first, and whatever was measured when time runs out is kept. Needs a torch with CUDA, nvcc, a C++
+# compiler, and the package's `test` extra; PYTHON says which Python has them.
 #
 #   benchmarks/gpu.sh OUTDIR
 #
@@ -39,9 +40,13 @@ stage() {
   return $status
 }
 
-bench() { # bench NAME LONGEST ARGUMENTS...
+bench() { # bench NAME LONGEST SUITE ARGUMENTS...
   local name="$1" longest="$2"
   shift 2
+  if [[ " $fit " != *" $1 "* ]]; then
+    note "bench-$name: not timed, the doctor found its kernels wrong"
+    return 1
+  fi
   stage "bench-$name" "$longest" "$python" -m benchmarks run "$@" --device cuda --output "$out/results.jsonl"
 }
 
@@ -58,6 +63,15 @@ print(f"{major}.{minor}" + ("a" if major >= 9 else ""))' 2>"$out/python.txt")" |
 TORCH_CUDA_ARCH_LIST="$capability" stage build 150 "$python" csrc/cuda/build_cuda.py dalle_kernels/_cuda.so ||
   note "build: backend=\"cuda\" is not there, its tests fail"
 stage native 30 "$python" -m dalle_kernels.backends.native
+# In one process first, without the self-check's children. Where something is wrong or faults, which ends the CUDA context
+# for all that follows in that process, once more with them; what they find is then heeded by the benchmarks too.
+export DALLE_KERNELS_SELF_CHECK=off
+stage doctor 120 "$python" -m dalle_kernels.doctor --no-speed --json "$out/doctor.json" || {
+  export DALLE_KERNELS_SELF_CHECK=once
+  stage doctor-apart 200 "$python" -m dalle_kernels.doctor --no-speed --json "$out/doctor.json"
+}
+fit="$("$python" -m benchmarks fit "$out/doctor.json" 2>>"$out/python.txt")"
+note "to be timed: ${fit:-nothing}"
 # CUDA tensors through every CUDA kernel, CUDA graphs; then Triton's forward and backward.
 stage smoke-cuda 60 "$python" -m pytest -q -m gpu tests/cuda/test_gpu.py
 stage smoke-triton 60 "$python" -m pytest -q -m gpu tests/attention tests/decode -k "triton and not property"

@@ -8,12 +8,15 @@ made to be pasted into an issue. The exit status is 1 where an answer is wrong o
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import platform
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
@@ -31,6 +34,7 @@ class Finding(NamedTuple):
     """What one backend made of one case."""
 
     case: str
+    operation: str
     device: str
     dtype: str
     backend: str
@@ -76,7 +80,10 @@ def examine(device: torch.device, dtypes: Sequence[torch.dtype], speed: bool = T
                 reason = told.refusals.get(backend)
                 serves = backend == told.backend or (reason is not None and reason.startswith("could serve"))
                 name = str(dtype).removeprefix("torch.")
-                seen = Finding(case.name, str(device), name, backend, backend == told.backend, "refused", reason or "")
+                operation = case.function.__name__
+                seen = Finding(
+                    case.name, operation, str(device), name, backend, backend == told.backend, "refused", reason or ""
+                )
                 if serves:
                     try:
                         right, detail = judge(case, case.width, device, dtype, backend)
@@ -181,6 +188,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m dalle_kernels.doctor", description=__doc__.splitlines()[0])
     parser.add_argument("--no-speed", action="store_true", help="answers only")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write what was found there too, for programs to read"
+    )
     asked = parser.parse_args(arguments)
     print("\n".join(environment()), flush=True)
     devices = [torch.device("cpu"), *(torch.device("cuda", index) for index in range(torch.cuda.device_count()))]
@@ -196,6 +206,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print("\n" + "\n".join(table(findings)))
     if not asked.no_speed:
         print("\n" + "\n".join(against_sdpa(device, dtype) for device in devices for dtype in dtypes_of_speed(device)))
+    if asked.json is not None:
+        temporary = asked.json.with_name(f"{asked.json.name}.{os.getpid()}")
+        temporary.write_text(json.dumps([seen._asdict() for seen in findings], indent=1) + "\n")
+        os.replace(temporary, asked.json)
     bad = [seen for seen in findings if seen.bad]
     right = sum(seen.status == "right" for seen in findings)
     print(f"\n{right} answers right, {len(bad)} wrong or failed" + (": please report this table" if bad else ""))

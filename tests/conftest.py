@@ -14,7 +14,7 @@ if not torch.cuda.is_available():
 # torch finds a compiled graph on disk by the operations' names, and hands out one whose backward calls an older schema.
 os.environ.setdefault("TORCHINDUCTOR_AUTOGRAD_CACHE", "0")
 # Tests put their own questions to kernels.
-os.environ.setdefault("DALLE_KERNELS_SELF_CHECK", "off")
+os.environ["DALLE_KERNELS_SELF_CHECK"] = "off"
 # pytest-xdist's processes share the cores; threads of all of them on each core would wait for one another.
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))

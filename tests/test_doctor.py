@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -68,12 +70,17 @@ def test_a_kernel_that_fails_is_found() -> None:
     assert seen.bad
 
 
-def test_a_wrong_answer_is_the_exit_status(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_answer_is_the_exit_status(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     only = [case for case in doctor.all_cases() if case.name == "likelihood"]
     wrong = mock.patch.object(likelihood, "forward", lambda pixels, *_: torch.zeros_like(pixels))
+    found = tmp_path / "found.json"
     with mock.patch.object(doctor, "all_cases", return_value=only), wrong:
-        assert doctor.main(["--no-speed"]) == 1
+        assert doctor.main(["--no-speed", "--json", str(found)]) == 1
     assert "please report this table" in capsys.readouterr().out
+    on_cpu = [seen for seen in json.loads(found.read_text()) if seen["backend"] == "cpu"]
+    assert {seen["status"] for seen in on_cpu} == {"failed"}
+    assert {seen["operation"] for seen in on_cpu} == {"logit_laplace_nll"}
+    assert list(tmp_path.iterdir()) == [found]
 
 
 def test_refusals_are_said_once() -> None:

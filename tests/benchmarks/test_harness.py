@@ -16,6 +16,7 @@ import torch
 
 from benchmarks import against, report
 from benchmarks.__main__ import SUITES, cells_of, main
+from benchmarks.fit import NEEDS, fit
 from benchmarks.harness import (
     ROOT,
     Bench,
@@ -388,3 +389,20 @@ def test_gpu_sh_reads_as_bash_and_says_what_it_wants() -> None:
     done = subprocess.run(["bash", script], capture_output=True, text=True)
     assert done.returncode != 0
     assert "OUTDIR" in done.stderr
+
+
+def test_the_doctor_decides_what_is_timed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def seen(operation: str, backend: str, status: str, device: str = "cuda:0") -> dict[str, str]:
+        return {"operation": operation, "backend": backend, "status": status, "device": device}
+
+    findings = [seen(operation, "triton", "right") for needs in NEEDS.values() for operation in needs]
+    assert fit(findings) == list(NEEDS)
+    findings += [seen("sample_tokens", "triton", "wrong"), seen("sparse_attention", "triton", "failed")]
+    findings += [seen("sparse_attention", "cuda", "right"), seen("vq_lookup", "cuda", "refused")]
+    assert fit(findings) == [suite for suite in NEEDS if suite not in ("sampling", "generation")]
+    assert fit([seen("sample_tokens", "reference", "right"), seen("sample_tokens", "cpu", "right", "cpu")]) == []
+    path = tmp_path / "found.json"
+    path.write_text(json.dumps(findings[:3]))
+    assert main(["fit", str(path)]) == 0
+    assert capsys.readouterr().out == "attention neighborhood decode integrations\n"
+    assert set(NEEDS) == set(SUITES)
