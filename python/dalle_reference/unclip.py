@@ -1,0 +1,345 @@
+"""unCLIP, which is DALL-E 2: from a caption to CLIP's vector of a picture, and from there to the picture
+(Ramesh et al. 2022).
+
+    caption --CLIP--> caption's vector --prior--> picture's vector --decoder--> picture
+
+CLIP's vector of a picture says what it shows, not where each line is: the decoder has to make that up, so one vector
+gives many pictures (variations), and what lies between two vectors gives pictures between two pictures.
+
+The prior comes in the paper's two kinds (section 2.2). Both read the caption's tokens and its vector; dropping both in
+a tenth of the training makes them drawable with classifier-free guidance.
+
+    diffusion        a causal transformer over [caption, caption's vector, time, noised vector, query] whose last output
+                     is the vector without noise; two are drawn, and the one that agrees more with the caption is kept
+    autoregressive   the vector's principal components as tokens, a bucket each, which a `DalleTransformer` with a grid
+                     of one row predicts; a token before the caption says how well vector and caption agree, so that
+                     agreement can be asked for
+
+The decoder too: `DalleTransformer`, given the vector as its `latent`, draws the dVAE's tokens; or `PixelDecoder`, a
+diffusion model, draws the pixels themselves.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dalle_kernels import Causal, MaskPattern, TokenLayout
+from dalle_reference.diffusion import add_noise, sample, time_features
+from dalle_reference.errors import MOST_SIZE, require, require_positive
+from dalle_reference.generate import generate
+from dalle_reference.transformer import LATENT_TOKENS, NO_TOKEN, Block, DalleTransformer, TransformerConfig
+
+
+@dataclass(frozen=True)
+class PriorConfig:
+    """The shape of a prior; the defaults are the demo's."""
+
+    kind: Literal["diffusion", "autoregressive"] = "diffusion"
+    """How the vector is drawn."""
+    embedding: int = 128
+    """Width of CLIP's vectors."""
+    vocab_text: int = 2048
+    """Caption tokens, as CLIP has them."""
+    text_length: int = 32
+    """Most tokens of a caption, as CLIP has it."""
+    layers: int = 4
+    """Blocks."""
+    heads: int = 2
+    """Attention heads."""
+    head_dim: int = 64
+    """Width of one head."""
+    steps: int = 64
+    """diffusion: from noise to vector."""
+    components: int = 32
+    """autoregressive: principal components that are kept."""
+    buckets: int = 32
+    """autoregressive: of each component, and of the agreement with the caption; equally full."""
+
+    def __post_init__(self) -> None:
+        sizes = ("embedding", "vocab_text", "text_length", "layers", "heads", "head_dim", "components")
+        require_positive(self, *sizes, "steps", most=MOST_SIZE)
+        require(self, "2 to 65536", lambda value: 2 <= value <= 65536, "buckets")
+        require(self, f"at most the embedding, {self.embedding}", lambda value: value <= self.embedding, "components")
+        if self.kind not in ("diffusion", "autoregressive"):
+            raise ValueError(f"kind: got {self.kind!r}, wanted 'diffusion' or 'autoregressive'")
+
+
+class DiffusionPrior(nn.Module):
+    """Draws CLIP's vector of a picture for a caption, by diffusion; the module's text explains.
+
+    Vectors are diffused less their mean and in units of their deviation, which `fit` finds.
+    """
+
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(self, config: PriorConfig) -> None:
+        super().__init__()
+        self.config = config
+        blocks = TransformerConfig(layers=config.layers, heads=config.heads, head_dim=config.head_dim)
+        width, length = blocks.width, config.text_length
+        self.register_buffer("mean", torch.zeros(config.embedding))
+        self.register_buffer("deviation", torch.ones(()))
+        # Row vocab_text + p stands where no caption token does.
+        self.text_embedding = nn.Embedding(config.vocab_text + length, width)
+        self.vector_in = nn.Linear(config.embedding, width, bias=False)
+        self.time_in = nn.Linear(width, width)
+        self.noised_in = nn.Linear(config.embedding, width)
+        self.position = nn.Parameter(torch.empty(length + 4, width))
+        causal = Causal(TokenLayout(length + 3, (1, 1)))
+        self.blocks = nn.ModuleList(Block(causal, blocks) for _ in range(config.layers))
+        self.norm = nn.LayerNorm(width)
+        self.out = nn.Linear(width, config.embedding)
+        nn.init.normal_(self.text_embedding.weight, std=0.02)
+        nn.init.normal_(self.position, std=0.02)
+
+    def fit(self, captions: Tensor, pictures: Tensor) -> None:
+        """Takes mean and deviation from training vectors [N, embedding]."""
+        self.mean.copy_(pictures.mean(dim=0))
+        self.deviation.copy_((pictures - self.mean).square().mean().sqrt())
+
+    def predict(self, tokens: Tensor, captions: Tensor, noised: Tensor, t: Tensor) -> Tensor:
+        """The vectors, in the diffusion's units, that `noised` [B, embedding] at t [B] come from."""
+        config = self.config
+        tokens = F.pad(tokens, (0, config.text_length - tokens.shape[1]), value=NO_TOKEN)
+        fillers = torch.arange(config.vocab_text, config.vocab_text + config.text_length, device=tokens.device)
+        text = self.text_embedding(torch.where(tokens < 0, fillers, tokens))
+        said = self.vector_in(captions * config.embedding**0.5)
+        time = self.time_in(time_features(t, text.shape[-1]))
+        query = torch.zeros_like(time)  # has its position alone
+        x = torch.cat([text, torch.stack([said, time, self.noised_in(noised), query], dim=1)], dim=1) + self.position
+        for block in self.blocks:
+            x = block(x)
+        return self.out(self.norm(x[:, -1]))
+
+    def loss(self, tokens: Tensor, captions: Tensor, pictures: Tensor, chance: torch.Generator) -> Tensor:
+        """Mean squared error of the vectors that are predicted from noised ones.
+
+        Args:
+            tokens: int64 [B, n <= text_length], `NO_TOKEN` after a caption's end; all `NO_TOKEN` for none.
+            captions: float32 [B, embedding], CLIP's vectors of them; zeros for none.
+            pictures: float32 [B, embedding], CLIP's vectors of the pictures.
+            chance: for the noise; on the CPU.
+        """
+        x = (pictures - self.mean) / self.deviation
+        t = torch.rand(len(x), generator=chance).to(x.device)
+        noised = add_noise(x, torch.randn(x.shape, generator=chance).to(x.device), t)
+        return F.mse_loss(self.predict(tokens, captions, noised, t).float(), x)
+
+    @torch.no_grad()
+    def draw(
+        self, tokens: Tensor, captions: Tensor, *, seed: int, guidance_scale: float = 1.0, among: int = 2
+    ) -> Tensor:
+        """A picture's vector for each caption, the best of `among`: unit vectors, float32 [B, embedding]."""
+        tokens, many = tokens.repeat(among, 1), captions.repeat(among, 1)
+
+        def predict(x: Tensor, t: Tensor) -> Tensor:
+            told = self.predict(tokens, many, x, t).float()
+            if guidance_scale == 1.0:
+                return told
+            untold = self.predict(torch.full_like(tokens, NO_TOKEN), torch.zeros_like(many), x, t).float()
+            return untold + guidance_scale * (told - untold)
+
+        x = sample(predict, tuple(many.shape), steps=self.config.steps, seed=seed, device=many.device)
+        drawn = F.normalize(self.mean + self.deviation * x, dim=-1).unflatten(0, (among, -1))
+        best = (drawn * captions).sum(dim=-1).argmax(dim=0)
+        return drawn[best, torch.arange(len(captions), device=best.device)]
+
+
+class AutoregressivePrior(nn.Module):
+    """Draws CLIP's vector of a picture for a caption, component by component; the module's text explains.
+
+    The stream is [start, agreement, caption, the caption's vector as four tokens, components, largest first].
+    """
+
+    mean: Tensor
+    axes: Tensor
+    edges: Tensor
+    centres: Tensor
+    agreement_edges: Tensor
+
+    def __init__(self, config: PriorConfig) -> None:
+        super().__init__()
+        self.config = config
+        k, buckets = config.components, config.buckets
+        self.transformer = DalleTransformer(
+            TransformerConfig(
+                vocab_text=config.vocab_text + buckets,
+                text_length=2 + config.text_length + LATENT_TOKENS,
+                grid=(1, k),
+                vocab_image=buckets,
+                layers=config.layers,
+                heads=config.heads,
+                head_dim=config.head_dim,
+                schedule="causal",
+                latent=config.embedding,
+            )
+        )
+        self.register_buffer("mean", torch.zeros(config.embedding))
+        self.register_buffer("axes", torch.zeros(config.embedding, k))
+        self.register_buffer("edges", torch.zeros(k, buckets - 1))
+        self.register_buffer("centres", torch.zeros(k, buckets))
+        self.register_buffer("agreement_edges", torch.zeros(buckets - 1))
+
+    def fit(self, captions: Tensor, pictures: Tensor) -> None:
+        """Finds principal components and buckets of training vectors [N, embedding] of captions and their pictures."""
+        self.mean.copy_(pictures.mean(dim=0))
+        self.axes.copy_(torch.linalg.svd(pictures - self.mean, full_matrices=False).Vh[: self.config.components].T)
+        values = (pictures - self.mean) @ self.axes
+        inner = torch.linspace(0.0, 1.0, self.config.buckets + 1, device=values.device)[1:-1]
+        self.edges.copy_(values.quantile(inner, dim=0).T)
+        self.agreement_edges.copy_((captions * pictures).sum(dim=-1).quantile(inner))
+        chosen = F.one_hot(self.encode(pictures), self.config.buckets).float()  # [N, k, buckets]
+        sums = torch.einsum("nk,nkb->kb", values, chosen)
+        self.centres.copy_(sums / chosen.sum(dim=0).clamp(min=1.0))
+
+    def encode(self, pictures: Tensor) -> Tensor:
+        """Vectors [B, embedding] as tokens int64 [B, components]."""
+        values = ((pictures - self.mean) @ self.axes).T.contiguous()
+        return torch.searchsorted(self.edges, values).T.contiguous()
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Unit vectors [B, embedding] of tokens [B, components]."""
+        values = self.centres.gather(1, tokens.T).T
+        return F.normalize(self.mean + values @ self.axes.T, dim=-1)
+
+    def _prompt(self, tokens: Tensor, agreement: Tensor) -> Tensor:
+        """Captions with the token of their agreement, a bucket int64 [B], before them; where there is one."""
+        first = torch.where((tokens >= 0).any(dim=1), self.config.vocab_text + agreement, NO_TOKEN)
+        return torch.cat([first[:, None], tokens], dim=1)
+
+    def loss(self, tokens: Tensor, captions: Tensor, pictures: Tensor, chance: torch.Generator) -> Tensor:
+        """Cross-entropy; the arguments are those of `DiffusionPrior.loss`, and there is no noise to draw."""
+        agreement = torch.searchsorted(self.agreement_edges, (captions * pictures).sum(dim=-1).contiguous())
+        prompt = self._prompt(tokens, agreement)
+        return self.transformer.loss(prompt, self.encode(pictures), latents=captions).total
+
+    @torch.no_grad()
+    def draw(
+        self, tokens: Tensor, captions: Tensor, *, seed: int, guidance_scale: float = 1.0, among: int = 1
+    ) -> Tensor:
+        """As `DiffusionPrior.draw`; the agreement that is asked for is from the upper half of all."""
+        chance = torch.Generator().manual_seed(seed)
+        upper = torch.randint(self.config.buckets // 2, self.config.buckets, (len(tokens),), generator=chance)
+        prompt = self._prompt(tokens, upper.to(tokens.device))
+        options = {"seed": seed, "number": among, "guidance_scale": guidance_scale}
+        drawn = self.decode(generate(self.transformer, prompt, latents=captions, **options)).unflatten(0, (-1, among))
+        best = (drawn * captions[:, None]).sum(dim=-1).argmax(dim=1)
+        return drawn[torch.arange(len(captions), device=best.device), best]
+
+
+Prior = DiffusionPrior | AutoregressivePrior
+
+
+def make_prior(config: PriorConfig) -> Prior:
+    """A prior of the kind that the configuration says."""
+    return DiffusionPrior(config) if config.kind == "diffusion" else AutoregressivePrior(config)
+
+
+def decoder_config(embedding: int, grid: tuple[int, int], vocab: int, layers: int, heads: int) -> TransformerConfig:
+    """A decoder into the tokens of a dVAE: no caption, the vector in its place."""
+    return TransformerConfig(
+        vocab_text=1,
+        text_length=1 + LATENT_TOKENS,
+        grid=grid,
+        vocab_image=vocab,
+        layers=layers,
+        heads=heads,
+        latent=embedding,
+    )
+
+
+@dataclass(frozen=True)
+class PixelDecoderConfig:
+    """The shape of a `PixelDecoder`; the defaults are the demo's."""
+
+    embedding: int = 128
+    """Width of CLIP's vectors."""
+    resolution: int = 32
+    """Side of the pictures, in pixels."""
+    patch: int = 4
+    """Side of a patch, which is one token."""
+    layers: int = 4
+    """Blocks."""
+    heads: int = 2
+    """Attention heads."""
+    head_dim: int = 64
+    """Width of one head."""
+    steps: int = 64
+    """From noise to picture."""
+
+    def __post_init__(self) -> None:
+        sizes = ("embedding", "resolution", "patch", "layers", "heads", "head_dim", "steps")
+        require_positive(self, *sizes, most=MOST_SIZE)
+        require(self, f"a divisor of the resolution {self.resolution}", lambda p: self.resolution % p == 0, "patch")
+
+
+class PixelDecoder(nn.Module):
+    """Draws a picture of a vector by diffusion in pixels: a transformer over patches that predicts the clean ones.
+
+    The vector is added to the time, and stands before the patches as four tokens (section 2.1).
+    """
+
+    def __init__(self, config: PixelDecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        blocks = TransformerConfig(layers=config.layers, heads=config.heads, head_dim=config.head_dim)
+        width, length = blocks.width, LATENT_TOKENS + (config.resolution // config.patch) ** 2
+        self.patch_in = nn.Conv2d(3, width, config.patch, stride=config.patch)
+        self.vector_in = nn.Linear(config.embedding, LATENT_TOKENS * width, bias=False)
+        self.vector_to_time = nn.Linear(config.embedding, width, bias=False)
+        self.time_in = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+        self.position = nn.Parameter(torch.randn(length, width) * 0.02)
+        everything = MaskPattern(np.ones((length, length), dtype=bool))
+        self.blocks = nn.ModuleList(Block(everything, blocks) for _ in range(config.layers))
+        self.norm = nn.LayerNorm(width)
+        self.out = nn.Linear(width, 3 * config.patch**2)
+
+    def predict(self, vectors: Tensor, noised: Tensor, t: Tensor) -> Tensor:
+        """The pictures in -1..1 that `noised` [B, 3, S, S] at t [B] come from; vectors of zeros are none."""
+        told = vectors * self.config.embedding**0.5
+        patches = self.patch_in(noised).flatten(2).transpose(1, 2)
+        time = self.time_in(time_features(t, patches.shape[-1])) + self.vector_to_time(told)
+        said = self.vector_in(told).unflatten(1, (LATENT_TOKENS, -1))
+        x = torch.cat([said, patches], dim=1) + self.position + time[:, None]
+        for block in self.blocks:
+            x = block(x)
+        pixels = self.out(self.norm(x[:, LATENT_TOKENS:])).transpose(1, 2)
+        return F.fold(pixels.float(), self.config.resolution, self.config.patch, stride=self.config.patch)
+
+    def loss(self, vectors: Tensor, pictures: Tensor, chance: torch.Generator) -> Tensor:
+        """Mean squared error of the pictures [B, 3, S, S] in 0..1 that are predicted from noised ones."""
+        x = 2.0 * pictures - 1.0
+        t = torch.rand(len(x), generator=chance).to(x.device)
+        noised = add_noise(x, torch.randn(x.shape, generator=chance).to(x.device), t)
+        return F.mse_loss(self.predict(vectors, noised, t), x)
+
+    @torch.no_grad()
+    def draw(self, vectors: Tensor, *, seed: int, guidance_scale: float = 1.0) -> Tensor:
+        """Pictures in 0..1 of vectors [B, embedding]: [B, 3, S, S]."""
+
+        def predict(x: Tensor, t: Tensor) -> Tensor:
+            told = self.predict(vectors, x, t)
+            if guidance_scale != 1.0:
+                untold = self.predict(torch.zeros_like(vectors), x, t)
+                told = untold + guidance_scale * (told - untold)
+            return told.clamp(-1.0, 1.0)
+
+        shape = (len(vectors), 3, self.config.resolution, self.config.resolution)
+        x = sample(predict, shape, steps=self.config.steps, seed=seed, device=vectors.device)
+        return (x + 1.0) / 2.0
+
+
+def between(first: Tensor, second: Tensor, steps: int) -> Tensor:
+    """Unit vectors on the arc from one to another [embedding], both included: [steps, embedding] (section 3.2)."""
+    angle = torch.arccos((first * second).sum().clamp(-1.0, 1.0))
+    share = torch.linspace(0.0, 1.0, steps, device=first.device)[:, None]
+    if angle < 1e-4:
+        return F.normalize(torch.lerp(first, second, share), dim=-1)
+    return (((1.0 - share) * angle).sin() * first + (share * angle).sin() * second) / angle.sin()
