@@ -18,17 +18,33 @@ from tqdm import tqdm
 
 from dalle_reference import demo, render, train, train_family, weights
 from dalle_reference.clip import CLIP, caption_tokens
-from dalle_reference.config import CLIP_PRESETS, DVAE_PRESETS, PIXELS_PRESETS, TRANSFORMER_PRESETS
+from dalle_reference.config import (
+    CLIP_PRESETS,
+    DECODER_PRESETS,
+    DVAE_PRESETS,
+    PIXELS_PRESETS,
+    PRIOR_PRESETS,
+    TRANSFORMER_PRESETS,
+)
 from dalle_reference.convert import KINDS, convert
 from dalle_reference.data import MOST_PICTURE_BYTES, decode_picture
 from dalle_reference.errors import UserError, require, require_amount, require_positive, require_seed
 from dalle_reference.evaluate import psnr
 from dalle_reference.files import read_bounded, require_output
 from dalle_reference.generate import generate
-from dalle_reference.load import load_clip, load_dvae, load_pixels, load_transformer
+from dalle_reference.load import (
+    load_clip,
+    load_decoder,
+    load_dvae,
+    load_pixels,
+    load_prior,
+    load_transformer,
+    require_same_clip,
+)
 from dalle_reference.loop import Interrupted, step_generator
 from dalle_reference.parallel import Elsewhere, resolve_device
 from dalle_reference.tokenizer import CaptionTokenizer
+from dalle_reference.unclip import between
 
 _AT_ONCE, _DECODED_AT_ONCE = 256, 16
 """Pictures that are drawn, or judged, at a time; and those that the dVAE decodes, which takes more memory for each."""
@@ -45,6 +61,8 @@ _DVAEChoice: Any = _presets(DVAE_PRESETS)
 _TransformerChoice: Any = _presets(TRANSFORMER_PRESETS)
 _CLIPChoice: Any = _presets(CLIP_PRESETS)
 _PixelsChoice: Any = _presets(PIXELS_PRESETS)
+_PriorChoice: Any = _presets(PRIOR_PRESETS)
+_DecoderChoice: Any = _presets(DECODER_PRESETS)
 _Kind: Any = Literal[KINDS]
 
 
@@ -68,6 +86,16 @@ def _train_pixels(config: _PixelsChoice) -> None:
     _say(f"pixels in {train_family.train_pixels(config)}")
 
 
+def _train_prior(config: _PriorChoice) -> None:
+    """unCLIP's prior: from captions to CLIP's vectors of pictures."""
+    _say(f"prior in {train_family.train_prior(config)}")
+
+
+def _train_decoder(config: _DecoderChoice) -> None:
+    """unCLIP's decoder: from CLIP's vectors to pictures."""
+    _say(f"decoder in {train_family.train_decoder(config)}")
+
+
 @dataclass(frozen=True)
 class GenerateConfig:
     """Draw pictures for captions, or complete one whose top is given."""
@@ -75,7 +103,9 @@ class GenerateConfig:
     captions: tyro.conf.Positional[tuple[str, ...]]
     """What to draw; in any language the model was trained on."""
     model: Path = Path("runs/transformer")
-    """Folder of a stage 2."""
+    """Folder of a stage 2; with --prior that of a train-decoder."""
+    prior: Path | None = None
+    """Folder of a train-prior: captions become CLIP's vectors, and those the pictures (unCLIP)."""
     out: Path = Path("samples.png")
     """The sheet to write."""
     number: int = 4
@@ -105,6 +135,9 @@ class GenerateConfig:
 
     def __post_init__(self) -> None:
         require_positive(self, "number", "top_k", "candidates", "best")
+        for name in ("complete", "top_k", "top_p"):
+            if self.prior is not None and getattr(self, name) is not None:
+                raise ValueError(f"{name}: got {getattr(self, name)} with --prior, whose vectors say nothing of it")
         for name in ("candidates", "best"):
             if getattr(self, name) is not None and self.clip is None:
                 raise ValueError(f"{name}: got {getattr(self, name)} without --clip, which says who chooses")
@@ -134,12 +167,25 @@ def _generate(config: Annotated[GenerateConfig, tyro.conf.arg(name="")]) -> None
         raise UserError("captions: got none, wanted at least one")
     require_output(config.out, ".png")
     device = resolve_device(config.device)
-    model, tokenizer, dvae = load_transformer(config.model, device)
     judge = None if config.clip is None else load_clip(config.clip, device)
+    if judge is not None:
+        for caption in config.captions:
+            _check_caption(caption, judge[1], judge[0].config.text_length - 1, "the judge")
+    drawn = _draw(config, device) if config.prior is None else _draw_of_vectors(config, config.prior, device)
+    if judge is not None:
+        candidates = zip(drawn, config.captions, strict=True)
+        drawn = torch.stack([_best(*judge, pictures, caption, config.kept) for pictures, caption in candidates])
+    captions = [caption for caption in config.captions for _ in range(config.kept)]
+    columns = config.kept if config.kept > 1 else min(8, len(captions))
+    render.sheet(config.out, drawn.flatten(0, 1), captions, columns=columns)
+    print(f"wrote {config.out}")
+
+
+def _draw(config: GenerateConfig, device: torch.device) -> torch.Tensor:
+    """Pictures of each caption by DALL-E: [captions, drawn, 3, S, S] in 0..1."""
+    model, tokenizer, dvae = load_transformer(config.model, device)
     for caption in config.captions:
         _check_caption(caption, tokenizer, model.config.caption_length)
-        if judge is not None:
-            _check_caption(caption, judge[1], judge[0].config.text_length - 1, "the judge")
     text = tokenizer.encode(config.captions, model.config.caption_length).to(device)
     prefix = None
     if config.complete is not None:
@@ -165,14 +211,25 @@ def _generate(config: Annotated[GenerateConfig, tyro.conf.arg(name="")]) -> None
         )
         pictures = [dvae.decode(some) for some in tokens.unflatten(1, model.config.grid).split(_DECODED_AT_ONCE)]
         parts.append(torch.cat(pictures).unflatten(0, (len(text), -1)))
-    drawn = torch.cat(parts, dim=1)
-    if judge is not None:
-        candidates = zip(drawn, config.captions, strict=True)
-        drawn = torch.stack([_best(*judge, pictures, caption, config.kept) for pictures, caption in candidates])
-    captions = [caption for caption in config.captions for _ in range(config.kept)]
-    columns = config.kept if config.kept > 1 else min(8, len(captions))
-    render.sheet(config.out, drawn.flatten(0, 1), captions, columns=columns)
-    print(f"wrote {config.out}")
+    return torch.cat(parts, dim=1)
+
+
+def _draw_of_vectors(config: GenerateConfig, prior_run: Path, device: torch.device) -> torch.Tensor:
+    """Pictures of each caption by unCLIP, each of a vector of its own: [captions, drawn, 3, S, S] in 0..1."""
+    prior, clip, tokenizer = load_prior(prior_run, device)
+    decoder, its_clip = load_decoder(config.model, device, config.temperature)
+    require_same_clip(clip, its_clip, config.model)
+    for caption in config.captions:
+        _check_caption(caption, tokenizer, clip.config.text_length - 1)
+    texts = [caption for caption in config.captions for _ in range(config.drawn)]
+    parts = []
+    for start in range(0, len(texts), _AT_ONCE):
+        some = texts[start : start + _AT_ONCE]
+        tokens = caption_tokens(some, tokenizer, clip.config).to(device)
+        seeds = step_generator(config.seed, start).integers(2**63, size=2).tolist()
+        vectors = prior.draw(tokens, train_family.caption_vectors(clip, tokenizer, some), seed=seeds[0])
+        parts.append(decoder.draw(vectors, seed=seeds[1], guidance_scale=config.guidance_scale))
+    return torch.cat(parts).unflatten(0, (len(config.captions), config.drawn))
 
 
 @torch.no_grad()
@@ -304,6 +361,105 @@ def _complete(config: Annotated[CompleteConfig, tyro.conf.arg(name="")]) -> None
     print(f"wrote {config.out}")
 
 
+@dataclass(frozen=True)
+class VariationsConfig:
+    """Draw other pictures that show what a picture shows."""
+
+    pictures: tyro.conf.Positional[tuple[Path, ...]]
+    """Picture files."""
+    model: Path = Path("runs/decoder")
+    """Folder of a train-decoder."""
+    out: Path = Path("variations.png")
+    """The sheet to write: in each row a picture, and its variations."""
+    number: int = 6
+    """Variations of each picture."""
+    seed: int = 0
+    """The same seed gives the same variations."""
+    temperature: float = 0.4
+    """Of tokens: below 1 likelier ones, 0 the likeliest."""
+    guidance_scale: float = 1.5
+    """Classifier-free guidance; 1 is none."""
+    device: str = "auto"
+    """cpu, cuda, or auto."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "number")
+        require_amount(self, "temperature")
+        require_seed(self)
+        require(self, "a finite number", math.isfinite, "guidance_scale")
+
+
+def _variations(config: Annotated[VariationsConfig, tyro.conf.arg(name="")]) -> None:
+    """Draw other pictures that show what a picture shows: unCLIP's decoder on CLIP's vector of it."""
+    if not config.pictures:
+        raise UserError("pictures: got none, wanted at least one file")
+    require_output(config.out, ".png")
+    decoder, clip = load_decoder(config.model, resolve_device(config.device), config.temperature)
+    pictures = torch.stack([_read_picture(path, clip.config.resolution) for path in config.pictures])
+    train_family.variation_sheet(
+        config.out,
+        decoder,
+        pictures,
+        train_family.picture_vectors(clip, pictures),
+        number=config.number,
+        seed=config.seed,
+        guidance_scale=config.guidance_scale,
+    )
+    print(f"wrote {config.out}")
+
+
+@dataclass(frozen=True)
+class InterpolateConfig:
+    """Draw pictures on the way from one picture to another."""
+
+    first: tyro.conf.Positional[Path]
+    """A picture file."""
+    second: tyro.conf.Positional[Path]
+    """Another one."""
+    model: Path = Path("runs/decoder")
+    """Folder of a train-decoder."""
+    out: Path = Path("interpolation.png")
+    """The sheet to write: rows of pictures, each row of the same noise."""
+    steps: int = 8
+    """Pictures on the way, both ends included."""
+    rows: int = 3
+    """Ways with other noise."""
+    seed: int = 0
+    """The same seed gives the same pictures."""
+    temperature: float = 0.4
+    """Of tokens: below 1 likelier ones, 0 the likeliest."""
+    guidance_scale: float = 1.5
+    """Classifier-free guidance; 1 is none."""
+    device: str = "auto"
+    """cpu, cuda, or auto."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "steps", "rows")
+        require_amount(self, "temperature")
+        require_seed(self)
+        require(self, "a finite number", math.isfinite, "guidance_scale")
+
+
+def _interpolate(config: Annotated[InterpolateConfig, tyro.conf.arg(name="")]) -> None:
+    """Draw pictures on the way from one picture to another: unCLIP's decoder on the arc between their vectors."""
+    require_output(config.out, ".png")
+    decoder, clip = load_decoder(config.model, resolve_device(config.device), config.temperature)
+    ends = torch.stack([_read_picture(path, clip.config.resolution) for path in (config.first, config.second)])
+    first, second = train_family.picture_vectors(clip, ends)
+    way = between(first, second, config.steps)
+    rows = []
+    for row in range(config.rows):
+        seed = int(step_generator(config.seed, row).integers(2**63))
+        same = [decoder.draw(vector[None], seed=seed, guidance_scale=config.guidance_scale) for vector in way]
+        rows.append(torch.cat(same).cpu())
+    side = rows[0].shape[-1]
+    shown = torch.stack([_read_picture(path, side) for path in (config.first, config.second)]).float() / 255.0
+    drawn = [image for row in rows for image in (shown[0], *row, shown[1])]
+    captions = [config.first.name, *[""] * config.steps, config.second.name] * config.rows
+    render.sheet(config.out, drawn, captions, columns=config.steps + 2)
+    print(f"wrote {config.out}")
+
+
 def _read_picture(path: Path, resolution: int) -> torch.Tensor:
     return decode_picture(read_bounded(path, MOST_PICTURE_BYTES), resolution, str(path))
 
@@ -364,8 +520,12 @@ _COMMANDS = {
     "train-transformer": _train_transformer,
     "train-clip": _train_clip,
     "train-pixels": _train_pixels,
+    "train-prior": _train_prior,
+    "train-decoder": _train_decoder,
     "generate": _generate,
     "complete": _complete,
+    "variations": _variations,
+    "interpolate": _interpolate,
     "classify": _classify,
     "reconstruct": _reconstruct,
     "convert": _convert,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from dalle_reference import clip, dvae, pixels, transformer
+from dalle_reference import clip, dvae, pixels, transformer, unclip
 from dalle_reference.errors import require, require_amount, require_positive, require_seed, require_share
 
 
@@ -70,7 +70,7 @@ class RunConfig:
 
 
 # These change nothing in the sequence of losses (but for rounding), so a run may go on with others than it began with.
-_FREE = ("out", "dvae", "log_every", "save_every", "draw_every", "resume", "cache", "accumulate")
+_FREE = ("out", "dvae", "clip_run", "log_every", "save_every", "draw_every", "resume", "cache", "accumulate")
 
 
 @dataclass(frozen=True)
@@ -164,6 +164,70 @@ class TrainPixelsConfig:
     run: RunConfig
     model: pixels.PixelConfig = pixels.PRESETS["bytes"]
     data: DataConfig = field(default_factory=DataConfig)
+
+
+@dataclass(frozen=True)
+class TrainPriorConfig:
+    """unCLIP's prior: from captions to CLIP's vectors of pictures."""
+
+    run: RunConfig
+    clip_run: Path
+    """Folder of a train-clip."""
+    model: unclip.PriorConfig = unclip.PRIORS["diffusion"]
+    data: DataConfig = field(default_factory=DataConfig)
+    bpe_dropout: float = 0.1
+    """Probability with which a merge of the byte-pair encoding is left out, in training."""
+    caption_dropout: float = 0.1
+    """Probability with which caption and vector are replaced by none, for classifier-free guidance."""
+
+    def __post_init__(self) -> None:
+        require_share(self, "bpe_dropout", "caption_dropout")
+
+
+@dataclass(frozen=True)
+class TrainDecoderConfig:
+    """unCLIP's decoder into a dVAE's tokens."""
+
+    run: RunConfig
+    clip_run: Path
+    """Folder of a train-clip."""
+    dvae: Path
+    """Folder of a finished stage 1, or a file of converted weights."""
+    model: transformer.TransformerConfig = unclip.TOKEN_DECODER
+    data: DataConfig = field(default_factory=DataConfig)
+    one_per_concept: bool = False
+    """Keep only the first picture of each concept (for OpenMoji: leave out the variants by skin tone)."""
+    pictures: int | None = None
+    """Train on this many captioned pictures, taken evenly; all where not given."""
+    vector_dropout: float = 0.1
+    """Probability with which the vector is replaced by none, for classifier-free guidance."""
+    cell_dropout: float = 0.0
+    """Largest share of a picture's tokens that are hidden from the stream, and predicted all the same."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "pictures")
+        require_share(self, "vector_dropout", "cell_dropout")
+
+
+@dataclass(frozen=True)
+class TrainPixelDecoderConfig:
+    """unCLIP's decoder into pixels."""
+
+    run: RunConfig
+    clip_run: Path
+    """Folder of a train-clip."""
+    model: unclip.PixelDecoderConfig = unclip.PIXEL_DECODERS["demo"]
+    data: DataConfig = field(default_factory=DataConfig)
+    one_per_concept: bool = False
+    """Keep only the first picture of each concept (for OpenMoji: leave out the variants by skin tone)."""
+    pictures: int | None = None
+    """Train on this many captioned pictures, taken evenly; all where not given."""
+    vector_dropout: float = 0.1
+    """Probability with which the vector is replaced by none, for classifier-free guidance."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "pictures")
+        require_share(self, "vector_dropout")
 
 
 def to_json(config: Any) -> dict[str, Any]:
@@ -342,6 +406,55 @@ PIXELS_PRESETS: dict[str, tuple[str, TrainPixelsConfig]] = {
                 average=0.999,
             ),
             pixels.PRESETS["image-gpt"],
+        ),
+    ),
+}
+
+PRIOR_PRESETS: dict[str, tuple[str, TrainPriorConfig]] = {
+    name: (
+        description,
+        TrainPriorConfig(
+            _run(
+                "runs/prior",
+                steps=3000,
+                batch=64,
+                learning_rate=1e-3,
+                warm_up_steps=100,
+                beta2=0.96,
+                weight_decay=6e-2,
+            ),
+            Path("runs/clip"),
+            unclip.PRIORS[name],
+        ),
+    )
+    for name, description in (
+        ("diffusion", "CLIP's vector by diffusion, 4 layers of 2 x 64; minutes on a CPU"),
+        ("autoregressive", "CLIP's vector by principal components, 4 layers of 2 x 64; minutes on a CPU"),
+    )
+}
+
+DECODER_PRESETS: dict[str, tuple[str, TrainDecoderConfig | TrainPixelDecoderConfig]] = {
+    "tokens": (
+        "into the demo dVAE's 12 x 12 tokens, 4 layers of 2 x 64; minutes on a CPU",
+        TrainDecoderConfig(
+            _run("runs/decoder", steps=3000, batch=16, learning_rate=3e-3, beta2=0.96, weight_decay=4.5e-2),
+            Path("runs/clip"),
+            Path("runs/dvae"),
+            one_per_concept=True,
+            pictures=300,
+            cell_dropout=1.0,
+        ),
+    ),
+    "pixels": (
+        "into 32 x 32 pixels by diffusion, 4 layers of 2 x 64; minutes on a CPU",
+        TrainPixelDecoderConfig(_run("runs/decoder", steps=3000, batch=32, learning_rate=1e-3), Path("runs/clip")),
+    ),
+    "pixels-large": (
+        "into 64 x 64 pixels by diffusion, 12 layers of 8 x 64; hours on a GPU",
+        TrainPixelDecoderConfig(
+            _run("runs/decoder", steps=200_000, batch=128, learning_rate=3e-4, warm_up_steps=1000, average=0.9995),
+            Path("runs/clip"),
+            unclip.PIXEL_DECODERS["large"],
         ),
     ),
 }

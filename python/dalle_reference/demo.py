@@ -185,7 +185,7 @@ def _samples(
 ) -> dict[str, Any]:
     """Draws pictures of 64 captions, a quarter in each language; writes samples.png; measures the retrieval."""
     device = next(model.parameters()).device
-    training = train.select_training(stage_2, dvae.config)
+    training = train.select_training(stage_2, dvae.config.resolution)
     gallery = train.tokenize_pictures(dvae, training.images)
     named = [i for i, record in enumerate(training.records) if set(LANGUAGES) <= record.captions.keys()]
     chosen = np.random.default_rng(_SEED).choice(named, size=min(_ASKED, len(named)), replace=False)

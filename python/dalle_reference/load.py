@@ -15,6 +15,7 @@ from dalle_reference.errors import UserError
 from dalle_reference.pixels import PixelConfig, PixelTransformer
 from dalle_reference.tokenizer import CaptionTokenizer
 from dalle_reference.transformer import DalleTransformer, TransformerConfig
+from dalle_reference.unclip import PixelDecoder, PixelDecoderConfig, Prior, PriorConfig, TokenDecoder, make_prior
 
 
 def load_dvae(run: Path, device: torch.device) -> DiscreteVAE:
@@ -77,6 +78,41 @@ def load_pixels(run: Path, device: torch.device) -> PixelTransformer:
         UserError: as `load_transformer`.
     """
     return _load(run, "pixels", PixelTransformer, PixelConfig, device)
+
+
+def load_prior(run: Path, device: torch.device) -> tuple[Prior, CLIP, CaptionTokenizer]:
+    """A prior, with the CLIP whose vectors it draws.
+
+    Raises:
+        UserError: as `load_transformer`.
+    """
+    prior = _load(run, "prior", make_prior, PriorConfig, device)
+    clip, tokenizer = load_clip(run / "clip", device)
+    return prior, clip, tokenizer
+
+
+def load_decoder(run: Path, device: torch.device, temperature: float = 0.4) -> tuple[TokenDecoder | PixelDecoder, CLIP]:
+    """A decoder, with the CLIP whose vectors it takes; `temperature` is that of tokens.
+
+    Raises:
+        UserError: as `load_transformer`.
+    """
+    clip, _ = load_clip(run / "clip", device)
+    if not (run / "dvae").exists():
+        return _load(run, "decoder", PixelDecoder, PixelDecoderConfig, device), clip
+    transformer, dvae = (
+        _load(run, "decoder", DalleTransformer, TransformerConfig, device),
+        load_dvae(run / "dvae", device),
+    )
+    require_grid(transformer.config, dvae.config, run / "dvae")
+    return TokenDecoder(transformer, dvae, temperature), clip
+
+
+def require_same_clip(first: CLIP, second: CLIP, where: Path) -> None:
+    """Raises UserError unless the CLIP that was found at `where` gives the vectors that another one does."""
+    ours, theirs = first.state_dict(), second.state_dict()
+    if first.config != second.config or not all(torch.equal(ours[name], theirs[name]) for name in ours):
+        raise UserError(f"{where}: was trained with another CLIP than the prior")
 
 
 def require_grid(model: TransformerConfig, dvae: DVAEConfig, where: Path) -> None:

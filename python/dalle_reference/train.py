@@ -12,9 +12,16 @@ import torch
 from dalle_kernels.nn import VectorQuantizer
 from dalle_reference import checkpoint, render, schedules
 from dalle_reference.clip import CLIP, CLIPLoss, caption_tokens
-from dalle_reference.config import TrainCLIPConfig, TrainDVAEConfig, TrainTransformerConfig, to_json
+from dalle_reference.config import (
+    TrainCLIPConfig,
+    TrainDecoderConfig,
+    TrainDVAEConfig,
+    TrainPixelDecoderConfig,
+    TrainTransformerConfig,
+    to_json,
+)
 from dalle_reference.data import PictureSet, load_pictures
-from dalle_reference.dvae import DiscreteVAE, DVAEConfig, DVAEOutput
+from dalle_reference.dvae import DiscreteVAE, DVAEOutput
 from dalle_reference.errors import UserError
 from dalle_reference.evaluate import codebook_use, psnr
 from dalle_reference.generate import generate
@@ -108,13 +115,13 @@ def train_transformer(config: TrainTransformerConfig, world: World) -> Path:
     dvae_source = kept_dvae if run_config.resume else config.dvae
     dvae = world.main_first(lambda: load_dvae(dvae_source, device))
     require_grid(config.model, dvae.config, dvae_source)
-    training = world.main_first(lambda: select_training(config, dvae.config))
+    training = world.main_first(lambda: select_training(config, dvae.config.resolution))
     tokens = tokenize_pictures(dvae, training.images, world)
     captions = [list(record.captions.values()) for record in training.records]
 
     def begin() -> None:
         _learn_tokens(captions, config.model.vocab_text, kept_tokenizer)
-        _keep_dvae(config.dvae, kept_dvae)
+        keep_checkpoint(config.dvae, kept_dvae, "dvae")
 
     if not run_config.resume:
         world.first(begin)
@@ -243,9 +250,11 @@ def name_pictures(model: CLIP, tokenizer: CaptionTokenizer, pictures: PictureSet
     return shares
 
 
-def select_training(config: TrainTransformerConfig, dvae: DVAEConfig) -> PictureSet:
-    """The captioned pictures that stage 2 trains on."""
-    pictures = load_pictures(config.data.source, dvae.resolution, config.run.cache)
+def select_training(
+    config: TrainTransformerConfig | TrainDecoderConfig | TrainPixelDecoderConfig, resolution: int
+) -> PictureSet:
+    """The captioned pictures that stage 2, or a decoder, trains on."""
+    pictures = load_pictures(config.data.source, resolution, config.run.cache)
     training, _ = pictures.captioned().split(config.data.held_out)
     require_pictures(training, f"{config.data.source}, with captions")
     if config.one_per_concept:
@@ -286,15 +295,15 @@ def require_pictures(pictures: PictureSet, source: str) -> None:
         raise UserError(f"{source}: no pictures to train on")
 
 
-def _keep_dvae(source: Path, target: Path) -> None:
-    """A copy of the dVAE's checkpoint beside the transformer, so that the pair cannot come apart."""
-    if target.exists() and {entry.name for entry in target.iterdir()} - {"checkpoints"}:
-        raise UserError(f"{target}: is in the way, the dVAE's copy goes there; choose another --out")
-    newest = checkpoint.load(source, "dvae")
+def keep_checkpoint(source: Path, target: Path, kind: str) -> None:
+    """A copy of another model's checkpoint beside the one that needs it, so that the pair cannot come apart."""
+    if target.exists() and {entry.name for entry in target.iterdir()} - {"checkpoints", "tokenizer.json"}:
+        raise UserError(f"{target}: is in the way, the {kind}'s copy goes there; choose another --out")
+    newest = checkpoint.load(source, kind)
     tensors = {f"ema.{name}": value for name, value in newest.group("ema").items()}
     if target.exists():
         shutil.rmtree(target)
-    checkpoint.save(target, "dvae", newest.step, newest.config, tensors)
+    checkpoint.save(target, kind, newest.step, newest.config, tensors)
 
 
 def means(world: World, outputs: list[Any], *names: str) -> dict[str, float]:

@@ -1,22 +1,40 @@
-"""The relatives of DALL-E: a transformer of pixels."""
+"""The relatives of DALL-E: a transformer of pixels, and unCLIP's priors and decoders."""
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 
 from dalle_reference import render
-from dalle_reference.config import TrainPixelsConfig, to_json
+from dalle_reference.clip import CLIP, caption_tokens
+from dalle_reference.config import (
+    TrainDecoderConfig,
+    TrainPixelDecoderConfig,
+    TrainPixelsConfig,
+    TrainPriorConfig,
+    to_json,
+)
 from dalle_reference.data import PictureSet, load_pictures
-from dalle_reference.loop import Run, alone_in_its_folder, batch_indices
+from dalle_reference.errors import UserError
+from dalle_reference.load import load_clip, load_dvae, require_grid
+from dalle_reference.loop import Run, alone_in_its_folder, batch_indices, sample_generator
 from dalle_reference.parallel import World
 from dalle_reference.pixels import PixelTransformer, bits_per_dimension, fit_palette
-from dalle_reference.train import require_pictures
+from dalle_reference.tokenizer import CaptionTokenizer
+from dalle_reference.train import hide_cells, keep_checkpoint, require_pictures, select_training, tokenize_pictures
+from dalle_reference.transformer import NO_TOKEN, DalleTransformer
+from dalle_reference.unclip import PixelDecoder, Prior, TokenDecoder, make_prior
 
 _SHOWN, _WAYS = 6, 4
-"""Pictures that are completed as a run goes on, and how often each."""
+"""Pictures that are completed, or varied, as a run goes on, and how often each."""
+_AT_ONCE = 128
+"""Pictures or captions that CLIP reads at a time."""
 
 
 @alone_in_its_folder
@@ -103,3 +121,256 @@ def completion_sheet(
     shown = torch.cat([given[:, None] / 255.0, drawn, pictures[:, None] / 255.0], dim=1)
     captions = ["given", *[""] * number, "the picture"] * len(pictures)
     render.sheet(path, shown.flatten(0, 1), captions, columns=number + 2, heading=heading, footer=footer)
+
+
+@alone_in_its_folder
+def train_prior(config: TrainPriorConfig, world: World) -> Path:
+    """Trains a prior and returns its folder, which holds its CLIP too.
+
+    Raises:
+        UserError: for faults in the data, the folders or the checkpoints.
+        Interrupted: when asked to stop; the state is saved.
+    """
+    run_config, kept = config.run, config.run.out / "clip"
+    device = world.device
+    source = kept if run_config.resume else config.clip_run
+    clip, tokenizer = world.main_first(lambda: load_clip(source, device))
+    wanted = (clip.config.embedding, clip.config.vocab_text, clip.config.text_length)
+    if (config.model.embedding, config.model.vocab_text, config.model.text_length) != wanted:
+        raise UserError(
+            f"{source}: this CLIP has --embedding {wanted[0]} --vocab-text {wanted[1]} --text-length {wanted[2]},"
+            f" the prior {config.model.embedding}, {config.model.vocab_text} and {config.model.text_length}"
+        )
+    pictures = world.main_first(lambda: load_pictures(config.data.source, clip.config.resolution, run_config.cache))
+    training, held_out = pictures.captioned().split(config.data.held_out)
+    require_pictures(training, f"{config.data.source}, with captions")
+    captions = [list(record.captions.values()) for record in training.records]
+    first = np.cumsum([0, *map(len, captions[:-1])])
+    said = caption_vectors(clip, tokenizer, [text for texts in captions for text in texts])
+    shown = picture_vectors(clip, training.images)
+    if not run_config.resume:
+        world.first(lambda: keep_clip(config.clip_run, kept))
+    torch.manual_seed(run_config.seed)
+    model = make_prior(config.model).to(device)
+    model.fit(said, shown.repeat_interleave(torch.tensor([len(texts) for texts in captions], device=device), 0))
+
+    def prepare(step: int, parts: list[range]) -> list[tuple[Any, ...]]:
+        chosen = batch_indices(step, run_config.batch, len(training), run_config.seed)
+
+        def sample(place: int) -> tuple[torch.Tensor, ...]:
+            chance = sample_generator(run_config.seed, step, place)
+            picture = int(chosen[place])
+            which = int(chance.integers(len(captions[picture])))
+            tokens = caption_tokens([captions[picture][which]], tokenizer, clip.config, config.bpe_dropout, chance)
+            vector = said[first[picture] + which]
+            if chance.random() < config.caption_dropout:
+                tokens.fill_(NO_TOKEN)
+                vector = torch.zeros_like(vector)
+            return tokens[0].to(device), vector, shown[picture], *_noise(chance, (clip.config.embedding,), device)
+
+        return [tuple(torch.stack(rows) for rows in zip(*map(sample, part), strict=True)) for part in parts]
+
+    def objective(model: Prior, *arguments: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return model.loss(*arguments), None
+
+    def draw(step: int, board: Any) -> None:
+        judged = held_out if len(held_out) else training
+        figures = prior_cosines(run.average.module, clip, tokenizer, judged, shown.mean(dim=0), run_config.seed)
+        for name, value in figures.items():
+            board.add_scalar(f"cosine/{name}", value, step)
+
+    run: Run[Any] = Run(run_config, "prior", model, objective, to_json(config), world)
+    run.train(prepare, lambda step, outputs: {}, draw)
+    return run_config.out
+
+
+def _noise(
+    chance: np.random.Generator, shape: tuple[int, ...], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a diffusion's loss draws for one sample: the time, and noise of `shape`."""
+    t = torch.tensor(chance.random(), dtype=torch.float32)
+    return t.to(device), torch.from_numpy(chance.standard_normal(shape, dtype=np.float32)).to(device)
+
+
+@torch.no_grad()
+def prior_cosines(
+    prior: Prior, clip: CLIP, tokenizer: CaptionTokenizer, pictures: PictureSet, mean: torch.Tensor, seed: int
+) -> dict[str, float]:
+    """Mean cosine to CLIP's vectors of pictures, one a concept, of what may stand for them.
+
+    That is: what the prior draws for a caption, in each language in turn; the better of two of its draws by the
+    caption; the caption's own vector; and `mean`, that of the training pictures' vectors.
+    """
+    pictures = pictures.one_per_concept()
+    captions = [list(record.captions.values()) for record in pictures.records]
+    texts = [some[number % len(some)] for number, some in enumerate(captions)]
+    tokens = caption_tokens(texts, tokenizer, clip.config).to(mean.device)
+    said, shown = caption_vectors(clip, tokenizer, texts), picture_vectors(clip, pictures.images)
+    guesses = {
+        "one draw": prior.draw(tokens, said, seed=seed, among=1),
+        "best of two": prior.draw(tokens, said, seed=seed, among=2),
+        "caption": said,
+        "mean": F.normalize(mean, dim=0).expand_as(shown),
+    }
+    return {name: float((guess * shown).sum(dim=-1).mean()) for name, guess in guesses.items()}
+
+
+@alone_in_its_folder
+def train_decoder(config: TrainDecoderConfig | TrainPixelDecoderConfig, world: World) -> Path:
+    """Trains a decoder, into tokens or into pixels, and returns its folder, which holds its CLIP (and its dVAE) too.
+
+    Raises:
+        UserError: for faults in the data, the folders or the checkpoints.
+        Interrupted: when asked to stop; the state is saved.
+    """
+    if isinstance(config, TrainDecoderConfig):
+        return _train_token_decoder(config, world)
+    run_config, model_config, device = config.run, config.model, world.device
+    training, shown = _vectors_to_decode(config, model_config.resolution, model_config.embedding, world)
+    torch.manual_seed(run_config.seed)
+    model = PixelDecoder(model_config).to(device)
+
+    def prepare(step: int, parts: list[range]) -> list[tuple[Any, ...]]:
+        chosen = batch_indices(step, run_config.batch, len(training), run_config.seed)
+
+        def sample(place: int) -> tuple[torch.Tensor, ...]:
+            chance = sample_generator(run_config.seed, step, place)
+            picture = int(chosen[place])
+            vector = shown[picture] * float(chance.random() >= config.vector_dropout)
+            image = training.images[picture].to(device).float() / 255.0
+            return vector, image, *_noise(chance, tuple(image.shape), device)
+
+        return [tuple(torch.stack(rows) for rows in zip(*map(sample, part), strict=True)) for part in parts]
+
+    def objective(model: PixelDecoder, *arguments: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return model.loss(*arguments), None
+
+    def draw(step: int, board: Any) -> None:
+        _draw_variations(config, step, run.average.module, training, shown)
+
+    run = Run(run_config, "decoder", model, objective, to_json(config), world)
+    run.train(prepare, lambda step, outputs: {}, draw)
+    return run_config.out
+
+
+def _train_token_decoder(config: TrainDecoderConfig, world: World) -> Path:
+    run_config, model_config, device = config.run, config.model, world.device
+    kept = run_config.out / "dvae"
+    source = kept if run_config.resume else config.dvae
+    dvae = world.main_first(lambda: load_dvae(source, device))
+    require_grid(model_config, dvae.config, source)
+    training, shown = _vectors_to_decode(config, dvae.config.resolution, model_config.latent, world)
+    tokens = tokenize_pictures(dvae, training.images, world)
+    if not run_config.resume:
+        world.first(lambda: keep_checkpoint(config.dvae, kept, "dvae"))
+    torch.manual_seed(run_config.seed)
+    model = DalleTransformer(model_config).to(device)
+
+    def prepare(step: int, parts: list[range]) -> list[tuple[Any, ...]]:
+        chosen = batch_indices(step, run_config.batch, len(training), run_config.seed)
+
+        def sample(place: int) -> tuple[torch.Tensor, ...]:
+            chance = sample_generator(run_config.seed, step, place)
+            picture = int(chosen[place])
+            cells = tokens[picture : picture + 1]
+            seen = hide_cells(cells, config.cell_dropout, chance)
+            vector = shown[picture] * float(chance.random() >= config.vector_dropout)
+            return cells[0].to(device), seen[0].to(device), vector
+
+        return [tuple(torch.stack(rows) for rows in zip(*map(sample, part), strict=True)) for part in parts]
+
+    def objective(
+        model: DalleTransformer, cells: torch.Tensor, seen: torch.Tensor, vectors: torch.Tensor
+    ) -> tuple[torch.Tensor, None]:
+        return model.loss(cells.new_empty(len(cells), 0), cells, seen=seen, latents=vectors).total, None
+
+    def draw(step: int, board: Any) -> None:
+        decoder = TokenDecoder(run.average.module, dvae, temperature=0.4)
+        _draw_variations(config, step, decoder, training, shown)
+
+    run = Run(run_config, "decoder", model, objective, to_json(config), world)
+    run.train(prepare, lambda step, outputs: {}, draw)
+    return run_config.out
+
+
+def _vectors_to_decode(
+    config: TrainDecoderConfig | TrainPixelDecoderConfig, resolution: int, embedding: int, world: World
+) -> tuple[PictureSet, torch.Tensor]:
+    """The pictures to train on, and the vectors of a CLIP of which the folder keeps a copy."""
+    kept = config.run.out / "clip"
+    source = kept if config.run.resume else config.clip_run
+    clip, _ = world.main_first(lambda: load_clip(source, world.device))
+    if embedding != clip.config.embedding:
+        option = "--latent" if isinstance(config, TrainDecoderConfig) else "--embedding"
+        raise UserError(f"{source}: its vectors are {option} {clip.config.embedding}, the decoder's {embedding}")
+    training = world.main_first(lambda: select_training(config, resolution))
+    seen = world.main_first(lambda: select_training(config, clip.config.resolution))
+    if not config.run.resume:
+        world.first(lambda: keep_clip(config.clip_run, kept))
+    return training, picture_vectors(clip, seen.images)
+
+
+def _draw_variations(
+    config: TrainDecoderConfig | TrainPixelDecoderConfig,
+    step: int,
+    decoder: TokenDecoder | PixelDecoder,
+    training: PictureSet,
+    vectors: torch.Tensor,
+) -> None:
+    which = torch.linspace(0, len(training) - 1, min(_SHOWN, len(training))).long()
+    variation_sheet(
+        config.run.out / "pictures" / f"variations-{step:08d}.png",
+        decoder,
+        training.images[which],
+        vectors[which.to(vectors.device)],
+        number=_WAYS,
+        seed=config.run.seed,
+        heading=f"step {step}: pictures of training, and what is drawn of their vectors",
+        footer=training.credit,
+    )
+
+
+def variation_sheet(
+    path: Path,
+    decoder: TokenDecoder | PixelDecoder,
+    pictures: torch.Tensor,
+    vectors: torch.Tensor,
+    *,
+    number: int,
+    seed: int,
+    guidance_scale: float = 1.0,
+    heading: str = "",
+    footer: str = "",
+) -> None:
+    """Writes a sheet: in each row a picture, and `number` others that are drawn of its vector.
+
+    Args:
+        pictures: uint8 [B, 3, S, S].
+        vectors: [B, embedding], CLIP's of them.
+    """
+    drawn = decoder.draw(vectors.repeat_interleave(number, 0), seed=seed, guidance_scale=guidance_scale)
+    rows = zip(pictures, drawn.cpu().unflatten(0, (len(pictures), number)), strict=True)
+    shown = [image for picture, others in rows for image in (picture.cpu(), *others)]
+    captions = ["the picture", *[""] * number] * len(pictures)
+    render.sheet(path, shown, captions, columns=number + 1, heading=heading, footer=footer)
+
+
+@torch.no_grad()
+def picture_vectors(clip: CLIP, images: torch.Tensor) -> torch.Tensor:
+    """CLIP's vectors of pictures uint8 [N, 3, S, S], on its device: float32 [N, embedding]."""
+    device = clip.log_scale.device
+    parts = images.split(_AT_ONCE)
+    return torch.cat([clip.encode_pictures(part.to(device).float() / 255.0) for part in parts])
+
+
+@torch.no_grad()
+def caption_vectors(clip: CLIP, tokenizer: CaptionTokenizer, texts: Sequence[str]) -> torch.Tensor:
+    """CLIP's vectors of captions, on its device: float32 [N, embedding]."""
+    tokens = caption_tokens(texts, tokenizer, clip.config).to(clip.log_scale.device)
+    return torch.cat([clip.encode_captions(part) for part in tokens.split(_AT_ONCE)])
+
+
+def keep_clip(source: Path, target: Path) -> None:
+    """A copy of a CLIP and its tokenizer beside the model that needs them."""
+    keep_checkpoint(source, target, "clip")
+    shutil.copyfile(source / "tokenizer.json", target / "tokenizer.json")

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from dalle_kernels import Causal, MaskPattern, TokenLayout
 from dalle_reference.diffusion import add_noise, sample, time_features
+from dalle_reference.dvae import DiscreteVAE
 from dalle_reference.errors import MOST_SIZE, require, require_positive
 from dalle_reference.generate import generate
 from dalle_reference.transformer import LATENT_TOKENS, NO_TOKEN, Block, DalleTransformer, TransformerConfig
@@ -54,7 +55,7 @@ class PriorConfig:
     """Attention heads."""
     head_dim: int = 64
     """Width of one head."""
-    steps: int = 64
+    noise_steps: int = 64
     """diffusion: from noise to vector."""
     components: int = 32
     """autoregressive: principal components that are kept."""
@@ -63,7 +64,7 @@ class PriorConfig:
 
     def __post_init__(self) -> None:
         sizes = ("embedding", "vocab_text", "text_length", "layers", "heads", "head_dim", "components")
-        require_positive(self, *sizes, "steps", most=MOST_SIZE)
+        require_positive(self, *sizes, "noise_steps", most=MOST_SIZE)
         require(self, "2 to 65536", lambda value: 2 <= value <= 65536, "buckets")
         require(self, f"at most the embedding, {self.embedding}", lambda value: value <= self.embedding, "components")
         if self.kind not in ("diffusion", "autoregressive"):
@@ -118,19 +119,18 @@ class DiffusionPrior(nn.Module):
             x = block(x)
         return self.out(self.norm(x[:, -1]))
 
-    def loss(self, tokens: Tensor, captions: Tensor, pictures: Tensor, chance: torch.Generator) -> Tensor:
+    def loss(self, tokens: Tensor, captions: Tensor, pictures: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """Mean squared error of the vectors that are predicted from noised ones.
 
         Args:
             tokens: int64 [B, n <= text_length], `NO_TOKEN` after a caption's end; all `NO_TOKEN` for none.
             captions: float32 [B, embedding], CLIP's vectors of them; zeros for none.
             pictures: float32 [B, embedding], CLIP's vectors of the pictures.
-            chance: for the noise; on the CPU.
+            t: [B], even in 0..1.
+            noise: [B, embedding], normal.
         """
         x = (pictures - self.mean) / self.deviation
-        t = torch.rand(len(x), generator=chance).to(x.device)
-        noised = add_noise(x, torch.randn(x.shape, generator=chance).to(x.device), t)
-        return F.mse_loss(self.predict(tokens, captions, noised, t).float(), x)
+        return F.mse_loss(self.predict(tokens, captions, add_noise(x, noise, t), t).float(), x)
 
     @torch.no_grad()
     def draw(
@@ -146,7 +146,7 @@ class DiffusionPrior(nn.Module):
             untold = self.predict(torch.full_like(tokens, NO_TOKEN), torch.zeros_like(many), x, t).float()
             return untold + guidance_scale * (told - untold)
 
-        x = sample(predict, tuple(many.shape), steps=self.config.steps, seed=seed, device=many.device)
+        x = sample(predict, tuple(many.shape), steps=self.config.noise_steps, seed=seed, device=many.device)
         drawn = F.normalize(self.mean + self.deviation * x, dim=-1).unflatten(0, (among, -1))
         best = (drawn * captions).sum(dim=-1).argmax(dim=0)
         return drawn[best, torch.arange(len(captions), device=best.device)]
@@ -181,6 +181,7 @@ class AutoregressivePrior(nn.Module):
                 latent=config.embedding,
             )
         )
+        self.transformer.text_head = nn.Identity()  # the caption is not predicted
         self.register_buffer("mean", torch.zeros(config.embedding))
         self.register_buffer("axes", torch.zeros(config.embedding, k))
         self.register_buffer("edges", torch.zeros(k, buckets - 1))
@@ -214,11 +215,13 @@ class AutoregressivePrior(nn.Module):
         first = torch.where((tokens >= 0).any(dim=1), self.config.vocab_text + agreement, NO_TOKEN)
         return torch.cat([first[:, None], tokens], dim=1)
 
-    def loss(self, tokens: Tensor, captions: Tensor, pictures: Tensor, chance: torch.Generator) -> Tensor:
-        """Cross-entropy; the arguments are those of `DiffusionPrior.loss`, and there is no noise to draw."""
+    def loss(self, tokens: Tensor, captions: Tensor, pictures: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """Cross-entropy of the components; the arguments are those of `DiffusionPrior.loss`, without need of noise."""
         agreement = torch.searchsorted(self.agreement_edges, (captions * pictures).sum(dim=-1).contiguous())
-        prompt = self._prompt(tokens, agreement)
-        return self.transformer.loss(prompt, self.encode(pictures), latents=captions).total
+        components = self.encode(pictures)
+        hidden = self.transformer.hidden(self._prompt(tokens, agreement), components[:, :-1], latents=captions)
+        logits = self.transformer.image_head(hidden[:, self.transformer.config.caption_length :])
+        return F.cross_entropy(logits.flatten(0, 1).float(), components.flatten())
 
     @torch.no_grad()
     def draw(
@@ -228,12 +231,15 @@ class AutoregressivePrior(nn.Module):
         chance = torch.Generator().manual_seed(seed)
         upper = torch.randint(self.config.buckets // 2, self.config.buckets, (len(tokens),), generator=chance)
         prompt = self._prompt(tokens, upper.to(tokens.device))
-        options = {"seed": seed, "number": among, "guidance_scale": guidance_scale}
-        drawn = self.decode(generate(self.transformer, prompt, latents=captions, **options)).unflatten(0, (-1, among))
+        components = generate(
+            self.transformer, prompt, seed=seed, number=among, latents=captions, guidance_scale=guidance_scale
+        )
+        drawn = self.decode(components).unflatten(0, (-1, among))
         best = (drawn * captions[:, None]).sum(dim=-1).argmax(dim=1)
         return drawn[torch.arange(len(captions), device=best.device), best]
 
 
+PRIORS = {"diffusion": PriorConfig(), "autoregressive": PriorConfig(kind="autoregressive")}
 Prior = DiffusionPrior | AutoregressivePrior
 
 
@@ -255,6 +261,41 @@ def decoder_config(embedding: int, grid: tuple[int, int], vocab: int, layers: in
     )
 
 
+TOKEN_DECODER = decoder_config(128, (12, 12), 512, layers=4, heads=2)
+"""The demo's."""
+
+
+class TokenDecoder:
+    """Draws pictures of vectors as tokens of a dVAE.
+
+    Args:
+        transformer: trained with CLIP's vectors as its latents.
+        dvae: whose tokens it draws.
+        temperature: of the draws, as in `sample_tokens`.
+    """
+
+    def __init__(self, transformer: DalleTransformer, dvae: DiscreteVAE, temperature: float) -> None:
+        self.transformer, self.dvae, self.temperature = transformer, dvae, temperature
+        self.embedding = transformer.config.latent
+
+    def draw_tokens(self, vectors: Tensor, *, seed: int, guidance_scale: float = 1.0) -> Tensor:
+        """Tokens int64 [B, H * W] of vectors [B, embedding]."""
+        nothing = torch.empty(len(vectors), 0, dtype=torch.int64, device=vectors.device)
+        return generate(
+            self.transformer,
+            nothing,
+            seed=seed,
+            temperature=self.temperature,
+            guidance_scale=guidance_scale,
+            latents=vectors,
+        )
+
+    def draw(self, vectors: Tensor, *, seed: int, guidance_scale: float = 1.0) -> Tensor:
+        """Pictures in 0..1 of vectors [B, embedding]: [B, 3, S, S]."""
+        tokens = self.draw_tokens(vectors, seed=seed, guidance_scale=guidance_scale)
+        return self.dvae.decode(tokens.unflatten(1, self.transformer.config.grid))
+
+
 @dataclass(frozen=True)
 class PixelDecoderConfig:
     """The shape of a `PixelDecoder`; the defaults are the demo's."""
@@ -271,13 +312,16 @@ class PixelDecoderConfig:
     """Attention heads."""
     head_dim: int = 64
     """Width of one head."""
-    steps: int = 64
+    noise_steps: int = 64
     """From noise to picture."""
 
     def __post_init__(self) -> None:
-        sizes = ("embedding", "resolution", "patch", "layers", "heads", "head_dim", "steps")
+        sizes = ("embedding", "resolution", "patch", "layers", "heads", "head_dim", "noise_steps")
         require_positive(self, *sizes, most=MOST_SIZE)
         require(self, f"a divisor of the resolution {self.resolution}", lambda p: self.resolution % p == 0, "patch")
+
+
+PIXEL_DECODERS = {"demo": PixelDecoderConfig(), "large": PixelDecoderConfig(resolution=64, layers=12, heads=8)}
 
 
 class PixelDecoder(nn.Module):
@@ -288,7 +332,7 @@ class PixelDecoder(nn.Module):
 
     def __init__(self, config: PixelDecoderConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.embedding = config, config.embedding
         blocks = TransformerConfig(layers=config.layers, heads=config.heads, head_dim=config.head_dim)
         width, length = blocks.width, LATENT_TOKENS + (config.resolution // config.patch) ** 2
         self.patch_in = nn.Conv2d(3, width, config.patch, stride=config.patch)
@@ -313,12 +357,17 @@ class PixelDecoder(nn.Module):
         pixels = self.out(self.norm(x[:, LATENT_TOKENS:])).transpose(1, 2)
         return F.fold(pixels.float(), self.config.resolution, self.config.patch, stride=self.config.patch)
 
-    def loss(self, vectors: Tensor, pictures: Tensor, chance: torch.Generator) -> Tensor:
-        """Mean squared error of the pictures [B, 3, S, S] in 0..1 that are predicted from noised ones."""
+    def loss(self, vectors: Tensor, pictures: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """Mean squared error of pictures that are predicted from noised ones.
+
+        Args:
+            vectors: float32 [B, embedding], CLIP's of them; zeros for none.
+            pictures: [B, 3, S, S] in 0..1.
+            t: [B], even in 0..1.
+            noise: [B, 3, S, S], normal.
+        """
         x = 2.0 * pictures - 1.0
-        t = torch.rand(len(x), generator=chance).to(x.device)
-        noised = add_noise(x, torch.randn(x.shape, generator=chance).to(x.device), t)
-        return F.mse_loss(self.predict(vectors, noised, t), x)
+        return F.mse_loss(self.predict(vectors, add_noise(x, noise, t), t), x)
 
     @torch.no_grad()
     def draw(self, vectors: Tensor, *, seed: int, guidance_scale: float = 1.0) -> Tensor:
@@ -332,7 +381,7 @@ class PixelDecoder(nn.Module):
             return told.clamp(-1.0, 1.0)
 
         shape = (len(vectors), 3, self.config.resolution, self.config.resolution)
-        x = sample(predict, shape, steps=self.config.steps, seed=seed, device=vectors.device)
+        x = sample(predict, shape, steps=self.config.noise_steps, seed=seed, device=vectors.device)
         return (x + 1.0) / 2.0
 
 

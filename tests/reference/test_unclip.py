@@ -25,7 +25,7 @@ from dalle_reference.unclip import (
 
 CPU = torch.device("cpu")
 TINY = PriorConfig(
-    embedding=12, vocab_text=20, text_length=5, layers=2, heads=2, head_dim=16, steps=8, components=6, buckets=8
+    embedding=12, vocab_text=20, text_length=5, layers=2, heads=2, head_dim=16, noise_steps=8, components=6, buckets=8
 )
 
 
@@ -88,7 +88,8 @@ def test_a_prior_learns_to_draw_the_vector_of_its_caption(prior: Prior) -> None:
     optimizer = torch.optim.Adam(prior.parameters(), lr=5e-3)
     chance = generator()
     for _ in range(150):
-        loss = prior.loss(tokens.repeat(8, 1), said.repeat(8, 1), shown.repeat(8, 1), chance)
+        noise = torch.rand(32, generator=chance), torch.randn(32, 12, generator=chance)
+        loss = prior.loss(tokens.repeat(8, 1), said.repeat(8, 1), shown.repeat(8, 1), *noise)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -170,14 +171,15 @@ def test_the_decoder_into_tokens_is_told_by_the_vector() -> None:
 
 def test_the_decoder_into_pixels_draws_what_the_vector_says() -> None:
     torch.manual_seed(0)
-    model = PixelDecoder(PixelDecoderConfig(embedding=12, resolution=8, patch=4, layers=2, head_dim=16, steps=8))
+    model = PixelDecoder(PixelDecoderConfig(embedding=12, resolution=8, patch=4, layers=2, head_dim=16, noise_steps=8))
     said = vectors(2, seed=1)
     pictures = torch.stack([torch.zeros(3, 8, 8), torch.ones(3, 8, 8)])
     pictures[0, 0, :4] = 1.0  # red above black
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     chance = generator()
     for _ in range(120):
-        loss = model.loss(said.repeat(4, 1), pictures.repeat(4, 1, 1, 1), chance)
+        noise = torch.rand(8, generator=chance), torch.randn(8, 3, 8, 8, generator=chance)
+        loss = model.loss(said.repeat(4, 1), pictures.repeat(4, 1, 1, 1), *noise)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -209,7 +211,7 @@ def test_the_way_between_two_vectors_is_the_arc() -> None:
         ({"kind": "linear"}, "kind: got 'linear'"),
         ({"buckets": 1}, "buckets: got 1"),
         ({"components": 13}, "components: got 13, wanted at most the embedding, 12"),
-        ({"steps": 0}, "steps: got 0"),
+        ({"noise_steps": 0}, "noise_steps: got 0"),
     ],
 )
 def test_bad_priors_are_refused(changes: dict, message: str) -> None:

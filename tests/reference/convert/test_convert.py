@@ -26,7 +26,7 @@ from dalle_reference.dvae import DiscreteVAE, DVAEConfig
 from dalle_reference.errors import UserError
 from dalle_reference.generate import generate
 from dalle_reference.load import load_dvae, load_transformer, load_transformer_alone
-from dalle_reference.train import _keep_dvae
+from dalle_reference.train import keep_checkpoint
 from dalle_reference.transformer import DalleTransformer, TransformerConfig
 from omegaconf import OmegaConf
 from PIL import Image
@@ -146,7 +146,7 @@ def test_the_readmes_example_runs(openai: Any, tmp_path: Path, monkeypatch: pyte
 
 
 def test_a_converted_dvae_goes_with_the_transformer_that_is_trained_on_it(openai: Any, tmp_path: Path) -> None:
-    _keep_dvae(openai[2] / "dvae.safetensors", tmp_path / "dvae")
+    keep_checkpoint(openai[2] / "dvae.safetensors", tmp_path / "dvae", "dvae")
     kept, loaded = load_dvae(tmp_path / "dvae", CPU), load_dvae(openai[2] / "dvae.safetensors", CPU)
     assert kept.config == loaded.config
     assert all(map(torch.equal, kept.state_dict().values(), loaded.state_dict().values()))
