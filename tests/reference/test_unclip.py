@@ -82,14 +82,19 @@ def test_the_best_guess_of_a_gaussian_draws_that_gaussian() -> None:
 
 
 def test_a_prior_learns_to_draw_the_vector_of_its_caption(prior: Prior) -> None:
-    said, shown = vectors(4, seed=1), vectors(4, seed=2)
-    tokens = captions(4)
-    prior.fit(said.repeat(20, 1) + 0.0, F.normalize(shown.repeat(20, 1) + 1e-3 * vectors(80), dim=-1))
+    chance, tokens, shown = generator(), captions(4), vectors(4, seed=2)
+    said = F.normalize(shown + 0.1 * torch.randn(4, 12, generator=chance), dim=-1)
+
+    def pictures(count: int) -> torch.Tensor:
+        """Of each caption `count`, which agree with it more or less."""
+        some = shown.repeat(count, 1)
+        return F.normalize(some + 0.1 * torch.randn(some.shape, generator=chance), dim=-1)
+
+    prior.fit(said.repeat(100, 1), pictures(100))
     optimizer = torch.optim.Adam(prior.parameters(), lr=5e-3)
-    chance = generator()
     for _ in range(150):
         noise = torch.rand(32, generator=chance), torch.randn(32, 12, generator=chance)
-        loss = prior.loss(tokens.repeat(8, 1), said.repeat(8, 1), shown.repeat(8, 1), *noise)
+        loss = prior.loss(tokens.repeat(8, 1), said.repeat(8, 1), pictures(8), *noise)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
