@@ -13,7 +13,6 @@ namespace dalle::DALLE_ISA {
 
 constexpr uint32_t kPhiloxMultiplier0 = 0xD2511F53, kPhiloxMultiplier1 = 0xCD9E8D57;
 constexpr int kPhiloxRounds = 10;
-constexpr uint32_t kVqStream = 2;  // VQ_STREAM of dalle_kernels/noise.py
 
 struct NoiseKeys {
   uint32_t first[kPhiloxRounds], second[kPhiloxRounds];

@@ -86,6 +86,20 @@ def seed_tensor(seed: int | torch.Tensor | None, device: torch.device) -> torch.
     return torch.full((), int(seed), dtype=torch.int64, device=device)
 
 
+def noise_key(seed: int | torch.Tensor | None, row_offset: int | torch.Tensor, device: torch.device) -> torch.Tensor:
+    """int64 [2] on `device`: `seed`, and which row of the noise the first row takes; see `dalle_kernels.noise`."""
+    if isinstance(row_offset, torch.Tensor):
+        if row_offset.numel() != 1 or row_offset.dtype != torch.int64:
+            came = f"{row_offset.dtype} of shape {tuple(row_offset.shape)}"
+            raise ValueError(f"row_offset: got {came}, wanted one int64")
+        first = row_offset.reshape(()).to(device)
+    elif not isinstance(row_offset, numbers.Integral) or not 0 <= row_offset < 2**63:
+        raise ValueError(f"row_offset: got {row_offset!r}, wanted an int from 0 to 2**63 - 1")
+    else:
+        first = torch.full((), int(row_offset), dtype=torch.int64, device=device)
+    return torch.stack((seed_tensor(seed, device), first))
+
+
 def autocasts(kind: str) -> bool:
     """Whether autocast is on for devices of `kind`; some, such as "meta", have none."""
     return (kind in ("cpu", "cuda") or torch.amp.is_autocast_available(kind)) and torch.is_autocast_enabled(kind)

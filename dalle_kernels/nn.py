@@ -187,7 +187,7 @@ class GumbelQuantizer(nn.Module):
                 hard=self.hard,
                 noise=self.training,
                 seed=seed,
-                **({"row_offset": row_offset} if row_offset else {}),
+                row_offset=row_offset,
                 backend=self.backend,
             )
         )

@@ -5,6 +5,9 @@ table of N rows and K codes, code k of row n takes word k // Kq of the counter (
 Kq = ceil(K / 4): a kernel that works on one counter feeds four tiles, one in each quarter of the codebook, and needs no
 shuffles. u = ((word >> 9) + 0.5) * 2^-23 is exact in float32 and never 0 or 1; the noise is -log(-log u), in float32,
 between -2.82 and 16.64. The backward pass regenerates it from the seed.
+
+n counts from `row_offset`: a process that has rows a .. b of a batch draws with row_offset=a what the whole batch would
+have drawn there. Beyond 2^64 it wraps. Operations pass both on as one int64 [2], the seed and the offset.
 """
 
 from __future__ import annotations
@@ -13,7 +16,8 @@ import torch
 
 GUMBEL_STREAM = 0  # the counter's last word: gumbel_lookup
 SAMPLING_STREAM = 1  # sample_tokens
-VQ_STREAM = 2  # vq_lookup
+VQ_STREAM = 2  # vq_lookup; head h of its codebook draws from VQ_STREAM + h HEAD_STEP
+HEAD_STEP = 256
 
 _LOW = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -46,13 +50,16 @@ def philox4x32(counter: tuple[torch.Tensor, ...], key: tuple[torch.Tensor, torch
     return c0, c1, c2, c3
 
 
-def gumbel_noise(seed: torch.Tensor, rows: int, codes: int, stream: int) -> torch.Tensor:
+def gumbel_noise(
+    seed: torch.Tensor, rows: int, codes: int, stream: int, row_offset: int | torch.Tensor = 0
+) -> torch.Tensor:
     """The noise of a whole table.
 
     Args:
         seed: 0-dim int64.
         rows, codes: the table's shape, N and K.
         stream: which operation draws: GUMBEL_STREAM, SAMPLING_STREAM or VQ_STREAM.
+        row_offset: which row of the noise the first row takes; an int or 0-dim int64.
 
     Returns:
         float32 [N, K] on the seed's device.
@@ -63,9 +70,9 @@ def gumbel_noise(seed: torch.Tensor, rows: int, codes: int, stream: int) -> torc
     """
     quarter = max(-(-codes // 4), 1)
     counter = torch.arange(quarter, device=seed.device)
-    row = torch.arange(rows, device=seed.device)[:, None]
+    row = torch.arange(rows, device=seed.device)[:, None] + row_offset
     words = philox4x32(
-        (counter, row & _LOW, row >> 32, torch.full_like(row, stream)), (seed & _LOW, (seed >> 32) & _LOW)
+        (counter, row & _LOW, (row >> 32) & _LOW, torch.full_like(row, stream)), (seed & _LOW, (seed >> 32) & _LOW)
     )
     word = torch.cat([word.expand(rows, quarter) for word in words], dim=1)[:, :codes]
     uniform = ((word >> 9).to(torch.float32) + 0.5) * 2.0**-23

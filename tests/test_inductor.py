@@ -41,7 +41,7 @@ def codebook(x: torch.Tensor, temperature: torch.Tensor, seed: torch.Tensor) -> 
 def test_graphs_for_a_gpu_are_lowered(graph: Callable[..., torch.Tensor], shape: tuple[int, int]) -> None:
     mode = FakeTensorMode()
     with mode, V.set_fake_mode(mode):
-        kinds = (torch.bfloat16, shape), (torch.float32, ()), (torch.int64, ())
+        kinds = (torch.bfloat16, shape), (torch.float32, ()), (torch.int64, (2,))
         inputs = [torch.empty(size, device="cuda", dtype=dtype) for dtype, size in kinds]
         lowering = GraphLowering(make_fx(graph)(*inputs))
         with V.set_graph_handler(lowering):

@@ -109,7 +109,7 @@ def test_decoding(dimension: int) -> None:
 
 def test_gumbel() -> None:
     torch.manual_seed(3)
-    logits, codebook, tau, seed = halves(3, 40), halves(40, 16), torch.ones((), device=DEVICE), torch.tensor(1)
+    logits, codebook, tau, seed = halves(3, 40), halves(40, 16), torch.ones((), device=DEVICE), torch.tensor((1, 0))
     results = []
     for table in (far_apart(logits, 0), logits):
         settings = table, codebook, tau, False, True, seed.to(DEVICE)
@@ -163,7 +163,7 @@ def test_vq() -> None:
 
 def test_sampling() -> None:
     torch.manual_seed(6)
-    logits, base, seed = halves(3, 50), halves(3, 50), torch.tensor(1, device=DEVICE)
+    logits, base, seed = halves(3, 50), halves(3, 50), torch.tensor((1, 0), device=DEVICE)
 
     def draw(logits, base):  # type: ignore[no-untyped-def]
         return sampling_kernel.forward(Inputs(logits, base, 2.0, 0.9, 10, 0.9, seed)).tokens

@@ -13,6 +13,7 @@
 #include "codebook/kernels.h"
 #include "isa.h"
 #include "memory.h"
+#include "noise_key.h"
 #include "operators.h"
 #include "parallel.h"
 #include "scratch.h"
@@ -39,9 +40,9 @@ Gumbel gumbel_problem(const Tensor& logits, const Tensor& codebook, const Tensor
               logits.size(1) == codebook.size(0) && logits.dtype() == codebook.dtype(),
           "gumbel: wanted logits [N, K] with contiguous rows and a contiguous codebook [K, D] of their dtype");
   require(temperature.dtype() == DType::float32 && temperature.numel() == 1, "temperature: wanted one float32");
-  require(seed.dtype() == DType::int64 && seed.numel() == 1, "seed: wanted one int64");
+  const NoiseKey key = noise_key(seed);
   return {{codebook.data<const void>(), logits.size(0), logits.size(1), codebook.size(1),
-           *temperature.data<const float>(), noise, uint64_t(*seed.data<const int64_t>())},
+           *temperature.data<const float>(), noise, key.seed, key.first_row},
           logits.data<const void>(),
           logits.stride(0)};
 }
@@ -192,9 +193,9 @@ Projection projection_problem(const Tensor& features, const Tensor& weight, cons
               (bias->is_contiguous() && bias->numel() == weight.size(0) && bias->dtype() == features.dtype()),
           "projection: wanted a contiguous bias [K] of the features' dtype");
   require(temperature.dtype() == DType::float32 && temperature.numel() == 1, "temperature: wanted one float32");
-  require(seed.dtype() == DType::int64 && seed.numel() == 1, "seed: wanted one int64");
+  const NoiseKey key = noise_key(seed);
   return {{codebook.data<const void>(), features.size(0), weight.size(0), codebook.size(1),
-           *temperature.data<const float>(), noise, uint64_t(*seed.data<const int64_t>())},
+           *temperature.data<const float>(), noise, key.seed, key.first_row},
           features.data<const void>(),
           weight.data<const void>(),
           bias.has_value() ? bias->data<const void>() : nullptr,
@@ -377,6 +378,7 @@ std::tuple<Tensor, Tensor, Tensor> vq_forward(const Tensor& features, const Tens
   Tensor nearest = new_tensor({heads, rows, k, width}, features.dtype());
   Tensor squared_distance = empty({heads, rows, k}, DType::float32), indices = empty({heads, rows, k}, DType::int64);
   const Tensor norms = empty({heads, codes}, DType::float32);
+  const NoiseKey key = seed.has_value() ? noise_key(*seed) : NoiseKey{};
   const auto problem = [&](int64_t head) {
     return Vq{dense.data<const char>() + head_bytes(dense, head, rows * width),
               codebook.data<const char>() + head_bytes(codebook, head, codes * width),
@@ -386,8 +388,9 @@ std::tuple<Tensor, Tensor, Tensor> vq_forward(const Tensor& features, const Tens
               VqMetric(metric),
               k,
               temperature.has_value() ? *temperature->data<const float>() : 0.f,
-              seed.has_value() ? uint64_t(*seed->data<const int64_t>()) : 0,
-              head * rows,
+              key.seed,
+              key.first_row,
+              kVqStream + uint32_t(head) * kHeadStep,
               nearest.data<char>() + head_bytes(nearest, head, rows * k * width),
               indices.data<int64_t>() + head * rows * k,
               squared_distance.data<float>() + head * rows * k,

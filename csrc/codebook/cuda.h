@@ -11,7 +11,7 @@ struct GumbelForward {
   const void* codebook;        // [K, D], contiguous, 16-byte rows
   const void* codebook_terms;  // [terms, K, D]
   const float* temperature;    // one element
-  const int64_t* seed;         // one element
+  const int64_t* seed;         // two elements, the second the row of the noise that row 0 takes
   void* latents;               // [N, D]
   int64_t* indices;            // [N]
   float* kl;                   // [N]
@@ -30,7 +30,7 @@ struct GumbelBackward {
   const void* logits;
   const void* codebook_terms;  // [terms, K, D]
   const float* temperature;
-  const int64_t* seed;
+  const int64_t* seed;  // likewise
   const float* kl;
   const float* maximum;
   const float* log_noisy;

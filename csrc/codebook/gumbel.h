@@ -59,7 +59,7 @@ struct GumbelForwardKernel {
     for (int r = 0; r < count; r++) {
       TileRow clean, noisy;
       load_row<Noise, Full>((const T*)p.logits + (row + r) * p.logits_stride, tile, keys,
-                            NoiseRow(keys, uint64_t(row + r), kGumbelStream), clean, noisy);
+                            NoiseRow(keys, p.first_row + uint64_t(row + r), kGumbelStream), clean, noisy);
       RowState& state = states[r];
       const F top = largest_score(noisy);
       // Tiles with noise do not come in the order of codes, so an equal score may be the first one after all.
@@ -199,7 +199,7 @@ struct GumbelBackwardKernel {
   DALLE_METHOD void row_gradient(const Tile& tile, int64_t n, const float* product_row, TileRow& y) {
     TileRow clean, noisy;
     load_row<Noise, Full>((const T*)p.logits + n * p.logits_stride, tile, keys,
-                          NoiseRow(keys, uint64_t(n), kGumbelStream), clean, noisy);
+                          NoiseRow(keys, p.first_row + uint64_t(n), kGumbelStream), clean, noisy);
     T* out = (T*)p.grad_logits + n * p.codes;
     const float grad_kl = Kl ? p.grad_kl[n] : 0.f;
     const RowShift row(p, n);

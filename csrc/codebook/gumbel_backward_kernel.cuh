@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(kThreads, 1) gumbel_backward_kernel(const __gr
   const int g = lane / 4;
   const int c = lane % 4;
   const Quarters quarters(p.codes);
-  const Noise draw(load(p.seed), 0);
+  const Noise draw(p.seed, 0);
   const float inverse = 1.0f / load(p.temperature);
   const bool whole = whole_pieces<T>(p.logits, p.logits_stride, p.codes);
   const bool with_latents = p.grad_terms != nullptr;

@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(kForwardThreads, kWidth <= 128 && sizeof(T) ==
   const int c = lane % 4;
   const int first_row = blockIdx.x * kForwardRows + threadIdx.x / 32 * 16 + g;
   const Quarters quarters(p.codes);
-  const Noise draw(load(p.seed), 0);
+  const Noise draw(p.seed, 0);
   const float to_base_2 = kLog2E / load(p.temperature);
   const T* codebook = static_cast<const T*>(p.codebook);
   const bool whole = whole_pieces<T>(p.logits, p.logits_stride, p.codes);

@@ -35,7 +35,7 @@ struct Codes {
   int64_t rows, codes, width;
   float temperature;
   bool noise;
-  uint64_t seed;
+  uint64_t seed, first_row;  // of the noise
 
   int64_t quarter() const { return (codes + 3) / 4; }
   int64_t tiles() const {
@@ -157,20 +157,21 @@ struct ProjectionBackward : Projection {
 enum class VqMetric : int64_t { euclidean, distance, dot, cosine };
 
 constexpr int64_t kMostNearest = 8;
+constexpr uint32_t kVqStream = 2, kHeadStep = 256;  // VQ_STREAM and HEAD_STEP of dalle_kernels/noise.py
 
 struct Vq {
   const void* features;  // [rows, width]
   const void* codebook;  // [codes, width]
   int64_t rows, codes, width;
   VqMetric metric;
-  int64_t k;          // nearest rows, at most kMostNearest
-  float temperature;  // of the noise; 0 for none
-  uint64_t seed;
-  int64_t noise_row;        // of the first row
-  void* nearest;            // [rows, k, width], as are the next two
-  int64_t* indices;         // [rows, k]
-  float* squared_distance;  // [rows, k]
-  float* norms;             // [codes], a workspace: see vq_norms
+  int64_t k;                 // nearest rows, at most kMostNearest
+  float temperature;         // of the noise; 0 for none
+  uint64_t seed, first_row;  // of the noise
+  uint32_t stream;           // likewise
+  void* nearest;             // [rows, k, width], as are the next two
+  int64_t* indices;          // [rows, k]
+  float* squared_distance;   // [rows, k]
+  float* norms;              // [codes], a workspace: see vq_norms
 
   static constexpr int64_t kNoiseCodes = 24;  // whose noise is made at once
   // A tile of features, and one of noise.

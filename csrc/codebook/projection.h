@@ -119,7 +119,7 @@ struct ProjectionForwardKernel {
         if (keep) store(its + place, logit);
         return logit;
       };
-      load_scores<Noise>(tile, keys, NoiseRow(keys, uint64_t(p.begin + row + r), kGumbelStream), at, clean, noisy);
+      load_scores<Noise>(tile, keys, NoiseRow(keys, p.first_row + uint64_t(p.begin + row + r), kGumbelStream), at, clean, noisy);
       RowState& state = states[row + r];
       const F top = largest_score(noisy);
       if (__builtin_expect(any(greater_equal(top, set(state.top))), 0))
@@ -268,7 +268,7 @@ struct ProjectionBackwardKernel {
       const float* its = scores + r * kCodeTile;
       TileRow clean, noisy;
       load_scores<Noise>(
-          tile, keys, NoiseRow(keys, uint64_t(n), kGumbelStream),
+          tile, keys, NoiseRow(keys, p.first_row + uint64_t(n), kGumbelStream),
           [&](int l, int j) __attribute__((always_inline)) {
             const int at = l * int(kCounterTile) + j * kLanes;
             return load(its + at) + load(biases + at);

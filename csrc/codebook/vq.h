@@ -144,7 +144,7 @@ static void draw_all(const Vq& p, const Word* features, uint64_t noise_row, floa
     for (int i = 0; i < count; i++)
       for (int j = 0; j < kBlockVectors; j++) {
         U words[4];
-        noise_words_of_rows(keys, noise_row + uint64_t(j * kLanes), kVqStream, uint32_t(counter + i), words);
+        noise_words_of_rows(keys, noise_row + uint64_t(j * kLanes), p.stream, uint32_t(counter + i), words);
         DALLE_UNROLL for (int part = 0; part < 4; part++)
           store(noise + (part * kBlockRows + i) * kRowTile + j * kLanes, gumbel(words[part]));
       }
@@ -208,7 +208,7 @@ void vq_forward(const Vq& p, int64_t row, int64_t row_end, void* scratch) {
         }
         for (int j = 0; j < kBlockVectors; j++)
           list.noise_scale[j] = load(scales + j * kLanes), list.squares[j] = load(squares + j * kLanes);
-        draw_all<P, T>(p, features, uint64_t(p.noise_row + row), noise, list);
+        draw_all<P, T>(p, features, p.first_row + uint64_t(row), noise, list);
       }
       for (int64_t place = 0; place < p.k; place++)
         for (int j = 0; j < kBlockVectors; j++) store(chosen[place] + j * kLanes, list.code[place][j]);

@@ -8,17 +8,21 @@
 
 struct Noise {
   uint32_t key_low, key_high, stream;
+  uint64_t first_row;
 
-  DEVICE Noise(int64_t seed, uint32_t stream)
-      : key_low(static_cast<uint32_t>(seed)),
-        key_high(static_cast<uint32_t>(static_cast<uint64_t>(seed) >> 32)),
-        stream(stream) {}
+  // `seed`: two numbers, the second of which is the row of the noise that row 0 takes.
+  DEVICE Noise(const int64_t* seed, uint32_t stream)
+      : key_low(static_cast<uint32_t>(load(seed))),
+        key_high(static_cast<uint32_t>(static_cast<uint64_t>(load(seed)) >> 32)),
+        stream(stream),
+        first_row(static_cast<uint64_t>(load(seed + 1))) {}
 
   // The noise of codes `column`, column + Kq, column + 2 Kq and column + 3 Kq of `row`, Kq a quarter of the codes.
   DEVICE void operator()(float (&noise)[4], uint32_t column, int64_t row) const {
+    const uint64_t noise_row = first_row + static_cast<uint64_t>(row);
     uint32_t c0 = column;
-    uint32_t c1 = static_cast<uint32_t>(row);
-    uint32_t c2 = static_cast<uint32_t>(static_cast<uint64_t>(row) >> 32);
+    uint32_t c1 = static_cast<uint32_t>(noise_row);
+    uint32_t c2 = static_cast<uint32_t>(noise_row >> 32);
     uint32_t c3 = stream;
     uint32_t k0 = key_low;
     uint32_t k1 = key_high;

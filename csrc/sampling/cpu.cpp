@@ -4,6 +4,7 @@
 #include <optional>
 
 #include "isa.h"
+#include "noise_key.h"
 #include "operators.h"
 #include "parallel.h"
 #include "sampling/kernels.h"
@@ -21,7 +22,7 @@ Tensor sample(const Tensor& logits, const std::optional<Tensor>& unconditional, 
           "sample: wanted logits [B, V] with contiguous rows, and unconditional logits alike");
   require(logits.dtype() == DType::float32 || logits.dtype() == DType::bfloat16,
           "the CPU kernels take float32 and bfloat16, not ", logits.dtype());
-  require(seed.dtype() == DType::int64 && seed.numel() == 1, "seed: wanted one int64");
+  const NoiseKey key = noise_key(seed);
   Tensor tokens = empty({logits.size(0)}, DType::int64);
   const Sampling problem{logits.data<const void>(),
                          unconditional ? unconditional->data<const void>() : nullptr,
@@ -33,7 +34,8 @@ Tensor sample(const Tensor& logits, const std::optional<Tensor>& unconditional, 
                          float(temperature),
                          top_k,
                          float(top_p),
-                         uint64_t(*seed.data<const int64_t>()),
+                         key.seed,
+                         key.first_row,
                          tokens.data<int64_t>()};
   const SamplingTable& table = sampling_kernels();
   const SampleRows sample_rows = logits.dtype() == DType::float32 ? table.f32 : table.bf16;

@@ -9,7 +9,7 @@
 struct SampleParameters {
   const void* logits;         // [B, V], rows contiguous
   const void* unconditional;  // the same, or null
-  const int64_t* seed;        // one element
+  const int64_t* seed;        // two elements, the second the row of the noise that row 0 takes
   int64_t* tokens;            // [B]
   int64_t logits_stride, unconditional_stride;
   int batch, vocabulary;

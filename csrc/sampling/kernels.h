@@ -12,10 +12,10 @@ struct Sampling {
   const void* unconditional;  // the same, or null: no guidance
   int64_t rows, codes, logits_stride, unconditional_stride;
   float guidance_scale, temperature;
-  int64_t top_k;  // 0: all
-  float top_p;    // 1: all
-  uint64_t seed;
-  int64_t* tokens;  // [rows]
+  int64_t top_k;             // 0: all
+  float top_p;               // 1: all
+  uint64_t seed, first_row;  // of the noise
+  int64_t* tokens;           // [rows]
 
   // Floats of scratch memory per thread: scores, candidates, and their codes, each with room for a whole vector more.
   int64_t span() const { return codes + 32; }

@@ -227,7 +227,7 @@ __global__ void __launch_bounds__(kThreads, 4) sample_kernel(const __grid_consta
     const auto share = static_cast<Weight>(static_cast<double>(load(&shared->weight)) * p.top_p);
     lowest = threshold(row, vocabulary, lowest, largest, 0u, share < 1 ? Weight{1} : share, shared);
   }
-  const Noise draw(load(p.seed), 1);
+  const Noise draw(p.seed, 1);
   const int quarter = (vocabulary + 3) / 4;
   float best = -kInfinity;
   int token = kNone;

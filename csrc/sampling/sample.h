@@ -123,7 +123,7 @@ struct Sampler {
 
   // argmax(score + noise) over every code; noise as in a table of `codes` columns.
   int64_t draw_all(int64_t row) {
-    const NoiseRow noise(keys, uint64_t(row), kSamplingStream);
+    const NoiseRow noise(keys, p.first_row + uint64_t(row), kSamplingStream);
     F best[4];
     U best_counter[4];
     for (int l = 0; l < 4; l++) best[l] = set(-INFINITY), best_counter[l] = set(0u);
@@ -149,7 +149,7 @@ struct Sampler {
 
   // The same over the `count` gathered candidates alone: each lane has a counter of its own.
   int64_t draw_candidates(int64_t row, int64_t count) {
-    const NoiseRow noise(keys, uint64_t(row), kSamplingStream);
+    const NoiseRow noise(keys, p.first_row + uint64_t(row), kSamplingStream);
     Best result;
     for (int64_t j = 0; j < count; j += kLanes) {
       const U code = load(codes + j);

@@ -17,7 +17,7 @@ class Inputs(NamedTuple):
     temperature: float  # 0 takes the largest logit
     top_k: int  # 0 is off
     top_p: float  # 1 is off
-    seed: torch.Tensor  # 0-dim int64
+    seed: torch.Tensor  # int64 [2], with the row of the noise that row 0 takes
 
 
 class Outputs(NamedTuple):

@@ -16,8 +16,8 @@ from dalle_kernels.checks import (
     check_alike,
     check_number,
     check_tensor,
+    noise_key,
     rows_contiguous,
-    seed_tensor,
 )
 from dalle_kernels.sampling.contract import Backend, Inputs, Outputs, call_of
 
@@ -53,6 +53,8 @@ def sample_tokens(
     unconditional_logits: torch.Tensor | None = None,
     guidance_scale: float = 1.0,
     backend: str = "auto",
+    *,
+    row_offset: int | torch.Tensor = 0,
 ) -> torch.Tensor:
     """Draws one token a row: guidance, temperature, top-k, top-p, then argmax of logits plus Gumbel noise.
 
@@ -71,6 +73,8 @@ def sample_tokens(
             in u or in both is never drawn, whatever the scale.
         guidance_scale: 1 is the conditional model itself, but for tokens that only u rules out.
         backend: "auto", "reference", "cpu", "triton" or "cuda"; see `explain`.
+        row_offset: which row of the noise row 0 takes, an int or one-element int64 tensor: a process that has the rows
+            from row a of a batch on draws with `row_offset=a` what the whole batch would have drawn there.
 
     Returns:
         int64 [B]; 0 for a row of -inf alone, which leaves nothing to draw.
@@ -111,7 +115,7 @@ def sample_tokens(
             temperature,
             0 if top_k is None else min(int(top_k), 2**31 - 1),  # no row is longer, and no int64 too small for it
             1.0 if top_p is None else top_p,
-            seed_tensor(seed, logits.device),
+            noise_key(seed, row_offset, logits.device),
         ),
         backend,
     ).tokens

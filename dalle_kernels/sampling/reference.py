@@ -38,4 +38,5 @@ def forward(inputs: Inputs) -> Outputs:
         first = torch.searchsorted(-ordered, -ordered, side="left")
         dropped = above.gather(-1, first) >= top_p
         scaled = scaled.masked_fill(dropped.scatter(-1, order, dropped), -torch.inf)
-    return Outputs((scaled + gumbel_noise(seed, scaled.shape[0], scaled.shape[1], SAMPLING_STREAM)).argmax(-1))
+    rows, tokens = scaled.shape
+    return Outputs((scaled + gumbel_noise(seed[0], rows, tokens, SAMPLING_STREAM, seed[1])).argmax(-1))

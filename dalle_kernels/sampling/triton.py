@@ -168,7 +168,7 @@ def sample_kernel(
             x_2 = tl.where((x_2 >= reach) & (x_2 > exceed), x_2, float("-inf"))
             x_3 = tl.where((x_3 >= reach) & (x_3 > exceed), x_3, float("-inf"))
         if not GREEDY:
-            rows = row + tl.zeros([1, 1], tl.int64)
+            rows = row + tl.load(seed + 1) + tl.zeros([1, 1], tl.int64)
             word_0, word_1, word_2, word_3 = philox(column.to(tl.uint32), rows, tl.load(seed), STREAM)
             x_0 += gumbel2(word_0) * LN_2
             x_1 += gumbel2(word_1) * LN_2

@@ -148,7 +148,7 @@ def test_the_reference_is_the_formula(mode: tuple) -> None:
 
 
 def settings(hard: bool = False, noise: bool = True, temperature: float = 0.8, mean: bool = True) -> tuple[Any, ...]:
-    return torch.tensor(temperature), hard, noise, torch.tensor(5), mean
+    return torch.tensor(temperature), hard, noise, torch.tensor((5, 0)), mean
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

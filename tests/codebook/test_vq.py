@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from dalle_kernels import code_statistics, vq_lookup
 from dalle_kernels.backends import native
 from dalle_kernels.codebook.vq.contract import METRICS
-from dalle_kernels.noise import VQ_STREAM, gumbel_noise
+from dalle_kernels.noise import HEAD_STEP, VQ_STREAM, gumbel_noise
 
 ON_CPU = ["reference"] + ["cpu"] * (native.absence() is None)
 BACKENDS = [*ON_CPU, "triton"]
@@ -117,7 +117,8 @@ def test_draws_are_those_of_the_noise(isa: str, codes: int, metric: str, dtype: 
     for seed in (1, -(2**62) - 5):
         settings = {"metric": metric, "temperature": 0.7, "seed": seed, "k": k}
         got = vq_lookup(features, codebook, "cpu", **settings)[1]  # type: ignore[call-overload]
-        noise = gumbel_noise(torch.tensor(seed), 300, codes, VQ_STREAM).view(2, 150, codes)
+        streams = VQ_STREAM, VQ_STREAM + HEAD_STEP
+        noise = torch.stack([gumbel_noise(torch.tensor(seed), 150, codes, stream) for stream in streams])
         want = scores(features, codebook, metric) + 0.7 * noise.double()
         assert torch.equal(got, want.topk(k).indices)
         exact = vq_lookup(features.double(), codebook.double(), **settings)[1]  # type: ignore[call-overload]
@@ -234,7 +235,7 @@ def test_compiled_and_under_opcheck() -> None:
         strict=True,
     ):
         torch.testing.assert_close(one, other)
-    seed, heat = torch.tensor(1), torch.tensor(0.5)
+    seed, heat = torch.tensor((1, 0)), torch.tensor(0.5)
     torch.library.opcheck(
         torch.ops.dalle_kernels.vq_forward.default, (features, codebook, 13, "cosine", 2, heat, seed, "auto")
     )
@@ -268,7 +269,8 @@ def test_backends_agree_at_any_shape(
     # Rows whose scores lie within rounding may change places, for one as good.
     table = scores(features, codebook, metric)
     if temperature is not None:
-        noise = gumbel_noise(torch.tensor(7), max(heads, 1) * rows, codes, VQ_STREAM)
+        streams = [VQ_STREAM + head * HEAD_STEP for head in range(max(heads, 1))]
+        noise = torch.stack([gumbel_noise(torch.tensor(7), rows, codes, stream) for stream in streams])
         table = table + torch.tensor(temperature) * noise.view_as(table).double()
     chosen = (table.gather(-1, indices.view(*table.shape[:-1], k or 1)) for indices in (got[1], want[1]))
     torch.testing.assert_close(*chosen, rtol=1e-4, atol=1e-4)

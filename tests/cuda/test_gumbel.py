@@ -24,7 +24,7 @@ def _inputs(rows: int, codes: int, width: int, dtype: torch.dtype) -> tuple[torc
         logits,
         torch.randn(codes, width, generator=generator).to(dtype),
         torch.tensor(0.7),
-        torch.tensor(-(2**40) + 5),
+        torch.tensor((-(2**40) + 5, 2**32 - 20)),
     )
 
 
@@ -32,7 +32,7 @@ def _check_forward(rows: int, codes: int, width: int, dtype: torch.dtype, hard: 
     logits, codebook, temperature, seed = _inputs(rows, codes, width, dtype)
     got = cuda.forward(Inputs(logits, codebook, temperature, hard, noise, seed))
     want = reference.forward(Inputs(logits.double(), codebook.double(), temperature, hard, noise, seed))
-    noisy = logits.float() + (gumbel_noise(seed, rows, codes, GUMBEL_STREAM) if noise else 0)
+    noisy = logits.float() + (gumbel_noise(seed[0], rows, codes, GUMBEL_STREAM, seed[1]) if noise else 0)
     best = noisy.gather(1, torch.stack([got[1], want[1]], dim=1))
     assert ((got[1] == want[1]) | (best[:, 0] - best[:, 1] > -1e-5)).all()  # equal but for scores within rounding
     if not noise:
@@ -82,7 +82,7 @@ def _check_backward(
     unit = torch.finfo(dtype).eps
     floor, reach = 1e-6, [theirs.abs().max() for theirs in want]
     if dtype == torch.float32:
-        noisy = logits + (gumbel_noise(seed, rows, codes, GUMBEL_STREAM) if noise else 0)
+        noisy = logits + (gumbel_noise(seed[0], rows, codes, GUMBEL_STREAM, seed[1]) if noise else 0)
         unit *= float((noisy / temperature).abs().max() / math.log(2)) / 4
         floor = 0.0
         if grad_latents is not None:
@@ -147,7 +147,7 @@ def test_through_the_public_operation(emulated: Any) -> None:
     codebook.requires_grad_()
     runs = []
     for backend in ("cuda", "reference", "cuda"):
-        latents, indices, kl = gumbel_lookup(wide, codebook, 0.9, seed=seed, backend=backend)
+        latents, indices, kl = gumbel_lookup(wide, codebook, 0.9, seed=seed[0], backend=backend)
         loss = latents.float().square().sum() + kl.sum()
         runs.append((latents, indices, *torch.autograd.grad(loss, (wide, codebook))))
     for ours, theirs, again in zip(*runs, strict=True):
@@ -159,7 +159,7 @@ def test_through_the_public_operation(emulated: Any) -> None:
 def test_an_empty_batch(emulated: Any) -> None:
     logits, codebook, _, seed = _inputs(0, 64, 32, torch.float16)
     codebook.requires_grad_()
-    latents, indices, kl = gumbel_lookup(logits.requires_grad_(), codebook, 1.0, seed=seed, backend="cuda")
+    latents, indices, kl = gumbel_lookup(logits.requires_grad_(), codebook, 1.0, seed=seed[0], backend="cuda")
     assert (latents.shape, indices.shape, kl.shape) == ((0, 32), (0,), (0,))
     assert (torch.autograd.grad(latents.sum(), codebook)[0] == 0).all()
 
@@ -168,7 +168,7 @@ def test_one_code_or_no_rows_at_any_stride(emulated: Any) -> None:
     wide, codebook, _, seed = _inputs(4, 2, 32, torch.float16)
     wide.requires_grad_()
     codebook = codebook[:1].requires_grad_()
-    latents, indices, kl = gumbel_lookup(wide[:, ::2], codebook, 1.0, seed=seed, backend="cuda")
+    latents, indices, kl = gumbel_lookup(wide[:, ::2], codebook, 1.0, seed=seed[0], backend="cuda")
     assert indices.tolist() == [0] * 4
     torch.testing.assert_close(kl, torch.zeros_like(kl), atol=1e-6, rtol=0)
     torch.testing.assert_close(latents, codebook.expand(4, 32))
@@ -176,7 +176,7 @@ def test_one_code_or_no_rows_at_any_stride(emulated: Any) -> None:
     torch.testing.assert_close(dlogits, torch.zeros_like(wide), atol=1e-5, rtol=0)
     torch.testing.assert_close(dcodebook, torch.full_like(codebook, 4))
     logits, codebook, _, seed = _inputs(0, 8, 32, torch.float16)
-    latents, indices, kl = gumbel_lookup(logits[:, ::2], codebook[:4], 1.0, seed=seed, backend="cuda")
+    latents, indices, kl = gumbel_lookup(logits[:, ::2], codebook[:4], 1.0, seed=seed[0], backend="cuda")
     assert (latents.shape, indices.shape, kl.shape) == ((0, 32), (0,), (0,))
 
 

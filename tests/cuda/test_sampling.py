@@ -35,9 +35,10 @@ def test_draws_what_the_reference_draws(
     emulated: Any, dtype: torch.dtype, vocabulary: int, options: dict[str, Any]
 ) -> None:
     logits = _logits(6, vocabulary, dtype)
-    for seed in (0, -(2**63), 12345678901):
-        got = sample_tokens(logits, seed=seed, backend="cuda", **options)
-        assert got.equal(sample_tokens(logits, seed=seed, backend="reference", **options))
+    for seed, row_offset in ((0, 0), (-(2**63), 2**32 - 2), (12345678901, 2**63 - 100)):
+        drawn = {"seed": seed, "row_offset": row_offset, **options}
+        got = sample_tokens(logits, backend="cuda", **drawn)
+        assert got.equal(sample_tokens(logits, backend="reference", **drawn))
 
 
 def test_guidance_and_strided_rows(emulated: Any) -> None:

@@ -235,7 +235,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         ("NaN of ruled-out tokens keeps its key", "      value = fmaxf(value, -kInfinity);  // NaN", "      // NaN"),
         ("tokens past the vocabulary", "if (candidate >= vocabulary) {", "if (candidate > vocabulary) {"),
         ("a warp's own largest", "for (int warp = 0; warp < kThreads / 32; ++warp) {", "for (int warp = 0; warp < 1; ++warp) {"),
-        ("noise of another stream", "const Noise draw(load(p.seed), 1);", "const Noise draw(load(p.seed), 0);"),
+        ("noise of another stream", "const Noise draw(p.seed, 1);", "const Noise draw(p.seed, 0);"),
     ),
     *_of(
         "cuda/fragments.cuh",
@@ -255,7 +255,8 @@ MUTATIONS: tuple[Mutation, ...] = (
         "cuda/philox.cuh",
         (*GUMBEL, *SAMPLING),
         ("nine rounds", "round < 10", "round < 9"),
-        ("rows from 2^32 on as those before", "c2 = static_cast<uint32_t>(static_cast<uint64_t>(row) >> 32)", "c2 = 0"),
+        ("every batch from row 0 on", "first_row(static_cast<uint64_t>(load(seed + 1)))", "first_row(0)"),
+        ("rows from 2^32 on as those before", "c2 = static_cast<uint32_t>(noise_row >> 32)", "c2 = 0"),
     ),
 )  # fmt: skip
 

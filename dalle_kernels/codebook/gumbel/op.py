@@ -8,7 +8,7 @@ import torch
 
 from dalle_kernels.backends.choice import Operation, register
 from dalle_kernels.backends.library import Derivative, Entry
-from dalle_kernels.checks import check_temperature, positive_temperature, rows_contiguous, seed_tensor
+from dalle_kernels.checks import check_temperature, noise_key, positive_temperature, rows_contiguous
 from dalle_kernels.codebook.checks import check_pair, describe, gradient_like, refuse_nan
 from dalle_kernels.codebook.gumbel import reference
 from dalle_kernels.codebook.gumbel.contract import Backend, Grads, Inputs, Kept, Needs, Outputs, call_of
@@ -38,6 +38,8 @@ def gumbel_lookup(
     noise: bool = True,
     seed: int | torch.Tensor | None = None,
     backend: str = "auto",
+    *,
+    row_offset: int | torch.Tensor = 0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """softmax((logits + g) / temperature) @ codebook, the sampled index and the KL to uniform, in one pass.
 
@@ -55,6 +57,8 @@ def gumbel_lookup(
         noise: False for evaluation: the argmax row, without noise (straight-through as well).
         seed: a 64-bit int or one-element int64 tensor; None draws one from torch's generator.
         backend: "auto", "reference", "cpu", "triton" or "cuda"; see `explain`.
+        row_offset: which row of the noise row 0 takes, an int or one-element int64 tensor: a process that has the rows
+            from row a of a batch on draws with `row_offset=a` what the whole batch would have drawn there.
 
     Returns:
         latents: [..., D] in the dtype of `logits`.
@@ -83,7 +87,7 @@ def gumbel_lookup(
             positive_temperature(temperature, logits.device),
             hard or not noise,
             noise,
-            seed_tensor(seed, logits.device),
+            noise_key(seed, row_offset, logits.device),
         ),
         backend,
     )

@@ -17,7 +17,10 @@ def refuse(call: Call) -> str | None:
 
 
 def _noisy(logits: torch.Tensor, noise: bool, seed: torch.Tensor) -> torch.Tensor:
-    return logits + gumbel_noise(seed, logits.shape[0], logits.shape[1], GUMBEL_STREAM) if noise else logits
+    if not noise:
+        return logits
+    rows, codes = logits.shape
+    return logits + gumbel_noise(seed[0], rows, codes, GUMBEL_STREAM, seed[1])
 
 
 def forward(inputs: Inputs) -> Outputs:

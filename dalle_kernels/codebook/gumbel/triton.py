@@ -188,7 +188,7 @@ def gumbel_forward_kernel(
     BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     inverse = 1.0 / tl.load(temperature)
-    key = tl.load(seed)
+    key, first_row = tl.load(seed), tl.load(seed + 1)
     row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = row < N
     row = tl.minimum(row, N - 1)
@@ -205,7 +205,9 @@ def gumbel_forward_kernel(
     for start in range(0, quarter, BLOCK_Q):
         column = start + tl.arange(0, BLOCK_Q)[None, :]
         # No code lies below 0: the term only ties the noise to the tile's layout (see `philox`).
-        word_0, word_1, word_2, word_3 = philox(column.to(tl.uint32), (row + (index < 0))[:, None], key, STREAM)
+        word_0, word_1, word_2, word_3 = philox(
+            column.to(tl.uint32), (row + first_row + (index < 0))[:, None], key, STREAM
+        )
         t_0 = load_scores(rows, column, 0, K, quarter, EVEN)
         t_1 = load_scores(rows, column, 1, K, quarter, EVEN)
         t_2 = load_scores(rows, column, 2, K, quarter, EVEN)
@@ -282,8 +284,8 @@ def store_gradient(dlogits_rows, gradient, column, quarter_index: tl.constexpr, 
 
 @triton.jit
 def backward_step(
-    t_0, t_1, t_2, t_3, row, inside, column, codes, dcodes, grad, dlogits_rows, index, inverse, maximum, base, delta,
-    clean, slope, offset, key, K, quarter,
+    t_0, t_1, t_2, t_3, noise_row, inside, column, codes, dcodes, grad, dlogits_rows, index, inverse, maximum, base,
+    delta, clean, slope, offset, key, K, quarter,
     MORE: tl.constexpr, LATENTS: tl.constexpr, KL: tl.constexpr, HARD: tl.constexpr, NOISE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -295,7 +297,7 @@ def backward_step(
         dy_0, dy_1, dy_2, dy_3 = apart(dy)
         if NOISE:
             # No product is this large: the term only ties the noise to the tile's layout (see `philox`).
-            tied = (row + (tl.max(dy_0, 1) > 3.4e38))[:, None]
+            tied = (noise_row + (tl.max(dy_0, 1) > 3.4e38))[:, None]
             word_0, word_1, word_2, word_3 = philox(column.to(tl.uint32), tied, key, STREAM)
     gradient, chosen_0 = gradient_of(
         t_0, dy_0, word_0, column, index, inverse, maximum, base, delta, clean, slope, offset,
@@ -362,7 +364,7 @@ def gumbel_backward_kernel(
     EVEN: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     inverse = 1.0 / tl.load(temperature)
-    key = tl.load(seed)
+    key, first_row = tl.load(seed), tl.load(seed + 1)
     start = tl.program_id(0) * BLOCK_Q
     column = start + tl.arange(0, BLOCK_Q)[None, :]
     code, valid = codes_of(start, K, quarter, BLOCK_Q)
@@ -390,8 +392,8 @@ def gumbel_backward_kernel(
         if LATENTS:
             codes = load_codes(codebook, unkept(code, first, EVEN), valid, D, row_width, EVEN, BLOCK_D)
         dcodes = backward_step(
-            t_0, t_1, t_2, t_3, row, inside, column, codes, dcodes, grad, dlogits_rows, index, inverse, maximum, base,
-            delta, clean, slope, offset, key, K, quarter, MORE, LATENTS, KL, HARD, NOISE, PRECISION,
+            t_0, t_1, t_2, t_3, row + first_row, inside, column, codes, dcodes, grad, dlogits_rows, index, inverse,
+            maximum, base, delta, clean, slope, offset, key, K, quarter, MORE, LATENTS, KL, HARD, NOISE, PRECISION,
         )  # fmt: skip
 
     if LATENTS:

@@ -19,7 +19,7 @@ class Inputs(NamedTuple):
     temperature: torch.Tensor  # 0-dim float32
     hard: bool
     noise: bool
-    seed: torch.Tensor  # 0-dim int64
+    seed: torch.Tensor  # int64 [2], with the row of the noise that row 0 takes
     with_distribution: bool
 
 

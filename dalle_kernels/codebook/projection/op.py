@@ -14,9 +14,9 @@ from dalle_kernels.checks import (
     check_alike,
     check_temperature,
     check_tensor,
+    noise_key,
     positive_temperature,
     rows_contiguous,
-    seed_tensor,
 )
 from dalle_kernels.codebook.checks import gradient_like, refuse_nan
 from dalle_kernels.codebook.gumbel.op import fake_outputs
@@ -76,6 +76,7 @@ def gumbel_projection_lookup(
     seed: int | torch.Tensor | None = None,
     backend: str = "auto",
     *,
+    row_offset: int | torch.Tensor = 0,
     distribution: Literal[False] = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
 
@@ -92,6 +93,7 @@ def gumbel_projection_lookup(
     seed: int | torch.Tensor | None = None,
     backend: str = "auto",
     *,
+    row_offset: int | torch.Tensor = 0,
     distribution: Literal[True],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]: ...
 
@@ -107,6 +109,7 @@ def gumbel_projection_lookup(
     seed: int | torch.Tensor | None = None,
     backend: str = "auto",
     *,
+    row_offset: int | torch.Tensor = 0,
     distribution: bool = False,
 ) -> tuple[torch.Tensor, ...]:
     """`gumbel_lookup(features @ weight.T + bias, codebook, ...)` without storing the logits.
@@ -126,7 +129,7 @@ def gumbel_projection_lookup(
         features: [..., C], float16, bfloat16, float32 or float64.
         weight: [K, C], bias: [K] or None, codebook: [K, D]; dtype and device of `features` (under autocast all are
             cast).
-        temperature, hard, noise, seed: as for `gumbel_lookup`; the same seed draws the same noise.
+        temperature, hard, noise, seed, row_offset: as for `gumbel_lookup`; the same seed draws the same noise.
         backend: "auto", "reference", "cpu" or "triton"; see `explain`. Triton does not do `distribution`.
         distribution: whether to return it.
 
@@ -178,7 +181,7 @@ def gumbel_projection_lookup(
             positive_temperature(temperature, features.device),
             hard or not noise,
             noise,
-            seed_tensor(seed, features.device),
+            noise_key(seed, row_offset, features.device),
             distribution,
         ),
         backend,

@@ -76,7 +76,7 @@ def projection_forward_kernel(
     BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     inverse = 1.0 / tl.load(temperature)
-    key = tl.load(seed)
+    key, first_row = tl.load(seed), tl.load(seed + 1)
     row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = row < N
     row = tl.minimum(row, N - 1)
@@ -99,7 +99,9 @@ def projection_forward_kernel(
         word_0, word_1, word_2, word_3 = None, None, None, None
         if NOISE:
             # No code lies below 0: the term only ties the noise to the tile's layout (see `philox`).
-            word_0, word_1, word_2, word_3 = philox(column.to(tl.uint32), (row + (index < 0))[:, None], key, STREAM)
+            word_0, word_1, word_2, word_3 = philox(
+                column.to(tl.uint32), (row + first_row + (index < 0))[:, None], key, STREAM
+            )
         s_0, s_1 = add_noise(t_0, word_0, NOISE), add_noise(t_1, word_1, NOISE)
         s_2, s_3 = add_noise(t_2, word_2, NOISE), add_noise(t_3, word_3, NOISE)
         maximum, index, noisy_sum, clean_sum, clean_moment, mixture = enter(
@@ -123,7 +125,7 @@ def projection_backward_kernel(
 ):  # fmt: skip
     """dlogits [high - low, K] of the strip of rows from `low` to `high`, and its share of dcodebook."""
     inverse = 1.0 / tl.load(temperature)
-    key = tl.load(seed)
+    key, first_row = tl.load(seed), tl.load(seed + 1)
     start = tl.program_id(0) * BLOCK_Q
     column = start + tl.arange(0, BLOCK_Q)[None, :]
     code, valid = codes_of(start, K, quarter, BLOCK_Q)
@@ -153,8 +155,8 @@ def projection_backward_kernel(
         )
         codes = load_codes(codebook, again, valid, D, row_width, EVEN, BLOCK_D) if LATENTS else None
         dcodes = backward_step(
-            t_0, t_1, t_2, t_3, row, inside, column, codes, dcodes, grad, dlogits_rows, index, inverse, maximum, base,
-            delta, clean, slope, offset, key, K, quarter, MORE, LATENTS, KL, HARD, NOISE, PRECISION,
+            t_0, t_1, t_2, t_3, row + first_row, inside, column, codes, dcodes, grad, dlogits_rows, index, inverse,
+            maximum, base, delta, clean, slope, offset, key, K, quarter, MORE, LATENTS, KL, HARD, NOISE, PRECISION,
         )  # fmt: skip
 
     if LATENTS:

@@ -20,7 +20,8 @@ class Inputs(NamedTuple):
     metric: str
     k: int  # how many rows
     temperature: torch.Tensor | None  # 0-dim float32; None: the nearest rows
-    seed: torch.Tensor | None  # 0-dim int64, where there is a temperature
+    # int64 [2], with the row of the noise that row 0 of each head takes; where there is a temperature.
+    seed: torch.Tensor | None
 
 
 class Outputs(NamedTuple):

@@ -16,9 +16,9 @@ from dalle_kernels.checks import (
     check_alike,
     check_temperature,
     check_tensor,
+    noise_key,
     positive_temperature,
     rows_contiguous,
-    seed_tensor,
 )
 from dalle_kernels.codebook.checks import check_row_mask, gradient_like, refuse_nan
 from dalle_kernels.codebook.statistics.op import CodeStatistics, code_statistics
@@ -73,6 +73,7 @@ def vq_lookup(
     k: int | None = None,
     temperature: float | torch.Tensor | None = None,
     seed: int | torch.Tensor | None = None,
+    row_offset: int | torch.Tensor = 0,
     statistics: Literal[False] = False,
     all_reduce: None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
@@ -88,6 +89,7 @@ def vq_lookup(
     row_mask: torch.Tensor | None = None,
     temperature: float | torch.Tensor | None = None,
     seed: int | torch.Tensor | None = None,
+    row_offset: int | torch.Tensor = 0,
     statistics: Literal[True],
     all_reduce: Callable[[torch.Tensor], object] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, CodeStatistics]: ...
@@ -103,6 +105,7 @@ def vq_lookup(
     k: int | None = None,
     temperature: float | torch.Tensor | None = None,
     seed: int | torch.Tensor | None = None,
+    row_offset: int | torch.Tensor = 0,
     statistics: bool = False,
     all_reduce: Callable[[torch.Tensor], object] | None = None,
 ) -> Any:
@@ -130,6 +133,8 @@ def vq_lookup(
         temperature: draws from softmax(scores / temperature), by the Gumbel noise that `dalle_kernels.noise` defines,
             the same on every backend; k draws are without replacement. None takes the nearest.
         seed: of the draw: a 64-bit int or one-element int64 tensor; None draws one from torch's generator.
+        row_offset: which row of the noise row 0 of each head takes, an int or one-element int64 tensor: a process that
+            has the rows from row a of a batch on draws with `row_offset=a` what the whole batch would have drawn there.
         statistics: also returns how many rows chose each code, and their sums; see `code_statistics`. Not with `k`.
         all_reduce: called on those counts and on those sums, which it changes in place: `torch.distributed.all_reduce`
             makes them those of all processes.
@@ -175,7 +180,7 @@ def vq_lookup(
             metric,
             1 if k is None else int(k),
             positive_temperature(temperature, features.device) if drawn else None,  # type: ignore[arg-type]
-            seed_tensor(seed, features.device) if drawn else None,
+            noise_key(seed, row_offset, features.device) if drawn else None,
         ),
         backend,
     )

@@ -6,7 +6,7 @@ import torch
 
 from dalle_kernels.backends.contract import Call
 from dalle_kernels.codebook.vq.contract import Grads, Inputs, Kept, Needs, Outputs
-from dalle_kernels.noise import VQ_STREAM, gumbel_noise
+from dalle_kernels.noise import HEAD_STEP, VQ_STREAM, gumbel_noise
 from dalle_kernels.precision import widen
 
 
@@ -46,8 +46,11 @@ def _scores(wide: torch.Tensor, table: torch.Tensor, inputs: Inputs) -> torch.Te
         products = -(squares - 2 * products).clamp_min(0).sqrt()
     elif inputs.metric == "cosine":
         products = torch.where(squares > 0, products / squares.sqrt(), products)
-    noise = gumbel_noise(inputs.seed, products.shape[0] * products.shape[1], products.shape[2], VQ_STREAM)
-    return scale * products + inputs.temperature.to(products.dtype) * noise.view_as(products).to(products.dtype)
+    seed, row_offset = inputs.seed
+    heads, rows, codes = products.shape
+    streams = range(VQ_STREAM, VQ_STREAM + heads * HEAD_STEP, HEAD_STEP)
+    noise = torch.stack([gumbel_noise(seed, rows, codes, stream, row_offset) for stream in streams])
+    return scale * products + inputs.temperature.to(products.dtype) * noise.to(products.dtype)
 
 
 def _gather(table: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
