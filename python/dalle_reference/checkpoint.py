@@ -1,10 +1,12 @@
-"""Checkpoints: a folder with the tensors (safetensors) and a small JSON that says what they are.
+"""Checkpoints: a folder of tensors (safetensors, a file from each process) and a small JSON that says what they are.
 
-    checkpoints/step-00000200/tensors.safetensors
-                              checkpoint.json       format, kind, step, configuration, size, digest of both
+    checkpoints/step-00000200/shard-00001-....safetensors
+                              checkpoint.json       format, kind, step, configuration, each file's size and digest
 
-The folder is written under a hidden name, synced and renamed, so a checkpoint that can be seen is whole: a kill at any
-moment leaves the one before. What is read is checked against the digest, and every fault is one `UserError`.
+torch.distributed.checkpoint writes and reads the tensors, so what several processes saved, each its part, any other
+number of them can load. The folder is written under a hidden name, synced and renamed, so a checkpoint that can be seen
+is whole: a kill at any moment leaves the one before. What is read is checked against the digests, and every fault is
+one `UserError`.
 """
 
 from __future__ import annotations
@@ -12,86 +14,157 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from dalle_reference import weights
 from dalle_reference.errors import UserError
-from dalle_reference.files import save_tensors, sync
+from dalle_reference.files import sync
+from dalle_reference.parallel import ALONE, Elsewhere, World
 
-_FORMAT = 2
-_TENSORS, _DOCUMENT = "tensors.safetensors", "checkpoint.json"
-_FIELDS = {"format": int, "kind": str, "step": int, "config": dict, "bytes": int, "blake2b": str}
+_FORMAT = 3
+_DOCUMENT = "checkpoint.json"
+_FIELDS = {"format": int, "kind": str, "step": int, "config": dict, "files": dict, "blake2b": str}
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint folder holds.
+    """What a checkpoint folder holds, or a file of converted weights.
 
     Attributes:
-        path: the folder.
-        kind: what it is of, "dvae" for one.
+        path: the folder, or the file.
+        kind: "dvae", "transformer" or the like.
         step: steps that had been made.
         config: the configuration it was made with, as JSON has it.
-        tensors: by name; "model.", "ema." and "optimizer." say whose they are.
+        tensors: of converted weights, which are in memory already; a folder's stay there until they are asked for.
     """
 
     path: Path
     kind: str
     step: int
     config: dict[str, Any]
-    tensors: dict[str, torch.Tensor]
+    tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def group(self, prefix: str) -> dict[str, torch.Tensor]:
-        """The tensors whose names start with `prefix` and a dot, without it."""
+        """The tensors whose names start with `prefix` and a dot, without it: "model", "ema" or "optimizer"."""
         start = prefix + "."
-        return {name.removeprefix(start): value for name, value in self.tensors.items() if name.startswith(start)}
+        if not self.path.is_dir():
+            return {name.removeprefix(start): value for name, value in self.tensors.items() if name.startswith(start)}
+        stated = _stated(self.path).items()
+        found = {
+            name: torch.empty(entry.size, dtype=entry.properties.dtype)
+            for name, entry in stated
+            if name.startswith(start)
+        }
+        self._load(found, ALONE)
+        return {name.removeprefix(start): value for name, value in found.items()}
+
+    def read(self, tensors: Mapping[str, torch.Tensor], world: World = ALONE) -> None:
+        """Fills `tensors`, by their whole names, in place; of a sharded tensor each process reads its part.
+
+        Raises:
+            UserError: if the checkpoint has no such tensors, or others beside them under the same prefixes.
+        """
+        world.first(lambda: self._require({name: tuple(tensor.shape) for name, tensor in tensors.items()}))
+        if self.path.is_dir():
+            self._load(tensors, world)
+            return
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                tensor.copy_(self.tensors[name])
+
+    def _load(self, tensors: Mapping[str, torch.Tensor], world: World) -> None:
+        with _torch_errors(world):
+            dcp.load(dict(tensors), storage_reader=_reader(self.path), no_dist=world.size == 1)
+
+    def _require(self, wanted: dict[str, tuple[int, ...]]) -> None:
+        if self.path.is_dir():
+            shapes = {name: tuple(entry.size) for name, entry in _stated(self.path).items()}
+        else:
+            shapes = {name: tuple(value.shape) for name, value in self.tensors.items()}
+        prefixes = {name.partition(".")[0] for name in wanted}
+        stray = sorted(name for name in shapes.keys() - wanted.keys() if name.partition(".")[0] in prefixes)
+        for name, shape in wanted.items():
+            if shapes.get(name) != shape:
+                reason = f"{name} is {list(shapes[name])}" if name in shapes else f"{name} is absent"
+                raise UserError(
+                    f"{self.path}: the weights are of another configuration: {reason}, wanted {list(shape)}"
+                )
+        if stray:
+            raise UserError(f"{self.path}: the weights are of another configuration: {stray[0]} is not this model's")
 
 
 def save(
-    run: Path, kind: str, step: int, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], keep: int = 2
+    run: Path,
+    kind: str,
+    step: int,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, torch.Tensor],
+    keep: int = 2,
+    world: World = ALONE,
 ) -> Path:
-    """Writes `run/checkpoints/step-...` and takes away all but the newest `keep`. Returns its path."""
+    """Writes `run/checkpoints/step-...` and takes away all but the newest `keep`. Returns its path.
+
+    Every process calls it, with the same names; of a sharded tensor each writes its part, of others one does.
+    """
     folder = run / "checkpoints"
-    folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob(".step-*"):
-        shutil.rmtree(leftover)
     target = folder / f"step-{step:08d}"
     draft = folder / f".{target.name}"
-    draft.mkdir()
-    try:
-        save_tensors({name: value.detach().contiguous() for name, value in tensors.items()}, draft / _TENSORS)
-        document = {
-            "format": _FORMAT,
-            "kind": kind,
-            "step": step,
-            "config": config,
-            "bytes": (draft / _TENSORS).stat().st_size,
-        }
-        document["blake2b"] = _digest(draft / _TENSORS, document)
+
+    def begin() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.glob(".step-*"):
+            shutil.rmtree(leftover)
+        draft.mkdir()
+
+    def finish() -> Path:
+        files = {name: entry for some in written for name, entry in some.items()}
+        document = {"format": _FORMAT, "kind": kind, "step": step, "config": config, "files": files}
+        document["blake2b"] = _digest(document)
         (draft / _DOCUMENT).write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        for path in (draft / _TENSORS, draft / _DOCUMENT, draft):
+        for path in (draft / _DOCUMENT, draft):
             sync(path)
+        if target.exists():  # the same step again: the old one steps aside, so that there is always a whole one
+            aside = folder / f".{target.name}.old"
+            target.rename(aside)
+            draft.rename(target)
+            shutil.rmtree(aside)
+        else:
+            draft.rename(target)
+        sync(folder)
+        for old in _list(run)[:-keep]:
+            shutil.rmtree(old)
+        return target
+
+    world.first(begin)
+    try:
+        with _torch_errors(world):
+            dcp.save(
+                {name: value.detach().contiguous() for name, value in tensors.items()},
+                storage_writer=dcp.HuggingFaceStorageWriter(str(draft), save_distributed=True),
+                no_dist=world.size == 1,
+            )
+        mine: dict[str, list[Any]] = {}
+        with world.together():
+            for path in sorted(draft.iterdir())[world.rank :: world.size]:
+                sync(path)
+                mine[path.name] = [path.stat().st_size, _file_digest(path)]
+        written = world.collect(mine)
+        return world.first(finish)
     except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)  # which may be what fills the disk
+        if world.main:
+            shutil.rmtree(draft, ignore_errors=True)  # which may be what fills the disk
         raise
-    if target.exists():  # the same step again: the old one steps aside, so that there is always a whole one
-        aside = folder / f".{target.name}.old"
-        target.rename(aside)
-        draft.rename(target)
-        shutil.rmtree(aside)
-    else:
-        draft.rename(target)
-    sync(folder)
-    for old in _list(run)[:-keep]:
-        shutil.rmtree(old)
-    return target
 
 
 def latest(run: Path) -> Path | None:
@@ -104,8 +177,8 @@ def _list(run: Path) -> list[Path]:
     return sorted((run / "checkpoints").glob("step-*"))
 
 
-def load(path: Path, kind: str) -> Checkpoint:
-    """Reads a checkpoint folder, the newest checkpoint of a run's folder, or a file of converted weights.
+def load(path: Path, kind: str, world: World = ALONE) -> Checkpoint:
+    """Opens a checkpoint folder, the newest checkpoint of a run's folder, or a file of converted weights.
 
     Raises:
         UserError: if there is none, it is damaged, or it is of another kind.
@@ -117,41 +190,83 @@ def load(path: Path, kind: str) -> Checkpoint:
             raise UserError(f"{path}: {converted.kind}, which {can}; wanted a {kind}")
         tensors = {f"ema.{name}": tensor for name, tensor in converted.tensors.items()}
         return Checkpoint(path, kind, 0, {"model": dict(converted.config)}, tensors)
+    found, files = world.first(lambda: _open(path, kind))
+    with world.together(), _damages(found.path):
+        for name in sorted(files)[world.rank :: world.size]:
+            size, digest = files[name]
+            has = (found.path / name).stat().st_size
+            if has != size:
+                raise ValueError(f"{name} has {has} bytes of {size}")
+            if _file_digest(found.path / name) != digest:
+                raise ValueError(f"{name} is not what was written: its digest differs")
+    return found
+
+
+def _open(path: Path, kind: str) -> tuple[Checkpoint, dict[str, list[Any]]]:
+    """A checkpoint by its document, and the files that it names."""
     if not (path / _DOCUMENT).exists():
         newest = latest(path)
         if newest is None:
             raise UserError(f"{path}: no checkpoint there")
         path = newest
-    try:
+    with _damages(path):
         document = json.loads((path / _DOCUMENT).read_text(encoding="utf-8"))
         for name, kind_of in _FIELDS.items():
             if type(document[name]) is not kind_of:
                 raise ValueError(f"{_DOCUMENT}: {name} is {document[name]!r}")
         if document["format"] != _FORMAT:
             raise ValueError(f"format {document['format']}, this version reads {_FORMAT}")
-        size = (path / _TENSORS).stat().st_size
-        if size != document["bytes"]:
-            raise ValueError(f"{_TENSORS} has {size} bytes of {document['bytes']}")
-        if _digest(path / _TENSORS, document) != document["blake2b"]:
-            raise ValueError("it is not what was written: its digest differs")
-        tensors = load_file(path / _TENSORS)
-        found = Checkpoint(path, document["kind"], document["step"], document["config"], tensors)
+        if _digest(document) != document["blake2b"]:
+            raise ValueError(f"{_DOCUMENT} is not what was written: its digest differs")
+    if document["kind"] != kind:
+        raise UserError(f"{path}: a checkpoint of a {document['kind']}, wanted one of a {kind}")
+    return Checkpoint(path, kind, document["step"], document["config"]), document["files"]
+
+
+@contextmanager
+def _damages(path: Path) -> Iterator[None]:
+    try:
+        yield
     except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
         others = [other.name for other in path.parent.glob("step-*") if other != path]
         hint = f"; take it away to go on from {max(others)}" if others else ""
         raise UserError(f"{path}: damaged checkpoint ({error}){hint}") from error
-    if found.kind != kind:
-        raise UserError(f"{path}: a checkpoint of a {found.kind}, wanted one of a {kind}")
-    return found
 
 
-def _digest(path: Path, document: Mapping[str, Any]) -> str:
-    """Of the tensors' file, and of all that the document says but the digest."""
+@contextmanager
+def _torch_errors(world: World) -> Iterator[None]:
+    """torch.distributed.checkpoint collects what failed on any process; here each has its own error again."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*assuming the intent is to (save|load) in a single process")
+            yield
+    except CheckpointException as failed:
+        if world.rank not in failed.failures:
+            raise Elsewhere from failed
+        error = failed.failures[world.rank][0]
+        if isinstance(error, SafetensorError):
+            raise OSError(str(error)) from failed
+        raise error from failed
+
+
+def _reader(path: Path) -> dcp.HuggingFaceStorageReader:
+    return dcp.HuggingFaceStorageReader(str(path))
+
+
+def _stated(path: Path) -> dict[str, TensorStorageMetadata]:
+    """The tensors of a folder, by name."""
+    return cast(dict[str, TensorStorageMetadata], _reader(path).read_metadata().state_dict_metadata)
+
+
+def _file_digest(path: Path) -> str:
     with path.open("rb") as file:
-        digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16))
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def _digest(document: Mapping[str, Any]) -> str:
+    """Of all that the document says but the digest."""
     said = {name: value for name, value in document.items() if name != "blake2b"}
-    digest.update(json.dumps(said, sort_keys=True).encode())
-    return digest.hexdigest()
+    return hashlib.blake2b(json.dumps(said, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def require_same(checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:
@@ -178,16 +293,3 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + name] = list(value) if isinstance(value, tuple) else value
     return flat
-
-
-def restore(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor], where: Path) -> None:
-    """Gives `module` the weights `tensors`.
-
-    Raises:
-        UserError: if they are not this module's.
-    """
-    try:
-        module.load_state_dict(dict(tensors))
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{where}: the weights are of another configuration: {reason}") from error

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 import tyro
 from tqdm import tqdm
 
-from dalle_reference import demo, render, train, train_family, weights
+from dalle_reference import checkpoint, demo, render, train, train_family, weights
 from dalle_reference.clip import CLIP, caption_tokens
 from dalle_reference.config import (
     CLIP_PRESETS,
@@ -510,6 +510,31 @@ def _convert(config: Annotated[ConvertConfig, tyro.conf.arg(name="")]) -> None:
     print(f"wrote {output}: {found.kind}, {len(found.tensors)} tensors{runs[found.model]}")
 
 
+@dataclass(frozen=True)
+class ExportConfig:
+    """Turn a run's newest checkpoint into one file of weights."""
+
+    run: tyro.conf.Positional[Path]
+    """Folder of a run."""
+    output: tyro.conf.Positional[Path]
+    """The safetensors file to write; --model and --dvae take it."""
+    kind: Literal["dvae", "transformer", "clip", "pixels"] = "transformer"
+    """What the run trained."""
+    force: bool = False
+    """Replace an output that is there already."""
+
+
+def _export(config: Annotated[ExportConfig, tyro.conf.arg(name="")]) -> None:
+    """Turn a run's newest checkpoint, however many processes wrote it, into one file of the running mean's weights."""
+    require_output(config.output)
+    if config.output.exists() and not config.force:
+        raise UserError(f"{config.output}: is there already; --force replaces it")
+    saved = checkpoint.load(config.run, config.kind)
+    kept = saved.group("ema")
+    weights.write(config.output, weights.Weights("dalle-reference", config.kind, saved.config["model"], kept))
+    print(f"wrote {config.output}: a {config.kind} of {saved.step} steps, {len(kept)} tensors")
+
+
 def _demo(config: Annotated[demo.DemoConfig, tyro.conf.arg(name="")]) -> None:
     """Train a small DALL-E on OpenMoji, both stages, and show what it draws."""
     demo.run(config)
@@ -529,6 +554,7 @@ _COMMANDS = {
     "classify": _classify,
     "reconstruct": _reconstruct,
     "convert": _convert,
+    "export": _export,
     "demo": _demo,
 }
 

@@ -56,6 +56,9 @@ class RunConfig:
     """Go on from the newest checkpoint in `out`, exactly as if the run had never stopped."""
     cache: Path | None = None
     """Where decoded pictures are kept; $DALLE_REFERENCE_CACHE or the user's cache folder by default."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """How processes share the work. ddp: each has all weights. fsdp: each keeps its part of weights, moments and mean,
+    and gathers a block's weights when its turn comes."""
     accumulate: int = 1
     """Parts that a process takes its share of a batch in, gradients added up, where memory is short."""
 
@@ -67,10 +70,15 @@ class RunConfig:
         require_seed(self)
         if self.precision not in ("auto", "fp32", "bf16"):
             raise ValueError(f"precision: got {self.precision!r}, wanted auto, fp32 or bf16")
+        if self.parallel not in ("ddp", "fsdp"):
+            raise ValueError(f"parallel: got {self.parallel!r}, wanted ddp or fsdp")
 
 
 # These change nothing in the sequence of losses (but for rounding), so a run may go on with others than it began with.
-_FREE = ("out", "dvae", "clip_run", "log_every", "save_every", "draw_every", "resume", "cache", "accumulate")
+_FREE = (
+    *("out", "dvae", "clip_run", "log_every", "save_every", "draw_every", "resume", "cache"),
+    *("parallel", "accumulate"),
+)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ from typing import Generic, TypeVar
 
 import torch
 
+from dalle_reference.parallel import local
+
 M = TypeVar("M", bound=torch.nn.Module)
 
 
@@ -30,6 +32,6 @@ class MovingAverage(Generic[M]):
     @torch.no_grad()
     def update(self, module: M, step: int) -> None:
         share = 1.0 - min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(self.module.parameters()), list(module.parameters()), share)
+        torch._foreach_lerp_([*map(local, self.module.parameters())], [*map(local, module.parameters())], share)
         for mine, theirs in zip(self.module.buffers(), module.buffers(), strict=True):
             mine.copy_(theirs)

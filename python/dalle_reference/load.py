@@ -137,7 +137,7 @@ def _load(run: Path, kind: str, model_of: Any, config_of: type, device: torch.de
     with torch.device("meta"):  # initial weights, drawn only to be replaced, take a minute for a billion
         model = model_of(_config(config_of, saved))
     model.to_empty(device=device)
-    checkpoint.restore(model, saved.group("ema"), saved.path)
+    saved.read({f"ema.{name}": value for name, value in model.state_dict().items()})
     return model.eval()
 
 

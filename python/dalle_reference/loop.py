@@ -7,6 +7,7 @@ run is the same, up to rounding, on any number of processes: each takes its plac
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -30,7 +31,7 @@ from dalle_reference.config import RunConfig
 from dalle_reference.ema import M, MovingAverage
 from dalle_reference.errors import UserError
 from dalle_reference.files import exclusive, replacing
-from dalle_reference.parallel import Elsewhere, World, joined
+from dalle_reference.parallel import Elsewhere, World, joined, shard, whole
 from dalle_reference.render import read_metrics
 
 
@@ -54,9 +55,12 @@ class Interrupted(Exception):  # noqa: N818 (nothing has gone wrong)
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:
     """bf16 autocast where `precision` says so; "auto" where the hardware multiplies bf16."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=_is_bf16(precision, device))
+
+
+def _is_bf16(precision: str, device: torch.device) -> bool:
     fast = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
-    enabled = precision == "bf16" or (precision == "auto" and fast)
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+    return precision == "bf16" or (precision == "auto" and fast)
 
 
 def batch_indices(step: int, batch: int, count: int, seed: int) -> np.ndarray:
@@ -164,6 +168,14 @@ class Run(Generic[M]):
         world: World,
     ) -> None:
         self.config, self.kind, self.model, self.document, self.world = config, kind, model, document, world
+        self._pass: torch.nn.Module = _Pass(model, objective)
+        self.average = MovingAverage(model, config.average)
+        self._sharded = world.size > 1 and config.parallel == "fsdp"
+        if self._sharded:
+            self._whole = copy.deepcopy(self.average.module).to("meta")
+            bf16 = _is_bf16(config.precision, world.device)
+            shard(self._pass, world, bf16)
+            shard(self.average.module, world, bf16)
         groups: list[dict[str, Any]] = [
             {"params": [value for value in model.parameters() if value.dim() > 1]},
             {"params": [value for value in model.parameters() if value.dim() <= 1], "weight_decay": 0.0},
@@ -176,7 +188,6 @@ class Run(Generic[M]):
             weight_decay=config.weight_decay,
             fused=True,
         )
-        self.average = MovingAverage(model, config.average)
         self.step = 0
         self.metrics = config.out / "metrics.jsonl"
         if config.resume:
@@ -184,18 +195,17 @@ class Run(Generic[M]):
         elif world.main:
             # What a run that left no checkpoint has measured is measured again.
             self.metrics.unlink(missing_ok=True)
-        self._pass: torch.nn.Module = _Pass(model, objective)
-        if world.size > 1:
+        if world.size > 1 and not self._sharded:
             places = [world.device] if world.device.type == "cuda" else None
             self._pass = DistributedDataParallel(self._pass, device_ids=places, gradient_as_bucket_view=True)
 
-    def train(self, prepare: Prepare, describe: Describe, draw: Callable[[int, Any], None]) -> None:
+    def train(self, prepare: Prepare, describe: Describe, draw: Callable[[M, int, Any], None]) -> None:
         """Makes the steps that remain.
 
         Args:
             prepare: (step, places in the batch) -> the objective's arguments for each range of places.
             describe: (step, what the objective gave for each) -> numbers to log; every process calls it.
-            draw: (step, TensorBoard writer): writes pictures of what the model does.
+            draw: (running mean of the model, step, TensorBoard writer): writes pictures of what the model does.
 
         Raises:
             Interrupted: after SIGINT or SIGTERM, with the state saved.
@@ -237,16 +247,21 @@ class Run(Generic[M]):
                 if detailed:
                     speed = (self.step - since) * config.batch / (time.perf_counter() - began)
                     since, began = self.step, time.perf_counter()
-                    numbers |= {"gradient_norm": float(norm), "learning_rate": rate, "pictures_per_second": speed}
+                    numbers |= {
+                        "gradient_norm": float(whole(norm)),
+                        "learning_rate": rate,
+                        "pictures_per_second": speed,
+                    }
                     with world.together():
                         if world.main:
                             self._log(log, board, {"step": self.step, "loss": value, **numbers})
                 if self.step % config.save_every == 0 or last or stopping:
                     self.save()
                 if config.draw_every and (self.step % config.draw_every == 0 or last):
+                    mean = self._mean()
                     with world.together():
                         if world.main:
-                            draw(self.step, board)
+                            draw(mean, self.step, board)
                 if stopping and not last:
                     raise Interrupted(
                         f"{config.out}: stopped at step {self.step} of {config.steps}, saved; --resume goes on"
@@ -266,10 +281,12 @@ class Run(Generic[M]):
                     with autocast(config.precision, world.device):
                         loss, output = self._pass(*arguments)
                     value = float(loss.detach())
-                    if not math.isfinite(value):
-                        raise ValueError(f"the loss is {value}")
                 except ValueError as error:  # also how operations refuse NaN
-                    trouble = UserError(f"{config.out}: step {self.step}: {error}; try a smaller step size")
+                    trouble = self._not_a_number(error)
+                    if self._sharded:  # the others are in the middle of it, and wait for this one's weights
+                        raise trouble from error
+                if trouble is None and not math.isfinite(value):
+                    trouble = self._not_a_number(f"the loss is {value}")
                 # One question for all that a step must know of the others.
                 losses, troubled, asked = world.total(
                     torch.tensor([value, trouble is not None, stop]).double()
@@ -284,6 +301,9 @@ class Run(Generic[M]):
                 seen.append(output)
         return total, seen, asked > 0
 
+    def _not_a_number(self, reason: object) -> UserError:
+        return UserError(f"{self.config.out}: step {self.step}: {reason}; try a smaller step size")
+
     @contextmanager
     def _records(self) -> Iterator[tuple[Any, Any]]:
         """The file of metrics and TensorBoard's writer."""
@@ -297,15 +317,30 @@ class Run(Generic[M]):
 
     def save(self) -> Path:
         """Writes a checkpoint of this moment."""
-        return self.world.first(self._save)
+        return checkpoint.save(self.config.out, self.kind, self.step, self.document, self._state(), world=self.world)
 
-    def _save(self) -> Path:
+    def _state(self) -> dict[str, torch.Tensor]:
+        """All that a checkpoint holds, by name."""
         tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
         tensors |= {f"ema.{name}": value for name, value in self.average.module.state_dict().items()}
         for name, parameter in self.model.named_parameters():
             for entry, value in self.optimizer.state[parameter].items():
                 tensors[f"optimizer.{entry}.{name}"] = value
-        return checkpoint.save(self.config.out, self.kind, self.step, self.document, tensors)
+        return tensors
+
+    def _mean(self) -> M:
+        """The running mean with all of its weights on the main process, for which every process gives its part."""
+        if not self._sharded:
+            return self.average.module
+        mean = copy.deepcopy(self._whole)
+        if self.world.main:
+            mean.to_empty(device=self.world.device)
+        places = mean.state_dict()
+        for name, value in self.average.module.state_dict().items():
+            value = whole(value)
+            if self.world.main:
+                places[name].copy_(value)
+        return mean
 
     def _learning_rate(self) -> float:
         config = self.config
@@ -321,21 +356,16 @@ class Run(Generic[M]):
                 board.add_scalar(name, value, record["step"])
 
     def _resume(self) -> None:
-        saved = checkpoint.load(self.config.out, self.kind)
-        checkpoint.require_same(saved, self.document)
-        checkpoint.restore(self.model, saved.group("model"), saved.path)
-        checkpoint.restore(self.average.module, saved.group("ema"), saved.path)
-        moments = saved.group("optimizer")
-        try:
-            for name, parameter in self.model.named_parameters():
-                self.optimizer.state[parameter] = {
-                    "step": moments[f"step.{name}"].to(parameter.device),
-                    # In the parameter's own memory order, which the fused update takes for granted.
-                    "exp_avg": torch.empty_like(parameter).copy_(moments[f"exp_avg.{name}"]),
-                    "exp_avg_sq": torch.empty_like(parameter).copy_(moments[f"exp_avg_sq.{name}"]),
-                }
-        except (KeyError, RuntimeError) as error:
-            raise UserError(f"{saved.path}: holds no state that a run can go on from ({error})") from error
+        saved = checkpoint.load(self.config.out, self.kind, self.world)
+        self.world.first(lambda: checkpoint.require_same(saved, self.document))
+        for parameter in self.model.parameters():
+            self.optimizer.state[parameter] = {
+                "step": torch.zeros((), device=parameter.device),
+                # In the parameter's own memory order, which the fused update takes for granted.
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+        saved.read(self._state(), self.world)
         self.step = saved.step
         if not self.world.main:
             return

@@ -16,8 +16,9 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Shard
 
 from dalle_reference.errors import UserError
@@ -90,6 +91,13 @@ class World:
             dist.broadcast_object_list(result, src=0)
         return result[0]
 
+    def collect(self, value: T) -> list[T]:
+        """Every process's value."""
+        values: list[Any] = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
     def main_first(self, load: Callable[[], T]) -> T:
         """What `load` gives, on every process: on the main one first, whose cache of it the others then read."""
         loaded: list[T] = []
@@ -136,6 +144,10 @@ class World:
         return DTensor.from_local(rows, mesh, [Shard(0)]).full_tensor(grad_placements=[Partial()])
 
 
+ALONE = World(torch.device("cpu"))
+"""A process that shares nothing."""
+
+
 @contextmanager
 def joined(device: str) -> Iterator[World]:
     """The processes that `torchrun` started together, or this one alone; `device` as a configuration names it.
@@ -176,3 +188,45 @@ def resolve_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= found:
         raise UserError(f"device: got {name}, but torch finds {found or 'no'} GPU{'s' * (found > 1)} here")
     return device
+
+
+def shard(root: nn.Module, world: World, bf16: bool) -> None:
+    """Gives each process its part of every parameter (FSDP2), in place.
+
+    What stands in a list of modules, such as a transformer's blocks, is gathered when its turn comes and given back;
+    the rest is gathered once a pass. Passes begin with `root`'s forward.
+
+    Args:
+        bf16: parameters are gathered in bfloat16, and gradients added up in float32.
+
+    Raises:
+        UserError: for a parameter without dimensions, which FSDP2 cannot divide.
+    """
+    for name, parameter in root.named_parameters():
+        if not parameter.dim():
+            raise UserError(
+                f"parallel: got fsdp, wanted ddp for a model with a single number among its weights ({name})"
+            )
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    halves = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    root.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # FSDP takes no other
+    for part in (*_units(root), root):
+        fully_shard(part, mesh=mesh, mp_policy=halves if bf16 else MixedPrecisionPolicy())
+
+
+def _units(module: nn.Module) -> Iterator[nn.Module]:
+    for child in module.children():
+        if isinstance(child, nn.ModuleList):
+            yield from child
+        else:
+            yield from _units(child)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a sharded tensor, or the tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor as every process sees it, or the tensor; all processes ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

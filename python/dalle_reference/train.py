@@ -87,8 +87,7 @@ def train_dvae(config: TrainDVAEConfig, world: World) -> Path:
         used = world.gather(torch.cat([output.indices for output in outputs]))
         return numbers | codebook_use(used, config.model.vocab)
 
-    def draw(step: int, board: Any) -> None:
-        mean = run.average.module
+    def draw(mean: DiscreteVAE, step: int, board: Any) -> None:
         decoded = mean.decode(mean.encode(shown))
         path = run_config.out / "pictures" / f"reconstructions-{step:08d}.png"
         heading = f"step {step}: held-out pictures, and what is left of them"
@@ -158,11 +157,11 @@ def train_transformer(config: TrainTransformerConfig, world: World) -> Path:
         found = means(world, losses, "text", "image")
         return {"text_loss": found["text"], "image_loss": found["image"]}
 
-    def draw(step: int, board: Any) -> None:
+    def draw(mean: DalleTransformer, step: int, board: Any) -> None:
         chosen = np.linspace(0, len(training) - 1, min(_SHOWN, len(training))).astype(int)
         texts = [captions[i][number % len(captions[i])] for number, i in enumerate(chosen)]
         text = tokenizer.encode(texts, length).to(device)
-        sampled = generate(run.average.module, text, seed=run_config.seed, guidance_scale=config.guidance_scale)
+        sampled = generate(mean, text, seed=run_config.seed, guidance_scale=config.guidance_scale)
         decoded = dvae.decode(sampled.unflatten(1, dvae.config.grid))
         path = run_config.out / "pictures" / f"samples-{step:08d}.png"
         render.sheet(path, decoded, texts, heading=f"step {step}: samples", footer=training.credit)
@@ -222,9 +221,9 @@ def train_clip(config: TrainCLIPConfig, world: World) -> Path:
     def describe(step: int, losses: list[CLIPLoss]) -> dict[str, float]:
         return means(world, losses, "right") | {"scale": float(model.scale.detach())}
 
-    def draw(step: int, board: Any) -> None:
+    def draw(mean: CLIP, step: int, board: Any) -> None:
         shown = held_out if len(held_out) else training
-        for language, share in name_pictures(run.average.module, tokenizer, shown).items():
+        for language, share in name_pictures(mean, tokenizer, shown).items():
             board.add_scalar(f"names_right/{language}", share, step)
 
     run = Run(run_config, "clip", model, objective, to_json(config), world)

@@ -64,13 +64,13 @@ def train_pixels(config: TrainPixelsConfig, world: World) -> Path:
     def objective(model: PixelTransformer, pictures: torch.Tensor) -> tuple[torch.Tensor, None]:
         return model.loss(pictures), None
 
-    def draw(step: int, board: Any) -> None:
-        nats = pixel_loss(run.average.module, shown)
+    def draw(mean: PixelTransformer, step: int, board: Any) -> None:
+        nats = pixel_loss(mean, shown)
         board.add_scalar("held_out_nats", nats, step)
         which = torch.linspace(0, len(shown) - 1, min(_SHOWN, len(shown))).long()
         completion_sheet(
             run_config.out / "pictures" / f"completions-{step:08d}.png",
-            run.average.module,
+            mean,
             shown.images[which].to(device),
             config.model.resolution // 2,
             number=_WAYS,
@@ -173,9 +173,9 @@ def train_prior(config: TrainPriorConfig, world: World) -> Path:
     def objective(model: Prior, *arguments: torch.Tensor) -> tuple[torch.Tensor, None]:
         return model.loss(*arguments), None
 
-    def draw(step: int, board: Any) -> None:
+    def draw(model: Prior, step: int, board: Any) -> None:
         judged = held_out if len(held_out) else training
-        figures = prior_cosines(run.average.module, clip, tokenizer, judged, shown.mean(dim=0), run_config.seed)
+        figures = prior_cosines(model, clip, tokenizer, judged, shown.mean(dim=0), run_config.seed)
         for name, value in figures.items():
             board.add_scalar(f"cosine/{name}", value, step)
 
@@ -245,8 +245,8 @@ def train_decoder(config: TrainDecoderConfig | TrainPixelDecoderConfig, world: W
     def objective(model: PixelDecoder, *arguments: torch.Tensor) -> tuple[torch.Tensor, None]:
         return model.loss(*arguments), None
 
-    def draw(step: int, board: Any) -> None:
-        _draw_variations(config, step, run.average.module, training, shown)
+    def draw(mean: PixelDecoder, step: int, board: Any) -> None:
+        _draw_variations(config, step, mean, training, shown)
 
     run = Run(run_config, "decoder", model, objective, to_json(config), world)
     run.train(prepare, lambda step, outputs: {}, draw)
@@ -284,8 +284,8 @@ def _train_token_decoder(config: TrainDecoderConfig, world: World) -> Path:
     ) -> tuple[torch.Tensor, None]:
         return model.loss(cells.new_empty(len(cells), 0), cells, seen=seen, latents=vectors).total, None
 
-    def draw(step: int, board: Any) -> None:
-        decoder = TokenDecoder(run.average.module, dvae, temperature=0.4)
+    def draw(mean: DalleTransformer, step: int, board: Any) -> None:
+        decoder = TokenDecoder(mean, dvae, temperature=0.4)
         _draw_variations(config, step, decoder, training, shown)
 
     run = Run(run_config, "decoder", model, objective, to_json(config), world)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from dalle_reference import checkpoint
-from dalle_reference.checkpoint import load, require_same, restore, save
+from dalle_reference.checkpoint import load, require_same, save
 from dalle_reference.errors import UserError
 
 CONFIG = {"model": {"width": 8, "grid": (4, 4)}, "seed": 1}
@@ -16,6 +16,11 @@ CONFIG = {"model": {"width": 8, "grid": (4, 4)}, "seed": 1}
 
 def tensors(step: int) -> dict[str, torch.Tensor]:
     return {"model.weight": torch.full((2, 3), float(step)), "ema.weight": torch.ones(2, 3).t()}
+
+
+def shard(folder: Path) -> Path:
+    (path,) = folder.glob("*.safetensors")
+    return path
 
 
 def test_what_is_read_is_what_was_written(tmp_path: Path) -> None:
@@ -37,7 +42,7 @@ def test_the_newest_few_are_kept(tmp_path: Path) -> None:
 def test_the_same_step_again_replaces(tmp_path: Path) -> None:
     save(tmp_path, "dvae", 5, CONFIG, tensors(1))
     save(tmp_path, "dvae", 5, CONFIG, tensors(2))
-    assert float(load(tmp_path, "dvae").tensors["model.weight"][0, 0]) == 2
+    assert float(load(tmp_path, "dvae").group("model")["weight"][0, 0]) == 2
 
 
 def test_a_write_that_fails_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,19 +73,19 @@ def test_damage_is_found(tmp_path: Path) -> None:
         return run, run / "checkpoints" / "step-00000005"
 
     run, newest = damaged("truncated")
-    os.truncate(newest / "tensors.safetensors", 40)
+    os.truncate(shard(newest), 40)
     with pytest.raises(UserError, match=r"step-00000005: damaged checkpoint .*40 bytes.*go on from step-00000004"):
         load(run, "dvae")
 
     run, newest = damaged("flipped")
-    data = bytearray((newest / "tensors.safetensors").read_bytes())
+    data = bytearray((shard(newest)).read_bytes())
     data[-3] ^= 1
-    (newest / "tensors.safetensors").write_bytes(data)
+    (shard(newest)).write_bytes(data)
     with pytest.raises(UserError, match="digest differs"):
         load(run, "dvae")
 
     run, newest = damaged("no tensors")
-    (newest / "tensors.safetensors").unlink()
+    (shard(newest)).unlink()
     with pytest.raises(UserError, match="damaged checkpoint"):
         load(run, "dvae")
 
@@ -96,7 +101,7 @@ def test_damage_is_found(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="damaged checkpoint"):
             load(run, "dvae")
 
-    for name, value in {"step": -1.5, "config": [], "kind": 3, "bytes": "many", "blake2b": None}.items():
+    for name, value in {"step": -1.5, "config": [], "kind": 3, "files": "many", "blake2b": None}.items():
         run, newest = damaged(f"document {name}")
         document = json.loads((newest / "checkpoint.json").read_text())
         (newest / "checkpoint.json").write_text(json.dumps({**document, name: value}))
@@ -131,6 +136,16 @@ def test_another_configuration_is_named(tmp_path: Path) -> None:
         require_same(load(tmp_path, "dvae"), {"model": {"width": 16, "grid": (4, 4)}})
 
 
-def test_weights_of_another_shape(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"weights are of another configuration: .*weight"):
-        restore(torch.nn.Linear(3, 2, bias=False), {"weight": torch.zeros(5, 5)}, tmp_path)
+def test_weights_of_another_shape_or_name(tmp_path: Path) -> None:
+    save(tmp_path, "dvae", 5, CONFIG, tensors(5))
+    saved = load(tmp_path, "dvae")
+    with pytest.raises(UserError, match=r"another configuration: model\.weight is \[2, 3\], wanted \[5, 5\]"):
+        saved.read({"model.weight": torch.zeros(5, 5)})
+    with pytest.raises(UserError, match=r"another configuration: model\.bias is absent, wanted \[3\]"):
+        saved.read({"model.weight": torch.zeros(2, 3), "model.bias": torch.zeros(3)})
+    save(tmp_path, "dvae", 6, CONFIG, {**tensors(6), "model.bias": torch.zeros(3)})
+    with pytest.raises(UserError, match=r"model\.bias is not this model's"):
+        load(tmp_path, "dvae").read({"model.weight": torch.zeros(2, 3)})
+    filled = torch.zeros(3, 2).t()
+    load(tmp_path, "dvae").read({"model.weight": filled, "model.bias": torch.ones(3)})
+    assert torch.equal(filled, torch.full((2, 3), 6.0))

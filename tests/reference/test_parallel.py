@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from dalle_reference import cli
-from dalle_reference.load import load_dvae
+from dalle_reference.load import load_dvae, load_transformer_alone
 from dalle_reference.loop import sample_generator, step_generator
 from dalle_reference.parallel import World
 from dalle_reference.train import tokenize_pictures
@@ -18,6 +19,7 @@ from PIL import Image
 
 CPU = torch.device("cpu")
 COMMON = ["--log-every", "1", "--precision", "fp32", "--draw-every", "4", "--steps", "4", "--held-out", "0"]
+COMMON += ["--save-every", "2"]
 DVAE = ["--resolution", "16", "--width", "8", "--groups", "2", "--blocks", "1", "--vocab", "32", "--code-width", "8"]
 DVAE = ["train-dvae", "demo", *DVAE, *COMMON, "--batch", "8"]
 TRANSFORMER = ["--layers", "2", "--heads", "2", "--head-dim", "16", "--text-length", "8", "--vocab-text", "300"]
@@ -55,15 +57,13 @@ Done = subprocess.CompletedProcess[str]
 Launch = Callable[..., Done]
 
 
-@pytest.fixture
-def launch(tmp_path: Path) -> Launch:
+@pytest.fixture(scope="module")
+def launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
     """Runs commands one after the other in each of some processes that torchrun starts."""
-    program = tmp_path / "program.py"
+    program = tmp_path_factory.mktemp("program") / "program.py"
     program.write_text(PROGRAM)
 
-    def launched(
-        processes: int, *commands: list[str], options: tuple[str, ...] = ()
-    ) -> subprocess.CompletedProcess[str]:
+    def launched(processes: int, *commands: list[str], options: tuple[str, ...] = ()) -> Done:
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
         return subprocess.run(
             [*torchrun, *options, str(program), json.dumps(commands)],
@@ -81,6 +81,10 @@ def records(run: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+def losses(run: Path) -> list[float]:
+    return [record["loss"] for record in records(run)]
+
+
 def assert_same_run(run: Path, other: Path) -> None:
     """Every number that was logged is the same to the rounding of float32, grown over a few steps."""
     ours, theirs = records(run), records(other)
@@ -91,38 +95,79 @@ def assert_same_run(run: Path, other: Path) -> None:
             assert mine[name] == pytest.approx(yours[name], rel=2e-5, abs=1e-6), (name, mine["step"])
 
 
-def test_two_processes_make_the_run_of_one(source: list[str], launch: Launch, tmp_path: Path) -> None:
-    def commands(name: str) -> list[list[str]]:
-        out = tmp_path / name
-        stage_2 = [*TRANSFORMER, "--dvae", str(tmp_path / "one" / "dvae")]
-        return [
-            *([[*DVAE, *source, "--out", str(out / "dvae")]] if name == "one" else []),
-            [*DVAE, *source, "--out", str(out / "vq"), "--quantizer", "vq"],
-            [*stage_2, *source, "--out", str(out / "transformer")],
-            [*stage_2, *source, "--out", str(out / "parts"), "--accumulate", "2"],
-            [*CLIP, *source, "--out", str(out / "clip")],
-            [*PIXELS, *source, "--out", str(out / "pixels")],
-        ]
+@pytest.fixture(scope="module")
+def runs(source: list[str], launch: Launch, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs of one process ("one"), of two that have all weights each ("two"), of two that share them ("sharded")."""
+    folder = tmp_path_factory.mktemp("runs")
+
+    def commands(name: str, *more: str) -> list[list[str]]:
+        kinds = {
+            "dvae": DVAE,
+            "vq": [*DVAE, "--quantizer", "vq"],
+            "transformer": [*TRANSFORMER, "--dvae", str(folder / "one" / "dvae")],
+            "parts": [*TRANSFORMER, "--dvae", str(folder / "one" / "dvae"), "--accumulate", "2"],
+            "pixels": PIXELS,
+        }
+        if name != "sharded":
+            kinds["clip"] = CLIP
+        return [[*kind, *source, "--out", str(folder / name / stage), *more] for stage, kind in kinds.items()]
 
     for command in commands("one"):
         cli.main(command)
-    done = launch(2, *commands("two"))
+    done = launch(2, *commands("two"), *commands("sharded", "--parallel", "fsdp"))
     assert done.returncode == 0, done.stderr
-    for name in ("vq", "transformer", "parts", "clip", "pixels"):
-        assert_same_run(tmp_path / "two" / name, tmp_path / "one" / name)
-    assert_same_run(tmp_path / "one" / "parts", tmp_path / "one" / "transformer")
-    idle = [load_dvae(tmp_path / name / "vq", CPU).quantizer.idle for name in ("one", "two")]
-    assert torch.equal(*idle)
+    assert done.stdout.count("transformer in") == 4  # one process says so, of each run
+    return folder
+
+
+def test_two_processes_make_the_run_of_one(runs: Path) -> None:
+    for name in ("dvae", "vq", "transformer", "parts", "clip", "pixels"):
+        for way in ("two", "sharded"):
+            if (way, name) != ("sharded", "clip"):  # which has a weight that is one number
+                assert_same_run(runs / way / name, runs / "one" / name)
+    assert_same_run(runs / "one" / "parts", runs / "one" / "transformer")
+    idle = [load_dvae(runs / way / "vq", CPU).quantizer.idle for way in ("one", "two", "sharded")]
+    assert torch.equal(idle[0], idle[1])
+    assert torch.equal(idle[0], idle[2])
     assert 0 < int((idle[0] > 0).sum()) < 32
-    assert done.stdout.count("transformer in") == 2  # one process says so, of two runs
-    assert sorted(path.name for path in (tmp_path / "two" / "vq" / "pictures").iterdir()) == [
-        "reconstructions-00000004.png"
-    ]
+    drawn = [path.name for path in (runs / "sharded" / "vq" / "pictures").iterdir()]
+    assert drawn == ["reconstructions-00000004.png"]
 
 
-def test_tokens_do_not_depend_on_the_number_of_processes(source: list[str], tmp_path: Path, monkeypatch) -> None:
-    cli.main([*DVAE, *source, "--out", str(tmp_path / "dvae")])
-    dvae = load_dvae(tmp_path / "dvae", CPU)
+def test_what_two_processes_saved_one_goes_on_from_and_the_other_way(
+    runs: Path, source: list[str], launch: Launch, tmp_path: Path
+) -> None:
+    def begun(way: str) -> list[str]:
+        """A run of four steps that was stopped after two."""
+        out = tmp_path / way
+        shutil.copytree(runs / way / "transformer", out)
+        shutil.rmtree(out / "checkpoints" / "step-00000004")
+        return [*TRANSFORMER, "--dvae", str(runs / "one" / "dvae"), *source, "--out", str(out), "--resume"]
+
+    assert len(list((runs / "sharded" / "transformer" / "checkpoints" / "step-00000002").glob("*.safetensors"))) == 2
+    cli.main(begun("sharded"))
+    assert_same_run(tmp_path / "sharded", runs / "one" / "transformer")
+    done = launch(2, [*begun("one"), "--parallel", "fsdp"], begun("two"))
+    assert done.returncode == 0, done.stderr
+    for way in ("one", "two"):
+        assert_same_run(tmp_path / way, runs / "one" / "transformer")
+    # On as many processes as before, to the bit.
+    assert losses(tmp_path / "two") == losses(runs / "two" / "transformer")
+
+
+def test_a_run_is_exported_as_one_file(runs: Path, tmp_path: Path) -> None:
+    file = tmp_path / "transformer.safetensors"
+    cli.main(["export", str(runs / "sharded" / "transformer"), str(file)])
+    exported = load_transformer_alone(file, CPU)
+    for name, value in load_transformer_alone(runs / "sharded" / "transformer", CPU).state_dict().items():
+        assert torch.equal(exported.state_dict()[name], value)
+        torch.testing.assert_close(value, load_transformer_alone(runs / "one" / "transformer", CPU).state_dict()[name])
+    with pytest.raises(SystemExit):
+        cli.main(["export", str(runs / "sharded" / "transformer"), str(file)])
+
+
+def test_tokens_do_not_depend_on_the_number_of_processes(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dvae = load_dvae(runs / "one" / "dvae", CPU)
     monkeypatch.setattr("dalle_reference.train._ENCODE_BATCH", 3)
     monkeypatch.setattr(World, "gather", lambda self, rows: rows)
     images = torch.randint(256, (11, 3, 16, 16), dtype=torch.uint8)
@@ -152,6 +197,6 @@ def test_what_fails_on_one_process_is_said_once_and_ends_all(source: list[str], 
     assert done.stderr.count("batch: got 7, wanted a multiple of 2 processes") == 1
     assert "Error: " not in done.stderr.split("torch/distributed/run")[0]
 
-    done = launch(2, [*DVAE, *source, *out, "--quantizer", "vq", "--learning-rate", "1e30"])
+    done = launch(2, [*DVAE, *source, *out, "--learning-rate", "1e30"])
     assert done.returncode != 0
     assert 1 <= done.stderr.count("try a smaller step size") <= 2  # each process that has it says so

@@ -23,6 +23,7 @@ from dalle_reference.schedules import half_cosine, warm_up
 from dalle_reference.train import hide_cells
 from dalle_reference.transformer import NO_TOKEN
 from PIL import Image
+from safetensors.torch import load_file
 
 TINY_DVAE = [
     *["--resolution", "16", "--width", "8", "--groups", "2", "--blocks", "1", "--vocab", "32", "--code-width", "8"],
@@ -53,10 +54,12 @@ def losses(run: Path) -> list[tuple[int, float]]:
     return [(record["step"], record["loss"]) for record in records]
 
 
-def weights(run: Path) -> bytes:
+def weights(run: Path) -> dict[str, bytes]:
+    """All tensors of the newest checkpoint, to the bit; the order in which its header names them is by chance."""
     newest = latest(run)
     assert newest is not None
-    return (newest / "tensors.safetensors").read_bytes()
+    (shard,) = newest.glob("*.safetensors")
+    return {name: tensor.numpy().tobytes() for name, tensor in load_file(shard).items()}
 
 
 def start(arguments: list[str]) -> subprocess.Popen[str]:
@@ -437,7 +440,8 @@ def test_resuming_a_damaged_checkpoint_changes_nothing(
     cli.main(command)
     newest = latest(run)
     assert newest is not None
-    os.truncate(newest / "tensors.safetensors", 100)
+    (shard,) = newest.glob("*.safetensors")
+    os.truncate(shard, 100)
     metrics = (run / "metrics.jsonl").read_bytes()
     message = refused([*command, "--resume"], capsys)
     assert "step-00000006: damaged checkpoint" in message
