@@ -1,21 +1,25 @@
 """The entropies of soft choices from a codebook, a tile of rows and codes at a time.
 
 With l_nk the score of code k for row n, p_n = softmax(l_n) and p = mean_n p_n, the two entropies are mean_n H(p_n)
-and H(p). A first walk over the codes keeps, of each row, the largest score m, s = sum exp(l - m) and t = sum exp(l -
-m) (l - m), from which log-sum-exp m + log s and H = log s - t / s follow; a second walk adds up p. The backward walks
-twice more: with G the derivative by p, dl_nk = p_nk (G_k - sum_j p_nj G_j - g (log p_nk + H_n)) / N, where g is the
-derivative by the rows' mean.
+and H(p). On the CPU they are those of a lookup from features (codebook/projection), whose kernels take a strip of rows
+and all codes at a time. Elsewhere, and in float64, the table is streamed here. A first walk over the codes keeps, of
+each row, the largest score m, s = sum exp(l - m) and t = sum exp(l - m) (l - m), from which log-sum-exp m + log s and
+H = log s - t / s follow; a second walk adds up p. The backward walks twice more: with G the derivative by p,
+dl_nk = p_nk (G_k - sum_j p_nj G_j - g (log p_nk + H_n)) / N, where g is the derivative by the rows' mean.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 
+from dalle_kernels.backends import native
 from dalle_kernels.checks import autocast, check_alike, check_temperature, check_tensor
 from dalle_kernels.codebook.checks import check_row_mask
+from dalle_kernels.codebook.projection.op import gumbel_projection_lookup
 
 Metric: TypeAlias = Literal["dot", "euclidean"]
 _ROWS, _CODES = 512, 1024  # of a tile, which stays within a core's caches
@@ -57,7 +61,8 @@ def codebook_entropy(
         row_mask: bool [...], False at rows that do not count; all count where None.
 
     Raises:
-        TypeError, ValueError: for wrong shapes, dtypes, devices, a temperature that is not above 0, or no row.
+        TypeError, ValueError: for wrong shapes, dtypes, devices, a temperature that is not above 0, no row, or, on the
+            CPU and below float64, NaN among the rows that count.
 
     Example:
         >>> rows, mean, distribution = codebook_entropy(torch.randn(64, 8), torch.randn(300, 8))
@@ -76,7 +81,11 @@ def codebook_entropy(
     check_alike("codebook", codebook, "features", features)
     rows = masked_rows(features, row_mask)
     wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
-    row_entropy, distribution = _Streamed.apply(rows.to(wide), codebook.to(wide), temperature, metric == "euclidean")
+    rows, codebook, euclidean = rows.to(wide), codebook.to(wide), metric == "euclidean"
+    if native.refuse_cpu(rows.device, wide) is None:
+        row_entropy, distribution = _looked_up(rows, codebook, temperature, euclidean)
+    else:
+        row_entropy, distribution = _Streamed.apply(rows, codebook, temperature, euclidean)
     return CodebookEntropy(row_entropy, entropy(distribution), distribution)
 
 
@@ -94,6 +103,19 @@ def entropy(distribution: torch.Tensor) -> torch.Tensor:
     """-sum p log p in nats; a probability that underflowed to 0 has a finite gradient."""
     least = torch.finfo(distribution.dtype).tiny
     return -(distribution * distribution.clamp_min(least).log()).sum()
+
+
+def _looked_up(
+    rows: torch.Tensor, codebook: torch.Tensor, temperature: float, euclidean: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `_Streamed` gives, by the lookup's kernels; the latents are not looked at."""
+    # |z|^2 is the same for all codes of a row: softmax does not see it.
+    bias = codebook.square().sum(-1) / -temperature if euclidean else None
+    scaled = rows * ((2 if euclidean else 1) / temperature)
+    *_, kl, distribution = gumbel_projection_lookup(
+        scaled, codebook, bias, codebook.detach(), 1.0, hard=True, noise=False, distribution=True
+    )
+    return math.log(len(codebook)) - kl.mean(), distribution
 
 
 class _Scores:

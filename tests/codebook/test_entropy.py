@@ -45,6 +45,37 @@ def test_entropies_and_their_gradients(metric: Any, temperature: float, sizes: t
         torch.testing.assert_close(one, true, rtol=1e-8, atol=1e-11)
 
 
+@pytest.mark.parametrize("metric", ["dot", "euclidean"])
+@pytest.mark.parametrize("temperature", [1.0, 0.2, 10.0])
+@pytest.mark.parametrize("sizes", [(130, 1030, 40), (1, 1, 1), (70, 70001, 3), (1100, 8, 3)])
+def test_float32_against_float64(metric: Any, temperature: float, sizes: tuple[int, ...]) -> None:
+    """What the lookup's kernels serve errs at most twice as much as the streamed table, and its last digits."""
+    torch.manual_seed(0)
+    rows, codes, width = sizes
+    leaves = [torch.randn(size, width).requires_grad_() for size in (rows, codes)]
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    weights = torch.randn(codes)
+
+    def all_of(result: tuple[torch.Tensor, ...], inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+        loss = result[0] * 0.7 - result[1] * 1.3 + (result[2] * weights).sum()
+        return [one.detach().double() for one in (*result, *torch.autograd.grad(loss, inputs))]
+
+    row_entropy, distribution = room._Streamed.apply(*leaves, temperature, metric == "euclidean")
+    streamed = all_of((row_entropy, room.entropy(distribution), distribution), leaves)
+    got = all_of(codebook_entropy(*leaves, temperature, metric), leaves)
+    wanted = all_of(dense(*exact, temperature, metric), exact)
+    for one, rough, true in zip(got, streamed, wanted, strict=True):
+        error, yardstick = (one - true).abs().max(), (rough - true).abs().max()
+        assert error <= 2 * yardstick + 4e-6 * true.abs().max() + 1e-7
+
+
+def test_nan_is_refused_with_its_row() -> None:
+    features = torch.randn(5, 4)
+    features[3, 1] = torch.nan
+    with pytest.raises(ValueError, match="features: row 3 holds NaN"):
+        codebook_entropy(features, torch.randn(9, 4))
+
+
 @pytest.mark.usefixtures("_tiles")
 def test_float32_with_far_scores() -> None:
     torch.manual_seed(1)
