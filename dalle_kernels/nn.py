@@ -6,19 +6,30 @@ does not define. They behave like `torch.nn` modules: `state_dict`, `to`, autoca
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from dalle_kernels.attention.op import sparse_attention
+from dalle_kernels.codebook.binary import binary_entropy, binary_latents, binary_quantize
 from dalle_kernels.codebook.gumbel.op import gumbel_lookup
 from dalle_kernels.codebook.vq.op import vq_lookup
 from dalle_kernels.decode.cache import KVCache
 from dalle_kernels.decode.op import decode_attention
 from dalle_kernels.patterns import Pattern
 
-__all__ = ["GumbelQuantizer", "Quantized", "SparseSelfAttention", "VectorQuantized", "VectorQuantizer"]
+__all__ = [
+    "BinaryQuantized",
+    "BinaryQuantizer",
+    "EMAVectorQuantizer",
+    "GumbelQuantizer",
+    "Quantized",
+    "SparseSelfAttention",
+    "VectorQuantized",
+    "VectorQuantizer",
+]
 
 
 class SparseSelfAttention(nn.Module):
@@ -276,3 +287,157 @@ class VectorQuantizer(nn.Module):
     def extra_repr(self) -> str:
         codes, width = self.codebook.shape
         return f"num_codes={codes}, code_dim={width}"
+
+
+class EMAVectorQuantizer(nn.Module):
+    """The VQ-VAE's bottleneck with codes that are running means of the features that chose them.
+
+    Source: van den Oord et al. 2017, appendix A.1, equations 6 to 8. The running sum of a code's features is its count
+    times the code, so that the count alone is kept: with n features of sum s, it becomes N = decay N + (1 - decay) n,
+    and the code moves by (1 - decay) (s - n code) / N. Counts start at 0, so that the first features take a code over.
+    A code that nothing chose stays; `revive` moves those that nothing has chosen for long onto features.
+
+    Both are buffers, changed in place in the forward pass of training mode; no gradient and no optimizer moves codes.
+
+    Args:
+        num_codes: K.
+        code_dim: D.
+        decay: the share of the running means that a batch keeps, from 0 to below 1.
+        backend: as in `vq_lookup`.
+
+    Example:
+        >>> quantizer = EMAVectorQuantizer(num_codes=512, code_dim=64)
+        >>> features = torch.randn(2, 8, 8, 64, requires_grad=True)
+        >>> latents, indices, codebook_loss, commitment_loss = quantizer(features)
+        >>> (latents.square().mean() + 0.25 * commitment_loss).backward()
+        >>> float(codebook_loss)
+        0.0
+    """
+
+    codebook: Tensor
+    counts: Tensor
+
+    def __init__(self, num_codes: int, code_dim: int, *, decay: float = 0.99, backend: str = "auto") -> None:
+        super().__init__()
+        if not 0 <= decay < 1:
+            raise ValueError(f"decay: got {decay!r}, wanted a number from 0 to below 1")
+        self.decay = decay
+        self.backend = backend
+        self.register_buffer("codebook", torch.empty(num_codes, code_dim))
+        self.register_buffer("counts", torch.zeros(num_codes))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.codebook, std=self.codebook.shape[1] ** -0.5)
+        self.counts.zero_()
+
+    def forward(self, features: Tensor, all_reduce: Callable[[Tensor], object] | None = None) -> VectorQuantized:
+        """Quantize.
+
+        Args:
+            features: [..., D]; channels come last.
+            all_reduce: sums a tensor over processes, in place, as `torch.distributed.all_reduce` does: the codes then
+                follow the features of all of them.
+        """
+        latents, indices, distance, *found = vq_lookup(
+            features,
+            self.codebook.to(features.dtype),
+            self.backend,
+            statistics=self.training,
+            all_reduce=all_reduce if self.training else None,
+        )  # type: ignore[call-overload]
+        if self.training:
+            self._follow(*found[0])
+        loss = distance.mean() / features.shape[-1]
+        return VectorQuantized(latents, indices, torch.zeros_like(loss), loss)
+
+    @torch.no_grad()
+    def _follow(self, counts: Tensor, sums: Tensor) -> None:
+        share = 1 - self.decay
+        self.counts.lerp_(counts.to(self.counts.dtype), share)
+        step = (sums - counts[:, None] * self.codebook) * (share / self.counts)[:, None]
+        self.codebook.add_(torch.where(counts[:, None] > 0, step, 0.0))
+
+    @torch.no_grad()
+    def revive(self, features: Tensor, idle_batches: int, generator: torch.Generator | None = None) -> int:
+        """Puts codes that are hardly chosen onto random ones of features [..., D], as if each had chosen its code now.
+
+        Args:
+            features: the pool; each gives one code at most.
+            idle_batches: moved are codes that one feature chose once, and none in so many training batches since; those
+                that more had chosen live longer.
+            generator: of the choice, on the CPU; the same on each of several processes, as features are.
+
+        Returns:
+            How many codes were moved.
+        """
+        if idle_batches < 1:
+            raise ValueError(f"idle_batches: got {idle_batches}, wanted at least 1")
+        dead = (self.counts < (1 - self.decay) * self.decay**idle_batches).nonzero().squeeze(1)
+        pool = features.detach().reshape(-1, features.shape[-1])
+        chosen = torch.randperm(len(pool), generator=generator)[: len(dead)].to(pool.device)
+        dead = dead[: len(chosen)]
+        self.codebook[dead] = pool[chosen].to(self.codebook.dtype)
+        self.counts[dead] = 1 - self.decay
+        return len(dead)
+
+    def extra_repr(self) -> str:
+        codes, width = self.codebook.shape
+        return f"num_codes={codes}, code_dim={width}, decay={self.decay}"
+
+
+class BinaryQuantized(NamedTuple):
+    """What `BinaryQuantizer` returns for features [..., bits]."""
+
+    latents: Tensor
+    """[..., bits], of 1 and -1: the signs; their gradient goes straight to the features."""
+    indices: Tensor
+    """int64 [...]: the signs as a number, the first the most significant bit."""
+    commitment_loss: Tensor
+    """0-dim: mean squared distance of the features to their signs."""
+    entropy_loss: Tensor
+    """0-dim, in nats: the rows' mean entropy less that of their mean distribution; the lower, the surer each row and
+    the more evenly codes are used."""
+
+
+class BinaryQuantizer(nn.Module):
+    """Look-up free quantization: features become their signs. It has no weights.
+
+    Source: Yu et al. 2024 (MAGVIT-v2), section 3.2.
+
+    Args:
+        bits: d, of 2 ** d codes; up to 20, whose entropies are exact.
+        temperature: of the distribution whose entropies are taken: the squared distances are divided by it.
+
+    Example:
+        >>> quantizer = BinaryQuantizer(bits=10)
+        >>> latents, indices, commitment_loss, entropy_loss = quantizer(torch.randn(2, 8, 8, 10))
+        >>> torch.equal(quantizer.latents(indices), latents)
+        True
+    """
+
+    def __init__(self, bits: int, *, temperature: float = 1.0) -> None:
+        super().__init__()
+        self.bits = bits
+        self.temperature = temperature
+
+    def forward(self, features: Tensor, batch: Callable[[Tensor], Tensor] | None = None) -> BinaryQuantized:
+        """Quantize.
+
+        Args:
+            features: [..., bits]; channels come last.
+            batch: features of this process [n, bits] -> those of all processes, differentiably: the mean distribution
+                is then that of the whole batch.
+        """
+        latents, indices = binary_quantize(features)
+        commitment = (features.float() - latents.detach().float()).square().mean()
+        rows = features.reshape(-1, self.bits)
+        found = binary_entropy(rows if batch is None else batch(rows), temperature=self.temperature)
+        return BinaryQuantized(latents, indices, commitment, found.rows - found.mean)
+
+    def latents(self, indices: Tensor) -> Tensor:
+        """The codes of int64 [...]: [..., bits], of 1 and -1."""
+        return binary_latents(indices, self.bits)
+
+    def extra_repr(self) -> str:
+        return f"bits={self.bits}, temperature={self.temperature}"

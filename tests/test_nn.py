@@ -212,3 +212,67 @@ def test_vector_quantizer_learns_clusters_that_its_codes_missed() -> None:
         module.revive(features, idle_batches=5)
     assert module.eval()(centres).indices.unique().numel() == 8
     assert module(centres).codebook_loss.item() < 0.1
+
+
+def test_ema_quantizer_keeps_the_running_means() -> None:
+    """Three batches, by the sums and counts that van den Oord et al. write down; theirs and another process's."""
+    torch.manual_seed(0)
+    module = nn.EMAVectorQuantizer(7, 4, decay=0.8).double()
+    counts, sums = torch.zeros(7, dtype=torch.float64), torch.zeros(7, 4, dtype=torch.float64)
+    for doubled in (False, True, False):
+        features = torch.randn(2, 5, 4, dtype=torch.float64, requires_grad=True)
+        before = module.codebook.clone()
+        got = module(features, all_reduce=(lambda tensor: tensor.mul_(2)) if doubled else None)
+        chosen = F.one_hot(torch.cdist(features.detach().flatten(0, 1), before).argmin(-1), 7).double()
+        counts = 0.8 * counts + 0.2 * (1 + doubled) * chosen.sum(0)
+        sums = 0.8 * sums + 0.2 * (1 + doubled) * chosen.T @ features.detach().flatten(0, 1)
+        torch.testing.assert_close(module.counts, counts)
+        codes = torch.where(counts[:, None] > 0, sums / counts[:, None], before)
+        torch.testing.assert_close(module.codebook, codes)
+        # Latents and gradients are of the codes as they were, whatever has become of them.
+        assert torch.equal(got.latents, before[got.indices])
+        assert got.codebook_loss == 0
+        (gradient,) = torch.autograd.grad(got.commitment_loss, features)
+        torch.testing.assert_close(gradient, 2 * (features - before[got.indices]) / features.numel())
+    kept = module.codebook.clone()
+    module.eval()(features)
+    assert torch.equal(module.codebook, kept)
+    assert not list(module.parameters())
+    with pytest.raises(ValueError, match="decay: got 1, wanted a number from 0 to below 1"):
+        nn.EMAVectorQuantizer(7, 4, decay=1)
+
+
+def test_ema_quantizer_revives_what_is_hardly_chosen() -> None:
+    torch.manual_seed(0)
+    module = nn.EMAVectorQuantizer(6, 2, decay=0.5)
+    with torch.no_grad():
+        module.codebook.copy_(torch.tensor([[0.0, 0], [9, 9], [1, 0], [8, 8], [0, 1], [-9, 9]]))
+    features = torch.tensor([[0.1, 0], [0.9, 0], [0, 1.1], [0, 1.2]])
+    module(features[1:2])
+    module(features[2:])
+    used = module.codebook.clone()
+    # Code 2 was chosen one batch ago, by one: it is dead after one batch and not after two.
+    assert module.revive(features[:0], idle_batches=2) == 0
+    assert module.revive(features, 2, torch.Generator().manual_seed(1)) == 4
+    moved = module.codebook[[0, 1, 3, 5]]
+    assert sorted(moved.tolist()) == sorted(features.tolist())  # each feature once
+    assert torch.equal(module.codebook[[2, 4]], used[[2, 4]])
+    assert module.counts[[0, 1, 3, 5]].tolist() == [0.5] * 4
+    again = module.codebook.clone()
+    assert module.revive(features, 2) == 0
+    assert torch.equal(module.codebook, again)
+    with pytest.raises(ValueError, match="idle_batches: got 0"):
+        module.revive(features, 0)
+
+
+def test_binary_quantizer_takes_the_entropies_of_the_whole_batch() -> None:
+    torch.manual_seed(0)
+    module = nn.BinaryQuantizer(6, temperature=0.5)
+    features, others = torch.randn(3, 5, 6, dtype=torch.float64), torch.randn(20, 6, dtype=torch.float64)
+    latents, indices, commitment, entropy = module(features, batch=lambda rows: torch.cat([rows, others]))
+    assert torch.equal(latents, features.sign())
+    assert torch.equal(module.latents(indices).double(), latents)
+    torch.testing.assert_close(commitment.double(), (features.abs() - 1).square().mean())
+    codes = module.latents(torch.arange(64)).double()
+    p = (-torch.cdist(torch.cat([features.flatten(0, 1), others]), codes).square() / 0.5).softmax(-1)
+    torch.testing.assert_close(entropy, torch.special.entr(p).sum(-1).mean() - torch.special.entr(p.mean(0)).sum())

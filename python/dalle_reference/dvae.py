@@ -6,7 +6,8 @@ blocks with a bottleneck, max-pool down, nearest-neighbour up. Between them stan
     features --1x1--> logits [N, K] --GumbelQuantizer--> latents [N, D] --decoder--> mu, log b of a logit-Laplace
 
 The codebook is the weight of the decoder's first 1 x 1 convolution: a one-hot vector through a 1 x 1 convolution is a
-row of its weight, plus its bias. With `quantizer="vq"` features of width D take their nearest code instead.
+row of its weight, plus its bias. Other quantizers stand in the same place: features of width D take their nearest code
+(`vq`, `vq-ema`), or K = 2 ** d codes are the signs of features of width d, which one product widens (`lfq`).
 """
 
 from __future__ import annotations
@@ -16,16 +17,20 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from dalle_kernels import logit_laplace_nll, vq_lookup
-from dalle_kernels.nn import GumbelQuantizer, VectorQuantizer
+from dalle_kernels import binary_quantize, logit_laplace_nll, vq_lookup
+from dalle_kernels.nn import BinaryQuantizer, EMAVectorQuantizer, GumbelQuantizer, VectorQuantizer
 from dalle_reference.errors import MOST_SIZE, require, require_positive
+from dalle_reference.parallel import World
 
 LOGIT_LAPLACE_EPS = 0.1
 COMMITMENT = 0.25
 """Weight of the features' distance to their codes against the codes' to them (van den Oord et al. 2017)."""
+IDLE_BATCHES = 200
+"""After so many batches in which nothing chose it, a code of vq-ema is put onto a feature."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +49,9 @@ class DVAEConfig:
     """Codes in the codebook."""
     code_width: int = 128
     """Width of a code."""
-    quantizer: Literal["dvae", "vq"] = "dvae"
-    """dvae: Gumbel-softmax relaxation; vq: nearest code with the straight-through gradient."""
+    quantizer: Literal["dvae", "vq", "vq-ema", "lfq"] = "dvae"
+    """dvae: Gumbel-softmax relaxation; vq: nearest code with the straight-through gradient; vq-ema: the same with codes
+    that are running means of their features; lfq: signs (look-up free), for a vocab that is a power of 2."""
     least_log_b: float | None = None
     """A smooth floor under log b. Drawings have areas of one exact colour, where the likelihood otherwise grows without
     bound and leaves no gradient for anything else; photographs need none."""
@@ -60,13 +66,20 @@ class DVAEConfig:
             )
         if self.width % 4:
             raise ValueError(f"width: got {self.width}, wanted a multiple of 4 (the bottleneck is a quarter of it)")
-        if self.quantizer not in ("dvae", "vq"):
-            raise ValueError(f"quantizer: got {self.quantizer!r}, wanted 'dvae' or 'vq'")
+        if self.quantizer not in ("dvae", "vq", "vq-ema", "lfq"):
+            raise ValueError(f"quantizer: got {self.quantizer!r}, wanted 'dvae', 'vq', 'vq-ema' or 'lfq'")
+        if self.quantizer == "lfq" and self.vocab not in {2**bits for bits in range(1, 21)}:
+            raise ValueError(f"vocab: got {self.vocab}, wanted a power of 2 from 2 to 2 ** 20 for quantizer lfq")
 
     @property
     def shrink(self) -> int:
         """How many pixels' side one token covers."""
         return 2 ** (self.groups - 1)
+
+    @property
+    def scores(self) -> int:
+        """Numbers that the encoder gives for each token: logits, features, or features to take the signs of."""
+        return {"dvae": self.vocab, "lfq": self.vocab.bit_length() - 1}.get(self.quantizer, self.code_width)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -78,6 +91,9 @@ class DVAEConfig:
 PRESETS = {
     "tiny": DVAEConfig(resolution=16, width=8, groups=2, blocks=1, vocab=32, code_width=8),
     "demo": DVAEConfig(resolution=48, width=48, groups=3, blocks=1, vocab=512, code_width=64, least_log_b=-2.0),
+    "codes": DVAEConfig(
+        resolution=48, width=48, groups=3, blocks=1, vocab=65536, code_width=8, quantizer="vq-ema", least_log_b=-2.0
+    ),
     "small": DVAEConfig(resolution=64, width=64, groups=3, blocks=2, vocab=1024, code_width=128, least_log_b=-2.0),
     "paper": DVAEConfig(resolution=256, width=256, groups=4, blocks=2, vocab=8192, code_width=128),
 }
@@ -88,9 +104,10 @@ class DVAEOutput(NamedTuple):
 
     Attributes:
         nll: 0-dim, reconstruction in nats per pixel and channel.
-        kl: 0-dim, KL to the uniform distribution over codes in nats per pixel and channel; 0 for vq.
-        distance: 0-dim, the codebook's mean squared distance to its features, and a quarter of the features' to their
-            codes; 0 for dvae.
+        kl: 0-dim, KL to the uniform distribution over codes in nats per pixel and channel; 0 but for dvae.
+        distance: 0-dim, the codebook's mean squared distance to its features (where a gradient moves it), and a quarter
+            of the features' to their codes; 0 for dvae.
+        entropy: 0-dim, in nats: the tokens' mean entropy less that of the batch's mean distribution; 0 but for lfq.
         indices: int64 [B, h, w], the sampled codes.
         pictures: [B, 3, S, S] in 0..1, the reconstruction's location; carries no gradient.
     """
@@ -98,6 +115,7 @@ class DVAEOutput(NamedTuple):
     nll: torch.Tensor
     kl: torch.Tensor
     distance: torch.Tensor
+    entropy: torch.Tensor
     indices: torch.Tensor
     pictures: torch.Tensor
 
@@ -181,7 +199,8 @@ class Decoder(nn.Module):
 class DiscreteVAE(nn.Module):
     """Pictures to tokens and back.
 
-    Source: Ramesh et al. 2021, section 2.1 and appendix A; the vq variant: van den Oord et al. 2017.
+    Sources: Ramesh et al. 2021, section 2.1 and appendix A; van den Oord et al. 2017 (vq, vq-ema); Yu et al. 2024
+    (lfq).
 
     Args:
         config: the shape.
@@ -199,19 +218,24 @@ class DiscreteVAE(nn.Module):
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
         features = config.width * 2 ** (config.groups - 1)
-        scores = config.vocab if config.quantizer == "dvae" else config.code_width
-        self.to_scores = nn.Linear(features, scores)
+        self.to_scores = nn.Linear(features, config.scores)
         nn.init.normal_(self.to_scores.weight, std=1.0 / math.sqrt(features))
         nn.init.zeros_(self.to_scores.bias)
         # Its codes begin with deviation 1 / sqrt(code_width). OpenAI's scale for this convolution is 1 / sqrt(vocab),
         # with which mixtures start far below the decoder's own scale.
-        quantizer = GumbelQuantizer if config.quantizer == "dvae" else VectorQuantizer
-        self.quantizer = quantizer(config.vocab, config.code_width)
+        self.quantizer: GumbelQuantizer | VectorQuantizer | EMAVectorQuantizer | BinaryQuantizer
+        if config.quantizer == "lfq":
+            self.quantizer = BinaryQuantizer(config.scores)
+            self.widen = nn.Linear(config.scores, config.code_width, bias=False)
+            nn.init.normal_(self.widen.weight, std=1.0 / math.sqrt(config.scores))
+        else:
+            kinds = {"dvae": GumbelQuantizer, "vq": VectorQuantizer, "vq-ema": EMAVectorQuantizer}
+            self.quantizer = kinds[config.quantizer](config.vocab, config.code_width)
         self.code_bias = nn.Parameter(torch.zeros(config.code_width))
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def scores(self, images: torch.Tensor) -> torch.Tensor:
-        """Pictures [B, 3, S, S] in 0..1 -> logits [B * h * w, K] (features [B * h * w, D] for vq), contiguous.
+        """Pictures [B, 3, S, S] in 0..1 -> `DVAEConfig.scores` numbers a token, [B * h * w, K] for dvae, contiguous.
 
         Features in channels-last order are already the rows of the table, so the 1 x 1 convolution is one product and
         its result needs no rearranging.
@@ -224,16 +248,23 @@ class DiscreteVAE(nn.Module):
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         """The most likely tokens of pictures in 0..1: [B, 3, S, S] -> int64 [B, h, w]."""
         scores = self.scores(images)
-        if isinstance(self.quantizer, VectorQuantizer):
-            indices = vq_lookup(scores, self.quantizer.codebook)[1]
-        else:
-            indices = scores.argmax(dim=1)
+        match self.quantizer:
+            case GumbelQuantizer():
+                indices = scores.argmax(dim=1)
+            case BinaryQuantizer():
+                indices = binary_quantize(scores)[1]
+            case _:
+                indices = vq_lookup(scores, self.quantizer.codebook)[1]
         return indices.reshape(len(images), *self.config.grid)
 
     @torch.no_grad()
     def decode(self, indices: torch.Tensor) -> torch.Tensor:
         """Pictures in 0..1 of tokens: int64 [B, h, w] -> [B, 3, S, S]."""
-        latents = F.embedding(indices, self.quantizer.codebook).reshape(-1, self.config.code_width)
+        if isinstance(self.quantizer, BinaryQuantizer):
+            latents = self.widen(self.quantizer.latents(indices))
+        else:
+            latents = F.embedding(indices, self.quantizer.codebook)
+        latents = latents.reshape(-1, self.config.code_width)
         return _unsqueeze(torch.sigmoid(self._decode(latents, len(indices))[:, :3].float()))
 
     def _decode(self, latents: torch.Tensor, batch: int) -> torch.Tensor:
@@ -241,15 +272,18 @@ class DiscreteVAE(nn.Module):
         grid = (latents + self.code_bias).reshape(batch, height, width, -1).permute(0, 3, 1, 2)
         return self.decoder(grid)
 
-    def forward(self, images: torch.Tensor, temperature: float, seed: int, first: int = 0) -> DVAEOutput:
+    def forward(
+        self, images: torch.Tensor, temperature: float, seed: int, first: int = 0, world: World | None = None
+    ) -> DVAEOutput:
         """One training pass.
 
         Args:
             images: [B, 3, S, S] in 0..1.
-            temperature: of the relaxation, above 0; the vq variant does not look at it.
+            temperature: of the relaxation, above 0; dvae alone looks at it.
             seed: of the Gumbel noise, which there is in training mode only.
             first: the place of the first picture in its batch, by which pictures have the noise that they have in the
                 whole of it.
+            world: the processes that share the batch, whose features EMA codes follow and entropies are taken of.
 
         Raises:
             ValueError: for pictures of another size than the configuration's.
@@ -258,14 +292,28 @@ class DiscreteVAE(nn.Module):
         if images.shape[1:] != (3, side, side):
             raise ValueError(f"images: got shape {tuple(images.shape)}, wanted [B, 3, {side}, {side}]")
         scores = self.scores(images)
-        kl = distance = scores.new_zeros((), dtype=torch.float32)
-        if isinstance(self.quantizer, VectorQuantizer):
-            latents, indices, codebook_loss, commitment_loss = self.quantizer(scores)
-            distance = codebook_loss + COMMITMENT * commitment_loss
-        else:
-            cells = self.config.grid[0] * self.config.grid[1]
-            latents, indices, row_kl = self.quantizer(scores, temperature, seed, row_offset=first * cells)
-            kl = row_kl.sum() / images.numel()
+        kl = distance = entropy = scores.new_zeros((), dtype=torch.float32)
+        world = world or World(images.device)
+        match self.quantizer:
+            case GumbelQuantizer():
+                cells = self.config.grid[0] * self.config.grid[1]
+                latents, indices, row_kl = self.quantizer(scores, temperature, seed, row_offset=first * cells)
+                kl = row_kl.sum() / images.numel()
+            case VectorQuantizer():
+                latents, indices, codebook_loss, commitment_loss = self.quantizer(scores)
+                distance = codebook_loss + COMMITMENT * commitment_loss
+            case EMAVectorQuantizer():
+                latents, indices, _, commitment_loss = self.quantizer(
+                    scores, dist.all_reduce if world.size > 1 else None
+                )
+                distance = COMMITMENT * commitment_loss
+                if self.training:
+                    pool = scores.detach() if world.size == 1 else world.gather_differentiably(scores.detach())
+                    self.quantizer.revive(pool, IDLE_BATCHES, torch.Generator().manual_seed(seed))
+            case BinaryQuantizer():
+                batch = world.gather_differentiably if world.size > 1 else None
+                signs, indices, commitment_loss, entropy = self.quantizer(scores, batch)
+                latents, distance = self.widen(signs), COMMITMENT * commitment_loss
         maps = self._decode(latents, len(images)).float()
         mu, log_b = maps.chunk(2, dim=1)
         if self.config.least_log_b is not None:
@@ -275,6 +323,7 @@ class DiscreteVAE(nn.Module):
             nll=logit_laplace_nll(pixels, mu, log_b).mean(),
             kl=kl,
             distance=distance,
+            entropy=entropy,
             indices=indices.reshape(len(images), *self.config.grid),
             pictures=_unsqueeze(torch.sigmoid(mu.detach())),
         )

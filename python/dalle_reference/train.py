@@ -50,8 +50,12 @@ def train_dvae(config: TrainDVAEConfig, world: World) -> Path:
         UserError: for faults in the data, the folder or the checkpoint.
         Interrupted: when asked to stop; the state is saved.
     """
-    run_config = config.run
+    run_config, kind = config.run, config.model.quantizer
     device = world.device
+    if run_config.accumulate > 1 and kind in ("vq-ema", "lfq"):
+        raise UserError(
+            f"accumulate: got {run_config.accumulate}, wanted 1: {kind} goes by a batch's features as a whole"
+        )
     pictures = world.main_first(lambda: load_pictures(config.data.source, config.model.resolution, run_config.cache))
     training, held_out = pictures.split(config.data.held_out)
     require_pictures(training, config.data.source)
@@ -68,10 +72,11 @@ def train_dvae(config: TrainDVAEConfig, world: World) -> Path:
     def objective(
         model: DiscreteVAE, step: int, pictures: torch.Tensor, seed: int, first: int
     ) -> tuple[torch.Tensor, DVAEOutput]:
-        output = model(pictures.to(device).float() / 255.0, schedule(step)[0], seed, first)
+        output = model(pictures.to(device).float() / 255.0, schedule(step)[0], seed, first, world)
         if isinstance(model.quantizer, VectorQuantizer):
             world.least(model.quantizer.idle)  # a code is as idle as where it was chosen last
-        return output.nll + schedule(step)[1] * output.kl + config.distance_weight * output.distance, output
+        loss = output.nll + schedule(step)[1] * output.kl + config.distance_weight * output.distance
+        return loss + config.entropy_weight * output.entropy, output
 
     def schedule(step: int) -> tuple[float, float]:
         """The relaxation's temperature, and the weight of the KL."""
@@ -81,8 +86,8 @@ def train_dvae(config: TrainDVAEConfig, world: World) -> Path:
         return tau, schedules.half_cosine(step, beta_steps, 0.0, config.kl_weight)
 
     def describe(step: int, outputs: list[DVAEOutput]) -> dict[str, float]:
-        numbers = means(world, outputs, "nll", "kl", "distance")
-        numbers.pop("kl" if config.model.quantizer == "vq" else "distance")
+        terms = {"dvae": ["kl"], "lfq": ["distance", "entropy"]}.get(kind, ["distance"])
+        numbers = means(world, outputs, "nll", *terms)
         numbers |= dict(zip(("temperature", "kl_weight"), schedule(step), strict=True))
         used = world.gather(torch.cat([output.indices for output in outputs]))
         return numbers | codebook_use(used, config.model.vocab)

@@ -1,4 +1,4 @@
-"""The discrete VAE: its shape, its likelihood and gradients against plain PyTorch, both quantizers."""
+"""The discrete VAE: its shape, its likelihood and gradients against plain PyTorch, all quantizers."""
 
 import math
 from dataclasses import replace
@@ -126,7 +126,60 @@ def test_vq_variant_learns_on_both_sides() -> None:
     assert torch.equal(model.encode(pictures()).flatten(), nearest.argmin(dim=1))
 
 
-@pytest.mark.parametrize("quantizer", ["dvae", "vq"])
+def test_ema_variant_moves_codes_by_the_running_means() -> None:
+    torch.manual_seed(0)
+    model = DiscreteVAE(replace(TINY, quantizer="vq-ema"))
+    before, features = model.quantizer.codebook.double(), model.scores(pictures()).double()
+    assert "quantizer.codebook" not in dict(model.named_parameters())
+    output = model(pictures(), 1.0, 0)
+    chosen = F.one_hot(torch.cdist(features, before).argmin(dim=1), TINY.vocab).double()
+    assert torch.equal(output.indices.flatten(), chosen.argmax(dim=1))
+    used = chosen.sum(0) > 0
+    assert 0 < int(used.sum()) < TINY.vocab
+    means = chosen.T @ features / chosen.sum(0)[:, None]
+    torch.testing.assert_close(model.quantizer.codebook.double()[used], means[used])
+    torch.testing.assert_close(model.quantizer.counts.double()[used], 0.01 * chosen.sum(0)[used])
+    # Codes that nothing chose were put onto features.
+    gaps = torch.cdist(model.quantizer.codebook.double()[~used], features)
+    torch.testing.assert_close(gaps.amin(dim=1), torch.zeros(int((~used).sum())).double(), rtol=0, atol=1e-5)
+    error = (features - before[chosen.argmax(dim=1)]).square().mean()
+    torch.testing.assert_close(output.distance.double(), 0.25 * error)
+    (output.nll + output.distance).backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+    tokens = model.eval().encode(pictures())
+    kept = model.quantizer.codebook.clone()
+    model(pictures(), 1.0, 0)
+    assert torch.equal(model.quantizer.codebook, kept)
+    latents = kept[tokens].flatten(0, 2)
+    torch.testing.assert_close(model.decode(tokens), _pictures_of(model, latents))
+
+
+def test_lfq_variant_takes_signs_and_the_entropies_of_all_codes() -> None:
+    torch.manual_seed(0)
+    model = DiscreteVAE(replace(TINY, quantizer="lfq"))
+    output, features = model(pictures(), 1.0, 0), model.scores(pictures()).double()
+    assert features.shape == (3 * 64, 5)
+    codes = torch.tensor([[1.0 if code >> (4 - bit) & 1 else -1.0 for bit in range(5)] for code in range(32)]).double()
+    distances = torch.cdist(features, codes).square()
+    assert torch.equal(output.indices.flatten(), distances.argmin(dim=1))
+    p = (-distances).softmax(dim=1)
+    wanted = torch.special.entr(p).sum(1).mean() - torch.special.entr(p.mean(0)).sum()
+    torch.testing.assert_close(output.entropy.double(), wanted, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(output.distance.double(), 0.25 * distances.amin(dim=1).mean() / 5)
+    (output.nll + output.distance + output.entropy).backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+    tokens = model.encode(pictures())
+    assert torch.equal(tokens, output.indices)
+    torch.testing.assert_close(model.decode(tokens), _pictures_of(model, model.widen(codes[tokens].float())))
+
+
+def _pictures_of(model: DiscreteVAE, latents: torch.Tensor) -> torch.Tensor:
+    side = TINY.grid[0]
+    mu = model.decoder((latents + model.code_bias).reshape(3, side, side, -1).permute(0, 3, 1, 2))[:, :3]
+    return ((torch.sigmoid(mu) - 0.1) / 0.8).clamp(0, 1).detach()
+
+
+@pytest.mark.parametrize("quantizer", ["dvae", "vq", "vq-ema", "lfq"])
 def test_a_few_steps_lower_the_loss(quantizer: str) -> None:
     torch.manual_seed(0)
     model = DiscreteVAE(replace(TINY, quantizer=quantizer))
@@ -135,7 +188,7 @@ def test_a_few_steps_lower_the_loss(quantizer: str) -> None:
     losses = []
     for step in range(30):
         output = model(images, 0.5, step)
-        loss = output.nll + 0.1 * output.kl + output.distance
+        loss = output.nll + 0.1 * output.kl + output.distance + 0.1 * output.entropy
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -159,6 +212,7 @@ def test_bf16_autocast_stays_near_float32(model: DiscreteVAE) -> None:
         ({"width": 6}, "width: got 6"),
         ({"vocab": 0}, "vocab: got 0"),
         ({"quantizer": "pq"}, "quantizer: got 'pq'"),
+        ({"quantizer": "lfq", "vocab": 24}, "vocab: got 24, wanted a power of 2 from 2"),
     ],
 )
 def test_bad_configurations(change: dict, message: str) -> None:

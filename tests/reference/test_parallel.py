@@ -103,7 +103,7 @@ def runs(source: list[str], launch: Launch, tmp_path_factory: pytest.TempPathFac
     def commands(name: str, *more: str) -> list[list[str]]:
         kinds = {
             "dvae": DVAE,
-            "vq": [*DVAE, "--quantizer", "vq"],
+            **{kind: [*DVAE, "--quantizer", kind] for kind in ("vq", "vq-ema", "lfq")},
             "transformer": [*TRANSFORMER, "--dvae", str(folder / "one" / "dvae")],
             "parts": [*TRANSFORMER, "--dvae", str(folder / "one" / "dvae"), "--accumulate", "2"],
             "pixels": PIXELS,
@@ -121,7 +121,7 @@ def runs(source: list[str], launch: Launch, tmp_path_factory: pytest.TempPathFac
 
 
 def test_two_processes_make_the_run_of_one(runs: Path) -> None:
-    for name in ("dvae", "vq", "transformer", "parts", "clip", "pixels"):
+    for name in ("dvae", "vq", "vq-ema", "lfq", "transformer", "parts", "clip", "pixels"):
         for way in ("two", "sharded"):
             if (way, name) != ("sharded", "clip"):  # which has a weight that is one number
                 assert_same_run(runs / way / name, runs / "one" / name)

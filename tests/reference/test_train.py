@@ -405,15 +405,42 @@ def test_a_dvae_of_another_grid_is_refused_with_the_options_that_fit(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_vq_run_resumes_bit_for_bit_and_loads(common: list[str], tmp_path: Path) -> None:
-    command = ["train-dvae", "demo", *TINY_DVAE, *common, "--quantizer", "vq", "--steps", "6", "--save-every", "4"]
+@pytest.mark.parametrize("kind", ["vq", "vq-ema", "lfq"])
+def test_every_quantizer_resumes_bit_for_bit_and_loads(kind: str, common: list[str], tmp_path: Path) -> None:
+    command = ["train-dvae", "demo", *TINY_DVAE, *common, "--quantizer", kind, "--steps", "6", "--save-every", "4"]
     cli.main([*command, "--out", str(tmp_path / "whole")])
     cli.main([*command, "--out", str(tmp_path / "half")])
     shutil.rmtree(tmp_path / "half" / "checkpoints" / "step-00000006")
     cli.main([*command, "--out", str(tmp_path / "half"), "--resume"])
     assert weights(tmp_path / "half") == weights(tmp_path / "whole")
     model = load_dvae(tmp_path / "whole", torch.device("cpu"))
-    assert int(model.quantizer.idle.max()) == 6  # a code that nothing has chosen yet
+    assert model.config.quantizer == kind
+    if kind == "vq":
+        assert int(model.quantizer.idle.max()) == 6  # a code that nothing has chosen yet
+    if kind == "vq-ema":
+        assert float(model.quantizer.counts.min()) > 0  # those that nothing chose were put onto features
+    logged = [json.loads(line) for line in (tmp_path / "half" / "metrics.jsonl").read_text().splitlines()]
+    assert ("entropy" in logged[-1], "distance" in logged[-1], "kl" in logged[-1]) == (kind == "lfq", True, False)
+
+
+@pytest.mark.parametrize("kind", ["vq-ema", "lfq"])
+def test_stage_2_reads_the_tokens_of_every_quantizer(kind: str, common: list[str], tmp_path: Path) -> None:
+    dvae, run = tmp_path / "dvae", tmp_path / "run"
+    cli.main(["train-dvae", "demo", *TINY_DVAE, *common, "--quantizer", kind, "--steps", "2", "--out", str(dvae)])
+    command = ["train-transformer", "demo", "--dvae", str(dvae), *TINY_TRANSFORMER, *common, "--steps", "2"]
+    cli.main([*command, "--out", str(run)])
+    picture = tmp_path / "picture.png"
+    cli.main(["generate", "red", "--model", str(run), "--out", str(picture)])
+    assert picture.exists()
+
+
+@pytest.mark.parametrize("kind", ["vq-ema", "lfq"])
+def test_statistics_of_a_whole_batch_cannot_be_accumulated(
+    kind: str, common: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["train-dvae", "demo", *TINY_DVAE, *common, "--quantizer", kind, "--accumulate", "2"]
+    message = refused([*command, "--out", str(tmp_path / "run")], capsys)
+    assert f"accumulate: got 2, wanted 1: {kind} goes by a batch's features as a whole" in message
 
 
 def test_a_caption_longer_than_the_text_is_said_to_be_cut(
