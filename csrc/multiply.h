@@ -8,6 +8,7 @@
 #include "simd.h"
 
 #define DALLE_METHOD inline __attribute__((always_inline))
+#define DALLE_APART __attribute__((noinline))  // what few calls need: it must cost the others no registers
 
 DALLE_TARGET_BEGIN
 namespace dalle::DALLE_ISA {

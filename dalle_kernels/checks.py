@@ -57,6 +57,13 @@ def check_scale(scale: float | None) -> None:
         check_number("scale", scale, "a finite number in float32, or None")
 
 
+def check_softcap(softcap: object) -> float | None:
+    if softcap is None:
+        return None
+    check_number("softcap", softcap, "a number from 1e-20 to 1e20, or None", least=1e-20, most=1e20)
+    return float(softcap)  # type: ignore[arg-type]
+
+
 def check_temperature(temperature: object) -> float:
     return check_number("temperature", temperature, f"a finite number of at least {LEAST_SAID}", least=LEAST)
 

@@ -107,12 +107,15 @@ def attention(
     mask: torch.Tensor,
     scale: float | None = None,
     key_padding_mask: torch.Tensor | None = None,
+    softcap: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, lse) over a dense mask [S, S] in the inputs' own precision; zeros and -inf for a query that sees no key."""
     visible = mask.to(q.device).expand(q.shape[0], 1, -1, -1)
     if key_padding_mask is not None:
         visible = visible & ~key_padding_mask[:, None, None, :]
     scores = (q @ k.transpose(-1, -2)) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     blind = ~visible.any(-1, keepdim=True)
     scores = scores.masked_fill(~visible & ~blind, -torch.inf)
     out = (scores.softmax(-1) @ v).masked_fill(blind, 0)

@@ -47,6 +47,10 @@ def attention(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return sparse_attention(*tensors, PATTERN, 0.4, padding[: tensors[0].shape[0]], return_lse=True)
 
 
+def capped(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return sparse_attention(*tensors, PATTERN, return_lse=True, softcap=0.7)
+
+
 def gumbel(hard: bool, noise: bool) -> Callable[..., tuple[torch.Tensor, ...]]:
     def lookup(logits: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, ...]:
         latents, _, kl = gumbel_lookup(logits, codebook, 0.7, hard, noise, SEED)
@@ -74,6 +78,7 @@ def cases() -> dict[str, Case]:
     q, k, v = randn(3, 2, 2, PATTERN.length, 4)
     return {
         "attention": Case(attention, (q, k, v)),
+        "attention under a soft cap": Case(capped, (q, k, v)),
         "gumbel": Case(gumbel(False, True), (randn(5, 9), randn(9, 4))),
         "gumbel hard": Case(gumbel(True, True), (randn(5, 9), randn(9, 4))),
         "gumbel argmax": Case(gumbel(True, False), (randn(5, 9), randn(9, 4))),
@@ -188,7 +193,7 @@ def test_only_wanted_gradients_are_made(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_meta_tensors(name: str) -> None:
     function, inputs = cases()[name]
-    if name == "attention":
+    if name.startswith("attention"):
         outputs = sparse_attention(*(tensor.to("meta") for tensor in inputs), PATTERN, return_lse=True)
     elif name == "likelihood":
         outputs = (logit_laplace_nll(*(tensor.to("meta") for tensor in (inputs[0], *inputs))),)

@@ -3,6 +3,8 @@
 //
 //     dV += P^T dO      dS = P (dO V^T - delta)      dK += dS^T Q      dQ += dS K
 //
+// where under a soft cap s = softcap tanh(scale q . k / softcap), dS is also multiplied by 1 - tanh^2.
+//
 // dK and dV of the tile stay in the nearest cache; dQ is summed by position in a buffer. Both
 // products are stored before the exponentials are taken: fused into the registers that hold the sums, the exponentials'
 // long chains keep the multipliers waiting.
@@ -32,13 +34,13 @@ struct Backward {
   Pair* listed;
   const Problem& problem;
   int width, rounded;
-  float scale;
+  float scale;  // of the score that the softmax is taken of: q . k, or tanh(steepness q . k)
 
   static int64_t floats(const Problem& problem) { return Backward(problem, nullptr).carve(nullptr); }
 
   Backward(const Problem& problem, float* memory)
       : problem(problem), width(int(problem.width)), rounded(round_up(int(problem.width), kLanes)) {
-    scale = problem.scale * kUnits<kPairs>;
+    scale = (problem.softcap != 0 ? problem.softcap : problem.scale) * kUnits<kPairs>;
     carve(memory);
   }
 
@@ -146,8 +148,17 @@ struct Backward {
   // Turns the products of `count` queries with kLd keys into weights and slopes; pairs is null where all is visible.
   template <bool kMasked, int kLd>
   DALLE_METHOD void weigh(int count, const int* positions, const Pair* pairs) {
+    if (problem.softcap != 0) return weigh_capped<kMasked, kLd>(count, positions, pairs);
+    weigh_as<kMasked, kLd, false>(count, positions, pairs);
+  }
+  template <bool kMasked, int kLd>
+  DALLE_APART void weigh_capped(int count, const int* positions, const Pair* pairs) {
+    weigh_as<kMasked, kLd, true>(count, positions, pairs);
+  }
+  template <bool kMasked, int kLd, bool kCapped>
+  DALLE_METHOD void weigh_as(int count, const int* positions, const Pair* pairs) {
     constexpr int N = kLd >= 2 * kLanes ? 2 : 1;
-    const F slope = set(scale);
+    const F slope = set(scale), rise = set(problem.steepness);
     // Locals: for all the compiler knows, a store might change a member.
     const float *s = scores, *t = inner;
     float *p_to = weights, *d_to = slopes;
@@ -162,8 +173,10 @@ struct Backward {
         DALLE_UNROLL for (int j = 0; j < 2; j++)
           DALLE_UNROLL for (int w = 0; w < N; w++) {
             const int at = j * kLd + lane + w * kLanes;
-            p[j][w] = share<kPairs>(load(s + at), slope, lse[j]);
+            const F score = kCapped ? tanh(rise * load(s + at)) : load(s + at);
+            p[j][w] = share<kPairs>(score, slope, lse[j]);
             d[j][w] = p[j][w] * (load(t + at) - mean[j]);
+            if constexpr (kCapped) d[j][w] *= fnma(score, score, set(1.f));
             if constexpr (kMasked) {
               const Mask seen = from_bits(uint32_t(pairs->bits[j]) >> (lane + w * kLanes));
               p[j][w] = select(seen, p[j][w], zero());

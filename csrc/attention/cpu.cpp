@@ -2,7 +2,9 @@
 //
 // Work is cut into pieces that depend on the problem alone, never on the number of threads, and every piece writes its
 // own part of the results: the bits are the same for any number of threads.
+#include <algorithm>
 #include <cstring>
+#include <limits>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -101,6 +103,12 @@ void check(const Tensor& q, const Plan& plan, std::initializer_list<const Tensor
             other->dtype(), ", wanted those of q: ", shape_of(q), ", ", q.dtype());
 }
 
+// Of a problem: how steeply a soft cap's tanh rises, a number that float32 holds.
+float steepness(double scale, std::optional<double> softcap) {
+  constexpr double kMost = std::numeric_limits<float>::max();
+  return softcap ? float(std::clamp(scale / *softcap, -kMost, kMost)) : 0.f;
+}
+
 struct Padding {
   Tensor tensor;
   const uint8_t* data = nullptr;
@@ -117,7 +125,7 @@ struct Padding {
 
 std::tuple<Tensor, Tensor> attention_forward(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in,
                                              const std::optional<Tensor>& key_padding_mask, double scale,
-                                             const Tensor& plan_words) {
+                                             std::optional<double> softcap, const Tensor& plan_words) {
   const Plan plan = view(plan_words);
   check(q_in, plan, {&k_in, &v_in});
   const Tensor q = with_rows(q_in), k = with_rows(k_in), v = with_rows(v_in);
@@ -126,7 +134,15 @@ std::tuple<Tensor, Tensor> attention_forward(const Tensor& q_in, const Tensor& k
   if (q.numel() == 0) return {std::move(out), std::move(lse)};
   const Padding padding(key_padding_mask, q);
   const bool scattered = k.stride(2) != k.size(3) || v.stride(2) != v.size(3);
-  const Problem problem{&plan, q.size(0), q.size(1), q.size(3), float(scale), padding.data, scattered};
+  const Problem problem{&plan,
+                        q.size(0),
+                        q.size(1),
+                        q.size(3),
+                        float(scale),
+                        float(softcap.value_or(0)),
+                        steepness(scale, softcap),
+                        padding.data,
+                        scattered};
   const ForwardArrays arrays{array_of(q), array_of(k), array_of(v), array_of(out), lse.data<float>()};
   const Kernels& kernels = kernels_for(q.dtype());
 
@@ -147,7 +163,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad_out_in,
                                                       const Tensor& k_in, const Tensor& v_in, const Tensor& out_in,
                                                       const Tensor& lse_in,
                                                       const std::optional<Tensor>& key_padding_mask, double scale,
-                                                      const Tensor& plan_words) {
+                                                      std::optional<double> softcap, const Tensor& plan_words) {
   const Plan plan = view(plan_words);
   check(q_in, plan, {&k_in, &v_in, &out_in, &grad_out_in});
   const Tensor q = with_rows(q_in), k = with_rows(k_in), v = with_rows(v_in), out = with_rows(out_in);
@@ -159,7 +175,15 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad_out_in,
   const Tensor grad_lse = grad_lse_in ? contiguous_float32(*grad_lse_in) : Tensor();
   // Every tile of text keys reads all queries again, so here the plan's order counts too.
   const bool scattered = q.stride(2) != q.size(3) || grad_out.stride(2) != q.size(3) || !in_order(plan);
-  const Problem problem{&plan, q.size(0), q.size(1), q.size(3), float(scale), padding.data, scattered};
+  const Problem problem{&plan,
+                        q.size(0),
+                        q.size(1),
+                        q.size(3),
+                        float(scale),
+                        float(softcap.value_or(0)),
+                        steepness(scale, softcap),
+                        padding.data,
+                        scattered};
   const BackwardArrays arrays{array_of(q),
                               array_of(k),
                               array_of(v),
@@ -207,11 +231,11 @@ const Operators defined(
       "Tensor query_offsets, Tensor query_tiles, Tensor query_mask_ids, Tensor query_full_counts, Tensor masks, "
       "Tensor masks_transposed) -> Tensor",
       boxed<&attention_plan>},
-     {"attention_forward(Tensor q, Tensor k, Tensor v, Tensor? key_padding_mask, float scale, Tensor plan) "
-      "-> (Tensor, Tensor)",
+     {"attention_forward(Tensor q, Tensor k, Tensor v, Tensor? key_padding_mask, float scale, float? softcap, "
+      "Tensor plan) -> (Tensor, Tensor)",
       boxed<&attention_forward>},
      {"attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-      "Tensor? key_padding_mask, float scale, Tensor plan) -> (Tensor, Tensor, Tensor)",
+      "Tensor? key_padding_mask, float scale, float? softcap, Tensor plan) -> (Tensor, Tensor, Tensor)",
       boxed<&attention_backward>}});
 
 }  // namespace

@@ -27,7 +27,7 @@ struct Forward {
   Pair* listed;
   const Problem& problem;
   int width, rounded;
-  float scale;
+  float scale, steepness;  // of the score that the softmax is taken of: q . k, or tanh(steepness q . k)
 
   static int64_t floats(const Problem& problem) { return Forward(problem, nullptr).carve(nullptr); }
 
@@ -70,6 +70,7 @@ struct Forward {
     attach(k, arrays.k);
     attach(v, arrays.v);
     scale = problem.scale;
+    steepness = problem.steepness;
     if (scratch.owner == head) return;
     scratch.owner = head;
     const Plan& plan = *problem.plan;
@@ -93,7 +94,22 @@ struct Forward {
   template <bool kMasked>
   DALLE_METHOD void weigh(const float* s, float* p, ptrdiff_t ld, int count, const Pair* pairs, int first_bit,
                           float* highest, float* top, float* total, float* rescale) {
-    const F slope = set(scale * kLog2E), before = load(top), now = max(top_of<kPairs>(load(highest), slope), before);
+    if (problem.softcap != 0) return weigh_capped<kMasked>(s, p, ld, count, pairs, first_bit, highest, top, total, rescale);
+    weigh_as<kMasked, false>(s, p, ld, count, pairs, first_bit, highest, top, total, rescale);
+  }
+  template <bool kMasked>
+  DALLE_APART void weigh_capped(const float* s, float* p, ptrdiff_t ld, int count, const Pair* pairs, int first_bit,
+                                float* highest, float* top, float* total, float* rescale) {
+    weigh_as<kMasked, true>(s, p, ld, count, pairs, first_bit, highest, top, total, rescale);
+  }
+  template <bool kMasked, bool kCapped>
+  DALLE_METHOD void weigh_as(const float* s, float* p, ptrdiff_t ld, int count, const Pair* pairs, int first_bit,
+                             float* highest, float* top, float* total, float* rescale) {
+    const F rise = set(steepness);
+    const auto score = [&](const float* from) __attribute__((always_inline)) {
+      return kCapped ? tanh(rise * load(from)) : load(from);
+    };
+    const F slope = set(scale * kLog2E), before = load(top), now = max(top_of<kPairs>(score(highest), slope), before);
     const F drop = kPairs ? before - now : (before - now) * slope;
     const F decay = power(max(set(kZeroExponent), drop));
     store(rescale, decay);
@@ -103,7 +119,7 @@ struct Forward {
       for (int row = 0; row < count; row += 2, s += 2 * ld, p += ld * 2 / Dot::kDepth) {
         F e[2];
         DALLE_UNROLL for (int j = 0; j < 2; j++) {
-          e[j] = exponential<kPairs, is_far.value>(load(s + j * ld), slope, now);
+          e[j] = exponential<kPairs, is_far.value>(score(s + j * ld), slope, now);
           if constexpr (kMasked) e[j] = select(from_bits(uint32_t(pairs->bits[j]) >> first_bit), e[j], zero());
           sums[j] += e[j];
         }
@@ -230,7 +246,9 @@ struct Forward {
       for (int i = 0; i < width / Dot::kDepth * kTile; i += kLanes)
         store(transposed_q + i, as_float(as_words(load(transposed_q + i)) ^ sign));
       scale = -scale;
+      steepness = -steepness;
     }
+    if (problem.softcap != 0) scale = problem.softcap;
     for (int i = 0; i < kTile; i += kLanes) {
       store(running + i, set(kNothing));
       store(sum + i, zero());

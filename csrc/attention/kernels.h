@@ -19,8 +19,9 @@ struct Problem {
   const Plan* plan;
   int64_t batch, heads, width;  // width = D
   float scale;
-  const uint8_t* padding;  // [B, S], 1 = nobody sees this key; null without
-  bool scattered;          // rows that are read many times (k, v forward; q, dO backward) do not follow one another
+  float softcap, steepness;  // scores are softcap tanh(steepness q . k), steepness = scale / softcap; both 0 without
+  const uint8_t* padding;    // [B, S], 1 = nobody sees this key; null without
+  bool scattered;            // rows that are read many times (k, v forward; q, dO backward) do not follow one another
 };
 
 struct ForwardArrays {

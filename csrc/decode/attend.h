@@ -68,9 +68,22 @@ DALLE_INLINE void add_values(const T* const* rows, const float* weights, int cou
   DALLE_UNROLL for (int v = 0; v < N; v++) store(sums + lane + v * kLanes, even[v] + odd[v]);
 }
 
+// The scores of `count` keys, stored a vector after another, softly capped; returns the largest of each lane.
+static DALLE_APART F cap_scores(float* scores, int count, float softcap) {
+  F high = set(-INFINITY);
+  for (int j = 0; j < count; j += kLanes) {
+    const F s = set(softcap) * tanh(load(scores + j));
+    const F kept = select(::dalle::DALLE_ISA::first(count - j < kLanes ? count - j : kLanes), s, set(-INFINITY));
+    store(scores + j, kept);
+    high = max(high, kept);
+  }
+  return high;
+}
+
 template <class T>
 static decode::Part attend(const void* q_in, const void* keys, const void* values, int64_t stride, int width,
-                           float scale, const decode::Visible& visible, int32_t first, int32_t last, float* sums) {
+                           float scale, float softcap, const decode::Visible& visible, int32_t first, int32_t last,
+                           float* sums) {
   constexpr int kWidest = 256;
   alignas(64) float q[kWidest], weights[kBlock];
   const T *key_rows[kBlock], *value_rows[kBlock];
@@ -97,6 +110,7 @@ static decode::Part attend(const void* q_in, const void* keys, const void* value
       store(weights + j, s);
       high = max(high, s);
     }
+    if (softcap != 0) high = cap_scores(weights, count, softcap);
     const float block = largest(high), now = block > part.highest ? block : part.highest;
     const float base = now == -INFINITY ? 0.f : now;  // no visible key so far
     const float decay = expf(part.highest - base);
@@ -127,8 +141,8 @@ DALLE_INLINE void widen_rows(const T** rows, int count, int width, int rounded, 
 // kQueries queries, of which the first `count` are asked for.
 template <class T, int kQueries>
 DALLE_INLINE void attend_block(const void* const* q, int count, const T* keys, const T* values, int64_t row, int width,
-                               float scale, const decode::Visible& visible, int32_t first, int32_t last,
-                               decode::Part* parts, float* sums, int64_t step, int64_t stride, float* memory) {
+                               float scale, float softcap, const decode::Visible& visible, int32_t first,
+                               int32_t last, decode::Part* parts, float* sums, int64_t step, int64_t stride, float* memory) {
   constexpr int N = kQueries / kLanes < kWide ? kQueries / kLanes : kWide, kRows = kRowsBeside<N>;
   const int rounded = round_up(width, kLanes);
   const bool packs = sizeof(T) == 2 || rounded != width;
@@ -178,6 +192,7 @@ DALLE_INLINE void attend_block(const void* const* q, int count, const T* keys, c
             DALLE_UNROLL for (int v = 0; v < N; v++) store(scores + (i + j) * kQueries + lane + v * kLanes, s[j][v]);
         });
       });
+    if (softcap != 0) cap_scores(scores, here * kQueries, softcap);
     for (int lane = 0; lane < kQueries; lane += kLanes) {
       float* s = scores + lane;
       F high = set(-INFINITY);
@@ -211,11 +226,11 @@ DALLE_INLINE void attend_block(const void* const* q, int count, const T* keys, c
 
 template <class T>
 static void attend_many(const void* const* q, int count, const void* keys, const void* values, int64_t row, int width,
-                        float scale, const decode::Visible& visible, int32_t first, int32_t last, decode::Part* parts,
-                        float* sums, int64_t step, int64_t stride, float* memory) {
+                        float scale, float softcap, const decode::Visible& visible, int32_t first, int32_t last,
+                        decode::Part* parts, float* sums, int64_t step, int64_t stride, float* memory) {
   const auto run = [&](auto queries) __attribute__((always_inline)) {
-    attend_block<T, queries.value>(q, count, (const T*)keys, (const T*)values, row, width, scale, visible, first, last,
-                                   parts, sums, step, stride, memory);
+    attend_block<T, queries.value>(q, count, (const T*)keys, (const T*)values, row, width, scale, softcap, visible,
+                                   first, last, parts, sums, step, stride, memory);
   };
   if (count <= 16) return run(Int<16>{});
   if (count <= 32) return run(Int<32>{});

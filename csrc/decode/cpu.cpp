@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cstring>
 #include <deque>
+#include <limits>
 #include <optional>
 #include <vector>
 
@@ -89,9 +90,10 @@ constexpr int64_t kMostSharedParts = 8;
 Tensor decode_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& keys, const Tensor& values,
                       const std::optional<Tensor>& shared_keys, const std::optional<Tensor>& shared_values,
                       const std::optional<Tensor>& hidden, const std::optional<Tensor>& shared_hidden,
-                      const Tensor& position, double scale, const Tensor& slot, const Tensor& prefix,
-                      const Tensor& offsets, const Tensor& slots, const std::optional<Tensor>& shared_prefix,
-                      const std::optional<Tensor>& shared_offsets, const std::optional<Tensor>& shared_slots) {
+                      const Tensor& position, double scale, std::optional<double> softcap, const Tensor& slot,
+                      const Tensor& prefix, const Tensor& offsets, const Tensor& slots,
+                      const std::optional<Tensor>& shared_prefix, const std::optional<Tensor>& shared_offsets,
+                      const std::optional<Tensor>& shared_slots) {
   const int64_t rows = q.size(0), heads = q.size(1), tokens = q.size(2), width = q.size(3), element = q.element_size();
   require(width % 8 == 0 && width <= 256, "q: got D = ", width, ", wanted a multiple of 8 up to 256");
   const bool shares = shared_keys.has_value();
@@ -157,6 +159,8 @@ Tensor decode_forward(const Tensor& q, const Tensor& k, const Tensor& v, const T
 
   const Rows q_rows(q), k_rows(k), v_rows(v), key_rows(keys, true), value_rows(values, true), out_rows(out, true);
   const Kernels& kernels = kernels_for(q.dtype());
+  constexpr double kMost = std::numeric_limits<float>::max();
+  const float cap = float(softcap.value_or(0)), slope = float(std::clamp(scale / softcap.value_or(1), -kMost, kMost));
   const int64_t queries = rows * heads;
   const auto write = [&](int64_t b, int64_t h, int64_t g) {
     const int64_t to = sight.slot[size_t(b * tokens + g)];
@@ -206,7 +210,7 @@ Tensor decode_forward(const Tensor& q, const Tensor& k, const Tensor& v, const T
               const Visible& visible = sight.shared[size_t(first * tokens + g)];
               const int64_t to = at(first, h, g) + part;
               kernels.attend_many(at_once, int(count), prompt_keys, prompt_values, shared_keys->stride(2), int(width),
-                                  float(scale), visible, range(visible, part), range(visible, part + 1),
+                                  slope, cap, visible, range(visible, part), range(visible, part + 1),
                                   results.data() + to, sums_data + to * stride, heads * tokens * all, stride, memory);
               continue;
             }
@@ -214,7 +218,7 @@ Tensor decode_forward(const Tensor& q, const Tensor& k, const Tensor& v, const T
               const Visible& visible = sight.shared[size_t(b * tokens + g)];
               const int64_t to = at(b, h, g) + part;
               results[size_t(to)] = kernels.attend(
-                  q_rows.at(b, h, g), prompt_keys, prompt_values, shared_keys->stride(2), int(width), float(scale),
+                  q_rows.at(b, h, g), prompt_keys, prompt_values, shared_keys->stride(2), int(width), slope, cap,
                   visible, range(visible, part), range(visible, part + 1), sums_data + to * stride);
             }
           }
@@ -233,7 +237,7 @@ Tensor decode_forward(const Tensor& q, const Tensor& k, const Tensor& v, const T
         const Visible& visible = sight.own[size_t(b * tokens + g)];
         const int64_t count = entries(visible), mine = at(b, h, g), to = mine + shared_parts + part;
         results[size_t(to)] = kernels.attend(
-            q_rows.at(b, h, g), key_rows.at(b, h, 0), value_rows.at(b, h, 0), keys.stride(2), int(width), float(scale),
+            q_rows.at(b, h, g), key_rows.at(b, h, 0), value_rows.at(b, h, 0), keys.stride(2), int(width), slope, cap,
             visible, int32_t(count * part / parts), int32_t(count * (part + 1) / parts), sums_data + to * stride);
         if (parts == 1)
           kernels.combine(results.data() + mine, sums_data + mine * stride, stride, int(all), int(width),
@@ -249,12 +253,12 @@ Tensor decode_forward(const Tensor& q, const Tensor& k, const Tensor& v, const T
 }
 
 const Operators defined(
-    "CPU",
-    {{"decode_forward(Tensor q, Tensor k, Tensor v, Tensor(a!) keys, Tensor(b!) values, Tensor? shared_keys, "
-      "Tensor? shared_values, Tensor(c!)? hidden, Tensor? shared_hidden, Tensor position, float scale, Tensor slot, "
-      "Tensor prefix, Tensor offsets, Tensor slots, Tensor? shared_prefix, Tensor? shared_offsets, "
-      "Tensor? shared_slots) -> Tensor",
-      boxed<&decode_forward>}});
+    "CPU", {{"decode_forward(Tensor q, Tensor k, Tensor v, Tensor(a!) keys, Tensor(b!) values, Tensor? shared_keys, "
+             "Tensor? shared_values, Tensor(c!)? hidden, Tensor? shared_hidden, Tensor position, float scale, float? "
+             "softcap, Tensor slot, "
+             "Tensor prefix, Tensor offsets, Tensor slots, Tensor? shared_prefix, Tensor? shared_offsets, "
+             "Tensor? shared_slots) -> Tensor",
+             boxed<&decode_forward>}});
 
 }  // namespace
 }  // namespace dalle::decode

@@ -25,15 +25,16 @@ constexpr int kAlign = 16;        // `sums` is padded to a multiple of this many
 constexpr int kMostParts = 16;    // that combine() takes
 constexpr int kMostQueries = 64;  // that attend_many() takes
 
-// q [D], rows of keys and values `row` elements apart.
+// q [D], rows of keys and values `row` elements apart. A score is scale q . k, or with a softcap other than 0
+// softcap tanh(scale q . k).
 using Attend = Part (*)(const void* q, const void* keys, const void* values, int64_t row, int width, float scale,
-                        const Visible& visible, int32_t first, int32_t last, float* sums);
+                        float softcap, const Visible& visible, int32_t first, int32_t last, float* sums);
 // The same for `count` queries that see the same entries: one product, which reads each key and value once. Query i is
 // at q[i], its part and its sums at parts + i * step and sums + i * step * stride. `memory` has room for 64 (64 + 4 D)
 // floats, D rounded up to kAlign, on a 64-byte boundary.
 using AttendMany = void (*)(const void* const* q, int count, const void* keys, const void* values, int64_t row,
-                            int width, float scale, const Visible& visible, int32_t first, int32_t last, Part* parts,
-                            float* sums, int64_t step, int64_t stride, float* memory);
+                            int width, float scale, float softcap, const Visible& visible, int32_t first, int32_t last,
+                            Part* parts, float* sums, int64_t step, int64_t stride, float* memory);
 // out [D] = the parts put together; parts' sums lie `stride` floats apart.
 using Combine = void (*)(const Part* parts, const float* sums, int64_t stride, int count, int width, void* out);
 

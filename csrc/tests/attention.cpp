@@ -89,7 +89,8 @@ struct AlignedMemory {
 };
 
 template <class T>
-void attention_case(const Kernels& kernels, const char* name, int length, int width, int cut, bool with_padding) {
+void attention_case(const Kernels& kernels, const char* name, int length, int width, int cut, bool with_padding,
+                    float softcap) {
   const double tolerance = sizeof(T) == 2 ? 4e-2 : 2e-5;
   const auto sees = [&](int i, int j) { return j <= i && i != 2 && (j < 70 || i - j < 9 || (i - j) % 13 == 0); };
   std::vector<int32_t> order;  // every third token last: a gather
@@ -120,7 +121,15 @@ void attention_case(const Kernels& kernels, const char* name, int length, int wi
   };
   const float scale = 0.4f;
   for (const bool scattered : {false, true}) {
-    const Problem problem{&plan, 1, 1, width, scale, with_padding ? padding.data() : nullptr, scattered};
+    const Problem problem{&plan,
+                          1,
+                          1,
+                          width,
+                          scale,
+                          softcap,
+                          softcap > 0 ? scale / softcap : 0,
+                          with_padding ? padding.data() : nullptr,
+                          scattered};
     {
       AlignedMemory memory(kernels.forward_floats(problem));
       Scratch scratch{memory.data, -1};
@@ -152,13 +161,14 @@ void attention_case(const Kernels& kernels, const char* name, int length, int wi
       if (!(error <= worst[which])) worst[which] = std::isnan(error) ? INFINITY : error;
     };
     for (int i = 0; i < length; i++) {
-      std::vector<double> p(size_t(length), 0.0);
+      std::vector<double> p(size_t(length), 0.0), bent = p;
       double total = 0, delta = -double(grad_lse[i]);
       const auto visible = [&](int j) { return sees(i, j) && !padding[j]; };
       for (int j = 0; j < length; j++) {
         double s = 0;
         for (int d = 0; d < width; d++) s += double(to_float(q[i * width + d])) * to_float(k[j * width + d]);
-        if (visible(j)) total += p[j] = std::exp(scale * s);
+        bent[j] = softcap > 0 ? std::tanh(scale * s / softcap) : 0.0;
+        if (visible(j)) total += p[j] = std::exp(softcap > 0 ? softcap * bent[j] : scale * s);
       }
       if (total == 0) {
         expect(lse[i] == -INFINITY, "a query without keys has a log-sum-exp", name, length, width);
@@ -175,7 +185,7 @@ void attention_case(const Kernels& kernels, const char* name, int length, int wi
         if (!visible(j)) continue;
         double dp = 0;
         for (int d = 0; d < width; d++) dp += double(to_float(grad[i * width + d])) * to_float(v[j * width + d]);
-        const double weight = p[j] / total, slope = scale * weight * (dp - delta);
+        const double weight = p[j] / total, slope = scale * weight * (dp - delta) * (1 - bent[j] * bent[j]);
         for (int d = 0; d < width; d++) {
           want_dq[i * width + d] += slope * to_float(k[j * width + d]);
           want_dk[j * width + d] += slope * to_float(q[i * width + d]);
@@ -195,7 +205,7 @@ void attention_case(const Kernels& kernels, const char* name, int length, int wi
 }
 
 template <class T>
-void decode_case(const decode::Kernels& kernels, const char* name, int prefix, int listed, int width) {
+void decode_case(const decode::Kernels& kernels, const char* name, int prefix, int listed, int width, float softcap) {
   const int count = prefix + listed;
   std::mt19937 generator(3);
   std::normal_distribution<float> normal;
@@ -213,8 +223,8 @@ void decode_case(const decode::Kernels& kernels, const char* name, int prefix, i
   std::vector<float> sums(size_t(kParts * stride), NAN);
   decode::Part parts[kParts];
   for (int i = 0; i < kParts; i++)
-    parts[i] = kernels.attend(q.data(), keys.data(), rows.data(), width, width, 0.4f, visible, count * i / kParts,
-                              count * (i + 1) / kParts, sums.data() + i * stride);
+    parts[i] = kernels.attend(q.data(), keys.data(), rows.data(), width, width, softcap > 0 ? 0.4f / softcap : 0.4f,
+                              softcap, visible, count * i / kParts, count * (i + 1) / kParts, sums.data() + i * stride);
   std::vector<T> out(size_t(width), rounded<T>(NAN));
   kernels.combine(parts, sums.data(), stride, kParts, width, out.data());
 
@@ -224,7 +234,7 @@ void decode_case(const decode::Kernels& kernels, const char* name, int prefix, i
     const int row = j < prefix ? j : slots[j - prefix];
     double s = 0;
     for (int d = 0; d < width; d++) s += double(to_float(q[d])) * to_float(keys[row * width + d]);
-    const double weight = std::exp(0.4 * s);
+    const double weight = std::exp(softcap > 0 ? softcap * std::tanh(0.4 * s / softcap) : 0.4 * s);
     total += weight;
     for (int d = 0; d < width; d++) want[d] += weight * to_float(rows[row * width + d]);
   }
@@ -242,16 +252,18 @@ int main() {
     const char* name = isa.c_str();
     for (const int length : {1, 67, 201})
       for (const int width : {8, 40, 64})
-        for (const bool padding : {false, true}) {
-          attention_case<float>(attention_kernels().f32, name, length, width, length / kTile / 2, padding);
-          attention_case<bf16>(attention_kernels().bf16, name, length, width, length / kTile / 2, padding);
-        }
+        for (const bool padding : {false, true})
+          for (const float softcap : {0.f, 3.f}) {
+            attention_case<float>(attention_kernels().f32, name, length, width, length / kTile / 2, padding, softcap);
+            attention_case<bf16>(attention_kernels().bf16, name, length, width, length / kTile / 2, padding, softcap);
+          }
     for (const int width : {8, 24, 64, 256})
       for (const int prefix : {0, 5, 300})
-        for (const int listed : {0, 1, 33}) {
-          decode_case<float>(decode_kernels().f32, name, prefix, listed, width);
-          decode_case<bf16>(decode_kernels().bf16, name, prefix, listed, width);
-        }
+        for (const int listed : {0, 1, 33})
+          for (const float softcap : {0.f, 3.f}) {
+            decode_case<float>(decode_kernels().f32, name, prefix, listed, width, softcap);
+            decode_case<bf16>(decode_kernels().bf16, name, prefix, listed, width, softcap);
+          }
     std::printf("%s done\n", name);
   }
   return failures != 0;

@@ -17,6 +17,11 @@ class Inputs(NamedTuple):
     key_padding_mask: torch.Tensor | None  # bool [B, S], True where a key is to be ignored
     scale: float | None  # what q . k is multiplied with; a backend is never given None, which the door makes D ** -0.5
     pattern: Pattern
+    softcap: float | None = None  # scaled scores s become softcap tanh(s / softcap)
+
+    @property
+    def extras(self) -> tuple[str, ...]:
+        return extras(self.softcap)
 
 
 class Outputs(NamedTuple):
@@ -33,6 +38,11 @@ class Kept(NamedTuple):
     key_padding_mask: torch.Tensor | None
     scale: float | None
     pattern: Pattern
+    softcap: float | None = None
+
+    @property
+    def extras(self) -> tuple[str, ...]:
+        return extras(self.softcap)
 
 
 class Grads(NamedTuple):
@@ -50,4 +60,9 @@ Backend: TypeAlias = Differentiable[Inputs, Outputs, Grads, Kept, Needs]
 
 
 def call_of(values: Inputs | Kept) -> Call:
-    return Call(values.q.device, values.q.dtype, values.q.shape[-1])
+    return Call(values.q.device, values.q.dtype, values.q.shape[-1], values.extras)
+
+
+def extras(softcap: float | torch.Tensor | None) -> tuple[str, ...]:
+    """What of a call not every backend has."""
+    return () if softcap is None else ("logit soft cap",)

@@ -56,20 +56,20 @@ def _cut(filled: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def forward(inputs: Inputs) -> Outputs:
-    q, k, v, key_padding_mask, scale, pattern = inputs
-    plan = _plan(pattern, q.shape[2])
+    q, k, v, key_padding_mask, scale, pattern, softcap = inputs
+    run, plan = torch.ops.dalle_kernels_cpu.attention_forward, _plan(pattern, q.shape[2])
     if q.shape[-1] % 8 == 0:
-        return Outputs(*torch.ops.dalle_kernels_cpu.attention_forward(q, k, v, key_padding_mask, scale, plan))
-    out, lse = torch.ops.dalle_kernels_cpu.attention_forward(*_filled(q, k, v), key_padding_mask, scale, plan)
+        return Outputs(*run(q, k, v, key_padding_mask, scale, softcap, plan))
+    out, lse = run(*_filled(q, k, v), key_padding_mask, scale, softcap, plan)
     return Outputs(_cut(out, q), lse)
 
 
 def backward(grads: Grads, kept: Kept, needs: Needs) -> tuple[torch.Tensor | None, ...]:
-    (grad_out, grad_lse), (q, k, v, out, lse, key_padding_mask, scale, pattern) = grads, kept
+    (grad_out, grad_lse), (q, k, v, out, lse, key_padding_mask, scale, pattern, softcap) = grads, kept
     assert grad_out is not None
     run, plan = torch.ops.dalle_kernels_cpu.attention_backward, _plan(pattern, q.shape[2])
     if q.shape[-1] % 8 == 0:
-        return run(grad_out, grad_lse, q, k, v, out, lse, key_padding_mask, scale, plan)
+        return run(grad_out, grad_lse, q, k, v, out, lse, key_padding_mask, scale, softcap, plan)
     wide_grad, *wide = _filled(grad_out, q, k, v, out)
-    filled = run(wide_grad, grad_lse, *wide, lse, key_padding_mask, scale, plan)
+    filled = run(wide_grad, grad_lse, *wide, lse, key_padding_mask, scale, softcap, plan)
     return tuple(_cut(gradient, like) for gradient, like in zip(filled, (q, k, v), strict=True))

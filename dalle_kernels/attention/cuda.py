@@ -26,6 +26,8 @@ def refuse(call: Call) -> str | None:
         return reason
     if call.width not in _WIDTHS:
         return f"it takes head dimensions {', '.join(map(str, _WIDTHS))}, not {call.width}"
+    if call.extras:
+        return f"it has no {call.extras[0]}"
     needed, there = SMALLEST * _slot_bytes(_FORWARD_COLUMNS, call.width), cuda_library.shared_memory(call.device, 1)
     if needed > there:
         return f"it needs {needed} bytes of shared memory a block at this head dimension, here are {there}"
@@ -85,7 +87,7 @@ def _padding(key_padding_mask: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def forward(inputs: Inputs) -> Outputs:
-    q, k, v, key_padding_mask, scale, pattern = inputs
+    q, k, v, key_padding_mask, scale, pattern = inputs[:6]
     assert scale is not None
     outputs, targets = _outputs(q)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
@@ -100,7 +102,7 @@ def forward(inputs: Inputs) -> Outputs:
 
 
 def backward(grads: Grads, kept: Kept, needs: Needs) -> tuple[torch.Tensor | None, ...]:
-    (grad_out, grad_lse), (q, k, v, out, lse, key_padding_mask, scale, pattern) = grads, kept
+    (grad_out, grad_lse), (q, k, v, out, lse, key_padding_mask, scale, pattern) = grads, kept[:8]
     assert grad_out is not None
     assert scale is not None
     columns = 64 if q.shape[-1] <= 64 else 32  # kBackwardColumns of csrc/attention/cuda.h

@@ -8,11 +8,11 @@ import torch
 from torch.nn.functional import pad
 
 from dalle_kernels.attention import reference
-from dalle_kernels.attention.contract import Backend, Grads, Inputs, Kept, Needs, Outputs, call_of
+from dalle_kernels.attention.contract import Backend, Grads, Inputs, Kept, Needs, Outputs, call_of, extras
 from dalle_kernels.backends.choice import Operation, register
 from dalle_kernels.backends.contract import Call
 from dalle_kernels.backends.library import Derivative, Entry
-from dalle_kernels.checks import autocast, check_alike, check_scale, check_tensor, rows_contiguous
+from dalle_kernels.checks import autocast, check_alike, check_scale, check_softcap, check_tensor, rows_contiguous
 from dalle_kernels.patterns.patterns import Pattern
 
 if TYPE_CHECKING:
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     _BACKENDS: tuple[Backend, ...] = (cpu, cuda, triton, reference)
 
 
-def _describe(q: torch.Tensor, *_: Any, **__: Any) -> Call:
+def _describe(q: torch.Tensor, *_: Any, softcap: float | None = None, **__: Any) -> Call:
     check_tensor("q", q, rank=4)
-    return Call(q.device, autocast(q)[0].dtype, q.shape[-1])
+    return Call(q.device, autocast(q)[0].dtype, q.shape[-1], extras(softcap))
 
 
 OPERATION: Operation[Backend] = Operation(
@@ -48,6 +48,8 @@ def sparse_attention(
     key_padding_mask: torch.Tensor | None = ...,
     return_lse: Literal[False] = ...,
     backend: str = ...,
+    *,
+    softcap: float | None = ...,
 ) -> torch.Tensor: ...
 @overload
 def sparse_attention(
@@ -60,6 +62,7 @@ def sparse_attention(
     *,
     return_lse: Literal[True],
     backend: str = ...,
+    softcap: float | None = ...,
 ) -> tuple[torch.Tensor, torch.Tensor]: ...
 def sparse_attention(
     q: torch.Tensor,
@@ -70,6 +73,8 @@ def sparse_attention(
     key_padding_mask: torch.Tensor | None = None,
     return_lse: bool = False,
     backend: str = "auto",
+    *,
+    softcap: float | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """softmax(scale q k^T) v over the pairs that `pattern` makes visible; differentiable.
 
@@ -83,8 +88,10 @@ def sparse_attention(
         pattern: who sees whom.
         scale: what the scores are multiplied by; D ** -0.5 where None.
         key_padding_mask: bool [B, S], True at keys to ignore (as torch.nn.MultiheadAttention has it).
-        return_lse: also return the natural log-sum-exp of the scaled scores; it is differentiable too.
+        return_lse: also return the natural log-sum-exp of the scaled (and capped) scores; it is differentiable too.
         backend: "auto", "reference", "cpu", "triton" or "cuda"; see `explain`.
+        softcap: bounds the scaled scores s softly, by softcap tanh(s / softcap) (Gemma 2, Riviere et al. 2024, section
+            2, with 50); a number from 1e-20 to 1e20, or None for no bound. The CUDA backend has none.
 
     Returns:
         [B, H, S, E] in q's dtype; with `return_lse` also float32 [B, H, S] (float64 for float64 inputs). A query
@@ -115,6 +122,7 @@ def sparse_attention(
     if not 1 <= q.shape[2] <= pattern.length:
         raise ValueError(f"q: got {q.shape[2]} tokens, wanted 1 to {pattern.length}, the length of {pattern}")
     check_scale(scale)
+    softcap = check_softcap(softcap)
     if key_padding_mask is not None:
         if not isinstance(key_padding_mask, torch.Tensor):
             raise TypeError(f"key_padding_mask: got {type(key_padding_mask).__name__}, wanted a torch.Tensor")
@@ -126,10 +134,11 @@ def sparse_attention(
             raise ValueError(f"key_padding_mask: got a tensor on {key_padding_mask.device}, wanted {q.device}")
     scale = None if scale is None else float(scale)
     if alike:
-        inputs = Inputs(rows_contiguous(q), rows_contiguous(k), rows_contiguous(v), key_padding_mask, scale, pattern)
-        out, lse = _ENTRY(inputs, backend)
+        q, k, v = map(rows_contiguous, (q, k, v))
+        out, lse = _ENTRY(Inputs(q, k, v, key_padding_mask, scale, pattern, softcap), backend)
     else:
-        out, lse = _unlike(q, k, v, key_padding_mask, q.shape[3] ** -0.5 if scale is None else scale, pattern, backend)
+        inputs = Inputs(q, k, v, key_padding_mask, q.shape[3] ** -0.5 if scale is None else scale, pattern, softcap)
+        out, lse = _unlike(inputs, backend)
     return (out, lse) if return_lse else out
 
 
@@ -143,20 +152,13 @@ def _check_shapes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         raise ValueError(f"v: got shape {tuple(v.shape)}, wanted ({batch}, {groups}, {tokens}, at least 1)")
 
 
-def _unlike(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    key_padding_mask: torch.Tensor | None,
-    scale: float,
-    pattern: Pattern,
-    backend: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _unlike(inputs: Inputs, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
     """The same with fewer heads in k and v, or another width in v, as attention of tensors that are alike.
 
     The heads of a group become a batch entry's, to which its one head of k and v is shown by a stride of 0. The
     narrower of q with k and v is filled up with zeros, which change neither scores nor sums.
     """
+    q, k, v, key_padding_mask = inputs[:4]
     batch, heads, _, width = q.shape
     groups, wide = k.shape[1], v.shape[3]
     common = max(width, wide)
@@ -167,8 +169,8 @@ def _unlike(
         k, v = (tensor.flatten(0, 1)[:, None].expand(-1, shared, -1, -1) for tensor in (k, v))
         if key_padding_mask is not None:
             key_padding_mask = key_padding_mask.repeat_interleave(groups, 0)
-    inputs = Inputs(rows_contiguous(q), rows_contiguous(k), rows_contiguous(v), key_padding_mask, scale, pattern)
-    out, lse = _ENTRY(inputs, backend)
+    q, k, v = map(rows_contiguous, (q, k, v))
+    out, lse = _ENTRY(Inputs(q, k, v, key_padding_mask, *inputs[4:]), backend)
     return out[..., :wide].reshape(batch, heads, -1, wide), lse.reshape(batch, heads, -1)
 
 

@@ -5,6 +5,8 @@ With p = 2^(c s - lse log2 e) computed again from s = q . k, c = scale * log2 e,
     delta = rowsum(dO O) - dLSE,    dp = dO v^T,    ds = p (dp - delta):
     dv = p^T dO,    dk = scale ds^T q,    dq = scale ds k.
 
+Under a soft cap s = tanh(q . k scale / softcap), c = softcap * log2 e, and ds is also multiplied by 1 - s^2.
+
 One pass owns tiles of keys and walks the transposed lists for dk and dv; the other owns tiles of queries and walks the
 forward lists for dq. Each computes p and dp for itself: two products more than one pass with atomics would need.
 
@@ -35,7 +37,7 @@ from dalle_kernels.attention.triton_forward import (
     visible,
 )
 from dalle_kernels.backends import launch
-from dalle_kernels.backends.triton_common import ceil_div, dot
+from dalle_kernels.backends.triton_common import ceil_div, dot, tanh
 from dalle_kernels.device import OnDevice, lasting, remembered
 from dalle_kernels.patterns.patterns import Pattern
 from dalle_kernels.patterns.schedule import Schedule, schedule_for
@@ -75,9 +77,9 @@ def attention_delta(
 @triton.jit
 def _accumulate_keys(
     k, v, dk, dv, Q, Grad, Lse, Delta, order, query_tiles, mask_ids, masks, start, stop, LENGTH,
-    stride_q, stride_g, exponent_scale,
+    stride_q, stride_g, exponent_scale, rise,
     D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
-    MASKED: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr, WHOLE: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The query tiles start .. stop - 1 of the transposed list, added to dk (unscaled) and dv [KEYS, BLOCK_D]."""
     rows, exists = tokens_of(order, tl.load(query_tiles + start, mask=start < stop, other=0), QUERIES, LENGTH, WHOLE)
@@ -89,10 +91,14 @@ def _accumulate_keys(
         lse = load_lse(Lse, rows, exists)
         delta = tl.load(Delta + rows, mask=exists, other=0.0)
         score = dot(k, tl.trans(q), tl.zeros([KEYS, QUERIES], tl.float32), PRECISION)
+        if CAPPED:
+            score = tanh(score * rise)
         weight = tl.exp2(score * exponent_scale - lse[None, :])
         if MASKED:
             weight = tl.where(visible(masks, tl.load(mask_ids + entry), KEYS, QUERIES), weight, 0.0)
         dv = dot(weight.to(grad.dtype), grad, dv, PRECISION)
+        if CAPPED:
+            weight *= 1.0 - score * score
         dweight = dot(v, tl.trans(grad), tl.zeros([KEYS, QUERIES], tl.float32), PRECISION)
         dscore = weight * (dweight - delta[None, :])
         dk = dot(dscore.to(q.dtype), q, dk, PRECISION)
@@ -106,9 +112,9 @@ def attention_backward_keys(
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_gb, stride_gh, stride_gs, stride_dkb, stride_dkh, stride_dks, stride_dvb, stride_dvh, stride_dvs,
     stride_pb, stride_ps,
-    HEADS, HEADS_IN_ALL, LENGTH, ITEMS, SLOTS, exponent_scale, scale,
+    HEADS, HEADS_IN_ALL, LENGTH, ITEMS, SLOTS, exponent_scale, rise, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, GROUP: tl.constexpr,
-    PADDED: tl.constexpr, WHOLE: tl.constexpr, NEGATED: tl.constexpr, PRECISION: tl.constexpr,
+    PADDED: tl.constexpr, WHOLE: tl.constexpr, NEGATED: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """DK, DV [B, H, S, D], or a piece of them in Partial fp32 [B H, SLOTS, 2, KEYS, BLOCK_D]. Grid: (B H ITEMS,).
 
@@ -136,11 +142,11 @@ def attention_backward_keys(
     dv = tl.zeros([KEYS, BLOCK_D], tl.float32)
     dk, dv = _accumulate_keys(
         k, v, dk, dv, Q, Grad, Lse, Delta, order, query_tiles, mask_ids, masks, start, masked_from, LENGTH,
-        stride_qs, stride_gs, exponent_scale, D, BLOCK_D, QUERIES, KEYS, False, WHOLE, PRECISION,
+        stride_qs, stride_gs, exponent_scale, rise, D, BLOCK_D, QUERIES, KEYS, False, WHOLE, CAPPED, PRECISION,
     )  # fmt: skip
     dk, dv = _accumulate_keys(
         k, v, dk, dv, Q, Grad, Lse, Delta, order, query_tiles, mask_ids, masks, masked_from, stop, LENGTH,
-        stride_qs, stride_gs, exponent_scale, D, BLOCK_D, QUERIES, KEYS, True, WHOLE, PRECISION,
+        stride_qs, stride_gs, exponent_scale, rise, D, BLOCK_D, QUERIES, KEYS, True, WHOLE, CAPPED, PRECISION,
     )  # fmt: skip
 
     dk *= scale
@@ -193,9 +199,9 @@ def attention_backward_sum(
 @triton.jit
 def _accumulate_queries(
     q, grad, lse, delta, dq, K, V, padding, order, key_tiles, mask_ids, masks, start, stop, LENGTH,
-    stride_k, stride_v, stride_p, exponent_scale,
+    stride_k, stride_v, stride_p, exponent_scale, rise,
     D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
-    MASKED: tl.constexpr, PADDED: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr, PADDED: tl.constexpr, WHOLE: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The key tiles start .. stop - 1 of the list, added to dq [QUERIES, BLOCK_D] (unscaled)."""
     rows, exists = tokens_of(order, tl.load(key_tiles + start, mask=start < stop, other=0), KEYS, LENGTH, WHOLE)
@@ -205,7 +211,11 @@ def _accumulate_queries(
         k = load_rows(K, rows, exists, stride_k, D, BLOCK_D, WHOLE)
         v = load_rows(V, rows, exists, stride_v, D, BLOCK_D, WHOLE)
         score = dot(q, tl.trans(k), tl.zeros([QUERIES, KEYS], tl.float32), PRECISION)
+        if CAPPED:
+            score = tanh(score * rise)
         weight = tl.exp2(score * exponent_scale - lse[:, None])
+        if CAPPED:  # here, so that no register holds the score any longer
+            weight *= 1.0 - score * score
         if MASKED:
             weight = tl.where(visible(masks, tl.load(mask_ids + entry), QUERIES, KEYS), weight, 0.0)
         if PADDED:
@@ -223,9 +233,9 @@ def attention_backward_queries(
     Q, K, V, Grad, Lse, Delta, DQ, padding, order, key_offsets, key_tiles, mask_ids, full_counts, masks,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_gb, stride_gh, stride_gs, stride_dqb, stride_dqh, stride_dqs, stride_pb, stride_ps,
-    HEADS, HEADS_IN_ALL, LENGTH, exponent_scale, scale,
+    HEADS, HEADS_IN_ALL, LENGTH, exponent_scale, rise, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, GROUP: tl.constexpr,
-    PADDED: tl.constexpr, WHOLE: tl.constexpr, NEGATED: tl.constexpr, PRECISION: tl.constexpr,
+    PADDED: tl.constexpr, WHOLE: tl.constexpr, NEGATED: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """DQ [B, H, S, D]. Grid: (B H query tiles,)."""
     tiles = tl.cdiv(LENGTH, QUERIES)
@@ -250,11 +260,13 @@ def attention_backward_queries(
     masked_from = start + tl.load(full_counts + tile)
     dq = _accumulate_queries(
         q, grad, lse, delta, dq, K, V, padding, order, key_tiles, mask_ids, masks, start, masked_from, LENGTH,
-        stride_ks, stride_vs, stride_ps, exponent_scale, D, BLOCK_D, QUERIES, KEYS, False, PADDED, True, PRECISION,
+        stride_ks, stride_vs, stride_ps, exponent_scale, rise,
+        D, BLOCK_D, QUERIES, KEYS, False, PADDED, True, CAPPED, PRECISION,
     )  # fmt: skip
     dq = _accumulate_queries(
         q, grad, lse, delta, dq, K, V, padding, order, key_tiles, mask_ids, masks, masked_from, stop, LENGTH,
-        stride_ks, stride_vs, stride_ps, exponent_scale, D, BLOCK_D, QUERIES, KEYS, True, PADDED, WHOLE, PRECISION,
+        stride_ks, stride_vs, stride_ps, exponent_scale, rise,
+        D, BLOCK_D, QUERIES, KEYS, True, PADDED, WHOLE, CAPPED, PRECISION,
     )  # fmt: skip
     DQ += batch * stride_dqb + head_in_batch * stride_dqh
     store_rows(DQ, rows, exists, stride_dqs, dq * scale, D, BLOCK_D)
@@ -323,7 +335,7 @@ def backward(grads: Grads, kept: Kept, needs: Needs) -> tuple[torch.Tensor | Non
 
     grad_out [B, H, S, D] with its last dimension contiguous; grad_lse [B, H, S] or None where it is zero.
     """
-    (grad_out, grad_lse), (q, k, v, out, lse, key_padding_mask, scale, pattern) = grads, kept
+    (grad_out, grad_lse), (q, k, v, out, lse, key_padding_mask, scale, pattern, softcap) = grads, kept
     assert grad_out is not None
     assert scale is not None
     batch, heads, length, width = q.shape
@@ -331,9 +343,9 @@ def backward(grads: Grads, kept: Kept, needs: Needs) -> tuple[torch.Tensor | Non
     call = (pattern, length, q.device, q.dtype, width)
     by_key, by_query = plan_for("attention_backward_keys", *call), plan_for("attention_backward_queries", *call)
     work = work_for(*call, in_all)
-    power, negated = exponent_scale(scale)
+    power, rise, negated = exponent_scale(scale, softcap)
     padding, padding_strides = padding_bytes(key_padding_mask, q)
-    flags = {"PADDED": key_padding_mask is not None, "NEGATED": negated}
+    flags = {"PADDED": key_padding_mask is not None, "NEGATED": negated, "CAPPED": softcap is not None}
     block, keys = max(16, triton.next_power_of_2(width)), by_key.schedule.tile[1]
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     delta = torch.empty_like(lse)
@@ -356,7 +368,7 @@ def backward(grads: Grads, kept: Kept, needs: Needs) -> tuple[torch.Tensor | Non
             schedule.order, work.items, schedule.query_tiles, schedule.query_mask_ids, schedule.masks_transposed,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_out.stride()[:3],
             *dk.stride()[:3], *dv.stride()[:3],
-            *padding_strides, heads, in_all, length, work.items.shape[0], work.slots, power, scale,
+            *padding_strides, heads, in_all, length, work.items.shape[0], work.slots, power, rise, scale,
             **flags, **by_key.constants,
         )  # fmt: skip
         if work.slots:
@@ -372,7 +384,7 @@ def backward(grads: Grads, kept: Kept, needs: Needs) -> tuple[torch.Tensor | Non
             schedule.order, schedule.key_offsets, schedule.key_tiles, schedule.mask_ids, schedule.full_counts,
             schedule.masks,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_out.stride()[:3], *dq.stride()[:3],
-            *padding_strides, heads, in_all, length, power, scale,
+            *padding_strides, heads, in_all, length, power, rise, scale,
             **flags, **by_query.constants,
         )  # fmt: skip
     return dq, dk, dv

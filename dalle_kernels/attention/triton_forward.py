@@ -6,6 +6,7 @@ c = scale * log2 e, it keeps per row
 
     m = max c s,    l = sum 2^(c s - m),    acc = sum 2^(c s - m) v
 
+(under a soft cap s = tanh(q . k scale / softcap) and c = softcap * log2 e)
 and ends with out = acc / l and the natural log-sum-exp (m + log2 l) ln 2. The pattern's name is nowhere: tokens are
 found through `order`, so a column of the image is as close as a row.
 """
@@ -22,7 +23,7 @@ import triton.language as tl
 
 from dalle_kernels.attention.contract import Inputs, Outputs
 from dalle_kernels.backends import launch
-from dalle_kernels.backends.triton_common import ceil_div, dot, precision
+from dalle_kernels.backends.triton_common import ceil_div, dot, precision, steepness, tanh
 from dalle_kernels.device import lasting, remembered
 from dalle_kernels.patterns.patterns import Pattern
 from dalle_kernels.patterns.schedule import Schedule, schedule_for
@@ -95,9 +96,9 @@ def head_and_item(heads_in_all, items, GROUP: tl.constexpr):
 @triton.jit
 def _accumulate(
     q, maximum, total, accumulator, K, V, padding, order, key_tiles, mask_ids, masks, start, stop, LENGTH,
-    stride_k, stride_v, stride_p, exponent_scale,
+    stride_k, stride_v, stride_p, exponent_scale, rise,
     D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
-    MASKED: tl.constexpr, PADDED: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr, PADDED: tl.constexpr, WHOLE: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The key tiles start .. stop - 1 of the list, added to the running maximum, sum and output."""
     # Where the next tile's rows lie is found a step ahead, so that its loads wait for no other and can be pipelined.
@@ -107,6 +108,8 @@ def _accumulate(
         next_rows, next_exists = tokens_of(order, next_tile, KEYS, LENGTH, WHOLE)
         k = load_rows(K, rows, exists, stride_k, D, BLOCK_D, WHOLE)
         score = dot(q, tl.trans(k), tl.zeros([QUERIES, KEYS], tl.float32), PRECISION)
+        if CAPPED:
+            score = tanh(score * rise)
         if MASKED:
             score = tl.where(visible(masks, tl.load(mask_ids + entry), QUERIES, KEYS), score, float("-inf"))
         if PADDED:
@@ -130,9 +133,9 @@ def attention_forward(
     Q, K, V, Out, Lse, padding, order, key_offsets, key_tiles, mask_ids, full_counts, masks,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_ob, stride_oh, stride_os, stride_pb, stride_ps,
-    HEADS, HEADS_IN_ALL, LENGTH, exponent_scale,
+    HEADS, HEADS_IN_ALL, LENGTH, exponent_scale, rise,
     D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, GROUP: tl.constexpr,
-    PADDED: tl.constexpr, WHOLE: tl.constexpr, NEGATED: tl.constexpr, PRECISION: tl.constexpr,
+    PADDED: tl.constexpr, WHOLE: tl.constexpr, NEGATED: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Q, K, V, Out [B, H, S, D]; Lse fp32 [B, H, S]; padding uint8 [B, S], read if PADDED. Grid: (B H query tiles,)."""
     tiles = tl.cdiv(LENGTH, QUERIES)
@@ -157,13 +160,13 @@ def attention_forward(
     masked_from = start + tl.load(full_counts + tile)
     maximum, total, accumulator = _accumulate(
         q, maximum, total, accumulator, K, V, padding, order, key_tiles, mask_ids, masks, start, masked_from, LENGTH,
-        stride_ks, stride_vs, stride_ps, exponent_scale,
-        D, BLOCK_D, QUERIES, KEYS, False, PADDED, True, PRECISION,
+        stride_ks, stride_vs, stride_ps, exponent_scale, rise,
+        D, BLOCK_D, QUERIES, KEYS, False, PADDED, True, CAPPED, PRECISION,
     )  # fmt: skip
     maximum, total, accumulator = _accumulate(
         q, maximum, total, accumulator, K, V, padding, order, key_tiles, mask_ids, masks, masked_from, stop, LENGTH,
-        stride_ks, stride_vs, stride_ps, exponent_scale,
-        D, BLOCK_D, QUERIES, KEYS, True, PADDED, WHOLE, PRECISION,
+        stride_ks, stride_vs, stride_ps, exponent_scale, rise,
+        D, BLOCK_D, QUERIES, KEYS, True, PADDED, WHOLE, CAPPED, PRECISION,
     )  # fmt: skip
 
     total = tl.where(total == 0.0, 1.0, total)  # a row that sees no key: out 0, lse -inf, which its maximum is
@@ -214,24 +217,26 @@ def _remembered(
     return Plan(replace(schedule, order=padded).to(device), constants)
 
 
-def exponent_scale(scale: float) -> tuple[float, bool]:
-    """(c, negated): the kernels compute 2^(c s) for s = +-q . k, with c > 0, so that the largest c s is c max s.
+def exponent_scale(scale: float, softcap: float | None) -> tuple[float, float, bool]:
+    """(c, rise, negated): the kernels compute 2^(c s) for s = +-q . k, with c > 0, so that the largest c s is c max s.
 
-    Scale 0 becomes a c so small that 2^(c s) is 1 all the same, while c times -inf stays -inf.
+    Under a soft cap s is tanh(+-rise q . k). Scale 0 becomes a c so small that 2^(c s) is 1 all the same, while c times
+    -inf stays -inf.
     """
-    return max(abs(scale) * math.log2(math.e), 1e-30), scale < 0
+    height = abs(scale) if softcap is None else softcap
+    return max(height * math.log2(math.e), 1e-30), steepness(abs(scale), softcap), scale < 0
 
 
 def forward(inputs: Inputs) -> Outputs:
     """Output [B, H, S, D] with q's dtype and strides, and natural log-sum-exp fp32 [B, H, S]."""
-    q, k, v, key_padding_mask, scale, pattern = inputs
+    q, k, v, key_padding_mask, scale, pattern, softcap = inputs
     assert scale is not None
     batch, heads, length, width = q.shape
     out = torch.empty_like(q)
     lse = torch.empty((batch, heads, length), dtype=torch.float32, device=q.device)
     plan = plan_for("attention_forward", pattern, length, q.device, q.dtype, width)
     schedule = plan.schedule
-    power, negated = exponent_scale(scale)
+    power, rise, negated = exponent_scale(scale, softcap)
     padding, padding_strides = padding_bytes(key_padding_mask, q)
     tiles = ceil_div(length, schedule.tile[0])
     attention_forward[(batch * heads * tiles,)](
@@ -239,8 +244,8 @@ def forward(inputs: Inputs) -> Outputs:
         schedule.order, schedule.key_offsets, schedule.key_tiles, schedule.mask_ids, schedule.full_counts,
         schedule.masks,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], *padding_strides,
-        heads, batch * heads, length, power,
-        PADDED=key_padding_mask is not None, NEGATED=negated, **plan.constants,
+        heads, batch * heads, length, power, rise,
+        PADDED=key_padding_mask is not None, NEGATED=negated, CAPPED=softcap is not None, **plan.constants,
     )  # fmt: skip
     return Outputs(out, lse)
 

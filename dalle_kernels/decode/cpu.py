@@ -31,6 +31,7 @@ def forward(
     position: torch.Tensor,
     scale: float,
     pattern: Pattern,
+    softcap: float | None = None,
 ) -> torch.Tensor:
     """Output [B, H, G, D] like q; k and v go into `store`. `position` int64 of 0 dimensions, or [B]."""
     table = store.table(pattern)
@@ -50,6 +51,7 @@ def forward(
         None if table.shared is None else store.shared_hidden,
         position,
         scale,
+        softcap,
         table.slot,
         table.prefix,
         table.offsets,

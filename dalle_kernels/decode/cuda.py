@@ -29,11 +29,12 @@ def forward(
     position: torch.Tensor,
     scale: float,
     pattern: Pattern,
+    softcap: float | None = None,
 ) -> torch.Tensor:
     """Output [B, H, G, D] like q, a launch a token; k and v go into `store`. `position` is a 0-dim int64 tensor."""
     if q.shape[2] > 1:
         steps = zip(q.split(1, 2), k.split(1, 2), v.split(1, 2), strict=True)
-        outs = [forward(*qkv, store, position + token, scale, pattern) for token, qkv in enumerate(steps)]
+        outs = [forward(*qkv, store, position + token, scale, pattern, softcap) for token, qkv in enumerate(steps)]
         return torch.cat(outs, 2)
     table = store.table(pattern, q.device)
     for name, tensor in (("keys", store.keys), ("values", store.values)):

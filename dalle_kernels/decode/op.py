@@ -9,7 +9,7 @@ import torch
 from dalle_kernels.backends.choice import Operation, register
 from dalle_kernels.backends.contract import Call
 from dalle_kernels.backends.library import define
-from dalle_kernels.checks import autocast, check_alike, check_scale, check_tensor, rows_contiguous
+from dalle_kernels.checks import autocast, check_alike, check_scale, check_softcap, check_tensor, rows_contiguous
 from dalle_kernels.decode.cache import KVCache, as_int, check_empty, check_next, check_position
 from dalle_kernels.decode.store import Store
 from dalle_kernels.device import lasting, remembered, settled
@@ -18,22 +18,30 @@ from dalle_kernels.patterns.patterns import Pattern
 
 
 def _describe(
-    q: torch.Tensor, _k: object, _v: object, cache: KVCache, position: int | torch.Tensor = 0, *_: Any, **__: Any
+    q: torch.Tensor,
+    _k: object,
+    _v: object,
+    cache: KVCache,
+    position: int | torch.Tensor = 0,
+    *_: Any,
+    softcap: float | None = None,
+    **__: Any,
 ) -> Call:
     check_tensor("q", q, rank=4)
     if not isinstance(cache, KVCache):
         raise TypeError(f"cache: got {type(cache).__name__}, wanted a KVCache")
     by_row = isinstance(position, torch.Tensor) and position.numel() > 1
-    return Call(q.device, autocast(q)[0].dtype, q.shape[-1], _extras(cache.store, by_row))
+    return Call(q.device, autocast(q)[0].dtype, q.shape[-1], _extras(cache.store, by_row, softcap))
 
 
-def _extras(store: Store, by_row: bool) -> tuple[str, ...]:
+def _extras(store: Store, by_row: bool, softcap: float | None) -> tuple[str, ...]:
     """What of a call not every backend has."""
     hidden = store.hidden is not None or store.shared_hidden is not None
     wanted = {
         "shared prompts": store.shared_keys is not None,
         "padding": hidden,
         "positions that differ by row": by_row,
+        "logit soft cap": softcap is not None,
     }
     return tuple(name for name, asked in wanted.items() if asked)
 
@@ -58,6 +66,8 @@ def decode_attention(
     position: int | torch.Tensor,
     scale: float | None = None,
     backend: str = "auto",
+    *,
+    softcap: float | None = None,
 ) -> torch.Tensor:
     """Attention for the next tokens: writes their keys and values into `cache`, then attends to what each may see.
 
@@ -73,6 +83,7 @@ def decode_attention(
             one CUDA graph serve every position; it is not checked there.
         scale: what the scores are multiplied by; D ** -0.5 where None.
         backend: "auto", "reference", "cpu", "triton" or "cuda"; see `explain`.
+        softcap: as in `sparse_attention`.
 
     Returns:
         [B, H, G, D] in q's dtype.
@@ -111,6 +122,7 @@ def decode_attention(
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         check_alike(name, tensor, "the cache", cache.keys)
     check_scale(scale)
+    softcap = check_softcap(softcap)
     where, known = _position(position, cache, tokens)
     out = torch.ops.dalle_kernels.decode_forward(
         rows_contiguous(q),
@@ -125,6 +137,7 @@ def decode_attention(
         cache.lengths_to_check(),
         where,
         width**-0.5 if scale is None else float(scale),
+        softcap,
         cache.pattern.spec,
         cache.store.prompt,
         cache.rewind,
@@ -168,6 +181,7 @@ def _forward(
     lengths: torch.Tensor | None,
     position: torch.Tensor,
     scale: float,
+    softcap: float | None,
     pattern: str,
     prompt: int,
     rewind: int,
@@ -181,8 +195,10 @@ def _forward(
     if lengths is not None:
         check_next(lengths, position)
     _check_apart(keys, values)
-    module = OPERATION.choose(backend, Call(q.device, q.dtype, q.shape[-1], _extras(store, position.dim() > 0)))
-    out = module.forward(q, k, v, store, position, scale, parsed)
+    module = OPERATION.choose(
+        backend, Call(q.device, q.dtype, q.shape[-1], _extras(store, position.dim() > 0, softcap))
+    )
+    out = module.forward(q, k, v, store, position, scale, parsed, softcap)
     if lengths is not None:
         lengths += tokens
     return out
@@ -236,7 +252,7 @@ def _places(pattern: Pattern, tokens: int, prompt: int, rewind: int, device: str
 define(
     "decode_forward(Tensor q, Tensor k, Tensor v, Tensor(a!) keys, Tensor(b!) values, Tensor? shared_keys,"
     " Tensor? shared_values, Tensor(c!)? hidden, Tensor? shared_hidden, Tensor(d!)? lengths, Tensor position,"
-    " float scale, str pattern, int prompt, int rewind, str backend) -> Tensor",
+    " float scale, float? softcap, str pattern, int prompt, int rewind, str backend) -> Tensor",
     _forward,
     _forward_fake,
 )

@@ -22,6 +22,7 @@ def forward(
     position: torch.Tensor,
     scale: float,
     pattern: Pattern,
+    softcap: float | None = None,
 ) -> torch.Tensor:
     """Output [B, H, G, D] like q; k and v go into `store`. `position` int64 of 0 dimensions, or [B]."""
     table, out = store.table(pattern, q.device), torch.empty_like(q)
@@ -31,7 +32,7 @@ def forward(
         for token in range(q.shape[2]):  # one after another: a later one may take a slot that an earlier one reads
             here = slice(token, token + 1)
             step = q[rows, :, here], k[rows, :, here], v[rows, :, here]
-            out[rows, :, here] = _attend(*step, store, rows, start + token, scale, table)
+            out[rows, :, here] = _attend(*step, store, rows, start + token, scale, softcap, table)
     return out
 
 
@@ -43,6 +44,7 @@ def _attend(
     rows: torch.Tensor,
     position: int,
     scale: float,
+    softcap: float | None,
     table: DecodeTable,
 ) -> torch.Tensor:
     """One token of `rows`, all of them at `position`."""
@@ -65,6 +67,8 @@ def _attend(
             hidden = torch.cat([store.shared_hidden[prompts][:, seen], ours], 1)
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     scores = scale * q.to(wide) @ keys.to(wide).mT
+    if softcap is not None:
+        scores = softcap * (scores / softcap).tanh()
     values = values.to(wide)
     if hidden is None:
         return (scores.softmax(-1) @ values).to(q.dtype)

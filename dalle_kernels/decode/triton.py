@@ -20,7 +20,7 @@ import triton.language as tl
 
 from dalle_kernels.backends import launch
 from dalle_kernels.backends.contract import Call
-from dalle_kernels.backends.triton_common import ceil_div, obstacle
+from dalle_kernels.backends.triton_common import ceil_div, obstacle, steepness, tanh
 from dalle_kernels.decode.store import Store
 from dalle_kernels.device import lasting
 from dalle_kernels.patterns.decode_table import DecodeTable, decode_table_for
@@ -42,9 +42,9 @@ def decode_forward(
     SharedKeys, SharedValues, shared_prefix, shared_offsets, shared_slots, Hidden, SharedHidden,
     stride_qb, stride_qh, stride_kb, stride_kh, stride_vb, stride_vh, stride_ob, stride_oh,
     stride_keys_b, stride_keys_h, stride_keys_s, stride_values_b, stride_values_h, stride_values_s,
-    HEADS, LENGTH, COPIES, SHARED_LENGTH, exponent_scale,
+    HEADS, LENGTH, COPIES, SHARED_LENGTH, exponent_scale, steepness,
     D: tl.constexpr, BLOCK_D: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr, BY_ROW: tl.constexpr,
-    SHARED: tl.constexpr, PADDED: tl.constexpr,
+    SHARED: tl.constexpr, PADDED: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
     """Q, K, V, Out [B, H, 1, D]; Keys, Values [B, H, L, D]; Partial fp32 [B H, SPLITS, BLOCK_D + 2].
 
@@ -128,7 +128,10 @@ def decode_forward(
             if PADDED:
                 hidden = tl.load(SharedHidden + prompt * SHARED_LENGTH + shared_slot, mask=shared, other=0) != 0
                 seen = seen & ~hidden
-        score = tl.where(seen, tl.sum(k * q[None, :], 1) * exponent_scale, float("-inf"))
+        score = tl.sum(k * q[None, :], 1)
+        if CAPPED:
+            score = tanh(score * steepness)
+        score = tl.where(seen, score * exponent_scale, float("-inf"))
         new_maximum = tl.maximum(maximum, tl.max(score, 0))
         if PADDED:
             v = tl.where(seen[:, None], v, 0.0)
@@ -229,6 +232,7 @@ def forward(
     position: torch.Tensor,
     scale: float,
     pattern: Pattern,
+    softcap: float | None = None,
 ) -> torch.Tensor:
     """Output [B, H, G, D] like q, a launch a token; k and v go into `store`.
 
@@ -236,7 +240,7 @@ def forward(
     """
     if q.shape[2] > 1:
         steps = zip(q.split(1, 2), k.split(1, 2), v.split(1, 2), strict=True)
-        outs = [forward(*qkv, store, position + token, scale, pattern) for token, qkv in enumerate(steps)]
+        outs = [forward(*qkv, store, position + token, scale, pattern, softcap) for token, qkv in enumerate(steps)]
         return torch.cat(outs, 2)
     keys, values = store.keys, store.values
     batch, heads, _, width = q.shape
@@ -259,12 +263,14 @@ def forward(
         hidden = torch.zeros(keys.shape[::2], dtype=torch.bool, device=q.device)
     if padded and shared_length and shared_hidden is None:
         shared_hidden = torch.zeros((batch // copies, shared_length), dtype=torch.bool, device=q.device)
+    height = scale if softcap is None else softcap
     decode_forward[(batch * heads, plan.splits)](
         q, k, v, keys, values, out, partial, position, table.slot, table.prefix, table.offsets, table.slots,
         *shared, *lists, *(None if mask is None else mask.view(torch.int8) for mask in (hidden, shared_hidden)),
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *out.stride()[:2], *keys.stride()[:3], *values.stride()[:3],
-        heads, keys.shape[2], copies, shared_length, scale * math.log2(math.e),
-        BY_ROW=position.dim() > 0, SHARED=shared_length > 0, PADDED=padded, enable_fp_fusion=True, **plan.constants,
+        heads, keys.shape[2], copies, shared_length, height * math.log2(math.e), steepness(scale, softcap),
+        BY_ROW=position.dim() > 0, SHARED=shared_length > 0, PADDED=padded, CAPPED=softcap is not None,
+        enable_fp_fusion=True, **plan.constants,
     )  # fmt: skip
     if plan.splits > 1:
         decode_combine[(batch * heads,)](

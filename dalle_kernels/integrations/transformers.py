@@ -34,6 +34,7 @@ from dalle_kernels.patterns import (
 )
 from dalle_kernels.patterns.decode_table import DecodeTable, decode_table_for
 from dalle_kernels.patterns.patterns import dalle_pattern_kind
+from dalle_kernels.precision import widen
 
 __all__ = ["register", "register_patterns"]
 
@@ -53,13 +54,14 @@ def register(
     compile as one graph, and a static cache's tokens can be captured. Beams, samples, assisted decoding and prompt
     lookup work; what prompt lookup guesses beyond the layout gets logits of NaN, and a warning.
 
-    Grouped-query heads, `attention_mask` [batch, tokens], multi-head latent attention and the model's own scaling are
-    honoured. Calls with attention dropout, 4D masks, packed sequences, soft caps, sinks or position biases are refused,
-    and so are layers with a sliding window narrower than the sequence, layers that are not causal, weights
-    (`output_attentions`), and models that have attention of their own instead of looking it up by name, such as Bloom
-    or Falcon: to refuse these too, `PreTrainedModel.get_correct_attn_implementation` is wrapped. While a graph is
-    traced, nobody can say whether position_ids mean packed sequences: the graph then compares them as it runs, which
-    an `attention_mask` makes unnecessary. A query whose keys are all hidden gives zeros.
+    Grouped-query heads, `attention_mask` [batch, tokens], multi-head latent attention and the model's own scaling
+    are honoured, and so are soft caps of the scores (Gemma 2). Calls with attention dropout, 4D masks, packed
+    sequences, sinks or position biases are refused, and so are layers with a sliding window narrower than the
+    sequence, layers that are not causal, weights (`output_attentions`), and models that have attention of their own
+    instead of looking it up by name, such as Bloom or Falcon: to refuse these too,
+    `PreTrainedModel.get_correct_attn_implementation` is wrapped. While a graph is traced, nobody can say whether
+    position_ids mean packed sequences: the graph then compares them as it runs, which an `attention_mask` makes
+    unnecessary. A query whose keys are all hidden gives zeros.
 
     Args:
         layout: where text and image stand; no sequence may be longer.
@@ -300,7 +302,6 @@ class _Paper:
 
 _Layers = _Paper | tuple[Pattern, ...]
 _REFUSED = (  # what other models pass that changes attention
-    "softcap",
     "s_aux",
     "sinks",
     "position_bias",
@@ -342,6 +343,7 @@ class _Attention:
         attention_mask: Any,
         scaling: float | None = None,
         dropout: float = 0.0,
+        softcap: float | None = None,
         **others: Any,
     ) -> tuple[Tensor, None]:
         """query [B, H, new, D], key and value [B, H / groups, all, D] -> [B, new, H, D], and no weights.
@@ -366,7 +368,7 @@ class _Attention:
         if isinstance(position, Tensor) and position.device.type == "cpu" and not traced:
             position = int(position)  # nobody waits for that
         if isinstance(position, Tensor):
-            out = self._at(query, key, value, pattern, position.to(key.device), hidden, scale)
+            out = self._at(query, key, value, pattern, position.to(key.device), hidden, scale, softcap)
             return out.transpose(1, 2).contiguous(), None
         stop = position + query.shape[2]
         beyond = stop - pattern.length
@@ -384,11 +386,11 @@ class _Attention:
         hidden = None if hidden is None else hidden[:, :stop]
         if position and traced:
             here = torch.full((), position, dtype=torch.int64, device=key.device)
-            out = self._at(query, key, value, pattern, here, hidden, scale)
+            out = self._at(query, key, value, pattern, here, hidden, scale, softcap)
         elif position:
-            out = _go_on(query, key, value, pattern, position, hidden, scale)
+            out = _go_on(query, key, value, pattern, position, hidden, scale, softcap)
         else:
-            out = sparse_attention(query, key, value, pattern, scale, hidden, backend=self.backend)
+            out = sparse_attention(query, key, value, pattern, scale, hidden, backend=self.backend, softcap=softcap)
         out = out.transpose(1, 2).contiguous()
         return F.pad(out, (0, 0, 0, 0, 0, beyond), value=torch.nan) if beyond > 0 else out, None
 
@@ -401,17 +403,18 @@ class _Attention:
         position: Tensor,
         hidden: Tensor | None,
         scale: float,
+        softcap: float | None,
     ) -> Tensor:
         """Tokens of a static cache from a position on that the host does not know."""
         new, length = query.shape[2], min(key.shape[2], pattern.length)
         if new == 1:
             seen, counts = torch.ops.dalle_kernels.visible_keys(position, pattern.spec)
-            return _gathered(query, key, value, seen, counts[None, None, None], hidden, scale)
+            return _gathered(query, key, value, seen, counts[None, None, None], hidden, scale, softcap)
         places = position + torch.arange(new, device=key.device)
         whole = query.new_zeros(*query.shape[:2], length, query.shape[3]).index_copy(2, places, query)
         hidden = None if hidden is None else hidden[:, :length]
         key, value = key[:, :, :length], value[:, :, :length]
-        out = sparse_attention(whole, key, value, pattern, scale, hidden, backend=self.backend)
+        out = sparse_attention(whole, key, value, pattern, scale, hidden, backend=self.backend, softcap=softcap)
         return out.index_select(2, places)
 
     def _refuse(self, module: nn.Module, dropout: float, others: dict[str, Any]) -> None:
@@ -445,6 +448,7 @@ def _go_on(
     position: int,
     hidden: Tensor | None,
     scale: float,
+    softcap: float | None,
 ) -> Tensor:
     """Queries from `position` on, over a cache of all tokens: the keys that one of them sees, gathered; then SDPA."""
     device = key.device
@@ -457,7 +461,7 @@ def _go_on(
         mask = torch.zeros(len(rows), len(seen), dtype=torch.bool, device=key.device)
         for turn, row in enumerate(rows):
             mask[turn, torch.searchsorted(seen, row)] = True
-    return _gathered(query, key, value, seen, mask, hidden, scale)
+    return _gathered(query, key, value, seen, mask, hidden, scale, softcap)
 
 
 def _gathered(
@@ -468,6 +472,7 @@ def _gathered(
     mask: Tensor | None,
     hidden: Tensor | None,
     scale: float,
+    softcap: float | None,
 ) -> Tensor:
     """Attention to the keys `seen`, int64 [n]; `mask`, broadcast to [B, H, new, n], says which of them a query sees."""
     if hidden is not None:
@@ -475,7 +480,15 @@ def _gathered(
         mask = shown if mask is None else mask & shown
     key, value = key.index_select(2, seen), value.index_select(2, seen)
     grouped = query.shape[1] != key.shape[1]
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=grouped)
+    if softcap is None:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=grouped)
+    if grouped:
+        key, value = (tensor.repeat_interleave(query.shape[1] // key.shape[1], 1) for tensor in (key, value))
+    scores = softcap * (widen(query @ key.mT) * (scale / softcap)).tanh()
+    if mask is None:
+        return scores.softmax(-1).to(value.dtype) @ value
+    weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)
+    return weights.masked_fill(~mask, 0).to(value.dtype) @ value  # zeros where all keys are hidden
 
 
 # --- Which keys a token sees ------------------------------------------------------------------------------------------

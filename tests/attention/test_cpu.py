@@ -72,26 +72,23 @@ def tensors(
     return q, k, v, grad, grad_lse
 
 
-def run(module, q, k, v, grad, grad_lse, padding, scale, pattern):
+def run(module, q, k, v, grad, grad_lse, padding, scale, pattern, softcap=None):
     """out, lse, dq, dk, dv."""
-    out, lse = module.forward(Inputs(q, k, v, padding, scale, pattern))
-    return (
-        out,
-        lse,
-        *module.backward(
-            Grads(grad, grad_lse), Kept(q, k, v, out, lse, padding, scale, pattern), Needs(True, True, True)
-        ),
-    )
+    out, lse = module.forward(Inputs(q, k, v, padding, scale, pattern, softcap))
+    kept = Kept(q, k, v, out, lse, padding, scale, pattern, softcap)
+    return out, lse, *module.backward(Grads(grad, grad_lse), kept, Needs(True, True, True))
 
 
-def check(pattern, q, k, v, grad, grad_lse, padding=None, scale=None) -> None:
+def check(pattern, q, k, v, grad, grad_lse, padding=None, scale=None, softcap=None) -> None:
     """Every result within twice the error of plain PyTorch in the same dtype, plus rounding."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     wide = [t.double() for t in (q, k, v, grad, grad_lse)]
-    exact = run(reference, *wide, padding, scale, pattern)
-    plain = run(reference, q, k, v, grad, grad_lse, padding, scale, pattern)
-    ours = run(cpu, q, k, v, grad, grad_lse, padding, scale, pattern)
+    exact = run(reference, *wide, padding, scale, pattern, softcap)
+    plain = run(reference, q, k, v, grad, grad_lse, padding, scale, pattern, softcap)
+    ours = run(cpu, q, k, v, grad, grad_lse, padding, scale, pattern, softcap)
     largest_lse = exact[1].masked_fill(exact[1] == -torch.inf, 0).abs().max().item()
+    if softcap is not None:  # a score is capped as exactly as float32 holds it
+        largest_lse = max(largest_lse, (scale * wide[0] @ wide[1].mT).abs().max().item())
     for name, mine, theirs, true in zip(("out", "lse", "dq", "dk", "dv"), ours, plain, exact, strict=True):
         assert mine.dtype == theirs.dtype, name
         assert mine.shape == theirs.shape, name
@@ -154,6 +151,37 @@ def test_padding(isa: str, heads: int, dtype: torch.dtype) -> None:
 def test_scale(isa: str, scale: float, dtype: torch.dtype) -> None:
     layout = TokenLayout(70, (9, 9))
     check(Row(layout), *tensors(Row(layout), 1, 2, 32, dtype), scale=scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("softcap", [0.5, 50.0, 1e20])
+@pytest.mark.parametrize("scale", [None, -0.2, 0.0, 5.0])
+def test_softcap(isa: str, scale: float | None, softcap: float, dtype: torch.dtype) -> None:
+    """Full tiles, lists, and padding in both."""
+    layout = TokenLayout(130, (9, 9))
+    padding = torch.rand(2, layout.length, generator=torch.Generator().manual_seed(2)) < 0.3
+    for pattern in (Row(layout), Column(layout)):
+        inputs = tensors(pattern, 2, 1, 32, dtype)
+        check(pattern, *inputs, scale=scale, softcap=softcap)
+        check(pattern, *inputs, padding, scale, softcap)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("pattern", PATTERNS, ids=lambda p: type(p).__name__)
+def test_softcap_of_every_pattern(isa: str, pattern: Pattern, dtype: torch.dtype) -> None:
+    check(pattern, *tensors(pattern, 1, 2, 40, dtype), softcap=2.0)
+
+
+def test_the_error_of_the_hyperbolic_tangent(isa: str) -> None:
+    """A query that sees one key has its capped score for a log-sum-exp: tanh of float32s of every size."""
+    alone = MaskPattern(torch.eye(4096, dtype=torch.bool))
+    words = torch.arange(0x0080_0000, 0x7F80_0000, 0x7F00_0000 // (16 * 4096 - 1), dtype=torch.int32)[: 16 * 4096]
+    x = torch.cat([words.view(torch.float32)[: 8 * 4096], torch.linspace(-12, 12, 8 * 4096)]).view(16, 1, 4096, 1)
+    q, k = torch.nn.functional.pad(x, (0, 7)), torch.ones(16, 1, 4096, 8)
+    _, lse = cpu.forward(Inputs(q, k, k, None, 1.0, alone, 1.0))
+    exact = x[..., 0].double().tanh()
+    assert ((lse - exact).abs() <= 2.6e-7 * exact.abs()).all()
+    assert lse[exact == 0].eq(0).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -49,6 +49,7 @@ def cancelled(
     pattern: Pattern,
     scale: float | None = None,
     key_padding_mask: torch.Tensor | None = None,
+    softcap: float | None = None,
 ) -> dict[str, torch.Tensor]:
     """What fp32 rounding of dO V^T and of delta = sum(dO O) can leave of dS = P (dO V^T - delta) in dq and dk.
 
@@ -60,8 +61,11 @@ def cancelled(
     seen = pattern.mask(q.shape[2]).to(DEVICE)
     if key_padding_mask is not None:
         seen = seen & ~key_padding_mask[:, None, None]
-    p = (scale * q @ k.mT - lse[..., None]).exp().where(seen, 0).nan_to_num()
-    terms = torch.finfo(torch.float32).eps * scale * p * (grads[0].double().abs() @ v.abs().mT)
+    scores = scale * q @ k.mT
+    if softcap is not None:
+        scores = softcap * (scores / softcap).tanh()
+    p = (scores - lse[..., None]).exp().where(seen, 0).nan_to_num()
+    terms = torch.finfo(torch.float32).eps * abs(scale) * p * (grads[0].double().abs() @ v.abs().mT)
     return {"dq": (terms @ k.abs()).max(), "dk": (terms.mT @ q.abs()).max()}
 
 
@@ -130,6 +134,17 @@ def test_padding(pattern: Pattern, dtype: torch.dtype) -> None:
 def test_scale(scale: float) -> None:
     torch.manual_seed(2)
     check(packed_inputs(1, 1, LAYOUT.length, 16, torch.bfloat16), Row(LAYOUT), scale=scale)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("softcap", "scale"), [(0.5, None), (50.0, None), (3.0, -0.7), (3.0, 0.0), (1e4, 0.3)])
+def test_softcap(softcap: float, scale: float | None, dtype: torch.dtype) -> None:
+    torch.manual_seed(8)
+    padding = torch.rand(2, LAYOUT.length, device=DEVICE) < 0.3
+    for pattern in (Row(LAYOUT), Column(LAYOUT)):
+        inputs = packed_inputs(2, 1, pattern.length, 16, dtype)
+        check(inputs, pattern, scale=scale, softcap=softcap)
+        check(inputs, pattern, scale=scale, softcap=softcap, key_padding_mask=padding)
 
 
 @pytest.mark.parametrize("length", [1, 31, 64, 96, 126])
@@ -224,19 +239,20 @@ def test_gradients_are_the_same_bits_and_pieces_are_summed() -> None:
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("softcap", [None, torch.tensor(3.0, dtype=torch.float64)], ids=["", "softcap"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_opcheck(dtype: torch.dtype) -> None:
+def test_opcheck(dtype: torch.dtype, softcap: torch.Tensor | None) -> None:
     pattern = Row(TokenLayout(3, (2, 4)))
     q, k, v = packed_inputs(1, 2, pattern.length, 16, dtype)
     scale = torch.tensor(0.2, dtype=torch.float64)
-    arguments = (q, k, v, None, scale, pattern.spec, "triton")
+    arguments = (q, k, v, None, scale, pattern.spec, softcap, "triton")
     opcheck(torch.ops.dalle_kernels.attention_forward.default, arguments)
     with torch.no_grad():
         out, lse = torch.ops.dalle_kernels.attention_forward(*arguments)
         saved = (torch.randn_like(out), torch.randn_like(lse), *(x.detach() for x in (q, k, v)), out, lse)
         opcheck(
             torch.ops.dalle_kernels.attention_backward.default,
-            (*saved, None, scale, pattern.spec, [True] * 3, "triton"),
+            (*saved, None, scale, pattern.spec, softcap, [True] * 3, "triton"),
         )
 
 

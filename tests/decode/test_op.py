@@ -102,7 +102,7 @@ def test_position_as_a_tensor_and_opcheck() -> None:
     for carried in ((None, None, None, None, lengths), (None, None, hidden, None, None)):
         opcheck(
             torch.ops.dalle_kernels.decode_forward.default,
-            (q, k, v, one.keys, one.values, *carried, position, 0.25, pattern.spec, 0, 0, "auto"),
+            (q, k, v, one.keys, one.values, *carried, position, 0.25, None, pattern.spec, 0, 0, "auto"),
         )
 
 

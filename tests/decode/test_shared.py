@@ -199,5 +199,5 @@ def test_compiled_and_checked() -> None:
     caches = eager.keys, eager.values, eager.shared_keys, eager.shared_values, hidden, shared_hidden, eager.lengths
     opcheck(
         torch.ops.dalle_kernels.decode_forward.default,
-        (*cut(qkv, 12, 13), *caches, torch.tensor(12), 0.25, pattern.spec, prompt, 0, "auto"),
+        (*cut(qkv, 12, 13), *caches, torch.tensor(12), 0.25, 2.0, pattern.spec, prompt, 0, "auto"),
     )

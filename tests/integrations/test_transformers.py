@@ -15,6 +15,7 @@ from transformers import (
     AttentionInterface,
     AutoModelForCausalLM,
     DynamicCache,
+    Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
     LlamaConfig,
@@ -70,6 +71,13 @@ def gpt2(**changes: Any) -> GPT2Config:
     dropouts = {"embd_pdrop": 0.0, "resid_pdrop": 0.0, "scale_attn_by_inverse_layer_idx": True}
     common = {"vocab_size": VOCABULARY, "bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
     return GPT2Config(**settings | dropouts | common | {"initializer_range": 0.3} | changes)
+
+
+def gemma2(**changes: Any) -> Gemma2Config:
+    """Scores softly capped where they are."""
+    caps = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": None, "query_pre_attn_scalar": 4}
+    layers = {"layer_types": ["full_attention"] * LAYERS, "head_dim": 16}
+    return Gemma2Config(**llama().to_diff_dict() | {"model_type": "gemma2"} | caps | layers | changes)
 
 
 def make(config: Any, name: str, dtype: torch.dtype = torch.float64) -> Any:
@@ -185,7 +193,9 @@ def test_prompt_and_steps_are_the_whole(kind, side):
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("side", [None, "left"])
-@pytest.mark.parametrize(("config", "name"), [(llama, "dalle"), (gpt2, "dalle"), (llama, "dalle_column")])
+@pytest.mark.parametrize(
+    ("config", "name"), [(llama, "dalle"), (gpt2, "dalle"), (gemma2, "dalle"), (llama, "dalle_column")]
+)
 def test_greedy_generation_token_for_token(config, name, side, cache):
     prompt = shown(side, TEXT) if side else torch.ones(2, TEXT, dtype=torch.int64)
     ids, new = tokens(length=TEXT) * prompt, LENGTH - TEXT
@@ -205,6 +215,22 @@ def test_greedy_generation_token_for_token(config, name, side, cache):
             wanted = torch.cat([wanted, logits[:, -1].argmax(-1, keepdim=True)], 1)
     assert len(wanted[:, TEXT:].unique()) > 4
     assert torch.equal(got, wanted)
+
+
+def test_a_soft_cap_makes_a_difference_and_its_gradients_are_right():
+    """Their eager attention takes its softmax in float32; SDPA has no cap."""
+    found = []
+    for name in ("dalle", "eager"):
+        model = make(gemma2(), name, torch.float32).train()
+        if name == "dalle":
+            found.append(logits_and_grads(model, shown("left")))
+            continue
+        with masked(model, PATTERNS["dalle"], shown("left")):
+            found.append(logits_and_grads(model, shown("left")))
+    for got, wanted in zip(*found, strict=True):
+        assert (got - wanted).abs().max() <= 1e-4 * wanted.abs().max()
+    without = logits_and_grads(make(gemma2(attn_logit_softcapping=None), "dalle", torch.float32), shown("left"))
+    assert (without[0] - found[0][0]).abs().max() > 0.1 * found[0][0].abs().max()
 
 
 def test_other_layouts_patterns_and_schedules_have_their_own_names():
@@ -278,7 +304,7 @@ def test_what_cannot_be_served_is_refused():
     with pytest.raises(ValueError, match="attention_mask: this call asks for more than a causal mask"):
         make(sliding, "dalle_row")(ids, attention_mask=mask)
     q = torch.randn(1, 4, LENGTH, 16)
-    for argument in ("softcap", "s_aux", "position_bias", "cache", "cu_seq_lens_q"):
+    for argument in ("s_aux", "position_bias", "cache", "cu_seq_lens_q"):
         with pytest.raises(ValueError, match=f"{argument}: Module passes one, which dalle_row does not take"):
             AttentionInterface()["dalle_row"](torch.nn.Module(), q, q, q, None, **{argument: 1.0})
     with pytest.raises(ValueError, match="dalle_row: Module is not causal"):

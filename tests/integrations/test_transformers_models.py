@@ -90,7 +90,6 @@ REFUSED = {
     **_all("axk2 deepseek_v32 doge glm_moe_dsa hy_v4", TAKES_THE_MASK),
     **_all("deepseek_v4 flint gpt_oss granite_swa granitemoe_swa", "s_aux: .* passes one"),
     **_all("inkling2_text inkling2_loop_text", "sinks: .* passes one"),
-    **_all("gemma2 vaultgemma", "softcap: .* passes one"),
     "inkling_text": "position_bias: .* passes one",
     "bigbird_pegasus": "BigBirdPegasusDecoderAttention is not causal",
 }
