@@ -36,8 +36,11 @@ $(STAMP): $(SOURCES)
 	@$(BIN)/python -m dalle_kernels.doctor --no-speed
 	@touch $@
 
+# NPROC=2 trains it on two processes.
+NPROC ?= 1
+
 demo: install
-	$(BIN)/dalle-reference demo
+	$(BIN)/$(if $(filter-out 1,$(NPROC)),torchrun --standalone --nproc-per-node $(NPROC) -m dalle_reference,dalle-reference) demo
 
 test: install
 	$(BIN)/python -m pytest -n auto --dist loadfile

@@ -59,6 +59,9 @@ class RunConfig:
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """How processes share the work. ddp: each has all weights. fsdp: each keeps its part of weights, moments and mean,
     and gathers a block's weights when its turn comes."""
+    powersgd_rank: int = 0
+    """With ddp, gradients pass between processes as products of two matrices of this rank, and what that leaves out is
+    added to the next ones (PowerSGD, Vogels et al. 2019, by which the paper trained); 0: as they are."""
     accumulate: int = 1
     """Parts that a process takes its share of a batch in, gradients added up, where memory is short."""
 
@@ -72,12 +75,15 @@ class RunConfig:
             raise ValueError(f"precision: got {self.precision!r}, wanted auto, fp32 or bf16")
         if self.parallel not in ("ddp", "fsdp"):
             raise ValueError(f"parallel: got {self.parallel!r}, wanted ddp or fsdp")
+        require_amount(self, "powersgd_rank")
+        if self.powersgd_rank and self.parallel != "ddp":
+            raise ValueError(f"powersgd_rank: got {self.powersgd_rank} with --parallel fsdp, wanted 0")
 
 
 # These change nothing in the sequence of losses (but for rounding), so a run may go on with others than it began with.
 _FREE = (
     *("out", "dvae", "clip_run", "log_every", "save_every", "draw_every", "resume", "cache"),
-    *("parallel", "accumulate"),
+    *("parallel", "accumulate", "recompute"),
 )
 
 
@@ -143,6 +149,8 @@ class TrainTransformerConfig:
     their captions hardly."""
     guidance_scale: float = 1.5
     """Guidance of the samples drawn as training goes on."""
+    recompute: transformer.Recompute = "none"
+    """What the backward pass computes anew, instead of having kept it, where memory is short."""
 
     def __post_init__(self) -> None:
         require_positive(self, "pictures")

@@ -9,7 +9,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from dalle_reference.files import exclusive, replacing
 from dalle_reference.generate import generate
 from dalle_reference.load import load_dvae, load_transformer
 from dalle_reference.loop import Interrupted, autocast
-from dalle_reference.parallel import resolve_device
+from dalle_reference.parallel import World, joined
 from dalle_reference.tokenizer import CaptionTokenizer
 from dalle_reference.transformer import DalleTransformer
 
@@ -64,34 +64,41 @@ def run(config: DemoConfig) -> dict[str, Any]:
         UserError: if `out` holds a finished demo.
     """
     try:
-        with exclusive(config.out):
-            return _run(config)
+        with joined(config.device) as world, ExitStack() as held:
+            world.first(lambda: held.enter_context(exclusive(config.out)))
+            return _run(config, world)
     except Interrupted as stop:
         raise Interrupted(f"{config.out}: stopped; the same command goes on") from stop
     except OSError as error:
         raise UserError(f"{config.out}: {error}") from error
 
 
-def _run(config: DemoConfig) -> dict[str, Any]:
-    if (config.out / "report.json").exists():
-        raise UserError(f"{config.out}: holds a demo already; take it away, or choose another --out")
-    device = resolve_device(config.device)
+def _run(config: DemoConfig, world: World) -> dict[str, Any]:
+    """The report on the main process; the others only train."""
+    world.first(lambda: _require_unfinished(config.out))
+    device = world.device
     torch.manual_seed(_SEED)
     seconds: dict[str, float] = {}
     stage_1, stage_2 = _configs(config, device)
-    print(f"dalle_kernels {dalle_kernels.__version__}, torch {torch.__version__}, {device}, {_threads()}", flush=True)
+    if not world.main:
+        train.train_dvae(_plan(stage_1, train.train_dvae, 60 * config.minutes * _SHARE, world))
+        train.train_transformer(_plan(stage_2, train.train_transformer, 60 * config.minutes * (1 - _SHARE), world))
+        return {}
+    processes = f", {world.size} processes" * (world.size > 1)
+    versions = f"dalle_kernels {dalle_kernels.__version__}, torch {torch.__version__}"
+    print(f"{versions}, {device}, {_threads()}{processes}", flush=True)
 
     with _timed("pictures", seconds):
         pictures = load_pictures("openmoji", stage_1.model.resolution, config.cache)
     print(f"{len(pictures)} pictures of {stage_1.model.resolution} x {stage_1.model.resolution}. {OPENMOJI_CREDIT}")
 
     with _timed("dvae", seconds):
-        stage_1 = _plan(stage_1, train.train_dvae, 60 * config.minutes * _SHARE)
+        stage_1 = _plan(stage_1, train.train_dvae, 60 * config.minutes * _SHARE, world)
         train.train_dvae(stage_1)
     dvae = load_dvae(stage_1.run.out, device)
 
     with _timed("transformer", seconds):
-        stage_2 = _plan(stage_2, train.train_transformer, 60 * config.minutes * (1 - _SHARE))
+        stage_2 = _plan(stage_2, train.train_transformer, 60 * config.minutes * (1 - _SHARE), world)
         train.train_transformer(stage_2)
     model, tokenizer, dvae = load_transformer(stage_2.run.out, device)
 
@@ -118,6 +125,11 @@ def _run(config: DemoConfig) -> dict[str, Any]:
     return report
 
 
+def _require_unfinished(out: Path) -> None:
+    if (out / "report.json").exists():
+        raise UserError(f"{out}: holds a demo already; take it away, or choose another --out")
+
+
 def _configs(config: DemoConfig, device: torch.device) -> tuple[TrainDVAEConfig, TrainTransformerConfig]:
     """The demo's presets; the next larger ones on a GPU."""
     name = "small" if device.type == "cuda" else "demo"
@@ -136,24 +148,25 @@ def _configs(config: DemoConfig, device: torch.device) -> tuple[TrainDVAEConfig,
     )
 
 
-def _plan(config: Any, training: Callable[[Any], Path], seconds: float) -> Any:
+def _plan(config: Any, training: Callable[[Any], Path], seconds: float, world: World) -> Any:
     """The configuration with its number of steps; and with `resume` where an earlier demo has begun the stage.
 
     As many steps as `seconds` allow by a short trial, at most the preset's; a stage once begun keeps its number.
     """
     out = config.run.out
-    if checkpoint.latest(out) is not None:
-        begun = checkpoint.load(out, out.name)
+    if world.first(lambda: checkpoint.latest(out) is not None):
+        begun = checkpoint.load(out, out.name, world)
         try:
             steps = begun.config["run"]["steps"]
         except (KeyError, TypeError) as error:
             raise UserError(f"{begun.path}: says no number of steps; choose another --out") from error
         return replace(config, run=replace(config.run, steps=steps, resume=True))
     trial_steps, every = 30, 10
-    with tempfile.TemporaryDirectory() as folder:
+    with ExitStack() as held:
+        folder = world.first(lambda: held.enter_context(tempfile.TemporaryDirectory()))
         trial = replace(config.run, out=Path(folder) / "trial", steps=trial_steps, log_every=every, draw_every=0)
         training(replace(config, run=trial))
-        speed = _last(trial.out)["pictures_per_second"]
+        speed = world.first(lambda: _last(trial.out)["pictures_per_second"])
     steps = int(min(config.run.steps, max(50, seconds * speed / config.run.batch)))
     return replace(config, run=replace(config.run, steps=steps))
 

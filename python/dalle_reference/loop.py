@@ -23,6 +23,7 @@ from typing import Any, Generic, Protocol, TypeVar, cast
 
 import numpy as np
 import torch
+from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -44,6 +45,9 @@ class Trains(Protocol):
 
 
 C = TypeVar("C", bound=Trains)
+_UNCOMPRESSED = 2
+"""Steps before gradients are compressed; no fewer have the hook."""
+
 Prepare = Callable[[int, list[range]], list[tuple[Any, ...]]]
 Objective = Callable[..., tuple[torch.Tensor, Any]]
 Describe = Callable[[int, list[Any]], dict[str, float]]
@@ -190,14 +194,21 @@ class Run(Generic[M]):
         )
         self.step = 0
         self.metrics = config.out / "metrics.jsonl"
+        self._compression: PowerSGDState | None = None
+        if world.size > 1 and not self._sharded:
+            places = [world.device] if world.device.type == "cuda" else None
+            if config.powersgd_rank:
+                self._compression = PowerSGDState(
+                    None, config.powersgd_rank, start_powerSGD_iter=_UNCOMPRESSED, random_seed=config.seed % 2**32
+                )
+            self._pass = DistributedDataParallel(self._pass, device_ids=places, gradient_as_bucket_view=True)
+            if self._compression is not None:
+                self._pass.register_comm_hook(self._compression, powerSGD_hook)
         if config.resume:
             self._resume()
         elif world.main:
             # What a run that left no checkpoint has measured is measured again.
             self.metrics.unlink(missing_ok=True)
-        if world.size > 1 and not self._sharded:
-            places = [world.device] if world.device.type == "cuda" else None
-            self._pass = DistributedDataParallel(self._pass, device_ids=places, gradient_as_bucket_view=True)
 
     def train(self, prepare: Prepare, describe: Describe, draw: Callable[[M, int, Any], None]) -> None:
         """Makes the steps that remain.
@@ -213,6 +224,8 @@ class Run(Generic[M]):
         """
         config, world = self.config, self.world
         self.model.train()
+        if self._compression is not None and self.step:
+            self._resume_compression(prepare)
         with ExitStack() as opened:
             stop = opened.enter_context(_stop_flag())
             log, board = opened.enter_context(self._records()) if world.main else (None, None)
@@ -326,7 +339,19 @@ class Run(Generic[M]):
         for name, parameter in self.model.named_parameters():
             for entry, value in self.optimizer.state[parameter].items():
                 tensors[f"optimizer.{entry}.{name}"] = value
-        return tensors
+        return tensors | self._compression_state()
+
+    def _compression_state(self) -> dict[str, torch.Tensor]:
+        """What compression has left out of this process's gradients, and the matrices that the next begins with."""
+        if self._compression is None:
+            return {}
+        groups = {name: getattr(self._compression, f"{name}_dict") for name in ("error", "p_memory", "q_memory")}
+        return {f"{self._own}.{name}.{i}": value for name, group in groups.items() for i, value in group.items()}
+
+    @property
+    def _own(self) -> str:
+        """What the names of tensors begin with that this process alone has."""
+        return f"compression-{self.world.rank}-of-{self.world.size}"
 
     def _mean(self) -> M:
         """The running mean with all of its weights on the main process, for which every process gives its part."""
@@ -373,6 +398,22 @@ class Run(Generic[M]):
         kept = [record for record in read_metrics(self.metrics) if record["step"] <= self.step]
         with replacing(self.metrics) as draft:
             draft.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+
+    def _resume_compression(self, prepare: Prepare) -> None:
+        """Goes on with what compression has left out, where as many processes saved it.
+
+        DDP groups gradients anew after its first pass, by the order in which they came. So one pass is made for
+        nothing, and what is read then meets the groups that it was saved for.
+        """
+        assert self._compression is not None
+        self._gradients(prepare, False, False)
+        self.optimizer.zero_grad(set_to_none=True)
+        saved = checkpoint.load(self.config.out, self.kind, self.world)
+        saved.read(self._state(), self.world)
+        self._compression.iter = self.step
+        for name, value in saved.group(self._own).items():
+            group, number = name.split(".")
+            getattr(self._compression, f"{group}_dict")[int(number)] = value.to(self.world.device)
 
 
 class _Stop:

@@ -133,6 +133,7 @@ def train_transformer(config: TrainTransformerConfig, world: World) -> Path:
     length = config.model.caption_length
     torch.manual_seed(run_config.seed)
     model = DalleTransformer(config.model).to(device)
+    model.recompute = config.recompute
 
     def prepare(step: int, parts: list[range]) -> list[tuple[Any, ...]]:
         chosen = batch_indices(step, run_config.batch, len(training), run_config.seed)

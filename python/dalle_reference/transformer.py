@@ -30,11 +30,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
 from dalle_kernels import (
     Causal,
@@ -198,8 +199,21 @@ class Block(nn.Module):
         return x + self._mlp(x)
 
 
+Recompute = Literal["none", "blocks", "selective"]
+"""What a block's backward computes anew instead of having kept it: nothing; the whole block, of which only the input is
+kept (Chen et al. 2016); selective: all of it but attention, whose results are kept too."""
+
+
+def _keep_attention() -> Any:
+    """What `checkpoint` is told, so that attention's results are kept and all else is computed anew."""
+    return create_selective_checkpoint_contexts([torch.ops.dalle_kernels.attention_forward.default])
+
+
 class DalleTransformer(nn.Module):
     """Models captions and pictures as one stream of tokens, whose order the module's text explains.
+
+    Attributes:
+        recompute: what the backward pass computes anew; set it before training. Losses and gradients stay as they are.
 
     Example:
         >>> model = DalleTransformer(TransformerConfig(vocab_text=100, vocab_image=64, grid=(4, 4)))
@@ -212,6 +226,7 @@ class DalleTransformer(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config
+        self.recompute: Recompute = "none"
         width, (rows, columns) = config.width, config.grid
         # Row vocab_text + p stands at text position p where no caption token does; position 0 never has one,
         # so its row is the start of text.
@@ -292,7 +307,11 @@ class DalleTransformer(nn.Module):
         check_tokens("image_tokens", image_tokens, batch, self.config.layout.length - self.config.text_length)
         x = torch.cat([self.embed_text(text_tokens, latents), self.embed_image(image_tokens)], dim=1)
         for layer, block in enumerate(self.layers):
-            x = block(x, None if caches is None else caches[layer])
+            if self.recompute == "none" or caches is not None or not torch.is_grad_enabled():
+                x = block(x, None if caches is None else caches[layer])
+            else:
+                keep = noop_context_fn if self.recompute == "blocks" else _keep_attention
+                x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False, context_fn=keep)
         return self.head_norm(self.final_norm(x))
 
     def new_caches(self, batch: int, copies: int = 1) -> list[KVCache]:

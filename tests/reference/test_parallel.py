@@ -14,6 +14,7 @@ from dalle_reference import cli
 from dalle_reference.load import load_dvae, load_transformer_alone
 from dalle_reference.loop import sample_generator, step_generator
 from dalle_reference.parallel import World
+from dalle_reference.render import read_metrics
 from dalle_reference.train import tokenize_pictures
 from PIL import Image
 
@@ -31,6 +32,8 @@ CLIP += ["--batch", "8"]
 
 PIXELS = ["train-pixels", "bytes", "--resolution", "8", "--layers", "1", "--heads", "2", "--head-dim", "16", *COMMON]
 PIXELS += ["--batch", "8"]
+
+COMPRESSED = ["--powersgd-rank", "1", "--steps", "8", "--save-every", "4"]
 
 PROGRAM = """
 import json, sys
@@ -78,7 +81,7 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
 
 
 def records(run: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return read_metrics(run / "metrics.jsonl")  # of which a kill may have cut the last line
 
 
 def losses(run: Path) -> list[float]:
@@ -110,13 +113,16 @@ def runs(source: list[str], launch: Launch, tmp_path_factory: pytest.TempPathFac
         }
         if name != "sharded":
             kinds["clip"] = CLIP
+        else:
+            kinds["parts"] += ["--recompute", "selective"]
         return [[*kind, *source, "--out", str(folder / name / stage), *more] for stage, kind in kinds.items()]
 
     for command in commands("one"):
         cli.main(command)
-    done = launch(2, *commands("two"), *commands("sharded", "--parallel", "fsdp"))
+    compressed = [*TRANSFORMER, *source, "--dvae", str(folder / "one" / "dvae"), "--out", str(folder / "compressed")]
+    done = launch(2, *commands("two"), *commands("sharded", "--parallel", "fsdp"), [*compressed, *COMPRESSED])
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("transformer in") == 4  # one process says so, of each run
+    assert done.stdout.count("transformer in") == 5  # one process says so, of each run
     return folder
 
 
@@ -137,22 +143,31 @@ def test_two_processes_make_the_run_of_one(runs: Path) -> None:
 def test_what_two_processes_saved_one_goes_on_from_and_the_other_way(
     runs: Path, source: list[str], launch: Launch, tmp_path: Path
 ) -> None:
-    def begun(way: str) -> list[str]:
-        """A run of four steps that was stopped after two."""
+    def begun(way: str, run: Path | None = None) -> list[str]:
+        """A run that was stopped at its last checkpoint but one."""
         out = tmp_path / way
-        shutil.copytree(runs / way / "transformer", out)
-        shutil.rmtree(out / "checkpoints" / "step-00000004")
+        shutil.copytree(run or runs / way / "transformer", out)
+        shutil.rmtree(sorted(out.glob("checkpoints/*"))[-1])
         return [*TRANSFORMER, "--dvae", str(runs / "one" / "dvae"), *source, "--out", str(out), "--resume"]
 
     assert len(list((runs / "sharded" / "transformer" / "checkpoints" / "step-00000002").glob("*.safetensors"))) == 2
     cli.main(begun("sharded"))
     assert_same_run(tmp_path / "sharded", runs / "one" / "transformer")
-    done = launch(2, [*begun("one"), "--parallel", "fsdp"], begun("two"))
+    compressed = [*begun("compressed", runs / "compressed"), *COMPRESSED]
+    done = launch(2, [*begun("one"), "--parallel", "fsdp"], begun("two"), compressed)
     assert done.returncode == 0, done.stderr
     for way in ("one", "two"):
         assert_same_run(tmp_path / way, runs / "one" / "transformer")
     # On as many processes as before, to the bit.
     assert losses(tmp_path / "two") == losses(runs / "two" / "transformer")
+    assert losses(tmp_path / "compressed") == losses(runs / "compressed")
+
+
+def test_compressed_gradients_train(runs: Path) -> None:
+    whole, compressed = losses(runs / "two" / "transformer"), losses(runs / "compressed")
+    assert compressed[:2] == whole[:2]
+    assert compressed[3] != whole[3]
+    assert compressed[-1] < compressed[0]
 
 
 def test_a_run_is_exported_as_one_file(runs: Path, tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from dalle_reference import dvae
 from dalle_reference.load import require_grid
-from dalle_reference.transformer import NO_TOKEN, PRESETS, DalleTransformer, TransformerConfig
+from dalle_reference.transformer import NO_TOKEN, PRESETS, DalleTransformer, Recompute, TransformerConfig
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dalle_kernels import AxialRow, Causal, Column, Convolution, Fixed, Row, Strided, dalle_pattern_schedule
 
@@ -325,3 +326,29 @@ def test_bad_tokens_are_refused(text: torch.Tensor, image: torch.Tensor, error: 
 def test_bad_configurations_are_refused(changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         replace(TINY, **changes)
+
+
+@pytest.mark.parametrize(("recompute", "attentions"), [("none", 2), ("blocks", 4), ("selective", 2)])
+def test_what_is_computed_anew_changes_no_gradient(recompute: Recompute, attentions: int) -> None:
+    class Counts(TorchDispatchMode):
+        attentions = products = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.attentions += func is torch.ops.dalle_kernels.attention_forward.default
+            self.products += func is torch.ops.aten.addmm.default
+            return func(*args, **(kwargs or {}))
+
+    config = TransformerConfig(vocab_text=20, text_length=5, grid=(3, 3), vocab_image=16, layers=2, head_dim=16)
+    text, image = torch.randint(20, (2, 4)), torch.randint(16, (2, 9))
+    gradients, products = {}, {}
+    for mode in ("none", recompute):
+        torch.manual_seed(0)
+        model = DalleTransformer(config)
+        model.recompute = mode
+        with Counts() as counts:
+            model.loss(text, image).total.backward()
+        gradients[mode] = [parameter.grad for parameter in model.parameters()]
+        products[mode] = counts.products
+    assert counts.attentions == attentions
+    assert (products[recompute] > products["none"]) == (recompute != "none")
+    assert all(map(torch.equal, gradients["none"], gradients[recompute]))
