@@ -3,11 +3,12 @@
 `accelerate(model)` changes the quantizers in a model in place: same weights, same `state_dict`, same indices, losses,
 gradients and EMA updates, without their tables of every row against every code.
 
-- `VectorQuantize`, in every module that is made of it (`ResidualVQ`, `GroupedResidualVQ`, `HierarchicalVQ`): EMA and
-  learned codebooks, cosine similarity, heads, masks, k-means initialisation, dead codes, rotation trick, affine
-  parameters, orthogonal loss, in-place optimizers, `topk` up to 8. One product, a gather and a segmented sum stand for
-  their three products and one-hot table. `stochastic_sample_codes` draws from the same distribution with the noise that
-  `dalle_kernels.noise` defines, so that a seed draws other codes than theirs does.
+- `VectorQuantize`, in every module that is made of it (`ResidualVQ` with its beams, `GroupedResidualVQ`,
+  `HierarchicalVQ`, `RandomProjectionQuantizer`): EMA and learned codebooks, cosine similarity, heads, masks, k-means
+  initialisation, dead codes, rotation trick, affine parameters, orthogonal loss, in-place optimizers, `topk` up to 8.
+  One product, a gather and a segmented sum stand for their three products and one-hot table.
+  `stochastic_sample_codes` draws from the same distribution with the noise that `dalle_kernels.noise` defines, so that
+  a seed draws other codes than theirs does.
 - `SimVQ` and `ResidualSimVQ`: the same for their projected codebook.
 - `LFQ`, and `ResidualLFQ` and `GroupedResidualLFQ` made of it, spherical (BSQ) too: the entropies over all codes
   exactly, from tables of N x sqrt(K). Theirs puts a floor of 1e-5 under the probability inside each logarithm, which
@@ -237,7 +238,8 @@ class _Codebook(Extension):
             )
         with torch.autocast(x.device.type, enabled=False):
             x = x.float()
-            single = x.dim() < 4
+            # Beams put a dimension in front of the width, where heads of one codebook have theirs.
+            single = x.dim() < 4 or x.shape[0] != self.embed.shape[0]
             if single:
                 x = x[None]
             rows = x.flatten(1, -2)
@@ -420,6 +422,9 @@ class _LFQ(Extension):
         if self.frac_per_sample_entropy < 1:
             number = int(len(rows) * self.frac_per_sample_entropy)
             rows = rows[torch.randn(len(rows)).argsort(dim=-1) < number]
+        if not len(rows):  # theirs is the mean of nothing
+            nothing = rows.new_full((), torch.nan)
+            return nothing, nothing
         # Of a spherical codebook each entry is codebook_scale / sqrt(d), for theirs scales the unit vectors by it.
         scale = self.codebook_scale * (self.codebook_dim**-0.5 if self.spherical else 1.0)
         each = [binary_entropy(part, scale, 1 / inv_temperature) for part in rows.unbind(-2)]

@@ -95,7 +95,11 @@ def train_both(
     states = before.state_dict(), after.state_dict()
     assert list(states[0]) == list(states[1])
     same(list(states[1].values()), list(states[0].values()), gain)
-    same(after.eval()(x, **named)[:2], before.eval()(x, **named)[:2], gain)
+    results = []
+    for module in (before, after):
+        torch.manual_seed(0)  # diveq draws in evaluation too
+        results.append(module.eval()(x, **named)[:2])
+    same(results[1], results[0], gain)
 
 
 @pytest.mark.parametrize("case", PLAIN)
@@ -146,6 +150,84 @@ def test_residual(options: dict[str, Any]) -> None:
     train_both(before, after, (2, 37, 16), steps=20)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"codebook_size": (5, 12, 20)},
+        {"codebook_size": 20, "num_quantizers": 3, "codebook_dim": 8, "beam_size": 2, "eval_beam_size": 3},
+        {"codebook_size": 20, "num_quantizers": 3, "quantize_dropout": True, "beam_size": 2},
+        {"codebook_size": 20, "num_quantizers": 3, "directional_reparam": True, "threshold_ema_dead_code": 2},
+        {"codebook_size": 20, "num_quantizers": 3, "diveq": True},
+        {"codebook_size": 20, "num_quantizers": 3, "quant_grad_frac": 0.1},
+    ],
+    ids=str,
+)
+def test_residual_kinds(options: dict[str, Any]) -> None:
+    before, after = pair(lambda: theirs.ResidualVQ(dim=16, **options))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nothing may fall to their own code
+        train_both(before, after, (2, 37, 16), steps=10)
+    x = torch.randn(2, 37, 16)
+    _, indices, *_ = after(x)
+    same([after.get_output_from_indices(indices)], [before.get_output_from_indices(indices)])
+
+
+def test_hierarchical() -> None:
+    options = {"accept_image_fmap": True, "scales": (1, 2, 4, 7), "quant_resi": 0.5, "share_quant_resi": 1}
+    before, after = pair(lambda: theirs.HierarchicalVQ(dim=16, codebook_size=20, **options))
+    for number in range(5):
+        torch.manual_seed(1000 + number)
+        x = torch.randn(2, 16, 7, 7, requires_grad=True)
+        results = []
+        for module in (before, after):
+            torch.manual_seed(number)
+            quantized, indices, loss = module(x)
+            (gradient,) = torch.autograd.grad(quantized.square().mean() + loss.sum(), x)
+            results.append([quantized, *indices, loss, gradient])
+        same(results[1], results[0])
+    same(list(after.state_dict().values()), list(before.state_dict().values()))
+
+
+def test_random_projections() -> None:
+    make = lambda: theirs.RandomProjectionQuantizer(dim=16, num_codebooks=3, codebook_dim=8, codebook_size=40)  # noqa: E731
+    before, after = pair(make)
+    x = torch.randn(2, 37, 16)
+    assert torch.equal(after(x), before(x))
+
+
+def test_a_bridge_in_front_of_the_codes() -> None:
+    def make() -> nn.Module:
+        return theirs.VectorQuantize(
+            dim=16, codebook_size=40, vq_bridge=nn.Linear(16, 16), learnable_codebook=True, ema_update=False
+        )
+
+    train_both(*pair(make), (2, 37, 16), steps=10)
+
+
+@pytest.mark.parametrize("cosine", [False, True])
+@pytest.mark.parametrize("called", [False, True])
+def test_weighted_and_accumulated_updates(cosine: bool, called: bool) -> None:
+    options = {"use_cosine_sim": cosine, "codebook_dim": 8, "decay": 0.8}
+    before, after = pair(lambda: theirs.VectorQuantize(dim=16, codebook_size=12, **options))
+    weights = (torch.arange(12) % 2).double()
+    weight = (lambda sums, counts: weights) if called else weights
+    for number in range(4):
+        torch.manual_seed(number)
+        x = torch.randn(2, 50, 16)
+        for named in ({"ema_update_weight": weight}, {"accum_ema_update": True}, {"accum_ema_update": True}, {}):
+            same(after(x, **named), before(x, **named))
+            same(list(after.state_dict().values()), list(before.state_dict().values()))
+
+
+def test_indices_of_one_call_update_the_codebook_in_another() -> None:
+    before, after = pair(lambda: theirs.VectorQuantize(dim=16, codebook_size=40))
+    x, mask = torch.randn(2, 30, 16), torch.arange(30) < torch.tensor([30, 17])[:, None]
+    for module in (before, after):
+        _, indices, _ = module(x, mask=mask, topk=1, ema_update=False)
+        module.update_ema_indices(x, indices[..., 0], mask=mask)
+    same(list(after.state_dict().values()), list(before.state_dict().values()))
+
+
 def test_grouped_residual() -> None:
     make = lambda: theirs.GroupedResidualVQ(dim=16, codebook_size=20, num_quantizers=2, groups=2)  # noqa: E731
     train_both(*pair(make), (2, 37, 16), steps=10)
@@ -191,6 +273,24 @@ def test_lfq_takes_a_mask_s_rows_together() -> None:
     x = torch.randn(2, 37, 6)
     mask = torch.arange(37) < torch.tensor([37, 11])[:, None]
     same(module(x, mask=mask, return_loss_breakdown=True)[1], module(x[mask][None], return_loss_breakdown=True)[1])
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_lfq_under_masks_of_whole_samples(share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Theirs is right there; nothing but padding gives NaN for entropies in both."""
+    file = __import__("vector_quantize_pytorch.lookup_free_quantization", fromlist=["log"])
+    monkeypatch.setattr(file, "log", lambda t, eps=0.0: t.clamp(min=1e-300).log())
+    before, after = pair(lambda: theirs.LFQ(dim=6, frac_per_sample_entropy=share))
+    x = torch.randn(2, 6, 5, 7)
+    for mask in ([True, True], [True, False], [False, False]):
+        results = []
+        for module in (before, after):
+            torch.manual_seed(3)
+            returned, losses = module(x, mask=torch.tensor(mask), return_loss_breakdown=True)
+            results.append([*returned, *losses])
+        for got, wanted in zip(results[1], results[0], strict=True):
+            torch.testing.assert_close(got, wanted, rtol=1e-8, atol=1e-8, equal_nan=True)
+        assert bool(results[1][-2].isnan()) == (not any(mask))
 
 
 def test_residual_lfq(monkeypatch: pytest.MonkeyPatch) -> None:
