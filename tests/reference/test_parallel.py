@@ -1,10 +1,13 @@
 """Runs on several processes, on gloo: the same losses as on one, and one clear end when something is wrong."""
 
+import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -215,3 +218,44 @@ def test_what_fails_on_one_process_is_said_once_and_ends_all(source: list[str], 
     done = launch(2, [*DVAE, *source, *out, "--learning-rate", "1e30"])
     assert done.returncode != 0
     assert 1 <= done.stderr.count("try a smaller step size") <= 2  # each process that has it says so
+
+
+def workers(agent: int) -> dict[int, int]:
+    """The processes that torchrun has started, by rank."""
+    found = {}
+    for folder in Path("/proc").iterdir():
+        with contextlib.suppress(OSError, ValueError):
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            said = dict(entry.split("=", 1) for entry in (folder / "environ").read_text().split("\0") if "=" in entry)
+            if parent == agent and "RANK" in said:
+                found[int(said["RANK"])] = int(folder.name)
+    return found
+
+
+def test_killed_workers_are_started_anew_and_end_with_the_undisturbed_losses(
+    source: list[str], launch: Launch, tmp_path: Path
+) -> None:
+    long = [*DVAE, *source, "--steps", "80", "--save-every", "3", "--draw-every", "0"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert launch(2, [*long, "--out", str(whole)]).returncode == 0
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "3"]
+    agent = subprocess.Popen(
+        [sys.executable, *torchrun, str(program), json.dumps([[*long, "--out", str(killed)]])],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    for rank, step in ((1, 8), (0, 40)):
+        deadline = time.monotonic() + 300
+        while not (killed / "metrics.jsonl").exists() or len(records(killed)) < step:
+            assert agent.poll() is None, agent.communicate()[0]
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        os.kill(workers(agent.pid)[rank], signal.SIGKILL)
+    output, _ = agent.communicate(timeout=240)
+    assert agent.returncode == 0, output
+    assert losses(killed) == losses(whole)
+    assert len(losses(killed)) == 80
