@@ -75,7 +75,7 @@ def examine(device: torch.device, dtypes: Sequence[torch.dtype], speed: bool = T
     for case in all_cases():
         for dtype in dtypes[:1] if case.exact else dtypes:
             inputs = tuple(tensor.to(device, dtype) for tensor in case.inputs(case.width))
-            told = explain(case.function, *case.arguments(inputs))
+            told = explain(case.function, *case.arguments(inputs), **case.named)
             for backend in BACKENDS:
                 reason = told.refusals.get(backend)
                 serves = backend == told.backend or (reason is not None and reason.startswith("could serve"))

@@ -52,7 +52,8 @@ static void column_product(Left a, const Word* b, ptrdiff_t b_stride, float* c, 
                            int depth, bool add) {
   int64_t i = 0;
   const auto at = [&] { return Left{a.data + i * a.row_stride, a.row_stride, a.step_stride}; };
-  for (; i + kBlockRows <= rows; i += kBlockRows)
+  // Eight rows are two blocks of four: one by one, rows take twice as long.
+  for (; i + kBlockRows <= rows && rows - i != 8; i += kBlockRows)
     block_product<P, kBlockRows, Vectors>(at(), b, b_stride, c + i * c_stride, c_stride, depth, add);
   for (; i + 4 <= rows; i += 4)
     block_product<P, 4, Vectors>(at(), b, b_stride, c + i * c_stride, c_stride, depth, add);

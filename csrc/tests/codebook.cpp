@@ -280,8 +280,8 @@ void vq(const CodebookKernels& kernels, int64_t rows, int64_t codes, int64_t wid
   auto distance = poisoned<float>(rows * k), norms = poisoned<float>(codes);
   auto nearest = poisoned<T>(rows * k * width);
   const Vq problem{
-      features.data(), codebook.data(), rows,        codes, width, metric, k, temperature, 77, 5, nearest.data(),
-      indices.data(),  distance.data(), norms.data()};
+      features.data(), codebook.data(), rows,           codes,           width,       metric, k, temperature, 77, 5,
+      kVqStream,       nearest.data(),  indices.data(), distance.data(), norms.data()};
   const Scratch scratch(problem.scratch());
   if (metric != VqMetric::dot) kernels.vq_norms(problem, 0, codes);
   kernels.vq_forward(problem, 0, rows / 2, scratch.memory.get());
@@ -343,8 +343,8 @@ void sampling(SampleRows sample, const CodebookKernels& kernels, int64_t rows, i
               float top_p) {
   const auto logits = random_table<T>(rows * codes, 2.f), unconditional = random_table<T>(rows * codes, 2.f);
   auto tokens = poisoned<int64_t>(rows);
-  const Sampling problem{logits.data(), unconditional.data(), rows, codes, codes, codes, 1.5f, 0.8f, top_k, top_p, 77,
-                         tokens.data()};
+  const Sampling problem{
+      logits.data(), unconditional.data(), rows, codes, codes, codes, 1.5f, 0.8f, top_k, top_p, 77, 0, tokens.data()};
   const Scratch scratch(problem.scratch());
   sample(problem, 0, rows, scratch.memory.get());
   for (int64_t n = 0; n < rows; n++) {

@@ -7,8 +7,8 @@ about to serve it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -48,6 +48,7 @@ class Case:
         arguments: `inputs` as the arguments of `function`.
         exact: indices and tokens, which must be the reference's to the last one, given the same inputs.
         extras: `Call.extras` of its calls.
+        named: keyword arguments of `function` besides.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Case:
     arguments: Callable[[Tensors], tuple[object, ...]]
     exact: bool = False
     extras: tuple[str, ...] = ()
+    named: Mapping[str, object] = field(default_factory=dict)
 
 
 class Verdict(NamedTuple):
@@ -165,6 +167,17 @@ def _projection(inputs: Tensors, backend: str) -> Tensors:
     return _with_gradients(inputs, outputs)
 
 
+def _index_backpropagation(inputs: Tensors, backend: str) -> Tensors:
+    def outputs(leaves: Tensors) -> Tensors:
+        features, codebook = leaves
+        latents, _, kl, distribution = gumbel_projection_lookup(
+            features, codebook, None, codebook, 1.0, hard=True, noise=False, backend=backend, distribution=True
+        )
+        return latents, kl, distribution
+
+    return _with_gradients(inputs, outputs)
+
+
 def _indices(inputs: Tensors, backend: str) -> Tensors:
     logits, codebook = inputs
     return (gumbel_lookup(logits, codebook, temperature=0.9, seed=1, backend=backend)[1],)
@@ -262,6 +275,16 @@ def all_cases() -> list[Case]:
             _projection,
             lambda x: (x[0], x[1], None, x[2], 0.9),
         ),
+        Case(
+            "index backpropagation",
+            gumbel_projection_lookup,
+            40,
+            _normal((37, None), (300, None)),
+            _index_backpropagation,
+            lambda x: (x[0], x[1], None, x[1], 1.0),
+            extras=("the mean distribution",),
+            named={"distribution": True},
+        ),
         Case("nearest code", vq_lookup, 40, _normal((37, None), (300, None)), _nearest, lambda x: x),
         Case(
             "statistics of codes",
@@ -279,10 +302,10 @@ def all_cases() -> list[Case]:
 
 
 def cases_for(operation: str, extras: Sequence[str] = ()) -> list[Case]:
-    """Those of the operation with this name, whose calls have these extras."""
+    """Those of the operation with this name, whose calls have no other extras than these."""
     if operation == "decode_attention":
         return [decoding(tuple(extras))]
-    return [case for case in all_cases() if case.function.__name__ == operation]
+    return [case for case in all_cases() if case.function.__name__ == operation and set(case.extras) <= set(extras)]
 
 
 def judge(case: Case, width: int, device: torch.device, dtype: torch.dtype, backend: str) -> Verdict:
