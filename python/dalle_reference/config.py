@@ -107,6 +107,8 @@ class TrainDVAEConfig:
     run: RunConfig
     model: dvae.DVAEConfig = dvae.PRESETS["demo"]
     data: DataConfig = field(default_factory=DataConfig)
+    fitted: bool = False
+    """Begin with codes that k-means finds on training pictures, rather than with random ones; for dvae and vq."""
     temperature: float = 1 / 16
     """The relaxation's temperature at the end of its half cosine, which starts at 1."""
     temperature_share: float = 0.8
@@ -121,6 +123,10 @@ class TrainDVAEConfig:
     """Weight of lfq's entropies: each token's is to be small, that of the batch's mean distribution large."""
 
     def __post_init__(self) -> None:
+        if self.fitted and self.model.quantizer not in ("dvae", "vq"):
+            raise ValueError(
+                f"fitted: got {self.fitted} with quantizer {self.model.quantizer}, wanted it with dvae or vq"
+            )
         require(self, "a finite number above 0", lambda value: 0 < value < math.inf, "temperature")
         require_share(self, "temperature_share", "kl_share")
         require_amount(self, "kl_weight", "distance_weight", "entropy_weight")
@@ -270,11 +276,12 @@ DVAE_PRESETS: dict[str, tuple[str, TrainDVAEConfig]] = {
         TrainDVAEConfig(_run("runs/dvae", steps=20_000, batch=64, learning_rate=5e-4), dvae.PRESETS["small"]),
     ),
     "demo": (
-        "48 x 48 pictures to 12 x 12 tokens of 512; minutes on a CPU",
+        "40 x 40 pictures to 10 x 10 tokens of 1024; a minute on a CPU",
         TrainDVAEConfig(
-            _run("runs/dvae", steps=8000, batch=8, learning_rate=2e-3, average=0.995),
+            _run("runs/dvae", steps=3000, batch=16, learning_rate=1e-3, average=0.995),
             dvae.PRESETS["demo"],
-            kl_weight=1.5,
+            fitted=True,
+            kl_weight=0.05,
         ),
     ),
     "codes": (
@@ -314,11 +321,11 @@ TRANSFORMER_PRESETS: dict[str, tuple[str, TrainTransformerConfig]] = {
         ),
     ),
     "demo": (
-        "4 layers of 2 x 64 on 300 pictures; minutes on a CPU",
+        "4 layers of 2 x 64 on 1024 pictures; minutes on a CPU",
         TrainTransformerConfig(
             _run(
                 "runs/transformer",
-                steps=5000,
+                steps=12_000,
                 batch=16,
                 learning_rate=3e-3,
                 beta2=0.96,
@@ -327,7 +334,7 @@ TRANSFORMER_PRESETS: dict[str, tuple[str, TrainTransformerConfig]] = {
             Path("runs/dvae"),
             transformer.PRESETS["demo"],
             one_per_concept=True,
-            pictures=300,
+            pictures=1024,
         ),
     ),
     "paper": (
@@ -460,7 +467,7 @@ PRIOR_PRESETS: dict[str, tuple[str, TrainPriorConfig]] = {
 
 DECODER_PRESETS: dict[str, tuple[str, TrainDecoderConfig | TrainPixelDecoderConfig]] = {
     "tokens": (
-        "into the demo dVAE's 12 x 12 tokens, 4 layers of 2 x 64; minutes on a CPU",
+        "into the demo dVAE's 10 x 10 tokens, 4 layers of 2 x 64; minutes on a CPU",
         TrainDecoderConfig(
             _run("runs/decoder", steps=3000, batch=16, learning_rate=3e-3, beta2=0.96, weight_decay=4.5e-2),
             Path("runs/clip"),

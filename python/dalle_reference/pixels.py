@@ -23,9 +23,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from dalle_kernels import code_statistics, vq_lookup
+from dalle_kernels import vq_lookup
 from dalle_reference.errors import MOST_SIZE, require, require_positive
 from dalle_reference.generate import generate
+from dalle_reference.kmeans import lloyd, some_of
 from dalle_reference.transformer import DalleTransformer, TransformerConfig
 
 _SAMPLED = 1 << 16
@@ -167,16 +168,5 @@ def fit_palette(pictures: Tensor, colours: int, seed: int) -> Tensor:
     """
     chance = torch.Generator().manual_seed(seed)
     pixels = pictures.permute(0, 2, 3, 1).reshape(-1, 3)
-    pixels = pixels[torch.randint(len(pixels), (_SAMPLED,), generator=chance)]
-    different = pixels.unique(dim=0)
-    palette = different[torch.randperm(len(different), generator=chance)].float() / 255.0
-    palette = palette[torch.arange(colours) % len(palette)].contiguous()
-    rows = pixels.float() / 255.0
-    for _ in range(_ROUNDS):
-        nearest, indices = vq_lookup(rows, palette)[:2]
-        counts, sums = code_statistics(rows, indices, colours)
-        used = counts > 0
-        palette[used] = sums[used] / counts[used, None]
-        worst = (rows - nearest).square().sum(dim=1).argsort(descending=True, stable=True)
-        palette[~used] = rows[worst[: int((~used).sum())]]
-    return palette
+    pixels = pixels[torch.randint(len(pixels), (_SAMPLED,), generator=chance)].float() / 255.0
+    return lloyd(pixels, some_of(pixels.unique(dim=0), colours, chance), _ROUNDS)

@@ -38,7 +38,7 @@ from dalle_reference.parallel import World
 from dalle_reference.tokenizer import PADDING, CaptionTokenizer
 from dalle_reference.transformer import NO_TOKEN, DalleTransformer, TransformerLoss
 
-_SHOWN = 16
+_SHOWN, _FITTED = 16, 400
 _ENCODE_BATCH = 128
 
 
@@ -63,6 +63,9 @@ def train_dvae(config: TrainDVAEConfig, world: World) -> Path:
     shown = (held_out if len(held_out) else training).images[:_SHOWN].to(device).float() / 255.0
     torch.manual_seed(run_config.seed)
     model = DiscreteVAE(config.model).to(device)
+    if config.fitted and not run_config.resume:
+        some = torch.linspace(0, len(images) - 1, min(_FITTED, len(images))).long()
+        model.begin_with(images[some].to(device).float() / 255.0, run_config.seed)
 
     def prepare(step: int, parts: list[range]) -> list[tuple[Any, ...]]:
         chosen = torch.from_numpy(batch_indices(step, run_config.batch, len(images), run_config.seed))

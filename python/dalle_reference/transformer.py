@@ -70,9 +70,9 @@ class TransformerConfig:
     """Caption tokens are 0 .. vocab_text - 1."""
     text_length: int = 16
     """Text positions, the start of text among them: captions have at most text_length - 1 tokens."""
-    grid: tuple[int, int] = (12, 12)
+    grid: tuple[int, int] = (10, 10)
     """Rows and columns of image tokens, as the dVAE has them."""
-    vocab_image: int = 512
+    vocab_image: int = 1024
     """Image tokens are 0 .. vocab_image - 1, as the dVAE has them."""
     layers: int = 4
     """Blocks; their attention patterns are the paper's schedule."""

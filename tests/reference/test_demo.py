@@ -46,6 +46,10 @@ def test_demo_leaves_all_it_promises(
     assert report["retrieval"]["captions"] == 64
     assert report["retrieval"]["candidates"] == 80
     assert report["retrieval"]["text"] in said
+    assert set(report["retrieval_by_language"]) == {"en", "ru", "zh", "ko"}
+    mean = sum(report["retrieval_by_language"].values()) / 4
+    assert mean == pytest.approx(report["retrieval"]["right"])
+    assert "unseen combinations of colour and thing" in said
     assert set(report["backends"]) == {
         "sparse_attention",
         "decode_attention",

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from dalle_reference.dvae import PRESETS, DiscreteVAE, DVAEConfig
+from dalle_reference.evaluate import psnr
 
 from dalle_kernels.noise import GUMBEL_STREAM, gumbel_noise
 
@@ -223,3 +224,48 @@ def test_bad_configurations(change: dict, message: str) -> None:
 def test_pictures_of_another_size(model: DiscreteVAE) -> None:
     with pytest.raises(ValueError, match=r"images: got shape \(1, 3, 8, 8\), wanted \[B, 3, 16, 16\]"):
         model(torch.rand(1, 3, 8, 8), 1.0, 0)
+
+
+@pytest.mark.parametrize("quantizer", ["dvae", "vq"])
+@pytest.mark.parametrize(
+    ("groups", "patch", "gain"),
+    [(1, 2, 15.0), (1, 4, 3.0), (2, 1, 0.0)],  # pooling lets little of a square through
+)
+def test_it_begins_with_codes_that_mean_something(quantizer: str, groups: int, patch: int, gain: float) -> None:
+    """From the first step on, pictures come back much as the nearest of so many squares would draw them."""
+    torch.manual_seed(0)
+    config = replace(
+        PRESETS["tiny"], width=64, code_width=16, vocab=64, quantizer=quantizer, groups=groups, patch=patch
+    )
+    model = DiscreteVAE(config)
+    colours = torch.tensor([[1.0, 1, 1], [0, 0, 0], [0.9, 0.2, 0.1], [0.1, 0.3, 0.8]])
+    chance = torch.Generator().manual_seed(1)
+    areas = torch.randint(4, (60, 8, 8), generator=chance).repeat_interleave(2, 1).repeat_interleave(2, 2)
+    pictures = colours[areas].permute(0, 3, 1, 2).contiguous()
+    training, others = pictures[:40], pictures[40:]
+    before = psnr(others, model.decode(model.encode(others)))
+    model.begin_with(training, seed=0)
+    tokens = model.encode(others)
+    assert psnr(others, model.decode(tokens)) > before + gain
+    squares = others.unfold(2, config.shrink, config.shrink).unfold(3, config.shrink, config.shrink)
+    if config.patch == 2:  # four squares there are: each has a code, and no code two
+        kinds = squares.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(0, 2)
+        _, which = kinds.unique(dim=0, return_inverse=True)
+        pairs = {(int(kind), int(token)) for kind, token in zip(which, tokens.flatten(), strict=True)}
+        assert len(pairs) == 4
+    again = DiscreteVAE(config)
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again.encode(others), tokens)
+    loss = model.train()(training, 0.5, 0)
+    (loss.nll + loss.kl + loss.distance).backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters() if parameter.grad is not None)
+
+
+def test_patches_are_pixels_of_one_position() -> None:
+    config = DVAEConfig(resolution=24, width=8, groups=2, blocks=1, patch=3, vocab=16, code_width=8)
+    assert config.grid == (4, 4)
+    model = DiscreteVAE(config)
+    assert model.encode(torch.rand(2, 3, 24, 24)).shape == (2, 4, 4)
+    assert model.decode(torch.zeros(2, 4, 4, dtype=torch.int64)).shape == (2, 3, 24, 24)
+    with pytest.raises(ValueError, match="resolution: got 16, wanted a multiple of 6 for 2 groups and patches of 3"):
+        replace(config, resolution=16)

@@ -27,6 +27,7 @@ from safetensors.torch import load_file
 
 TINY_DVAE = [
     *["--resolution", "16", "--width", "8", "--groups", "2", "--blocks", "1", "--vocab", "32", "--code-width", "8"],
+    *["--patch", "1", "--no-fitted"],
     *["--batch", "4", "--log-every", "1", "--precision", "fp32", "--draw-every", "0"],
 ]
 TINY_TRANSFORMER = [
@@ -110,6 +111,20 @@ def test_a_killed_run_goes_on_bit_for_bit(stage: str, stage_1: Path, common: lis
     assert shared == list(range(1, len(shared) + 1))
     assert shared[-1] >= end
     assert [whole[step] for step in shared] == [continued[step] for step in shared]
+
+
+def test_a_fitted_run_begins_better_and_resumes(common: list[str], tmp_path: Path) -> None:
+    shape = ["--groups", "1", "--patch", "4"]
+    tiny = [*TINY_DVAE[: TINY_DVAE.index("--groups")], *TINY_DVAE[TINY_DVAE.index("--groups") + 2 :]]
+    tiny = tiny[: tiny.index("--patch")] + tiny[tiny.index("--patch") + 3 :]
+    command = ["train-dvae", "demo", *tiny, *shape, *common, "--steps", "6", "--save-every", "4"]
+    cli.main([*command, "--out", str(tmp_path / "whole")])
+    cli.main([*command, "--out", str(tmp_path / "plain"), "--no-fitted"])
+    assert losses(tmp_path / "whole")[0][1] < losses(tmp_path / "plain")[0][1]
+    shutil.copytree(tmp_path / "whole", tmp_path / "half")
+    shutil.rmtree(tmp_path / "half" / "checkpoints" / "step-00000006")
+    cli.main([*command, "--out", str(tmp_path / "half"), "--resume"])
+    assert weights(tmp_path / "half") == weights(tmp_path / "whole")
 
 
 def test_interrupt_saves_and_resume_reaches_the_same_weights(common: list[str], tmp_path: Path) -> None:
@@ -277,6 +292,8 @@ def test_refusals(stage_1: Path, common: list[str], tmp_path: Path, capsys: pyte
         ("train-dvae demo --epsilon 0", "epsilon: got 0.0"),
         ("train-dvae demo --draw-every -1", "draw_every: got -1"),
         ("train-dvae demo --warm-up-steps -1", "warm_up_steps: got -1"),
+        ("train-dvae demo --quantizer lfq", "fitted: got True with quantizer lfq"),
+        ("train-dvae demo --patch 65", "patch: got 65"),
         ("train-dvae demo --temperature 0", "temperature: got 0.0"),
         ("train-dvae demo --kl-share 1.5", "kl_share: got 1.5"),
         ("train-dvae demo --kl-weight nan", "kl_weight: got nan"),
