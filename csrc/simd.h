@@ -162,6 +162,12 @@ DALLE_INLINE U bf16_words(F x) {
   return select(is_nan(x), set(0x7FC0u), rounded);
 }
 
+DALLE_INLINE F load(const int8_t* p, int n) {
+  int8_t lanes[kLanes] = {};
+  for (int i = 0; i < n; i++) lanes[i] = p[i];
+  return load(lanes);
+}
+
 DALLE_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
 
 }  // namespace dalle::DALLE_ISA

@@ -7,8 +7,8 @@ namespace {
 
 // torch's numbers of the dtypes, asked for once.
 struct Codes {
-  const int32_t of[5] = {aoti_torch_dtype_float32(), aoti_torch_dtype_bfloat16(), aoti_torch_dtype_int32(),
-                         aoti_torch_dtype_int64(), aoti_torch_dtype_bool()};
+  const int32_t of[6] = {aoti_torch_dtype_float32(), aoti_torch_dtype_bfloat16(), aoti_torch_dtype_int8(),
+                         aoti_torch_dtype_int32(),   aoti_torch_dtype_int64(),    aoti_torch_dtype_bool()};
 };
 
 const Codes& codes() {
@@ -43,12 +43,12 @@ void torch_failed(const char* to_do) {
 }
 
 const char* dtype_name(DType dtype) {
-  constexpr const char* names[] = {"float32", "bfloat16", "int32", "int64", "bool", "another"};
+  constexpr const char* names[] = {"float32", "bfloat16", "int8", "int32", "int64", "bool", "another"};
   return names[int(dtype)];
 }
 
 int64_t dtype_size(DType dtype) {
-  constexpr int64_t sizes[] = {4, 2, 4, 8, 1, 0};
+  constexpr int64_t sizes[] = {4, 2, 1, 4, 8, 1, 0};
   return sizes[int(dtype)];
 }
 

@@ -12,7 +12,7 @@
 
 namespace dalle {
 
-enum class DType { float32, bfloat16, int32, int64, boolean, other };
+enum class DType { float32, bfloat16, int8, int32, int64, boolean, other };
 
 const char* dtype_name(DType dtype);
 int64_t dtype_size(DType dtype);

@@ -121,13 +121,25 @@ class SparseSelfAttention(nn.Module):
         q, k, v = self._qkv(x)
         return self._join(decode_attention(q, k, v, cache, position, backend=self.backend))
 
-    def new_cache(self, batch: int, dtype: torch.dtype | None = None, copies: int = 1, rewind: int = 0) -> KVCache:
-        """An empty cache for `batch` prompts on this module's device, in the dtype of its keys; else as `KVCache`."""
+    def new_cache(
+        self,
+        batch: int,
+        dtype: torch.dtype | None = None,
+        copies: int = 1,
+        rewind: int = 0,
+        pattern: Pattern | None = None,
+    ) -> KVCache:
+        """An empty cache for `batch` prompts on this module's device, in the dtype of its keys; else as `KVCache`.
+
+        `pattern` takes the place of this module's where the tokens after the prompt come in another order, such as
+        `Diagonal`'s.
+        """
         weight = self.project_qkv.weight
         if dtype is None:
             kind = weight.device.type
             dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-        return KVCache(self.pattern, batch, self.num_heads, self.head_dim, dtype, weight.device, copies, rewind)
+        pattern = self.pattern if pattern is None else pattern
+        return KVCache(pattern, batch, self.num_heads, self.head_dim, dtype, weight.device, copies, rewind)
 
     def extra_repr(self) -> str:
         return f"{self.pattern}, num_heads={self.num_heads}, head_dim={self.head_dim}"

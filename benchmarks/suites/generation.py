@@ -1,10 +1,12 @@
-"""Sampling whole pictures with the reference transformer: cached by ours, cached by SDPA, and uncached."""
+"""Sampling pictures with the reference transformer: cached by ours, cached by SDPA, uncached, and 1 to 512 candidates
+of a caption. Other projects' models are drawn from in `integrations`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +21,7 @@ def cells(choice: Choice) -> list[Cell]:
     candidates of one caption, whole pictures."""
     dtypes = choice.dtypes or ((torch.bfloat16,) if choice.gpu else (torch.float32,))
     batches = (1, 16) if choice.gpu else (1,) if choice.quick else (1, 4)
-    candidates = (64,) if choice.quick else (16, 64)
+    candidates = (16,) if choice.quick else (1, 16, 64, 512)
     grids, texts = choice.grids or (32,), choice.texts or (256,)
     return [
         cell(choice.device, text, grid, dtype, batch, tokens=8 if choice.quick and not choice.gpu else None)
@@ -28,30 +30,54 @@ def cells(choice: Choice) -> list[Cell]:
         for dtype in dtypes
         for batch in batches
     ] + [
-        candidates_cell(choice.device, dtype, number, tokens=8 if choice.quick and not choice.gpu else None)
+        # On a CPU, 512 whole pictures on SDPA take minutes: the last cells of them alone.
+        candidates_cell(choice.device, dtype, number, tokens=None if choice.gpu else 8 if choice.quick else 32)
         for dtype in dtypes
         for number in candidates
     ]
 
 
-def candidates_cell(device: torch.device, dtype: torch.dtype, number: int, tokens: int | None = None) -> Cell:
-    """Pictures of one caption by the preset "small", or their last `tokens` cells: read once, and as often as drawn."""
-    case = {"preset": "small", "candidates": number, "tokens": tokens or "all", "dtype": dtype_name(dtype)}
+def candidates_cell(
+    device: torch.device, dtype: torch.dtype, number: int, tokens: int | None = None, preset: str = "small"
+) -> Cell:
+    """Pictures of one caption, or their last `tokens` cells: the caption read and kept once, and as often as drawn; in
+    eight bits, with compiled blocks, and on SDPA over dense caches. Against the copy of what the steps have to read:
+    the weights, and the keys and values that are seen, the caption's once.
+    """
+    case = {"preset": preset, "candidates": number, "tokens": tokens or "all", "dtype": dtype_name(dtype)}
 
-    def draw(copies: int) -> Trial:
+    def work() -> Work:
+        from dalle_reference.transformer import PRESETS, DalleTransformer
+
+        config = PRESETS[preset]
+        with torch.device("meta"):
+            weights = sum(parameter.numel() for parameter in DalleTransformer(config).parameters())
+        given = config.text_length + config.image_length - (tokens or config.image_length)
+        keys = 0
+        for pattern in config.patterns:
+            seen = pattern.mask()[given : config.text_length + config.image_length - 1]
+            keys += int(seen[:, :given].sum()) + number * int(seen[:, given:].sum())
+        steps = config.text_length + config.image_length - given
+        return Work(bytes=dtype.itemsize * (steps * weights + 2 * config.width * keys), ceiling="copy")
+
+    def draw(copies: int, within: Callable[[], AbstractContextManager[None]] = nullcontext, **options: Any) -> Trial:
         from dalle_reference.generate import generate
-        from dalle_reference.transformer import DalleTransformer, TransformerConfig
+        from dalle_reference.transformer import PRESETS, DalleTransformer
 
         torch.manual_seed(0)
-        config = TransformerConfig.preset("small")
+        config = PRESETS[preset]
         model = DalleTransformer(config).to(device).eval()
+        if options.pop("compiled", False):
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * config.layers)
+            for block in model.layers:  # one graph each, as each has a cache of its own
+                block.step = torch.compile(block.step)  # type: ignore[method-assign]
         text = torch.randint(config.vocab_text, (1, config.caption_length), device=device)
         given = config.image_length - (tokens or config.image_length)
         prefix = torch.randint(config.vocab_image, (1, given), device=device)
 
         def run(copies: int = copies) -> Tensor:
             repeats = number // copies
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            with within(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 return generate(
                     model,
                     text.expand(repeats, -1),
@@ -59,11 +85,17 @@ def candidates_cell(device: torch.device, dtype: torch.dtype, number: int, token
                     number=copies,
                     temperature=0.0,
                     image_prefix=prefix.expand(repeats, -1),
+                    **options,
                 )
 
         def verify() -> Check:
-            """Greedy tokens: the first must agree, later ones may part where two are close."""
-            return Check((run()[:, given] != run(1)[:, given]).double().mean().item(), 0.0)
+            """Greedy tokens against those of plain calls, of the first cell that is drawn with the cache's help: later
+            ones may part where two are close, and this one too in fewer bits; then of the cell before it."""
+            exact = dtype == torch.float32 and "cache_dtype" not in options
+            cell = min(given + exact, config.image_length - 1)
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                wanted = generate(model, text, seed=1, temperature=0.0, image_prefix=prefix, use_cache=False)
+            return Check((run()[:, cell] != wanted[:, cell]).double().mean().item(), 0.0)
 
         drawn = number * (config.image_length - given)
         return Trial([run], verify, counts={"tokens": drawn, "pictures": drawn / config.image_length})
@@ -71,8 +103,11 @@ def candidates_cell(device: torch.device, dtype: torch.dtype, number: int, token
     def contenders() -> Iterable[Contender]:
         yield Contender("dalle_kernels, the caption once", partial(draw, number))
         yield Contender("dalle_kernels, a caption for each", partial(draw, 1))
+        yield Contender("dalle_kernels, eight bits", partial(draw, number, cache_dtype=torch.int8))
+        yield Contender("dalle_kernels, compiled blocks", partial(draw, number, compiled=True))
+        yield Contender("SDPA mask, full cache", partial(draw, 1, decoding_by_sdpa))
 
-    return Cell("generation", case, dtype, Work, contenders, f"small {number} {dtype_name(dtype)}")
+    return Cell("generation", case, dtype, work, contenders, f"{preset} {number} {dtype_name(dtype)}")
 
 
 def cell(

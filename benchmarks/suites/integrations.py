@@ -117,6 +117,10 @@ def dalle_pytorch_cells(choice: Choice) -> list[Cell]:
         *modules,
         dalle_pytorch_training(choice.device, grid),
         *(dalle_pytorch_sampling(choice.device, batch, scale, tokens, grid) for batch, scale in sampling),
+        *(
+            dalle_pytorch_sampling(choice.device, 1, 1.0, tokens, grid, number=number)
+            for number in ((4,) if choice.quick else (16, 64))
+        ),
     ]
 
 
@@ -196,8 +200,10 @@ def dalle_pytorch_sampling(
     grid: int,
     text: int = LENGTH_OF_TEXT,
     heads: int = 8,
+    number: int = 1,
 ) -> Cell:
     """Drawing the last `tokens` of a picture, greedily; reading what is before them is part of the time, the VAE not.
+    `number` candidates of each caption: theirs is given it so many times.
 
     The first of them must be the same; later ones may part where two are close, and with guidance because theirs has
     lost the caption by then.
@@ -208,22 +214,24 @@ def dalle_pytorch_sampling(
         model = _dalle(device, grid, text, heads, MIXED)
         captions, image = _batch(model, batch)
         prefix = image[:, : grid * grid - tokens]
-        model.vae.get_codebook_indices = lambda picture: prefix
+        model.vae.get_codebook_indices = lambda picture: prefix.repeat_interleave(len(picture) // batch, 0)
         model.vae.decode = lambda drawn: drawn
-        picture = torch.zeros(batch, 3, model.vae.image_size, model.vae.image_size, device=device)
-        named = {"filter_thres": 1.0, "img": picture, "num_init_img_tokens": prefix.shape[1], "cond_scale": cond_scale}
+        named = {"filter_thres": 1.0, "num_init_img_tokens": prefix.shape[1], "cond_scale": cond_scale}
 
-        def draw(model: Any) -> Tensor:
-            return model.generate_images(captions.clone(), **named)  # their guidance overwrites it
+        def draw(model: Any, copies: int, **candidates: int) -> Tensor:
+            text = captions.repeat_interleave(copies, 0)  # a copy: their guidance overwrites it
+            picture = torch.zeros(len(text), 3, model.vae.image_size, model.vae.image_size, device=device)
+            return model.generate_images(text, img=picture, **named, **candidates)
 
-        def side(model: Any) -> Side:
-            counts = {"tokens": float(batch * tokens)}
-            return Side(partial(draw, model), lambda: [draw(model)[:, prefix.shape[1]].double() + 1], counts)
+        def side(draw: Callable[[], Tensor]) -> Side:
+            counts = {"tokens": float(batch * number * tokens)}
+            return Side(draw, lambda: [draw()[:, prefix.shape[1]].double() + 1], counts)
 
-        ours, theirs = side(_accelerated(model)), side(model)
+        ours = side(partial(draw, _accelerated(model), 1, number=number))
+        theirs = side(partial(draw, model, number))
         return Sides(ours, theirs, lru_cache(maxsize=1)(theirs.answers), 0.0)
 
-    sizes = {"grid": grid, "text": text, "heads": heads, "batch": batch}
+    sizes = {"grid": grid, "text": text, "heads": heads, "batch": batch, "candidates": number}
     return before_and_after("DALLE-pytorch", case | sizes, torch.float32, make)
 
 

@@ -20,14 +20,22 @@ def cells(device: torch.device, quick: bool = False, grid: int = 32, text: int =
     size = {"grid": grid, "text": text, "layers": 4, "heads": max(1, hidden // 64), "batch": 1, "dtype": "fp32"}
     tokens = min(16 if quick else 32, grid)
 
-    def cell(setting: str, contenders: Callable[[_Models], Iterable[Contender]]) -> Cell:
-        case = {"peer": "ruDALL-E", "what": setting} | size
+    def cell(setting: str, contenders: Callable[[_Models], Iterable[Contender]], rows: int = 1) -> Cell:
+        case = {"peer": "ruDALL-E", "what": setting} | size | {"batch": rows}
         make = partial(_Models, device, grid, text, hidden)
         return Cell("integrations", case, torch.float32, Work, lambda: when_installed(make, contenders), setting)
 
     found = [
         cell("training step", _Models.training),
         cell(f"sampling {tokens} tokens", partial(_Models.sampling, tokens=tokens)),
+        *(
+            cell(
+                f"sampling {tokens} tokens of candidates",
+                partial(_Models.sampling, tokens=tokens, candidates=candidates),
+                candidates,
+            )
+            for candidates in ((4,) if quick else (16, 64))
+        ),
     ]
     names = ["row"] if quick else LAYERS
     return [cell(f"module, {name}", partial(_Models.attention, layer=LAYERS[name])) for name in names] + found
@@ -111,15 +119,17 @@ class _Models:
         yield Contender("dalle_kernels", partial(prepare, self.ours))
         yield Contender("ruDALL-E", partial(prepare, self.theirs))
 
-    def sampling(self, tokens: int) -> Iterable[Contender]:
-        """Greedy, as `generate_images` calls the model; reading the prefix is part of the time."""
+    def sampling(self, tokens: int, candidates: int = 1) -> Iterable[Contender]:
+        """Greedy, as `generate_images` calls the model, with `candidates` rows of one caption and prefix; reading them
+        is part of the time."""
         begin = self.theirs.text_seq_length + (self.theirs.image_seq_length - tokens) // 2
 
         def draw(model: Any, use_cache: bool) -> Tensor:
-            ids, cache = self.ids[:, :begin], None
+            ids, cache = self.ids[:, :begin].repeat(candidates, 1), None
+            mask = self.mask.expand(candidates, -1, -1, -1)
             with torch.no_grad():
                 for _ in range(tokens):
-                    logits, cache = model(ids, self.mask, use_cache=use_cache, cache=cache)
+                    logits, cache = model.eval()(ids, mask, use_cache=use_cache, cache=cache)
                     chosen = logits[:, -1, model.vocab_size :].argmax(-1, keepdim=True)
                     ids = torch.cat([ids, chosen], 1)
             return ids[:, begin:]
@@ -128,8 +138,9 @@ class _Models:
             def verify() -> Check:
                 return Check((draw(model, use_cache) != draw(self.theirs, True)).double().mean().item(), 0.0)
 
-            return Trial([lambda: draw(model, use_cache)], verify, counts={"tokens": tokens})
+            return Trial([lambda: draw(model, use_cache)], verify, counts={"tokens": tokens * candidates})
 
         yield Contender("dalle_kernels", partial(prepare, self.ours, True))
         yield Contender("ruDALL-E", partial(prepare, self.theirs, True))
-        yield Contender("ruDALL-E, uncached", partial(prepare, self.theirs, False))
+        if candidates == 1:
+            yield Contender("ruDALL-E, uncached", partial(prepare, self.theirs, False))

@@ -16,8 +16,10 @@ namespace dalle::DALLE_ISA {
 constexpr int kBlock = 256;
 
 template <class T>
-DALLE_INLINE const T* visible_row(const T* base, int64_t stride, const decode::Visible& visible, int32_t entry) {
-  return base + (entry < visible.prefix ? entry : visible.slots[entry - visible.prefix]) * stride;
+constexpr bool kEightBit = sizeof(T) == 1;
+
+DALLE_INLINE int64_t visible_slot(const decode::Visible& visible, int32_t entry) {
+  return entry < visible.prefix ? entry : visible.slots[entry - visible.prefix];
 }
 
 DALLE_INLINE void prefetch_row(const void* row, int64_t bytes) {
@@ -80,17 +82,17 @@ static DALLE_APART F cap_scores(float* scores, int count, float softcap) {
   return high;
 }
 
-template <class T>
-static decode::Part attend(const void* q_in, const void* keys, const void* values, int64_t stride, int width,
-                           float scale, float softcap, const decode::Visible& visible, int32_t first, int32_t last,
-                           float* sums) {
-  constexpr int kWidest = 256;
-  alignas(64) float q[kWidest], weights[kBlock];
+// Q is the dtype of queries, T that of the cache.
+template <class Q, class T>
+static decode::Part attend(const void* q_in, const decode::Held& held, int width, float scale, float softcap,
+                           const decode::Visible& visible, int32_t first, int32_t last, float* sums) {
+  alignas(64) float q[decode::kWidest], weights[kBlock];
+  alignas(64) float key_scales[kEightBit<T> ? kBlock : 1], value_scales[kEightBit<T> ? kBlock : 1];
   const T *key_rows[kBlock], *value_rows[kBlock];
   const int rounded = round_up(width, kLanes);
   const F factor = set(scale);
   for (int d = 0; d < width; d += kLanes) {
-    store(q + d, factor * load_row((const T*)q_in, d, width));
+    store(q + d, factor * load_row((const Q*)q_in, d, width));
     store(sums + d, zero());
   }
   decode::Part part{-INFINITY, 0.f};
@@ -98,15 +100,21 @@ static decode::Part attend(const void* q_in, const void* keys, const void* value
     const int count = last - begin < kBlock ? last - begin : kBlock;
     const int padded = round_up(count, kLanes);
     for (int j = 0; j < padded; j++) {
-      const int32_t entry = begin + (j < count ? j : count - 1);
-      key_rows[j] = visible_row((const T*)keys, stride, visible, entry);
-      value_rows[j] = visible_row((const T*)values, stride, visible, entry);
+      const int64_t slot = visible_slot(visible, begin + (j < count ? j : count - 1));
+      key_rows[j] = (const T*)held.keys + slot * held.row;
+      value_rows[j] = (const T*)held.values + slot * held.row;
+      if constexpr (kEightBit<T>) {
+        key_scales[j] = held.scales[2 * slot];
+        value_scales[j] = held.scales[2 * slot + 1];
+      }
     }
     F high = set(-INFINITY);
     for (int j = 0; j < padded; j += kLanes) {
       const int alive = count - j < kLanes ? count - j : kLanes;
       for (int i = 0; i < alive; i++) prefetch_row(value_rows[j + i], width * int64_t(sizeof(T)));
-      const F s = select(::dalle::DALLE_ISA::first(alive), scores_of(q, key_rows + j, width), set(-INFINITY));
+      F s = scores_of(q, key_rows + j, width);
+      if constexpr (kEightBit<T>) s = s * load(key_scales + j);
+      s = select(::dalle::DALLE_ISA::first(alive), s, set(-INFINITY));
       store(weights + j, s);
       high = max(high, s);
     }
@@ -118,7 +126,11 @@ static decode::Part attend(const void* q_in, const void* keys, const void* value
     for (int j = 0; j < padded; j += kLanes) {
       const F s = load(weights + j);
       const F e = select(equal(s, set(-INFINITY)), zero(), power((s - set(base)) * set(kLog2E)));
-      store(weights + j, e);
+      if constexpr (kEightBit<T>) {
+        store(weights + j, e * load(value_scales + j));
+      } else {
+        store(weights + j, e);
+      }
       total += e;
     }
     part = {now, part.total * decay + sum(total)};
@@ -129,23 +141,31 @@ static decode::Part attend(const void* q_in, const void* keys, const void* value
   return part;
 }
 
-// The block's rows as float32, where products cannot read them in place.
+// The block's rows as float32, where products cannot read them in place, times their scales where they are eight-bit.
 template <class T>
-DALLE_INLINE void widen_rows(const T** rows, int count, int width, int rounded, float* packed, const float** out) {
+DALLE_INLINE void widen_rows(const T** rows, const float* scales, int count, int width, int rounded, float* packed,
+                             const float** out) {
   for (int j = 0; j < count; j++, packed += rounded) {
-    for (int d = 0; d < rounded; d += kLanes) store(packed + d, load_row(rows[j], d, width));
+    for (int d = 0; d < rounded; d += kLanes) {
+      const F x = load_row(rows[j], d, width);
+      if constexpr (kEightBit<T>) {
+        store(packed + d, x * set(scales[j]));
+      } else {
+        store(packed + d, x);
+      }
+    }
     out[j] = packed;
   }
 }
 
 // kQueries queries, of which the first `count` are asked for.
-template <class T, int kQueries>
-DALLE_INLINE void attend_block(const void* const* q, int count, const T* keys, const T* values, int64_t row, int width,
-                               float scale, float softcap, const decode::Visible& visible, int32_t first,
-                               int32_t last, decode::Part* parts, float* sums, int64_t step, int64_t stride, float* memory) {
+template <class Q, class T, int kQueries>
+DALLE_INLINE void attend_block(const void* const* q, int count, const decode::Held& held, int width, float scale, float softcap,
+                               const decode::Visible& visible, int32_t first, int32_t last, decode::Part* parts,
+                               float* sums, int64_t step, int64_t stride, float* memory) {
   constexpr int N = kQueries / kLanes < kWide ? kQueries / kLanes : kWide, kRows = kRowsBeside<N>;
   const int rounded = round_up(width, kLanes);
-  const bool packs = sizeof(T) == 2 || rounded != width;
+  const bool packs = sizeof(T) != sizeof(float) || rounded != width;
   Carver carver{memory};
   float* const transposed = carver.floats(int64_t(rounded) * kTile);
   float* const scores = carver.floats(int64_t(kTile) * kQueries);
@@ -160,7 +180,7 @@ DALLE_INLINE void attend_block(const void* const* q, int count, const T* keys, c
     for (int d = 0; d < rounded; d += kLanes) {
       F block[kLanes];
       DALLE_UNROLL for (int j = 0; j < kLanes; j++)
-        block[j] = i + j < count ? set(scale) * load_row((const T*)q[i + j], d, width) : zero();
+        block[j] = i + j < count ? set(scale) * load_row((const Q*)q[i + j], d, width) : zero();
       transpose(block);
       DALLE_UNROLL for (int j = 0; j < kLanes; j++) store(transposed + (d + j) * kTile + i, block[j]);
     }
@@ -168,14 +188,19 @@ DALLE_INLINE void attend_block(const void* const* q, int count, const T* keys, c
     const int here = last - begin < kTile ? last - begin : kTile, even = round_up(here, 2);
     const T *key_rows[kTile], *value_rows[kTile];
     const float *key_units[kTile], *value_units[kTile];
+    float key_scales[kEightBit<T> ? kTile : 1], value_scales[kEightBit<T> ? kTile : 1];
     for (int j = 0; j < even; j++) {
-      const int32_t entry = begin + (j < here ? j : here - 1);
-      key_rows[j] = visible_row(keys, row, visible, entry);
-      value_rows[j] = visible_row(values, row, visible, entry);
+      const int64_t slot = visible_slot(visible, begin + (j < here ? j : here - 1));
+      key_rows[j] = (const T*)held.keys + slot * held.row;
+      value_rows[j] = (const T*)held.values + slot * held.row;
+      if constexpr (kEightBit<T>) {
+        key_scales[j] = held.scales[2 * slot];
+        value_scales[j] = held.scales[2 * slot + 1];
+      }
     }
     if (packs) {
-      widen_rows(key_rows, even, width, rounded, packed, key_units);
-      widen_rows(value_rows, even, width, rounded, packed + kTile * rounded, value_units);
+      widen_rows(key_rows, key_scales, even, width, rounded, packed, key_units);
+      widen_rows(value_rows, value_scales, even, width, rounded, packed + kTile * rounded, value_units);
     } else {
       for (int j = 0; j < even; j++) {
         key_units[j] = (const float*)key_rows[j];
@@ -224,13 +249,13 @@ DALLE_INLINE void attend_block(const void* const* q, int count, const T* keys, c
   }
 }
 
-template <class T>
-static void attend_many(const void* const* q, int count, const void* keys, const void* values, int64_t row, int width,
-                        float scale, float softcap, const decode::Visible& visible, int32_t first, int32_t last,
-                        decode::Part* parts, float* sums, int64_t step, int64_t stride, float* memory) {
+template <class Q, class T>
+static void attend_many(const void* const* q, int count, const decode::Held& held, int width, float scale, float softcap,
+                        const decode::Visible& visible, int32_t first, int32_t last, decode::Part* parts, float* sums,
+                        int64_t step, int64_t stride, float* memory) {
   const auto run = [&](auto queries) __attribute__((always_inline)) {
-    attend_block<T, queries.value>(q, count, (const T*)keys, (const T*)values, row, width, scale, softcap, visible,
-                                   first, last, parts, sums, step, stride, memory);
+    attend_block<Q, T, queries.value>(q, count, held, width, scale, softcap, visible, first, last, parts, sums, step, stride,
+                                      memory);
   };
   if (count <= 16) return run(Int<16>{});
   if (count <= 32) return run(Int<32>{});
@@ -254,9 +279,40 @@ static void combine(const decode::Part* parts, const float* sums, int64_t stride
   }
 }
 
+template <class T>
+static float copy_row(const void* row, int width, void* slot) {
+  std::memcpy(slot, row, width * sizeof(T));
+  return 1.f;
+}
+
+// Nothing here runs more than twice a head: the loops over the cache are what takes time.
+template <class T>
+static float quantize_row(const void* row, int width, void* slot) {
+  constexpr float kMost = 127.f;
+  alignas(64) float steps[decode::kWidest];
+  F high = zero();
+  Mask strange = is_nan(high);
+  for (int d = 0; d < width; d += kLanes) {
+    const F x = load_row((const T*)row, d, width);
+    strange = strange | is_nan(x);
+    high = max(high, max(x, zero() - x));
+    store(steps + d, x);
+  }
+  const float most = largest(high) / kMost;
+  const bool finite = !any(strange) && most <= FLT_MAX;
+  const float scale = !finite ? NAN : most < FLT_MIN ? 0.f : most;
+  for (int d = 0; d < width; d += kLanes)
+    store(steps + d, scale > 0.f ? ::dalle::DALLE_ISA::round(load(steps + d) / set(scale)) : zero());
+  for (int d = 0; d < width; d++) ((int8_t*)slot)[d] = int8_t(steps[d]);
+  return scale;
+}
+
 const DecodeTable& decode_kernels() {
-  static constexpr DecodeTable table{{attend<float>, attend_many<float>, combine<float>},
-                                     {attend<bf16>, attend_many<bf16>, combine<bf16>}};
+  static constexpr DecodeTable table{
+      {attend<float, float>, attend_many<float, float>, combine<float>, copy_row<float>},
+      {attend<bf16, bf16>, attend_many<bf16, bf16>, combine<bf16>, copy_row<bf16>},
+      {attend<float, int8_t>, attend_many<float, int8_t>, combine<float>, quantize_row<float>},
+      {attend<bf16, int8_t>, attend_many<bf16, int8_t>, combine<bf16>, quantize_row<bf16>}};
   return table;
 }
 

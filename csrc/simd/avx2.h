@@ -137,6 +137,8 @@ DALLE_INLINE void store(bf16* p, F x, int n) {
   for (int i = 0; i < n; i++) p[i] = lanes[i];
 }
 
+DALLE_INLINE F load(const int8_t* p) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p))); }
+
 // Turns kLanes vectors into their transpose.
 DALLE_INLINE void transpose(F* r) {
   F t[8];

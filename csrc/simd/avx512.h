@@ -108,6 +108,8 @@ DALLE_INLINE __m256i pack_bf16(F x) {
 DALLE_INLINE void store(bf16* p, F x) { _mm256_storeu_si256((__m256i*)p, pack_bf16(x)); }
 DALLE_INLINE void store(bf16* p, F x, int n) { _mm256_mask_storeu_epi16(p, first(n).lanes, pack_bf16(x)); }
 
+DALLE_INLINE F load(const int8_t* p) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p))); }
+
 #if defined(DALLE_PAIRS)
 // A pair of bf16 values per 32-bit lane: low half from `low`, high half from `high`.
 DALLE_INLINE U pair(F low, F high) {

@@ -137,6 +137,12 @@ DALLE_INLINE void store(bf16* p, F x, int n) {
   for (int i = 0; i < n; i++) p[i] = lanes[i];
 }
 
+DALLE_INLINE F load(const int8_t* p) {
+  uint32_t word;
+  std::memcpy(&word, p, sizeof word);
+  return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vcreate_s8(word)))));
+}
+
 #if defined(DALLE_PAIRS)
 // A pair of bf16 values per 32-bit lane: low half from `low`, high half from `high`.
 DALLE_INLINE U pair(F low, F high) {

@@ -26,6 +26,7 @@ using Floats = __m512;
 using Words = uint32_t __attribute__((vector_size(64)));
 using LongWords = uint64_t __attribute__((vector_size(64)));
 using Halves = uint16_t __attribute__((vector_size(64)));
+using Bytes = int8_t __attribute__((vector_size(16)));
 using HalfWords = uint16_t __attribute__((vector_size(32)));
 
 template <class V, class Lane>
@@ -193,6 +194,9 @@ DALLE_EMULATED __m512i _mm512_permutexvar_epi16(__m512i order, __m512i a) {
 }
 DALLE_EMULATED __m512i _mm512_cvtepu16_epi32(__m256i a) {
   return (__m512i)by_lane<Words>([&](int i) { return uint32_t(((HalfWords)a)[i]); });
+}
+DALLE_EMULATED __m512i _mm512_cvtepi8_epi32(__m128i a) {
+  return (__m512i)by_lane<Words>([&](int i) { return uint32_t(int32_t(((Bytes)a)[i])); });
 }
 DALLE_EMULATED __m256i _mm512_cvtepi32_epi16(__m512i a) {
   return (__m256i)by_lane<HalfWords>([&](int i) { return uint16_t(((Words)a)[i]); });

@@ -29,19 +29,27 @@ class KVCache:
 
     Args:
         pattern: the layer's pattern; no query of it may see a later key.
-        batch, heads, head_dim: prompts, H and D of the layer.
-        dtype, device: of the tensors to come; torch's defaults where None.
+        batch, heads, head_dim: prompts, H and D of the layer; H of its keys, where queries have more.
+        dtype, device: of the tensors to come; torch's defaults where None. torch.int8 keeps tokens of any
+            floating-point dtype in eight bits, with a float32 scale for each head and slot of keys and of values.
         copies: continuations of each prompt.
         rewind: by how many tokens more than one `truncate` can always go back; each may cost a slot.
+
+    In eight bits, each row of D numbers is rounded to whole multiples of its greatest magnitude / 127, so that a number
+    is off by at most 1 / 254 of that magnitude. With K the greatest magnitude among the keys that a query q sees, and
+    V among the values, an output of `decode_attention` is off by at most V (1 + |scale| |q|_1 K) / 254, and by
+    float32's rounding: scores are off by at most e = |scale| |q|_1 K / 254, which moves the weights by
+    2 tanh(e / 2) <= e in sum. What is below 1.5e-36 counts as 0, and an infinity or a NaN makes its whole row NaN.
 
     Attributes:
         keys, values: [B, H, L, D], L slots, contiguous. Others of that shape may take their place.
         shared_keys, shared_values: [batch, H, M, D], the prompt's, where copies share it, else None.
+        scales, shared_scales: float32 [B, H, L, 2] and [batch, H, M, 2], of keys and of values, where dtype is int8.
         lengths: int64 [B] on the CPU, the tokens that each row holds; None where a GPU cache does not know. Whoever
             writes keys and values by hand sets it.
 
     Raises:
-        ValueError: for sizes below 1, a dtype that is not floating point, or a pattern that is not causal.
+        ValueError: for sizes below 1, a dtype that is neither floating point nor int8, or a pattern that is not causal.
 
     Example:
         >>> KVCache(Row(TokenLayout(256, (32, 32))), batch=1, heads=2, head_dim=64).keys.shape
@@ -70,8 +78,8 @@ class KVCache:
             least = 0 if name == "rewind" else 1
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"{name}: got {value!r}, wanted an int >= {least}")
-        if dtype is not None and dtype not in FLOATS:
-            raise ValueError(f"dtype: got {dtype}, wanted a floating-point dtype")
+        if dtype is not None and dtype not in (*FLOATS, torch.int8):
+            raise ValueError(f"dtype: got {dtype}, wanted a floating-point dtype or torch.int8")
         self.pattern = pattern
         self.copies = copies
         self.rewind = rewind
@@ -80,12 +88,19 @@ class KVCache:
             (batch * copies, heads, slots if copies == 1 else 0, head_dim), dtype=dtype, device=device
         )
         self.values = torch.zeros_like(self.keys)
+        self.scales = self._new_scales(self.keys)
         self._forget_prompt()
         self.lengths: torch.Tensor | None = torch.zeros(batch * copies, dtype=torch.int64, device="cpu")
+
+    def _new_scales(self, keys: torch.Tensor) -> torch.Tensor | None:
+        if keys.dtype != torch.int8:
+            return None
+        return torch.zeros((*keys.shape[:3], 2), dtype=torch.float32, device=keys.device)
 
     def _forget_prompt(self) -> None:
         self.shared_keys: torch.Tensor | None = None
         self.shared_values: torch.Tensor | None = None
+        self.shared_scales: torch.Tensor | None = None
         self.hidden: torch.Tensor | None = None
         self.shared_hidden: torch.Tensor | None = None
         self._prompt = 0
@@ -93,8 +108,8 @@ class KVCache:
     @property
     def nbytes(self) -> int:
         """Bytes of all its tensors."""
-        tensors = (self.keys, self.values, self.shared_keys, self.shared_values, self.hidden, self.shared_hidden)
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
+        tensors = (tensor for tensor in self.store if isinstance(tensor, torch.Tensor))
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     @property
     def store(self) -> Store:
@@ -106,6 +121,8 @@ class KVCache:
             self.shared_values,
             self.hidden,
             self.shared_hidden,
+            self.scales,
+            self.shared_scales,
             self._prompt,
             self.rewind,
         )
@@ -127,6 +144,7 @@ class KVCache:
             raise ValueError(f"cache.values: got shape {tuple(values.shape)}, wanted {tuple(keys.shape)} as keys has")
         check_alike("cache.values", values, "cache.keys", keys)
         shared = {}
+        scales: dict[str, tuple[torch.Tensor | None, torch.Tensor]] = {"scales": (self.scales, keys)}
         if self.shared_keys is not None and self.shared_values is not None:
             kept = _slots(self.pattern.spec, self._prompt, self.rewind, shared=True)
             wanted = (keys.shape[0] // self.copies, keys.shape[1], kept, keys.shape[3])
@@ -135,7 +153,19 @@ class KVCache:
                 if tensor.shape != wanted:
                     raise ValueError(f"cache.{name}: got shape {tuple(tensor.shape)}, wanted {wanted}")
                 check_alike(f"cache.{name}", tensor, "cache.keys", keys)
-        for name, tensor in {"keys": keys, "values": values, **shared}.items():
+            scales["shared_scales"] = (self.shared_scales, self.shared_keys)
+        given = {}
+        for name, (its, scaled) in scales.items():
+            if (its is None) != (keys.dtype != torch.int8):
+                raise TypeError(f"cache.keys: got {keys.dtype}, wanted int8 just where cache.{name} is there")
+            if its is None:
+                continue
+            wanted = (*scaled.shape[:3], 2)
+            if its.shape != wanted or its.dtype != torch.float32:
+                came = f"{its.dtype} of shape {tuple(its.shape)}"
+                raise ValueError(f"cache.{name}: got {came}, wanted torch.float32 of shape {wanted}")
+            given[name] = its
+        for name, tensor in {"keys": keys, "values": values, **shared, **given}.items():
             if not tensor.is_contiguous():
                 came = f"strides {tuple(tensor.stride())} for shape {tuple(tensor.shape)}"
                 raise ValueError(f"cache.{name}: got {came}, wanted a contiguous tensor")
@@ -145,11 +175,20 @@ class KVCache:
                 "`reorder` makes others"
             )
 
+    def check_token(self, name: str, tensor: torch.Tensor, other: torch.Tensor) -> None:
+        """A token's tensor suits the cache's dtype and device; an int8 cache takes what is like `other` in dtype."""
+        if self.keys.dtype != torch.int8:
+            check_alike(name, tensor, "the cache", self.keys)
+        elif tensor.device != self.keys.device:
+            raise ValueError(f"{name}: got a tensor on {tensor.device}, wanted {self.keys.device} where the cache is")
+        elif tensor.dtype != other.dtype:
+            raise TypeError(f"{name}: got {tensor.dtype}, wanted {other.dtype} as the others have")
+
     def prefill(self, k: torch.Tensor, v: torch.Tensor, key_padding_mask: torch.Tensor | None = None) -> None:
         """Takes the keys and values of positions 0 to n - 1: what decoding those tokens one by one would leave.
 
         Args:
-            k, v: [batch, H, n, D], dtype and device of the cache, which must be empty.
+            k, v: [batch, H, n, D], dtype (one of floating point for int8) and device of the cache, which must be empty.
             key_padding_mask: bool [batch, n], True at keys that no later token shall see.
 
         Raises:
@@ -160,7 +199,7 @@ class KVCache:
         batch = rows // self.copies
         for name, tensor in (("k", k), ("v", v)):
             check_tensor(name, tensor, rank=4)
-            check_alike(name, tensor, "the cache", self.keys)
+            self.check_token(name, tensor, k)
             if tensor.shape[:2] != (batch, heads) or tensor.shape[3] != width or tensor.shape[2] != k.shape[2]:
                 wanted = f"({batch}, {heads}, n, {width}), n alike for k and v"
                 raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, wanted {wanted}")
@@ -182,6 +221,7 @@ class KVCache:
             self.shared_keys if shared else self.keys,
             self.shared_values if shared else self.values,
             self.shared_hidden if shared else self.hidden,
+            self.shared_scales if shared else self.scales,
             key_padding_mask,
             self.lengths_to_check(),
             self.pattern.spec,
@@ -202,6 +242,7 @@ class KVCache:
         self.shared_values = torch.zeros_like(self.shared_keys)
         self.keys = self.keys.new_zeros(rows, heads, slots, width)
         self.values = torch.zeros_like(self.keys)
+        self.scales, self.shared_scales = self._new_scales(self.keys), self._new_scales(self.shared_keys)
         if padded:
             self.shared_hidden = torch.zeros(self.shared_keys.shape[::2], dtype=torch.bool, device=self.keys.device)
 
@@ -218,6 +259,15 @@ class KVCache:
             ValueError: for a position beyond what the cache holds, inside a shared prompt, or before keys that are
                 gone; the cache is then as it was.
         """
+        wanted = self.check_truncate(position)
+        if self.copies > 1 and not wanted.any():
+            self.keys, self.values = (tensor[:, :, :0].contiguous() for tensor in (self.keys, self.values))
+            self.scales = self._new_scales(self.keys)
+            self._forget_prompt()
+        self.lengths = wanted.clone() if self.lengths is None else self.lengths.copy_(wanted)
+
+    def check_truncate(self, position: int | torch.Tensor) -> torch.Tensor:
+        """`position` as `truncate` would take it, int64 [B]; raises as it does, and changes nothing."""
         rows = self.keys.shape[0]
         if isinstance(position, torch.Tensor):
             if position.shape != (rows,) or position.dtype != torch.int64:
@@ -241,10 +291,7 @@ class KVCache:
                     f"position: got {target}, which sees keys whose slots later tokens took; "
                     f"a cache made with rewind={length - target - 1} could go back so far"
                 )
-        if self.copies > 1 and not wanted.any():
-            self.keys, self.values = (tensor[:, :, :0].contiguous() for tensor in (self.keys, self.values))
-            self._forget_prompt()
-        self.lengths = wanted.clone() if lengths is None else lengths.copy_(wanted)
+        return wanted
 
     def reorder(self, index: torch.Tensor) -> None:
         """Row b becomes what row index[b] was, as beam search wants it; the batch may grow or shrink.
@@ -270,9 +317,9 @@ class KVCache:
             prompts = (index // copies).unflatten(0, (-1, copies))
             if not bool((prompts == prompts[:, :1]).all()):
                 raise ValueError("index: got rows of several prompts in the place of one's copies, wanted one's alone")
-            for name in ("shared_keys", "shared_values", "shared_hidden"):
+            for name in ("shared_keys", "shared_values", "shared_hidden", "shared_scales"):
                 self._take(name, prompts[:, 0])
-        for name in ("keys", "values", "hidden"):
+        for name in ("keys", "values", "hidden", "scales"):
             self._take(name, index)
         if self.lengths is not None:
             self.lengths = self.lengths[index.cpu()]

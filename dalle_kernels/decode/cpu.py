@@ -49,6 +49,8 @@ def forward(
         *shared,
         store.hidden,
         None if table.shared is None else store.shared_hidden,
+        store.scales,
+        None if table.shared is None else store.shared_scales,
         position,
         scale,
         softcap,

@@ -9,8 +9,9 @@ import torch
 from dalle_kernels.backends.choice import Operation, register
 from dalle_kernels.backends.contract import Call
 from dalle_kernels.backends.library import define
-from dalle_kernels.checks import autocast, check_alike, check_scale, check_softcap, check_tensor, rows_contiguous
+from dalle_kernels.checks import autocast, check_scale, check_softcap, check_tensor, rows_contiguous
 from dalle_kernels.decode.cache import KVCache, as_int, check_empty, check_next, check_position
+from dalle_kernels.decode.eight_bit import quantize
 from dalle_kernels.decode.store import Store
 from dalle_kernels.device import lasting, remembered, settled
 from dalle_kernels.patterns.decode_table import decode_table_for
@@ -31,17 +32,19 @@ def _describe(
     if not isinstance(cache, KVCache):
         raise TypeError(f"cache: got {type(cache).__name__}, wanted a KVCache")
     by_row = isinstance(position, torch.Tensor) and position.numel() > 1
-    return Call(q.device, autocast(q)[0].dtype, q.shape[-1], _extras(cache.store, by_row, softcap))
+    return Call(q.device, autocast(q)[0].dtype, q.shape[-1], _extras(cache.store, q.shape[1], by_row, softcap))
 
 
-def _extras(store: Store, by_row: bool, softcap: float | None) -> tuple[str, ...]:
-    """What of a call not every backend has."""
+def _extras(store: Store, heads: int, by_row: bool, softcap: float | None) -> tuple[str, ...]:
+    """What of a call with so many query heads not every backend has."""
     hidden = store.hidden is not None or store.shared_hidden is not None
     wanted = {
         "shared prompts": store.shared_keys is not None,
         "padding": hidden,
         "positions that differ by row": by_row,
         "logit soft cap": softcap is not None,
+        "eight-bit caches": store.scales is not None,
+        "grouped heads": heads != store.keys.shape[1],
     }
     return tuple(name for name, asked in wanted.items() if asked)
 
@@ -75,8 +78,9 @@ def decode_attention(
     several, it gives row by row what `sparse_attention` gives at once. It has no backward.
 
     Args:
-        q, k, v: [B, H, G, D], the next G tokens'; dtype and device of the cache (autocast casts them first). B counts
-            the copies of a prompt.
+        q, k, v: [B, H, G, D], the next G tokens'; dtype and device of the cache (autocast casts them first), or any
+            one floating-point dtype where the cache is int8. B counts the copies of a prompt. q may have n H heads, of
+            which each n in a row see one head of k and v, as in grouped-query attention.
         cache: the layer's KVCache; it says the pattern, and is changed in place.
         position: where the first of them stands in the sequence, which is how many tokens the cache holds: an int or
             an int64 tensor on the cache's device, of one element or, where rows differ, [B]. A tensor on a GPU lets
@@ -86,7 +90,7 @@ def decode_attention(
         softcap: as in `sparse_attention`.
 
     Returns:
-        [B, H, G, D] in q's dtype.
+        Like q.
 
     Raises:
         TypeError, ValueError: for wrong shapes, dtypes or devices, a position outside the pattern, or one that is not
@@ -113,14 +117,15 @@ def decode_attention(
     tokens = q.shape[2]
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         check_tensor(name, tensor, rank=4)
-        wanted = (rows, heads, max(tokens, 1), width)
+        grouped = name == "q" and q.shape[1] and q.shape[1] % heads == 0
+        wanted = (rows, q.shape[1] if grouped else heads, max(tokens, 1), width)
         if tensor.shape != wanted:
             raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, wanted {wanted} to suit the cache")
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         raise RuntimeError("decode_attention has no backward: call it under torch.no_grad()")
     q, k, v = autocast(q, k, v)
     for name, tensor in (("q", q), ("k", k), ("v", v)):
-        check_alike(name, tensor, "the cache", cache.keys)
+        cache.check_token(name, tensor, q)
     check_scale(scale)
     softcap = check_softcap(softcap)
     where, known = _position(position, cache, tokens)
@@ -134,6 +139,8 @@ def decode_attention(
         cache.shared_values,
         cache.hidden,
         cache.shared_hidden,
+        cache.scales,
+        cache.shared_scales,
         cache.lengths_to_check(),
         where,
         width**-0.5 if scale is None else float(scale),
@@ -178,6 +185,8 @@ def _forward(
     shared_values: torch.Tensor | None,
     hidden: torch.Tensor | None,
     shared_hidden: torch.Tensor | None,
+    scales: torch.Tensor | None,
+    shared_scales: torch.Tensor | None,
     lengths: torch.Tensor | None,
     position: torch.Tensor,
     scale: float,
@@ -188,7 +197,9 @@ def _forward(
     backend: str,
 ) -> torch.Tensor:
     parsed, tokens = Pattern.parse(pattern), q.shape[2]
-    store = Store(keys, values, shared_keys, shared_values, hidden, shared_hidden, prompt, rewind)
+    store = Store(
+        keys, values, shared_keys, shared_values, hidden, shared_hidden, scales, shared_scales, prompt, rewind
+    )
     # On the CPU a position tensor can be looked at without waiting for anything, so it is checked here.
     if position.device.type == "cpu":
         check_position(position, tokens, parsed.length)
@@ -196,7 +207,7 @@ def _forward(
         check_next(lengths, position)
     _check_apart(keys, values)
     module = OPERATION.choose(
-        backend, Call(q.device, q.dtype, q.shape[-1], _extras(store, position.dim() > 0, softcap))
+        backend, Call(q.device, q.dtype, q.shape[-1], _extras(store, q.shape[1], position.dim() > 0, softcap))
     )
     out = module.forward(q, k, v, store, position, scale, parsed, softcap)
     if lengths is not None:
@@ -219,6 +230,7 @@ def _prefill(
     keys: torch.Tensor,
     values: torch.Tensor,
     hidden: torch.Tensor | None,
+    scales: torch.Tensor | None,
     key_padding_mask: torch.Tensor | None,
     lengths: torch.Tensor | None,
     pattern: str,
@@ -230,8 +242,11 @@ def _prefill(
         check_empty(lengths)
     _check_apart(keys, values)
     slot, token = lasting(_places(Pattern.parse(pattern), tokens, prompt, rewind, str(k.device)), k.device)
-    keys[:, :, slot] = k[:, :, token]
-    values[:, :, slot] = v[:, :, token]
+    for part, (held, new) in enumerate(((keys, k), (values, v))):
+        if scales is None:
+            held[:, :, slot] = new[:, :, token]
+        else:
+            held[:, :, slot], scales[:, :, slot, part] = quantize(new[:, :, token])
     if hidden is not None:
         hidden[:, slot] = False if key_padding_mask is None else key_padding_mask[:, token]
     if lengths is not None:
@@ -251,14 +266,15 @@ def _places(pattern: Pattern, tokens: int, prompt: int, rewind: int, device: str
 
 define(
     "decode_forward(Tensor q, Tensor k, Tensor v, Tensor(a!) keys, Tensor(b!) values, Tensor? shared_keys,"
-    " Tensor? shared_values, Tensor(c!)? hidden, Tensor? shared_hidden, Tensor(d!)? lengths, Tensor position,"
-    " float scale, float? softcap, str pattern, int prompt, int rewind, str backend) -> Tensor",
+    " Tensor? shared_values, Tensor(c!)? hidden, Tensor? shared_hidden, Tensor(d!)? scales, Tensor? shared_scales,"
+    " Tensor(e!)? lengths, Tensor position, float scale, float? softcap, str pattern, int prompt, int rewind,"
+    " str backend) -> Tensor",
     _forward,
     _forward_fake,
 )
 define(
     "decode_prefill(Tensor k, Tensor v, Tensor(a!) keys, Tensor(b!) values, Tensor(c!)? hidden,"
-    " Tensor? key_padding_mask, Tensor(d!)? lengths, str pattern, int prompt, int rewind) -> ()",
+    " Tensor(d!)? scales, Tensor? key_padding_mask, Tensor(e!)? lengths, str pattern, int prompt, int rewind) -> ()",
     _prefill,
     lambda *_: None,
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from dalle_kernels.backends.contract import Call
+from dalle_kernels.decode.eight_bit import quantize, widen
 from dalle_kernels.decode.store import Store
 from dalle_kernels.patterns.decode_table import DecodeTable
 from dalle_kernels.patterns.patterns import Pattern
@@ -49,32 +50,52 @@ def _attend(
 ) -> torch.Tensor:
     """One token of `rows`, all of them at `position`."""
     slot = int(table.slot[position])
-    store.keys[rows, :, slot] = k[:, :, 0]
-    store.values[rows, :, slot] = v[:, :, 0]
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    for part, (held, new) in enumerate(((store.keys, k), (store.values, v))):
+        if store.scales is None:
+            held[rows, :, slot] = new[:, :, 0]
+        else:
+            held[rows, :, slot], store.scales[rows, :, slot, part] = quantize(new[:, :, 0])
     if store.hidden is not None:
         store.hidden[rows, slot] = False  # what is new is not padding
     seen = _visible(table, position)
-    keys, values = store.keys[rows][:, :, seen], store.values[rows][:, :, seen]
+    keys, values = _read(store.keys, store.values, store.scales, rows, seen, wide)
     hidden = None if store.hidden is None else store.hidden[rows][:, seen]
     if table.shared is not None:
         assert store.shared_keys is not None
         assert store.shared_values is not None
         prompts, seen = rows // store.copies, _visible(table.shared, position)
         ours = torch.zeros(keys.shape[::2], dtype=torch.bool, device=q.device) if hidden is None else hidden
-        keys = torch.cat([store.shared_keys[prompts][:, :, seen], keys], 2)
-        values = torch.cat([store.shared_values[prompts][:, :, seen], values], 2)
+        before = _read(store.shared_keys, store.shared_values, store.shared_scales, prompts, seen, wide)
+        keys, values = torch.cat([before[0], keys], 2), torch.cat([before[1], values], 2)
         if store.shared_hidden is not None:
             hidden = torch.cat([store.shared_hidden[prompts][:, seen], ours], 1)
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    scores = scale * q.to(wide) @ keys.to(wide).mT
+    groups = q.shape[1] // keys.shape[1]  # of query heads, which see the same keys
+    keys, values = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
+    scores = scale * q.to(wide) @ keys.mT
     if softcap is not None:
         scores = softcap * (scores / softcap).tanh()
-    values = values.to(wide)
     if hidden is None:
         return (scores.softmax(-1) @ values).to(q.dtype)
     blind = hidden.all(-1)[:, None, None, None]
     weights = scores.masked_fill(hidden[:, None, None], -torch.inf).softmax(-1).masked_fill(blind, 0)
     return (weights @ values.masked_fill(hidden[:, None, :, None], 0)).to(q.dtype)
+
+
+def _read(
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scales: torch.Tensor | None,
+    rows: torch.Tensor,
+    seen: torch.Tensor,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The slots `seen` of `rows` as numbers of `dtype`."""
+    keys, values = keys[rows][:, :, seen], values[rows][:, :, seen]
+    if scales is None:
+        return keys.to(dtype), values.to(dtype)
+    its = scales[rows][:, :, seen]
+    return widen(keys, its[..., 0], dtype), widen(values, its[..., 1], dtype)
 
 
 def _visible(table: DecodeTable, position: int) -> torch.Tensor:

@@ -23,6 +23,10 @@ class Store(NamedTuple):
     """bool [B, L], True at slots whose key is padding; None where none is."""
     shared_hidden: torch.Tensor | None = None
     """bool [B / copies, M]."""
+    scales: torch.Tensor | None = None
+    """float32 [B, H, L, 2]: what a slot's int8 key and its int8 value are multiplied by; None where they are floats."""
+    shared_scales: torch.Tensor | None = None
+    """float32 [B / copies, H, M, 2]."""
     prompt: int = 0
     """Tokens of the prompt, where it is shared."""
     rewind: int = 0

@@ -33,6 +33,8 @@ NOTHING = tl.constexpr(-1e30)  # the largest exponent where all is padding
 def refuse(call: Call) -> str | None:
     if call.width > WIDEST:
         return f"head dimension {call.width} is more than {WIDEST}"
+    if missing := [extra for extra in call.extras if extra in ("eight-bit caches", "grouped heads")]:
+        return f"it has no {missing[0]}"
     return obstacle(call.device, call.dtype)
 
 

@@ -33,6 +33,9 @@ def accelerate(model: nn.Module) -> nn.Module:
     says so once: training with attention dropout, which our operations do not have; an `attention_mask` that is not
     causal with some keys hidden as padding; sampling with a cache where gradients are on or keys are padding.
 
+    Where a call that begins a cache has the same tokens in every row, as in `generate_images`, one row is run for all,
+    and its keys and values are kept once.
+
     With `use_cache`, the second and later calls return the logits of the new tokens, [b, new, vocabulary], where
     ruDALL-E returns a row for each token so far, all but the new ones of no use. Its `cache` stays a dict with a key a
     layer; the values are `LayerCache`. `gradient_checkpointing` works (that of ruDALL-E 1.1.3 fails). Under
@@ -104,6 +107,7 @@ class _View(NamedTuple):
     pattern: Pattern
     padding: Tensor | None = None
     keep: bool = False  # begin a cache with these tokens
+    copies: int = 1  # of each row, in that cache
     cache: LayerCache | None = None  # or go on from this one
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, LayerCache | None]:
@@ -114,7 +118,7 @@ class _View(NamedTuple):
             if not self.keep:
                 return out, None
             batch, heads, new, width = k.shape
-            cache = LayerCache(self.pattern, batch, heads, width, k.dtype, k.device)
+            cache = LayerCache(self.pattern, batch, heads, width, k.dtype, k.device, self.copies)
             cache.prefill(k, v)
         else:
             new = q.shape[2]
@@ -172,7 +176,8 @@ class _Transformer(nn.Module):
             hidden_states = checkpoint_sequential(steps, gradient_checkpointing, hidden_states, use_reentrant=False)
             return self.final_layernorm(hidden_states), cache
         for number, (layer, pattern) in enumerate(zip(self.layers, self._patterns, strict=True)):
-            view = _View(pattern, padding, use_cache, cache.get(number) if use_cache else None)
+            kept = cache.get(number) if use_cache else None
+            view = _View(pattern, padding, use_cache, getattr(cache, "copies", 1), kept)
             hidden_states, kept = layer(hidden_states, view)
             cache[number] = kept if use_cache else cache.get(number)
         return self.final_layernorm(hidden_states), cache
@@ -225,6 +230,12 @@ def _read_mask(mask: Tensor, batch: int, use_cache: bool) -> tuple[bool, Tensor 
     return True, (last == 0).expand(batch, keys)
 
 
+class _Candidates(dict[int, Any]):
+    """A cache whose rows go on from one row `copies` times."""
+
+    copies = 1
+
+
 class _Model(nn.Module):
     """In front of DalleModel: going on from a cache, only the new tokens are embedded, run and turned into logits."""
 
@@ -238,6 +249,13 @@ class _Model(nn.Module):
         gradient_checkpointing: int | None = None,
     ) -> Any:
         begun = cache.get(0) if use_cache and cache else None
+        if use_cache and cache is None and not return_loss and self._repeats(input_ids, attention_mask):
+            cache = _Candidates()
+            cache.copies = len(input_ids)
+            logits, cache = super().forward(  # type: ignore[misc]
+                input_ids[:1], attention_mask[:1], use_cache=True, cache=cache
+            )
+            return logits.repeat(len(input_ids), 1, 1), cache
         if not isinstance(begun, LayerCache):
             return super().forward(  # type: ignore[misc]
                 input_ids, attention_mask, return_loss, use_cache, cache, gradient_checkpointing
@@ -256,3 +274,13 @@ class _Model(nn.Module):
         rows = attention_mask[:, :, start:stop, :stop]
         hidden, cache = self.transformer(embeddings, rows, cache=cache, use_cache=True)
         return self.to_logits(hidden), cache
+
+    def _repeats(self: Any, input_ids: Tensor, attention_mask: Tensor) -> bool:
+        """Whether a call that begins a cache may run one row for all: nobody can tell while a graph is traced."""
+        if torch.compiler.is_compiling() or self.training or len(input_ids) < 2:
+            return False
+        tokens = min(input_ids.shape[1] + (self.hf_version == "v2"), self.total_seq_length)
+        mask = attention_mask[:, :, :tokens, :tokens]
+        causal = torch.ones(tokens, tokens, dtype=mask.dtype, device=mask.device).tril()
+        plain = torch.equal(mask, causal.expand_as(mask)) and bool((input_ids == input_ids[:1]).all())
+        return plain and self.transformer._why_dense(True, True, None) is None

@@ -179,6 +179,18 @@ def _source(module: str) -> str | None:
 # --- Masks ------------------------------------------------------------------------------------------------------------
 
 
+class CachedLength(int):
+    """How many keys there are, from a cache that keeps only some: `transformers_cache.PatternCache`. It is what such a
+    cache answers when transformers makes a mask, and so tells the attention under that mask which cache it serves."""
+
+    cache: Any
+
+    def __new__(cls, length: int, cache: Any) -> CachedLength:
+        made = super().__new__(cls, length)
+        made.cache = cache
+        return made
+
+
 class _Mask:
     """What transformers hands to each layer of a call as `attention_mask`, for our attention alone to read.
 
@@ -189,15 +201,24 @@ class _Mask:
         position: of the first query: an int, or for a static cache an int64 tensor that the host does not wait for.
         hidden: bool [batch, keys], True where padding hides a key from every query; None where it hides none.
         refused: why no layer may attend under it; None where one may.
+        cache: a PatternCache, which then has the keys; None where they come whole.
     """
 
     ndim = 4  # transformers takes it for a mask that is ready
 
-    def __init__(self, model: str, position: int | Tensor, hidden: Tensor | None, refused: str | None = None) -> None:
+    def __init__(
+        self,
+        model: str,
+        position: int | Tensor,
+        hidden: Tensor | None,
+        refused: str | None = None,
+        cache: Any = None,
+    ) -> None:
         self.model = model
         self.position = position
         self.hidden = hidden
         self.refused = refused
+        self.cache = cache
 
     def _own(self, *_: Any, **__: Any) -> Any:
         raise ValueError(
@@ -256,7 +277,7 @@ def _mask(
     if attention_mask is not None and not _shows_all(attention_mask):
         hidden = ~attention_mask[:, :kv_length]
         hidden = F.pad(hidden, (0, kv_length - hidden.shape[1]), value=True)
-    return _Mask(model, q_offset, hidden, refused)
+    return _Mask(model, q_offset, hidden, refused, getattr(kv_length, "cache", None))
 
 
 def _shows_all(attention_mask: Tensor) -> bool:
@@ -382,9 +403,13 @@ class _Attention:
                 stacklevel=2,
             )
             stop, query = pattern.length, query[:, :, :-beyond]
-        key, value = key[:, :, :stop], value[:, :, :stop]
+        cache = attention_mask.cache
+        first = 0 if cache is None else position  # a PatternCache hands on the new tokens' keys and values alone
+        key, value = key[:, :, : stop - first], value[:, :, : stop - first]
         hidden = None if hidden is None else hidden[:, :stop]
-        if position and traced:
+        if cache is not None:
+            out = cache.attend(module, query, key, value, pattern, position, hidden, scale, softcap, self.backend)
+        elif position and traced:
             here = torch.full((), position, dtype=torch.int64, device=key.device)
             out = self._at(query, key, value, pattern, here, hidden, scale, softcap)
         elif position:

@@ -1,6 +1,7 @@
 """Who may attend to whom: layouts, patterns, and what is derived from them: tile schedules and decode tables."""
 
 from dalle_kernels.patterns.composed import Intersection, Packed, Shifted, Union
+from dalle_kernels.patterns.drawing import Diagonal
 from dalle_kernels.patterns.layout import TokenLayout
 from dalle_kernels.patterns.neighborhood import Neighborhood
 from dalle_kernels.patterns.patterns import (
@@ -22,6 +23,7 @@ __all__ = [
     "Causal",
     "Column",
     "Convolution",
+    "Diagonal",
     "Fixed",
     "Intersection",
     "MaskPattern",

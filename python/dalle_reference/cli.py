@@ -126,6 +126,13 @@ class GenerateConfig:
     """Draw among the likeliest tokens that have this probability together."""
     guidance_scale: float = 1.5
     """Classifier-free guidance; 1 is none."""
+    order: Literal["raster", "diagonal"] = "raster"
+    """raster: one cell of a picture a step. diagonal: several rows side by side, in fewer steps, each cell without
+    those to its right in the rows above that come later."""
+    window: int | None = None
+    """With --order diagonal: how many cells the row above is ahead; half a row where not given."""
+    cache_dtype: Literal["auto", "int8"] = "auto"
+    """Of keys and values between steps: auto, that of the model; int8, eight bits."""
     complete: Path | None = None
     """A picture whose top rows are kept."""
     rows: int | None = None
@@ -147,6 +154,14 @@ class GenerateConfig:
         require_amount(self, "temperature")
         require(self, "above 0 and at most 1", lambda value: 0 < value <= 1, "top_p")
         require(self, "a finite number", math.isfinite, "guidance_scale")
+        require_positive(self, "window")
+        for name, plain in (("order", "raster"), ("cache_dtype", "auto")):
+            if self.prior is not None and getattr(self, name) != plain:
+                raise ValueError(
+                    f"{name}: got {getattr(self, name)} with --prior, whose pictures are not drawn by cells"
+                )
+        if self.window is not None and self.order == "raster":
+            raise ValueError(f"window: got {self.window} without --order diagonal, which it belongs to")
         if self.rows is not None and self.complete is None:
             raise ValueError(f"rows: got {self.rows} without --complete, which says of what picture")
 
@@ -186,6 +201,8 @@ def _draw(config: GenerateConfig, device: torch.device) -> torch.Tensor:
     model, tokenizer, dvae = load_transformer(config.model, device)
     for caption in config.captions:
         _check_caption(caption, tokenizer, model.config.caption_length)
+    if config.window is not None and config.window > model.config.grid[1]:
+        raise UserError(f"window: got {config.window}, wanted at most {model.config.grid[1]}, the columns of a picture")
     text = tokenizer.encode(config.captions, model.config.caption_length).to(device)
     prefix = None
     if config.complete is not None:
@@ -208,6 +225,9 @@ def _draw(config: GenerateConfig, device: torch.device) -> torch.Tensor:
             top_p=config.top_p,
             guidance_scale=config.guidance_scale,
             image_prefix=prefix,
+            order=config.order,
+            window=config.window,
+            cache_dtype=torch.int8 if config.cache_dtype == "int8" else None,
         )
         pictures = [dvae.decode(some) for some in tokens.unflatten(1, model.config.grid).split(_DECODED_AT_ONCE)]
         parts.append(torch.cat(pictures).unflatten(0, (len(text), -1)))

@@ -1,14 +1,17 @@
-"""Draw pictures for captions, one image token after the other."""
+"""Draw pictures for captions, one image token after the other or several rows side by side."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dalle_kernels import sample_tokens
-from dalle_reference.transformer import NO_TOKEN, DalleTransformer, check_tokens
+from dalle_kernels.patterns import Diagonal
+from dalle_reference.transformer import NO_TOKEN, DalleTransformer, TransformerConfig, check_tokens
 
 
 def generate(
@@ -23,6 +26,9 @@ def generate(
     guidance_scale: float = 1.0,
     image_prefix: Tensor | None = None,
     latents: Tensor | None = None,
+    order: Literal["raster", "diagonal"] = "raster",
+    window: int | None = None,
+    cache_dtype: torch.dtype | None = None,
     use_cache: bool = True,
     progress: Callable[[int, int], object] | None = None,
 ) -> Tensor:
@@ -42,9 +48,18 @@ def generate(
             other than 1 it doubles the batch, and wants a model trained with some captions (and latents) dropped.
         image_prefix: int64 [B, m], the first m cells of each caption's pictures in raster order; the rest is drawn.
         latents: [B, latent], for a model that takes them.
+        order: "raster" draws a cell a step. "diagonal" begins each row once `window` cells of the row above are drawn,
+            and then draws a cell of every such row a step: (rows - 1) window + columns steps for a picture (ZipAR, He
+            et al. 2024, arXiv 2412.04062). A cell is then drawn without those cells to the right in the rows above
+            that the model was trained to see but that come later; `dalle_kernels.patterns.Diagonal` says exactly what
+            it sees. It wants the cache.
+        window: of "diagonal", 1 to the columns of the grid; half of them, rounded up, where None. With all of them, the
+            pictures are those of "raster", to the same bits.
+        cache_dtype: of the kept keys and values: torch.int8 keeps them in eight bits, with the error that `KVCache`
+            states; None is their own.
         use_cache: keep keys and values between tokens. Without it each token runs the whole stream anew:
             slow, for checking the other way.
-        progress: called with (cells done, cells in all) after each token.
+        progress: called with (cells done, cells in all) after each step.
 
     Returns:
         int64 [B * number, H * W], the prefix included; the pictures of a caption follow one another.
@@ -71,37 +86,83 @@ def generate(
         text_tokens = torch.cat([text_tokens, torch.full_like(text_tokens, NO_TOKEN)])
         latents = None if latents is None else torch.cat([latents, torch.zeros_like(latents)])
 
-    image = image_prefix.repeat_interleave(number, 0)
-    caches = model.new_caches(len(text_tokens), copies=number) if use_cache else None
+    known = image_prefix.shape[1]
+    if order not in ("raster", "diagonal"):
+        raise ValueError(f"order: got {order!r}, wanted 'raster' or 'diagonal'")
+    if order == "raster" and window is not None:
+        raise ValueError(f"window: got {window} with order='raster', wanted it with 'diagonal'")
+    if not use_cache and (order == "diagonal" or cache_dtype is not None):
+        raise ValueError("use_cache: got False, wanted True for order='diagonal' and for a cache_dtype")
+    patterns = None
+    columns = config.grid[1]
+    window = columns if order == "raster" else -(-columns // 2) if window is None else window
+    if order == "diagonal":
+        patterns = [Diagonal(pattern, config.text_length, columns, window, known) for pattern in config.patterns]
+
+    image = text_tokens.new_zeros(batch * number, cells)
+    image[:, :known] = image_prefix.repeat_interleave(number, 0)
+    caches = model.new_caches(len(text_tokens), number, cache_dtype, patterns) if use_cache else None
     if not use_cache:
         text_tokens = text_tokens.repeat_interleave(number, 0)
         latents = None if latents is None else latents.repeat_interleave(number, 0)
     seeds = _step_seeds(seed, cells, text_tokens.device)
     with torch.no_grad():
-        for cell in range(image_prefix.shape[1], cells):
+        for step in _steps(config, window, known):
             stream = torch.cat([image, image]) if guided else image
             if caches is None:
-                hidden = model.hidden(text_tokens, stream, latents=latents)
-            elif cell == image_prefix.shape[1]:
-                prompts = model.hidden(text_tokens, stream[::number], caches, latents)
+                hidden = model.hidden(text_tokens, stream[:, : step.draws[0]], latents=latents)[:, -1:]
+            elif not step.cells:
+                prompts = model.hidden(text_tokens, stream[::number, :known], caches, latents)
                 hidden = prompts[:, -1:].repeat_interleave(number, 0)
             else:
-                hidden = model.step(stream[:, -1:], cell - 1, caches)
-            logits = model.image_head(hidden[:, -1]).float()
+                hidden = model.step(stream[:, step.tokens], step.cells, step.position, caches)[:, step.predicting]
+            logits = model.image_head(hidden).float()
             conditional, unconditional = logits.chunk(2) if guided else (logits, None)
-            drawn = sample_tokens(
-                conditional,
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
-                seed=seeds[cell],
-                unconditional_logits=unconditional,
-                guidance_scale=guidance_scale,
-            )
-            image = torch.cat([image, drawn[:, None]], dim=1)
+            for turn, cell in enumerate(step.draws):
+                image[:, cell] = sample_tokens(
+                    conditional[:, turn],
+                    temperature=temperature,
+                    top_k=top_k,
+                    top_p=top_p,
+                    seed=seeds[cell],
+                    unconditional_logits=None if unconditional is None else unconditional[:, turn],
+                    guidance_scale=guidance_scale,
+                )
+            known += len(step.draws)
             if progress is not None:
-                progress(cell + 1, cells)
+                progress(known, cells)
     return image
+
+
+class _Step(NamedTuple):
+    """What the model takes at once, and what is drawn from it."""
+
+    position: int
+    """How many tokens, text included, it took before."""
+    cells: list[int]
+    """Where the tokens stand; empty at first, where it takes the text and the cells that are known."""
+    tokens: list[int]
+    """The cells whose tokens they are."""
+    predicting: list[int]
+    """Which of them predict a cell: as many as `draws`."""
+    draws: list[int]
+
+
+def _steps(config: TransformerConfig, window: int, known: int) -> Iterator[_Step]:
+    """In the order of `Diagonal`; a window of all columns is raster order."""
+    text, cells = config.text_length, config.image_length
+    if known == cells:
+        return
+    feeds = Diagonal(config.patterns[0], text, config.grid[1], window, known).feeds
+    starts = np.searchsorted(feeds.round, np.arange(int(feeds.round[-1]) + 2))
+    yield _Step(0, [], [], [0], [known])
+    for first, stop in zip(starts[1:-1].tolist(), starts[2:].tolist(), strict=True):
+        taken = slice(first, stop)
+        predicted = [(turn, at - text) for turn, at in enumerate(feeds.draws[taken].tolist()) if 0 <= at - text < cells]
+        if predicted:
+            turns, draws = map(list, zip(*predicted, strict=True))
+            where, whose = (part[taken] - text for part in (feeds.position, feeds.token))
+            yield _Step(first, where.tolist(), whose.tolist(), turns, draws)
 
 
 def _step_seeds(seed: int, cells: int, device: torch.device) -> Tensor:

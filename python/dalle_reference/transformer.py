@@ -194,7 +194,7 @@ class Block(nn.Module):
         return x + self._mlp(x)
 
     def step(self, x: Tensor, cache: KVCache, position: Tensor) -> Tensor:
-        """One new token, x [B, 1, width] at `position`."""
+        """New tokens, x [B, G, width], the first at `position` of the cache."""
         x = x + self.attention_out_norm(self.attention.step(self.attention_norm(x), cache, position))
         return x + self._mlp(x)
 
@@ -276,12 +276,11 @@ class DalleTransformer(nn.Module):
         told = self.project_latent(latents).unflatten(1, (LATENT_TOKENS, -1))
         return x + F.pad(told, (0, 0, length - LATENT_TOKENS, 0))
 
-    def embed_image(self, image_tokens: Tensor, first_cell: int = 0) -> Tensor:
-        """Image tokens [B, m], `NO_TOKEN` where hidden, of the cells from `first_cell` on -> [B, m, width]."""
+    def embed_image(self, image_tokens: Tensor, cells: Tensor | None = None) -> Tensor:
+        """Image tokens [B, m], `NO_TOKEN` where hidden, of `cells`, int64 [m], or the first m -> [B, m, width]."""
         positions = (self.row_position + self.column_position).flatten(0, 1)
-        last_cell = first_cell + image_tokens.shape[1]
-        known = self.image_embedding(image_tokens.clamp(min=0)) * (image_tokens >= 0)[..., None]
-        return known + positions[first_cell:last_cell]
+        embedded = self.image_embedding(image_tokens.clamp(min=0)) * (image_tokens >= 0)[..., None]
+        return embedded + positions[slice(image_tokens.shape[1]) if cells is None else cells]
 
     def hidden(
         self,
@@ -314,16 +313,33 @@ class DalleTransformer(nn.Module):
                 x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False, context_fn=keep)
         return self.head_norm(self.final_norm(x))
 
-    def new_caches(self, batch: int, copies: int = 1) -> list[KVCache]:
-        """Empty key-value caches, one per layer: of `batch` prompts, each with `copies` continuations."""
-        return [block.attention.new_cache(batch, copies=copies) for block in self.layers]
+    def new_caches(
+        self,
+        batch: int,
+        copies: int = 1,
+        dtype: torch.dtype | None = None,
+        patterns: Sequence[Pattern] | None = None,
+    ) -> list[KVCache]:
+        """Empty key-value caches, one per layer: of `batch` prompts, each with `copies` continuations.
 
-    def step(self, image_tokens: Tensor, cell: int, caches: Sequence[KVCache]) -> Tensor:
-        """Go on by one image token, int64 [B, 1], drawn for `cell` -> [B, 1, width]: predicts the next."""
-        position = torch.full((), self.config.text_length + cell, device=image_tokens.device)
-        x = self.embed_image(image_tokens, cell)
+        `dtype` is that of the keys where None; `patterns`, one per layer, are the model's own unless the tokens after
+        the prompt come in another order.
+        """
+        orders = [None] * len(self.layers) if patterns is None else patterns
+        return [
+            block.attention.new_cache(batch, dtype, copies, pattern=order)
+            for block, order in zip(self.layers, orders, strict=True)
+        ]
+
+    def step(self, image_tokens: Tensor, cells: Sequence[int], position: int, caches: Sequence[KVCache]) -> Tensor:
+        """Go on by image tokens, int64 [B, G], of `cells`, where the caches hold `position` tokens -> [B, G, width].
+
+        In raster order that is text_length + cells[0], and each predicts the next.
+        """
+        where = torch.full((), position, device=image_tokens.device)
+        x = self.embed_image(image_tokens, torch.tensor(cells, device=image_tokens.device))
         for block, cache in zip(self.layers, caches, strict=True):
-            x = block.step(x, cache, position)
+            x = block.step(x, cache, where)
         return self.head_norm(self.final_norm(x))
 
     def forward(

@@ -240,6 +240,7 @@ def test_whole_models_agree_with_the_same_models_on_sdpa() -> None:
     cells = [
         training.cell(CPU, 8, 4, torch.float32, layers=2, heads=2),
         generation.cell(CPU, 8, 4, torch.float32, 2, layers=2, heads=2, tokens=5),
+        generation.candidates_cell(CPU, torch.float32, 3, tokens=3, preset="demo"),
     ]
     for cell in cells:
         for contender in cell.contenders():
@@ -261,6 +262,7 @@ def test_peers_agree_before_and_after() -> None:
         peers.dalle_pytorch_training(CPU, 4, 8, 1),
         peers.dalle_pytorch_sampling(CPU, 2, 1.0, 5, 4, 8, 1),
         peers.dalle_pytorch_sampling(CPU, 1, 3.0, 5, 4, 8, 1),
+        peers.dalle_pytorch_sampling(CPU, 2, 1.0, 5, 4, 8, 1, number=3),
         *integrations_rudalle.cells(CPU, **sizes),
         *integrations_transformers.cells(CPU, **sizes),
     ]

@@ -99,7 +99,7 @@ def test_position_as_a_tensor_and_opcheck() -> None:
         assert torch.equal(tensor, getattr(other, name))
     position = torch.tensor(3)
     hidden, lengths = torch.zeros(one.keys.shape[::2], dtype=torch.bool), torch.full((2,), 3)
-    for carried in ((None, None, None, None, lengths), (None, None, hidden, None, None)):
+    for carried in ((None,) * 6 + (lengths,), (None, None, hidden, None, None, None, None)):
         opcheck(
             torch.ops.dalle_kernels.decode_forward.default,
             (q, k, v, one.keys, one.values, *carried, position, 0.25, None, pattern.spec, 0, 0, "auto"),

@@ -411,6 +411,21 @@ def test_generation_in_single_precision_uses_the_kernels(monkeypatch: pytest.Mon
     assert steps == ["Causal", "AxialRow", "Column", "Convolution"] * (SIDE**2 - 1)
 
 
+@pytest.mark.parametrize("options", MODELS.values(), ids=MODELS.keys())
+def test_several_pictures_of_a_caption_are_those_of_its_copies(options: dict[str, Any]) -> None:
+    model, text, tokens = ours.accelerate(make(**options)), batch()[0], []
+    model.vae.decode = lambda drawn: tokens.append(drawn.clone())
+    for named in (GREEDY, SAMPLED, {**SAMPLED, "cond_scale": 2.0}, {**SAMPLED, **PRIMING}):
+        copied = {**named, "img": named["img"].repeat_interleave(3, 0)} if "img" in named else named
+        for captions, extra in ((text.repeat_interleave(3, 0), copied), (text, {**named, "number": 3})):
+            torch.manual_seed(5)
+            model.generate_images(captions, **extra)
+        assert tokens[-1].shape == (6, SIDE**2)
+        assert torch.equal(*tokens[-2:])
+    with pytest.raises(ValueError, match="number: got 0, wanted at least 1"):
+        model.generate_images(text, number=0)
+
+
 def test_generation_leaves_the_mode_and_scores() -> None:
     class Clip(nn.Module):
         def forward(self, text: Tensor, images: Tensor, return_loss: bool) -> Tensor:

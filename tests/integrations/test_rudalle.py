@@ -411,3 +411,32 @@ def test_bad_input():
             ours(ids[:1, :21], mask[:1], use_cache=True, cache=cache)
     with pytest.raises(ValueError, match="cannot go on: sampling with a cache has a gradient only there"):
         ours(ids[:, :21], mask, use_cache=True, cache=cache)
+
+
+@pytest.mark.parametrize("version", ["v2", "v3"])
+def test_candidates_of_one_caption_are_run_and_kept_once(version: str) -> None:
+    ours = pair(torch.float64, hf_version=version)[1].eval()
+    ids, mask = inputs()[:1].repeat(5, 1), causal(5, torch.float64)
+    ids[:, TEXT + 9 :] = inputs(5)[:, TEXT + 9 :]
+    rows: list[int] = []
+    hook = ours.transformer.layers[0].register_forward_pre_hook(lambda _, arguments: rows.append(len(arguments[0])))
+    cache = None
+    with torch.no_grad():
+        whole = ours(ids, mask)[0]
+        for stop in (TEXT + 9, TEXT + 10, TEXT + 12):
+            logits, cache = ours(ids[:, :stop], mask, use_cache=True, cache=cache)
+            logits /= 2  # as `generate_images` does
+            torch.testing.assert_close(
+                logits, whole[:, stop + (version == "v2") - logits.shape[1] :][:, : logits.shape[1]] / 2
+            )
+    hook.remove()
+    assert rows == [5, 1, 5, 5]
+    assert cache[0].shared_keys.shape[0] == 1
+    assert cache[0].keys.shape[0] == 5
+    for different in (ids[:, : TEXT + 11], ids[:1]):  # rows that differ, and one alone
+        with torch.no_grad():
+            _, cache = ours(different, mask[: len(different)], use_cache=True)
+        assert cache[0].shared_keys is None
+    with torch.no_grad():
+        _, cache = ours.train()(ids[:, : TEXT + 9], mask, use_cache=True)
+    assert cache[0].shared_keys is None

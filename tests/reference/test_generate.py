@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from dalle_reference.generate import _step_seeds, generate
 from dalle_reference.transformer import NO_TOKEN, DalleTransformer, TransformerConfig
 
-from dalle_kernels import Column, Convolution, Row
+from dalle_kernels import Column, Convolution, Row, sample_tokens
+from dalle_kernels.nn import SparseSelfAttention
+from dalle_kernels.patterns import Diagonal
 
 CONFIG = TransformerConfig(vocab_text=30, text_length=6, grid=(6, 5), vocab_image=40, layers=4, heads=2, head_dim=16)
 
@@ -22,7 +27,15 @@ def model() -> DalleTransformer:
     model = DalleTransformer(CONFIG)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.normal_(std=0.3)
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.5)
+        one, other = prefix(12), prefix(12)
+        other[:, 5] = (other[:, 5] + 7) % CONFIG.vocab_image
+        alone = torch.full((3, CONFIG.caption_length), NO_TOKEN)
+        logits, moved = (
+            model.image_head(model.hidden(alone, image))[:, CONFIG.text_length + 5 :] for image in (one, other)
+        )
+    assert bool(((logits - moved).abs().mean((0, 2)) > 0.01 * logits.std()).all())
     assert {type(block.attention.pattern) for block in model.blocks} == {Row, Column, Convolution}
     return model
 
@@ -88,6 +101,102 @@ def test_latents_and_every_schedule_go_through_the_cache(schedule: Any, text: to
         assert not torch.equal(told, generate(model, text, seed=1, number=2, guidance_scale=guidance))
 
 
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_a_window_of_a_whole_row_draws_the_raster_order_to_the_same_bits(
+    model: DalleTransformer, text: torch.Tensor, way: dict[str, Any]
+) -> None:
+    seen: list[list[torch.Tensor]] = [[], []]
+    for turn, order in enumerate(({}, {"order": "diagonal", "window": CONFIG.grid[1]})):
+        hook = model.image_head.register_forward_hook(lambda *call, turn=turn: seen[turn].append(call[2]))
+        drawn = generate(model, text, seed=3, number=2, **way, **order)
+        hook.remove()
+        seen[turn].append(drawn)
+    assert len(seen[0]) == len(seen[1])
+    assert all(torch.equal(one, other) for one, other in zip(*seen, strict=True))
+
+
+def uncached(model: DalleTransformer, text: torch.Tensor, seed: int, window: int, way: dict[str, Any]) -> torch.Tensor:
+    """The whole stream of tokens in their order, anew for each round, in which a token sees what `Diagonal` says."""
+    size, (_, columns) = model.config, model.config.grid
+    given = way.get("image_prefix", prefix(0))
+    orders = [Diagonal(pattern, size.text_length, columns, window, given.shape[1]) for pattern in size.patterns]
+    position, token, draws, rounds = (part.tolist() for part in orders[0].feeds)
+    image = F.pad(given, (0, size.image_length - given.shape[1]))
+    if "guidance_scale" in way:
+        text = torch.cat([text, torch.full_like(text, NO_TOKEN)])
+    for now in range(rounds[-1] + 1):
+        stop = sum(turn <= now for turn in rounds)
+        cells = torch.tensor(position[size.text_length : stop], dtype=torch.int64) - size.text_length
+        tokens = torch.tensor(token[size.text_length : stop], dtype=torch.int64) - size.text_length
+        stream = image[:, tokens].repeat(len(text) // len(image), 1)
+        x = torch.cat([model.embed_text(text), model.embed_image(stream, cells)], 1)
+        for block, pattern in zip(model.layers, orders, strict=True):
+            attended = SparseSelfAttention(pattern, size.width, size.heads)
+            attended.load_state_dict(block.attention.state_dict())
+            x = x + attended(block.attention_norm(x))
+            x = x + block._mlp(x)
+        logits = model.image_head(model.final_norm(x))
+        for feed in range(stop):
+            cell = draws[feed] - size.text_length
+            if rounds[feed] == now and 0 <= cell < size.image_length:
+                conditional, unconditional = (
+                    logits[:, feed].chunk(2) if "guidance_scale" in way else (logits[:, feed], None)
+                )
+                image[:, cell] = sample_tokens(
+                    conditional,
+                    seed=_step_seeds(seed, size.image_length, text.device)[cell],
+                    unconditional_logits=unconditional,
+                    **{name: value for name, value in way.items() if name != "image_prefix"},
+                )
+    return image
+
+
+@pytest.mark.parametrize("window", [1, 2, 4])
+@pytest.mark.parametrize("way", ["plain", "greedy", "guided prefix"])
+def test_rows_side_by_side_with_and_without_a_cache(
+    model: DalleTransformer, text: torch.Tensor, way: str, window: int
+) -> None:
+    calls: list[tuple[int, int]] = []
+    with torch.no_grad():
+        wanted = uncached(model, text, 5, window, WAYS[way])
+    drawn = generate(
+        model, text, seed=5, order="diagonal", window=window, progress=lambda *done: calls.append(done), **WAYS[way]
+    )
+    assert torch.equal(drawn, wanted)
+    assert calls[-1] == (30, 30)
+    assert calls == sorted(set(calls))
+    if way == "plain":
+        assert len(calls) == 5 * window + 5
+    assert not torch.equal(drawn, generate(model, text, seed=5, **WAYS[way]))
+
+
+def test_the_grid_may_begin_in_the_text_or_have_one_row_or_column() -> None:
+    for grid, options in (((3, 4), {"text_on_grid": True}), ((1, 4), {"text_on_grid": True}), ((4, 1), {})):
+        torch.manual_seed(0)
+        config = replace(CONFIG, grid=grid, **options)
+        model, text = DalleTransformer(config), torch.tensor([[3, 4]])
+        for window in {1, -(-grid[1] // 2), grid[1]}:
+            drawn = generate(model, text, seed=1, order="diagonal", window=window, number=2)
+            assert drawn.shape == (2, grid[0] * grid[1])
+            if window == grid[1]:
+                assert torch.equal(drawn, generate(model, text, seed=1, number=2))
+
+
+def test_eight_bits_between_steps_move_logits_by_little(model: DalleTransformer, text: torch.Tensor) -> None:
+    logits: list[list[torch.Tensor]] = [[], []]
+    prefixes = prefix(11)
+    for turn, dtype in enumerate((None, torch.int8)):
+        hook = model.image_head.register_forward_hook(lambda *call, turn=turn: logits[turn].append(call[2]))
+        generate(model, text, seed=3, number=2, image_prefix=prefixes, top_k=1, cache_dtype=dtype)
+        hook.remove()
+    caches = model.new_caches(3, dtype=torch.int8)
+    assert {cache.keys.dtype for cache in caches} == {torch.int8}
+    assert torch.equal(logits[0][0], logits[1][0])  # of the prompt, which no cache takes part in
+    moved = [(one - other).abs().max() / one.std() for one, other in zip(*logits, strict=True)]
+    assert 0 < moved[1] < 0.2
+    assert generate(model, text, seed=3, cache_dtype=torch.int8, order="diagonal").shape == (3, 30)
+
+
 def test_the_seed_decides_and_rows_differ(model: DalleTransformer) -> None:
     text = torch.tensor([[5, 6, 7]]).expand(3, -1)
     one = generate(model, text, seed=1)
@@ -111,9 +220,9 @@ def test_guidance_moves_logits_away_from_the_empty_caption(model: DalleTransform
         nothing = torch.empty(3, 0, dtype=torch.int64)
         conditional = model.image_head(model.hidden(text, nothing)[:, -1])
         unconditional = model.image_head(model.hidden(empty, nothing)[:, -1])
-    wanted = (unconditional + 4.0 * (conditional - unconditional)).argmax(-1)
+    wanted = (unconditional + 20.0 * (conditional - unconditional)).argmax(-1)
     assert not torch.equal(wanted, conditional.argmax(-1))
-    drawn = generate(model, text, seed=0, temperature=0.0, guidance_scale=4.0)
+    drawn = generate(model, text, seed=0, temperature=0.0, guidance_scale=20.0)
     assert torch.equal(drawn[:, 0], wanted)
     plain = generate(model, empty, seed=0)
     assert torch.equal(generate(model, empty, seed=0, guidance_scale=3.0), plain)
@@ -180,6 +289,27 @@ def test_it_learns_captions_and_draws_them() -> None:
         (torch.tensor([[1]]), {"temperature": -1.0}, ValueError, "temperature"),
         (torch.tensor([[1]]), {"top_p": 0.0}, ValueError, "top_p"),
         (torch.tensor([[1]]), {"number": 0}, ValueError, "number: got 0, wanted at least 1"),
+        (torch.tensor([[1]]), {"order": "spiral"}, ValueError, "order: got 'spiral', wanted 'raster' or 'diagonal'"),
+        (
+            torch.tensor([[1]]),
+            {"window": 3},
+            ValueError,
+            "window: got 3 with order='raster', wanted it with 'diagonal'",
+        ),
+        (
+            torch.tensor([[1]]),
+            {"order": "diagonal", "window": 6},
+            ValueError,
+            "window: got 6, wanted an int from 1 to 5",
+        ),
+        (
+            torch.tensor([[1]]),
+            {"order": "diagonal", "use_cache": False},
+            ValueError,
+            "use_cache: got False, wanted True",
+        ),
+        (torch.tensor([[1]]), {"cache_dtype": torch.int8, "use_cache": False}, ValueError, "use_cache: got False"),
+        (torch.tensor([[1]]), {"cache_dtype": torch.int16}, ValueError, "dtype: got torch.int16"),
     ],
 )
 def test_bad_requests_are_refused(
@@ -191,3 +321,13 @@ def test_bad_requests_are_refused(
 ) -> None:
     with pytest.raises(error, match=message):
         generate(model, text, seed=0, **options)
+
+
+def test_the_lines_of_the_readme() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    (block,) = re.findall(r"```python\n([^`]*from dalle_reference.generate import[^`]*)```", readme)
+    names: dict[str, Any] = {}
+    exec(block, names)
+    for pictures in ("pictures", "fewer_steps", "half_the_memory"):
+        assert names[pictures].shape == (64, 64)
+    assert len(names["pictures"].unique(dim=0)) == 64

@@ -240,6 +240,9 @@ def test_all_commands_in_order(stage_1: Path, common: list[str], pictures: Path,
     first = sheet.read_bytes()
     cli.main([*generate, "--out", str(sheet), "--guidance-scale", "1.5", "--top-k", "8"])
     assert sheet.read_bytes() == first
+    side_by_side = [*generate, "--out", str(sheet), "--order", "diagonal", "--window", "2", "--cache-dtype", "int8"]
+    cli.main([*side_by_side, "--guidance-scale", "1.5"])
+    assert sheet.read_bytes() != first
     picture = pictures / "red.png"
     cli.main([*generate, "--out", str(sheet), "--complete", str(picture), "--rows", "5"])
     assert sheet.read_bytes() != first

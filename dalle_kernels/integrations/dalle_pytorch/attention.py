@@ -72,7 +72,8 @@ class AnyAttention(nn.Module):
             x: [B, n, dim]: the whole sequence so far, or with a filled cache the one token at `cache["offset"]`.
             mask: bool [B, n], True at keys to keep; not with a cache.
             rotary_pos_emb: [1, S, R], S >= n, R <= dim_head: angles, equal in pairs; applied to q, k and v.
-            cache: shared by the layers of a model, which says under "offset" how many tokens have been; None to train.
+            cache: shared by the layers of a model, which says under "offset" how many tokens have been, and under
+                "copies" how many continuations of each row of the first call will come; None to train.
             cache_key: this layer's key in `cache`.
 
         Returns:
@@ -95,7 +96,7 @@ class AnyAttention(nn.Module):
         else:
             out = self._attend(q, k, v, mask)
             if cache is not None:
-                cache[cache_key] = self._new_cache(k)
+                cache[cache_key] = self._new_cache(k, cache.get("copies", 1))
                 cache[cache_key].prefill(k, v)
         joined = out.transpose(1, 2).flatten(2)
         if self.training and self._drops() and (padding := self._padded(n) - n):
@@ -105,10 +106,10 @@ class AnyAttention(nn.Module):
     def _drops(self) -> bool:
         return any(isinstance(module, nn.Dropout) and module.p > 0 for module in self.to_out.modules())
 
-    def _new_cache(self, k: Tensor) -> KVCache:
+    def _new_cache(self, k: Tensor, copies: int) -> KVCache:
         """An empty cache for keys like k [B, H, n, D]."""
         batch, heads, _, width = k.shape
-        return KVCache(self.pattern, batch, heads, width, k.dtype, k.device)
+        return KVCache(self.pattern, batch, heads, width, k.dtype, k.device, copies)
 
     def extra_repr(self) -> str:
         return f"{self.pattern}, heads={self.heads}, backend={self.backend!r}"
@@ -165,10 +166,10 @@ class Attention(AnyAttention):
         out, lse = sparse_attention(q, k, v, self.pattern, self.scale, hidden, return_lse=True, backend=self.backend)
         return torch.where(lse.isneginf()[..., None], v.mean(2, keepdim=True), out)
 
-    def _new_cache(self, k: Tensor) -> KVCache:
+    def _new_cache(self, k: Tensor, copies: int) -> KVCache:
         if isinstance(self.pattern, MaskPattern) and not self.pattern.mask().any(-1).all():
             raise ValueError("static_mask: got a query that sees no key, wanted a key for each to decode with a cache")
-        return super()._new_cache(k)
+        return super()._new_cache(k, copies)
 
 
 class _GridAttention(AnyAttention):

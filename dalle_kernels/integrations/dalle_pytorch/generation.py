@@ -27,6 +27,7 @@ class Shift(Extension):
             image = x[:, self.text_len :, : 2 * quarter]
             cells = torch.arange(max(image.shape[1] - ring, 0), image.shape[1], device=x.device)
             cache[cache_key][:, cells % ring] = image[:, cells]
+            cache[cache_key] = cache[cache_key].repeat_interleave(cache.get("copies", 1), 0)
             return out
         cell, past = cache["offset"] - self.text_len, cache[cache_key]
         past[:, cell % ring] = x[:, 0, : 2 * quarter]
@@ -51,8 +52,9 @@ class Generation(Extension):
         num_init_img_tokens: int | None = None,
         cond_scale: float = 1.0,
         use_cache: bool = True,
+        number: int = 1,
     ) -> Any:
-        """Draw a picture for each caption.
+        """Draw a picture for each caption, or several.
 
         Args:
             text: int64 [B, n], n >= text_seq_len; 0 is padding.
@@ -63,9 +65,12 @@ class Generation(Extension):
             num_init_img_tokens: how many of them; 7 / 16 of a picture unless told.
             cond_scale: of classifier-free guidance.
             use_cache: has no effect: the cache is always used.
+            number: pictures of each caption; theirs has no such argument. They are those of captions given so many
+                times, to rounding, but a caption is read once, and its keys and values are kept once.
 
         Returns:
-            What the VAE makes of the tokens, [B, channels, image_size, image_size]; with `clip` also its scores.
+            What the VAE makes of the tokens, [B * number, channels, image_size, image_size], a caption's after one
+            another; with `clip` also its scores.
         """
         training = self.training
         self.eval()
@@ -73,10 +78,14 @@ class Generation(Extension):
             text = text[:, : self.text_seq_len]
             if text.shape[1] != self.text_seq_len:
                 raise ValueError(f"text: got {text.shape[1]} tokens, wanted at least {self.text_seq_len}")
+            if number < 1:
+                raise ValueError(f"number: got {number}, wanted at least 1")
             prefix = self._image_prefix(img, num_init_img_tokens, text)
-            image = self._draw(text, prefix, filter_thres, temperature, cond_scale)
+            image = self._draw(text, prefix, filter_thres, temperature, cond_scale, number)
             images = self.vae.decode(image)
-            return images if clip is None else (images, clip(text, images, return_loss=False))
+            if clip is None:
+                return images
+            return images, clip(text.repeat_interleave(number, 0), images, return_loss=False)
         finally:
             self.train(training)
 
@@ -93,21 +102,30 @@ class Generation(Extension):
         return self.vae.get_codebook_indices(img)[:, :wanted]
 
     def _draw(
-        self: Any, text: Tensor, image: Tensor, filter_thres: float, temperature: float, cond_scale: float
+        self: Any,
+        text: Tensor,
+        image: Tensor,
+        filter_thres: float,
+        temperature: float,
+        cond_scale: float,
+        number: int,
     ) -> Tensor:
-        """text [B, T], image [B, m] -> int64 [B, image_seq_len]."""
+        """text [B, T], image [B, m] -> int64 [B * number, image_seq_len]."""
         guided = cond_scale != 1
         captions = torch.cat([text, torch.zeros_like(text)]) if guided else text
         tokens = self._embed(captions, torch.cat([image, image]) if guided else image)
         positions = self.image_pos_emb(tokens.new_zeros(1, self.image_seq_len, tokens.shape[-1]))
-        cache: Cache = {"offset": 0}
+        image = image.repeat_interleave(number, 0)
+        cache: Cache = {"offset": 0, "copies": number}
         while True:
             hidden = self.transformer(tokens, cache=cache)[:, -1:]
+            if not cache["offset"]:
+                hidden = hidden.repeat_interleave(number, 0)
             cache["offset"] += tokens.shape[1]
             logits = self._image_logits(hidden)
             if guided:
                 torch.empty(
-                    len(text), dtype=torch.float32, device=text.device
+                    len(image), dtype=torch.float32, device=text.device
                 ).uniform_()  # what theirs draws to drop every caption
                 logits, null = logits.chunk(2)
                 logits = null + (logits - null) * cond_scale
