@@ -46,8 +46,9 @@ struct Backward {
 
   int64_t carve(float* memory) {
     Carver carver{memory};
-    const int tiles = problem.plan->tiles;
-    const int64_t positions = int64_t(tiles) * kTile;
+    const Plan& plan = *problem.plan;
+    const int tiles = plan.query_tiles;
+    const int64_t positions = int64_t(tiles) * kTile, key_positions = int64_t(plan.tiles) * kTile;
     const int units = width / Dot::kDepth;
     float* zeros = carver.floats(rounded);
     transposed_k = carver.floats(int64_t(units) * kTile);
@@ -65,10 +66,11 @@ struct Backward {
     statistics_ready = carver.of<uint8_t>(tiles);
     reached = carver.of<uint8_t>(tiles);
     listed = carver.of<Pair>(kTile / 2);
-    padded = problem.padding ? carver.of<uint8_t>(positions) : nullptr;
-    tile_padded = problem.padding ? carver.of<uint8_t>(tiles) : nullptr;
-    q = k = v = out = grad = Source{nullptr, 0,       problem.plan->order, problem.plan->length, width,
-                                    rounded, nullptr, nullptr,             nullptr,              zeros};
+    padded = problem.padding ? carver.of<uint8_t>(key_positions) : nullptr;
+    tile_padded = problem.padding ? carver.of<uint8_t>(plan.tiles) : nullptr;
+    q = out = grad = Source{nullptr, 0,       plan.query_order, plan.query_length, width,
+                            rounded, nullptr, nullptr,          nullptr,           zeros};
+    k = v = Source{nullptr, 0, plan.order, plan.length, width, rounded, nullptr, nullptr, nullptr, zeros};
     q.carve(carver, tiles, problem.scattered);
     grad.carve(carver, tiles, problem.scattered);
     dq = carver.floats(positions * rounded);
@@ -87,11 +89,11 @@ struct Backward {
     attach(out, arrays.out);
     attach(grad, arrays.grad_out);
     const Plan& plan = *problem.plan;
-    std::memset(reached, 0, size_t(plan.tiles));
+    std::memset(reached, 0, size_t(plan.query_tiles));
     std::memset((void*)q.zeros, 0, size_t(rounded) * sizeof(float));
-    std::memset(statistics_ready, 0, size_t(plan.tiles));
-    q.forget(plan.tiles);
-    grad.forget(plan.tiles);
+    std::memset(statistics_ready, 0, size_t(plan.query_tiles));
+    q.forget(plan.query_tiles);
+    grad.forget(plan.query_tiles);
     if (padded) {
       const uint8_t* row = problem.padding + b * plan.length;
       for (int t = 0; t < plan.tiles; t++) {
@@ -117,8 +119,8 @@ struct Backward {
     for (int p = tile * kTile; p < (tile + 1) * kTile; p++) {
       normaliser[p] = 1e30f;  // no key, or no query: every weight is 0
       delta[p] = 0;
-      if (p >= problem.plan->length) continue;
-      const int64_t row = head * problem.plan->length + problem.plan->order[p];
+      if (p >= problem.plan->query_length) continue;
+      const int64_t row = head * problem.plan->query_length + problem.plan->query_order[p];
       const float lse = arrays.lse[row];
       if (lse == -INFINITY) continue;
       normaliser[p] = lse * kUnits<kPairs>;
@@ -335,8 +337,8 @@ struct Backward {
     const int64_t b = head / problem.heads, h = head % problem.heads;
     T* base = (T*)arrays.dq.data + b * arrays.dq.batch + h * arrays.dq.head;
     const F factor = set(problem.scale);
-    for (int p = first * kTile; p < last * kTile && p < plan.length; p++) {
-      T* row = base + plan.order[p] * arrays.dq.row;
+    for (int p = first * kTile; p < last * kTile && p < plan.query_length; p++) {
+      T* row = base + plan.query_order[p] * arrays.dq.row;
       for (int d = 0; d < width; d += kLanes)
         store_row(row, d, width, reached[p / kTile] ? factor * load(dq + int64_t(p) * rounded + d) : zero());
     }

@@ -26,27 +26,29 @@ const Kernels& kernels_for(DType dtype) {
 }
 
 ListStorage lists_of(const Tensor& offsets, const Tensor& others, const Tensor& ids, const Tensor& full_counts,
-                     const Tensor& masks, int64_t length) {
+                     const Tensor& masks, int64_t length, int64_t walked) {
   for (const Tensor* tensor : {&offsets, &others, &ids, &full_counts, &masks})
     require(tensor->dtype() == DType::int32 && tensor->is_contiguous(), "schedule: wanted contiguous int32");
   require(masks.size(1) == kTile && masks.size(2) == kTile / 32, "schedule: wanted tiles of 64 x 64");
   return build_lists({offsets.data<const int32_t>(), others.data<const int32_t>(), ids.data<const int32_t>(),
                       full_counts.data<const int32_t>(), masks.data<const int32_t>()},
-                     int32_t(length));
+                     int32_t(length), int32_t(walked));
 }
 
-// A plan as one int32 tensor: how many words each of the nine arrays has, then the arrays: order, then full_offsets,
-// full_tiles, pair_offsets and pairs by query, then the same by key.
-constexpr size_t kArrays = 9;
+// A plan as one int32 tensor: how many words each of the ten arrays has, then the arrays: order and query_order, then
+// full_offsets, full_tiles, pair_offsets and pairs by query, then the same by key.
+constexpr size_t kArrays = 10;
 
-Tensor attention_plan(const Tensor& order, const Tensor& key_offsets, const Tensor& key_tiles, const Tensor& mask_ids,
-                      const Tensor& full_counts, const Tensor& query_offsets, const Tensor& query_tiles,
-                      const Tensor& query_mask_ids, const Tensor& query_full_counts, const Tensor& masks,
-                      const Tensor& masks_transposed) {
-  require(order.dtype() == DType::int32 && order.is_contiguous(), "schedule: wanted contiguous int32");
-  const int64_t length = order.numel();
-  const ListStorage sides[] = {lists_of(key_offsets, key_tiles, mask_ids, full_counts, masks_transposed, length),
-                               lists_of(query_offsets, query_tiles, query_mask_ids, query_full_counts, masks, length)};
+Tensor attention_plan(const Tensor& order, const Tensor& query_order, const Tensor& key_offsets,
+                      const Tensor& key_tiles, const Tensor& mask_ids, const Tensor& full_counts,
+                      const Tensor& query_offsets, const Tensor& query_tiles, const Tensor& query_mask_ids,
+                      const Tensor& query_full_counts, const Tensor& masks, const Tensor& masks_transposed) {
+  for (const Tensor* tensor : {&order, &query_order})
+    require(tensor->dtype() == DType::int32 && tensor->is_contiguous(), "schedule: wanted contiguous int32");
+  const int64_t length = order.numel(), queries = query_order.numel();
+  const ListStorage sides[] = {
+      lists_of(key_offsets, key_tiles, mask_ids, full_counts, masks_transposed, queries, length),
+      lists_of(query_offsets, query_tiles, query_mask_ids, query_full_counts, masks, length, queries)};
   std::vector<int32_t> words(kArrays);
   size_t array = 0;
   const auto append = [&](const void* data, size_t count) {
@@ -55,6 +57,7 @@ Tensor attention_plan(const Tensor& order, const Tensor& key_offsets, const Tens
     if (count) std::memcpy(words.data() + words.size() - count, data, count * sizeof(int32_t));
   };
   append(order.data<const int32_t>(), size_t(length));
+  append(query_order.data<const int32_t>(), size_t(queries));
   for (const ListStorage& lists : sides) {
     append(lists.full_offsets.data(), lists.full_offsets.size());
     append(lists.full_tiles.data(), lists.full_tiles.size());
@@ -77,12 +80,12 @@ Plan view(const Tensor& plan) {
   }
   require(next == counts + words, "plan: wanted what attention_plan gives");
   const auto lists = [&](int i) { return Lists{arrays[i], arrays[i + 1], arrays[i + 2], (const Pair*)arrays[i + 3]}; };
-  return {counts[0], counts[1] - 1, arrays[0], lists(1), lists(5)};
+  return {counts[0], counts[6] - 1, arrays[0], counts[1], counts[2] - 1, arrays[1], lists(2), lists(6)};
 }
 
-bool in_order(const Plan& plan) {
-  for (int32_t p = 0; p < plan.length; p++)
-    if (plan.order[p] != p) return false;
+bool queries_in_order(const Plan& plan) {
+  for (int32_t p = 0; p < plan.query_length; p++)
+    if (plan.query_order[p] != p) return false;
   return true;
 }
 
@@ -94,13 +97,22 @@ Array array_of(const Tensor& tensor) {
   return {const_cast<void*>(tensor.data<const void>()), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
 }
 
-void check(const Tensor& q, const Plan& plan, std::initializer_list<const Tensor*> others) {
+void check(const Tensor& q, const Tensor& k, const Plan& plan, std::initializer_list<const Tensor*> like_q,
+           std::initializer_list<const Tensor*> like_k) {
   require(q.dim() == 4, "q: got ", q.dim(), " dimensions, wanted [B, H, S, D]");
-  require(q.size(2) == plan.length, "q: got ", q.size(2), " tokens, wanted the ", int64_t(plan.length), " of the plan");
+  require(q.size(2) == plan.query_length, "q: got ", q.size(2), " tokens, wanted the ", int64_t(plan.query_length),
+          " of the plan");
+  require(k.dim() == 4 && k.size(0) == q.size(0) && k.size(1) == q.size(1) && k.size(2) == plan.length &&
+              k.size(3) == q.size(3) && k.dtype() == q.dtype(),
+          "k: got shape ", shape_of(k), " and dtype ", k.dtype(), ", wanted ", int64_t(plan.length),
+          " tokens of the plan, else as q: ", shape_of(q), ", ", q.dtype());
   require(q.size(3) % 8 == 0 && q.size(3) > 0, "q: got D = ", q.size(3), ", wanted a multiple of 8");
-  for (const Tensor* other : others)
-    require(other->same_shape(q) && other->dtype() == q.dtype(), "got shape ", shape_of(*other), " and dtype ",
-            other->dtype(), ", wanted those of q: ", shape_of(q), ", ", q.dtype());
+  const auto alike = [](const Tensor& other, const Tensor& tensor) {
+    require(other.same_shape(tensor) && other.dtype() == tensor.dtype(), "got shape ", shape_of(other), " and dtype ",
+            other.dtype(), ", wanted ", shape_of(tensor), ", ", tensor.dtype());
+  };
+  for (const Tensor* other : like_q) alike(*other, q);
+  for (const Tensor* other : like_k) alike(*other, k);
 }
 
 // Of a problem: how steeply a soft cap's tanh rises, a number that float32 holds.
@@ -113,10 +125,10 @@ struct Padding {
   Tensor tensor;
   const uint8_t* data = nullptr;
 
-  Padding(const std::optional<Tensor>& mask, const Tensor& q) {
+  Padding(const std::optional<Tensor>& mask, const Tensor& k) {
     if (!mask) return;
     require(
-        mask->dtype() == DType::boolean && mask->dim() == 2 && mask->size(0) == q.size(0) && mask->size(1) == q.size(2),
+        mask->dtype() == DType::boolean && mask->dim() == 2 && mask->size(0) == k.size(0) && mask->size(1) == k.size(2),
         "key_padding_mask: wanted bool [B, S]");
     tensor = contiguous(*mask);
     data = tensor.data<const uint8_t>();
@@ -127,12 +139,12 @@ std::tuple<Tensor, Tensor> attention_forward(const Tensor& q_in, const Tensor& k
                                              const std::optional<Tensor>& key_padding_mask, double scale,
                                              std::optional<double> softcap, const Tensor& plan_words) {
   const Plan plan = view(plan_words);
-  check(q_in, plan, {&k_in, &v_in});
+  check(q_in, k_in, plan, {}, {&v_in});
   const Tensor q = with_rows(q_in), k = with_rows(k_in), v = with_rows(v_in);
   Tensor out = new_rows_like(q_in);
   Tensor lse = empty({q.size(0), q.size(1), q.size(2)}, DType::float32);
   if (q.numel() == 0) return {std::move(out), std::move(lse)};
-  const Padding padding(key_padding_mask, q);
+  const Padding padding(key_padding_mask, k);
   const bool scattered = k.stride(2) != k.size(3) || v.stride(2) != v.size(3);
   const Problem problem{&plan,
                         q.size(0),
@@ -149,7 +161,7 @@ std::tuple<Tensor, Tensor> attention_forward(const Tensor& q_in, const Tensor& k
   // Pieces of a head: about an eighth of its work, whole tiles.
   constexpr int kPieces = 8;
   const std::vector<int32_t> cuts =
-      even_cuts(plan.tiles, kPieces, [&](int32_t t) { return tile_cost(plan.by_query, t); });
+      even_cuts(plan.query_tiles, kPieces, [&](int32_t t) { return tile_cost(plan.by_query, t); });
   const int64_t floats = kernels.forward_floats(problem);
   share_out(problem.batch * problem.heads * kPieces, floats, [&](int64_t piece, Scratch& scratch) {
     const int64_t part = piece % kPieces;
@@ -165,16 +177,16 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad_out_in,
                                                       const std::optional<Tensor>& key_padding_mask, double scale,
                                                       std::optional<double> softcap, const Tensor& plan_words) {
   const Plan plan = view(plan_words);
-  check(q_in, plan, {&k_in, &v_in, &out_in, &grad_out_in});
+  check(q_in, k_in, plan, {&out_in, &grad_out_in}, {&v_in});
   const Tensor q = with_rows(q_in), k = with_rows(k_in), v = with_rows(v_in), out = with_rows(out_in);
   const Tensor grad_out = with_rows(grad_out_in);
   Tensor dq = new_rows_like(q_in), dk = new_rows_like(k_in), dv = new_rows_like(v_in);
   if (q.numel() == 0) return {std::move(dq), std::move(dk), std::move(dv)};
-  const Padding padding(key_padding_mask, q);
+  const Padding padding(key_padding_mask, k);
   const Tensor lse = contiguous(lse_in);
   const Tensor grad_lse = grad_lse_in ? contiguous_float32(*grad_lse_in) : Tensor();
   // Every tile of text keys reads all queries again, so here the plan's order counts too.
-  const bool scattered = q.stride(2) != q.size(3) || grad_out.stride(2) != q.size(3) || !in_order(plan);
+  const bool scattered = q.stride(2) != q.size(3) || grad_out.stride(2) != q.size(3) || !queries_in_order(plan);
   const Problem problem{&plan,
                         q.size(0),
                         q.size(1),
@@ -200,9 +212,10 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad_out_in,
   // Eight heads or more: each is one piece. Fewer: a head's queries are cut into ranges, none too short to repay
   // that every range turns the text's keys again.
   constexpr int64_t kWantedPieces = 8, kShortest = 5;
-  const int32_t ranges = int32_t(std::clamp<int64_t>(plan.tiles / kShortest, 1, (kWantedPieces + heads - 1) / heads));
+  const int32_t ranges =
+      int32_t(std::clamp<int64_t>(plan.query_tiles / kShortest, 1, (kWantedPieces + heads - 1) / heads));
   const std::vector<int32_t> cuts =
-      even_cuts(plan.tiles, ranges, [&](int32_t t) { return tile_cost(plan.by_query, t); });
+      even_cuts(plan.query_tiles, ranges, [&](int32_t t) { return tile_cost(plan.by_query, t); });
   const Ranges shared = share_keys(plan, cuts);
   const int64_t slot = 2 * kTile * kernels.rounded_width(problem.width), slots = shared.slot_offsets.back();
   const Tensor partial = new_tensor({heads * slots * slot}, DType::float32);
@@ -227,7 +240,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad_out_in,
 
 const Operators defined(
     "CPU",
-    {{"attention_plan(Tensor order, Tensor key_offsets, Tensor key_tiles, Tensor mask_ids, Tensor full_counts, "
+    {{"attention_plan(Tensor order, Tensor query_order, Tensor key_offsets, Tensor key_tiles, Tensor mask_ids, Tensor "
+      "full_counts, "
       "Tensor query_offsets, Tensor query_tiles, Tensor query_mask_ids, Tensor query_full_counts, Tensor masks, "
       "Tensor masks_transposed) -> Tensor",
       boxed<&attention_plan>},

@@ -52,8 +52,10 @@ struct Forward {
     listed = carver.of<Pair>(kListed);
     padded = problem.padding ? carver.of<uint8_t>(positions) : nullptr;
     tile_padded = problem.padding ? carver.of<uint8_t>(problem.plan->tiles) : nullptr;
-    q = k = v = Source{nullptr, 0,       problem.plan->order, problem.plan->length, width,
-                       rounded, nullptr, nullptr,             nullptr,              zeros};
+    const Plan& plan = *problem.plan;
+    q = Source{nullptr, 0,       plan.query_order, plan.query_length, width,
+               rounded, nullptr, nullptr,          nullptr,           zeros};
+    k = v = Source{nullptr, 0, plan.order, plan.length, width, rounded, nullptr, nullptr, nullptr, zeros};
     k.carve(carver, problem.plan->tiles, problem.scattered);
     v.carve(carver, problem.plan->tiles, problem.scattered);
     return carver.used;
@@ -297,10 +299,10 @@ struct Forward {
       store(maximum + i, select(is_nan(total), total, select(seen, lse, set(-INFINITY))));
     }
     T* base = (T*)arrays.out.data + b * arrays.out.batch + h * arrays.out.head;
-    for (int i = 0; i < kTile && tile * kTile + i < plan.length; i++) {
-      const int token = plan.order[tile * kTile + i];
-      arrays.lse[head * plan.length + token] = maximum[i];
-      T* row = base + token * arrays.out.row;
+    for (int i = 0; i < kTile && tile * kTile + i < plan.query_length; i++) {
+      const int query = plan.query_order[tile * kTile + i];
+      arrays.lse[head * plan.query_length + query] = maximum[i];
+      T* row = base + query * arrays.out.row;
       const F share = set(factor[i]);
       for (int d = 0; d < width; d += kLanes) store_row(row, d, width, share * load(out + int64_t(i) * rounded + d));
     }

@@ -4,7 +4,7 @@
 
 namespace dalle::attention {
 
-ListStorage build_lists(const ScheduleSide& side, int32_t length) {
+ListStorage build_lists(const ScheduleSide& side, int32_t length, int32_t walked) {
   ListStorage lists;
   const int32_t tiles = (length + kTile - 1) / kTile;
   lists.full_offsets.push_back(0);
@@ -24,7 +24,7 @@ ListStorage build_lists(const ScheduleSide& side, int32_t length) {
         for (int p = 0; p < kTile; p += 2) {
           Pair pair{(other * kTile + p) / 2, {0, 0}};
           for (int j = 0; j < 2; j++)
-            if (other * kTile + p + j < length)
+            if (other * kTile + p + j < walked)
               pair.bits[j] = uint16_t((uint32_t(rows[(p + j) * 2]) >> (g % 2 * kGroup)) & alive);
           if (pair.bits[0] | pair.bits[1]) lists.pairs.push_back(pair);
         }

@@ -29,9 +29,12 @@ struct Lists {
   const Pair* pairs;            // pairs of group g: pair_offsets[g] .. pair_offsets[g + 1] - 1, ascending
 };
 
+// Queries are all tokens, or a run of them: `query_order` then counts from its first.
 struct Plan {
   int32_t length, tiles;
   const int32_t* order;  // [length]: the token at a position
+  int32_t query_length, query_tiles;
+  const int32_t* query_order;  // [query_length]: the row of q at a position
   Lists by_query, by_key;
 };
 
@@ -47,7 +50,8 @@ struct ListStorage {
   std::vector<Pair> pairs;
 };
 
-ListStorage build_lists(const ScheduleSide& side, int32_t length);
+// Of `length` positions in the lanes and `walked` on the other side.
+ListStorage build_lists(const ScheduleSide& side, int32_t length, int32_t walked);
 
 // What of tile t's lists lies in tiles first .. last - 1 of the other side.
 struct Seen {
@@ -66,7 +70,7 @@ Seen seen_by(const Lists& lists, int32_t t, int32_t first, int32_t last);
 // partial slot n >= 0.
 constexpr int32_t kElsewhere = -2, kHere = -1;
 
-// Ranges of query tiles cut at `cuts`: destinations [ranges, tiles], and for tile t the partial slots
+// Ranges of query tiles cut at `cuts`: destinations [ranges, tiles of keys], and for tile t of them the partial slots
 // slot_offsets[t] .. slot_offsets[t + 1] - 1 in the order of the ranges. Every tile has exactly one kHere, or slots.
 struct Ranges {
   std::vector<int32_t> destinations, slot_offsets;

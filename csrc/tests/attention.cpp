@@ -71,7 +71,7 @@ struct Side {
     }
   }
   ListStorage lists(int length) const {
-    return build_lists({offsets.data(), others.data(), ids.data(), full_counts.data(), masks.data()}, length);
+    return build_lists({offsets.data(), others.data(), ids.data(), full_counts.data(), masks.data()}, length, length);
   }
 };
 
@@ -102,7 +102,7 @@ void attention_case(const Kernels& kernels, const char* name, int length, int wi
   const Side by_key(length, [&](int k, int q) { return sees(order[q], order[k]); });
   const ListStorage query_lists = by_query.lists(length), key_lists = by_key.lists(length);
   const int tiles = (length + kTile - 1) / kTile;
-  const Plan plan{length, tiles, order.data(), view(query_lists), view(key_lists)};
+  const Plan plan{length, tiles, order.data(), length, tiles, order.data(), view(query_lists), view(key_lists)};
 
   std::mt19937 generator(7);
   std::normal_distribution<float> normal;

@@ -11,22 +11,19 @@ from dalle_kernels.patterns.patterns import Pattern
 
 
 class Inputs(NamedTuple):
-    q: torch.Tensor  # [B, H, S, D], as k and v, the last dimension contiguous
-    k: torch.Tensor
+    q: torch.Tensor  # [B, H, L, D], the last dimension contiguous
+    k: torch.Tensor  # [B, H, S, D], as v; L is S or less
     v: torch.Tensor
     key_padding_mask: torch.Tensor | None  # bool [B, S], True where a key is to be ignored
     scale: float | None  # what q . k is multiplied with; a backend is never given None, which the door makes D ** -0.5
     pattern: Pattern
     softcap: float | None = None  # scaled scores s become softcap tanh(s / softcap)
-
-    @property
-    def extras(self) -> tuple[str, ...]:
-        return extras(self.softcap)
+    query_start: int = 0  # the token that is the first query
 
 
 class Outputs(NamedTuple):
     out: torch.Tensor  # like q
-    lse: torch.Tensor  # [B, H, S], natural, -inf for a query that sees no key
+    lse: torch.Tensor  # [B, H, L], natural, -inf for a query that sees no key
 
 
 class Kept(NamedTuple):
@@ -39,10 +36,7 @@ class Kept(NamedTuple):
     scale: float | None
     pattern: Pattern
     softcap: float | None = None
-
-    @property
-    def extras(self) -> tuple[str, ...]:
-        return extras(self.softcap)
+    query_start: int = 0
 
 
 class Grads(NamedTuple):
@@ -60,9 +54,20 @@ Backend: TypeAlias = Differentiable[Inputs, Outputs, Grads, Kept, Needs]
 
 
 def call_of(values: Inputs | Kept) -> Call:
-    return Call(values.q.device, values.q.dtype, values.q.shape[-1], values.extras)
+    return Call(values.q.device, values.q.dtype, values.q.shape[-1], extras(values.q, values.k, values.softcap))
 
 
-def extras(softcap: float | torch.Tensor | None) -> tuple[str, ...]:
+def extras(q: torch.Tensor, k: torch.Tensor, softcap: float | None) -> tuple[str, ...]:
     """What of a call not every backend has."""
-    return () if softcap is None else ("logit soft cap",)
+    if softcap is None and q.shape[2] == k.shape[2]:
+        return ()
+    wanted = {"logit soft cap": softcap is not None, "queries for a part of the tokens": q.shape[2] != k.shape[2]}
+    return tuple(name for name, asked in wanted.items() if asked)
+
+
+def rows_of(values: Inputs | Kept) -> tuple[int, int] | None:
+    """(first, stop) of the tokens that are queries, for a schedule; None where all are."""
+    count = values.q.shape[2]
+    if count == values.k.shape[2]:
+        return None
+    return values.query_start, values.query_start + count

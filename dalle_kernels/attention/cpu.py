@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import pad
 
-from dalle_kernels.attention.contract import Grads, Inputs, Kept, Needs, Outputs
+from dalle_kernels.attention.contract import Grads, Inputs, Kept, Needs, Outputs, rows_of
 from dalle_kernels.backends import native
 from dalle_kernels.backends.contract import Call
 from dalle_kernels.device import remembered
@@ -28,11 +28,12 @@ def describe() -> str:
 
 
 @remembered(maxsize=256)
-def _plan(pattern: Pattern, length: int) -> torch.Tensor:
+def _plan(pattern: Pattern, length: int, queries: tuple[int, int] | None) -> torch.Tensor:
     """The masked tiles resolved to the keys that each group of 16 queries sees: csrc/attention/plan.h."""
-    schedule = schedule_for(pattern, _TILE, length)
+    schedule = schedule_for(pattern, _TILE, length, queries=queries)
     return torch.ops.dalle_kernels_cpu.attention_plan(
         schedule.order,
+        schedule.query_order,
         schedule.key_offsets,
         schedule.key_tiles,
         schedule.mask_ids,
@@ -56,8 +57,8 @@ def _cut(filled: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def forward(inputs: Inputs) -> Outputs:
-    q, k, v, key_padding_mask, scale, pattern, softcap = inputs
-    run, plan = torch.ops.dalle_kernels_cpu.attention_forward, _plan(pattern, q.shape[2])
+    q, k, v, key_padding_mask, scale, pattern, softcap, _ = inputs
+    run, plan = torch.ops.dalle_kernels_cpu.attention_forward, _plan(pattern, k.shape[2], rows_of(inputs))
     if q.shape[-1] % 8 == 0:
         return Outputs(*run(q, k, v, key_padding_mask, scale, softcap, plan))
     out, lse = run(*_filled(q, k, v), key_padding_mask, scale, softcap, plan)
@@ -65,9 +66,9 @@ def forward(inputs: Inputs) -> Outputs:
 
 
 def backward(grads: Grads, kept: Kept, needs: Needs) -> tuple[torch.Tensor | None, ...]:
-    (grad_out, grad_lse), (q, k, v, out, lse, key_padding_mask, scale, pattern, softcap) = grads, kept
+    (grad_out, grad_lse), (q, k, v, out, lse, key_padding_mask, scale, pattern, softcap, _) = grads, kept
     assert grad_out is not None
-    run, plan = torch.ops.dalle_kernels_cpu.attention_backward, _plan(pattern, q.shape[2])
+    run, plan = torch.ops.dalle_kernels_cpu.attention_backward, _plan(pattern, k.shape[2], rows_of(kept))
     if q.shape[-1] % 8 == 0:
         return run(grad_out, grad_lse, q, k, v, out, lse, key_padding_mask, scale, softcap, plan)
     wide_grad, *wide = _filled(grad_out, q, k, v, out)

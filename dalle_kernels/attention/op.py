@@ -21,9 +21,10 @@ if TYPE_CHECKING:
     _BACKENDS: tuple[Backend, ...] = (cpu, cuda, triton, reference)
 
 
-def _describe(q: torch.Tensor, *_: Any, softcap: float | None = None, **__: Any) -> Call:
+def _describe(q: torch.Tensor, k: torch.Tensor, *_: Any, softcap: float | None = None, **__: Any) -> Call:
     check_tensor("q", q, rank=4)
-    return Call(q.device, autocast(q)[0].dtype, q.shape[-1], extras(softcap))
+    check_tensor("k", k, rank=4)
+    return Call(q.device, autocast(q)[0].dtype, q.shape[-1], extras(q, k, softcap))
 
 
 OPERATION: Operation[Backend] = Operation(
@@ -50,6 +51,7 @@ def sparse_attention(
     backend: str = ...,
     *,
     softcap: float | None = ...,
+    query_start: int | None = ...,
 ) -> torch.Tensor: ...
 @overload
 def sparse_attention(
@@ -63,6 +65,7 @@ def sparse_attention(
     return_lse: Literal[True],
     backend: str = ...,
     softcap: float | None = ...,
+    query_start: int | None = ...,
 ) -> tuple[torch.Tensor, torch.Tensor]: ...
 def sparse_attention(
     q: torch.Tensor,
@@ -75,16 +78,18 @@ def sparse_attention(
     backend: str = "auto",
     *,
     softcap: float | None = None,
+    query_start: int | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """softmax(scale q k^T) v over the pairs that `pattern` makes visible; differentiable.
 
     Source: Ramesh et al. 2021, appendix B.1 (the patterns); Dao et al. 2022 (computing it without the S x S matrix).
 
     Args:
-        q: [B, H, S, D], float16, bfloat16, float32 or float64, any strides. S may be less than the pattern's length: a
-            prefix. Under autocast q, k and v are cast as scaled_dot_product_attention's are.
-        k: [B, G, S, D], v: [B, G, S, E], G a divisor of H: query head h attends to head h // (H / G) (grouped-query
-            attention, Ainslie et al. 2023; nothing is repeated in memory). E is D, or any other width.
+        q: [B, H, L, D], float16, bfloat16, float32 or float64, any strides. L is S, or less: see `query_start`. Under
+            autocast q, k and v are cast as scaled_dot_product_attention's are.
+        k: [B, G, S, D], v: [B, G, S, E]. S may be less than the pattern's length: a prefix. G is a divisor of H: query
+            head h attends to head h // (H / G) (grouped-query attention, Ainslie et al. 2023; nothing is repeated in
+            memory). E is D, or any other width.
         pattern: who sees whom.
         scale: what the scores are multiplied by; D ** -0.5 where None.
         key_padding_mask: bool [B, S], True at keys to ignore (as torch.nn.MultiheadAttention has it).
@@ -92,9 +97,12 @@ def sparse_attention(
         backend: "auto", "reference", "cpu", "triton" or "cuda"; see `explain`.
         softcap: bounds the scaled scores s softly, by softcap tanh(s / softcap) (Gemma 2, Riviere et al. 2024, section
             2, with 50); a number from 1e-20 to 1e20, or None for no bound. The CUDA backend has none.
+        query_start: which token is the first query, where only L of the S tokens ask, as in prefill by chunks; the last
+            L do where None (the corner of a mask that torch.nn.attention.bias.causal_lower_right and FlashAttention
+            align to). Work and memory are those of these rows. Not for the CUDA backend.
 
     Returns:
-        [B, H, S, E] in q's dtype; with `return_lse` also float32 [B, H, S] (float64 for float64 inputs). A query
+        [B, H, L, E] in q's dtype; with `return_lse` also float32 [B, H, L] (float64 for float64 inputs). A query
         that sees no key gives zeros, a log-sum-exp of -inf and no gradient.
 
     Raises:
@@ -105,6 +113,8 @@ def sparse_attention(
         >>> q = k = v = torch.randn(2, 4, layout.length, 32)
         >>> sparse_attention(q, k, v, Row(layout)).shape
         torch.Size([2, 4, 80, 32])
+        >>> sparse_attention(q[:, :, 24:40], k[:, :, :40], v[:, :, :40], Row(layout)).shape  # the third 16 of a prompt
+        torch.Size([2, 4, 16, 32])
     """
     check_tensor("q", q, rank=4)
     check_tensor("k", k, rank=4)
@@ -119,14 +129,21 @@ def sparse_attention(
         raise ValueError(f"q: got shape {tuple(q.shape)}, wanted a head dimension D of at least 1")
     if not isinstance(pattern, Pattern):
         raise TypeError(f"pattern: got {type(pattern).__name__}, wanted a Pattern")
-    if not 1 <= q.shape[2] <= pattern.length:
-        raise ValueError(f"q: got {q.shape[2]} tokens, wanted 1 to {pattern.length}, the length of {pattern}")
+    queries, tokens = q.shape[2], k.shape[2]
+    if not 1 <= tokens <= pattern.length:
+        name = "q" if alike else "k"
+        raise ValueError(f"{name}: got {tokens} tokens, wanted 1 to {pattern.length}, the length of {pattern}")
+    if query_start is None:
+        query_start = tokens - queries
+    elif not isinstance(query_start, int) or not 0 <= query_start <= tokens - queries:
+        within = f"a token from 0 to {tokens - queries}, so that {queries} queries lie within the {tokens} tokens"
+        raise ValueError(f"query_start: got {query_start!r}, wanted {within}, or None")
     check_scale(scale)
     softcap = check_softcap(softcap)
     if key_padding_mask is not None:
         if not isinstance(key_padding_mask, torch.Tensor):
             raise TypeError(f"key_padding_mask: got {type(key_padding_mask).__name__}, wanted a torch.Tensor")
-        wanted = (q.shape[0], q.shape[2])
+        wanted = (q.shape[0], tokens)
         if key_padding_mask.dtype != torch.bool or key_padding_mask.shape != wanted:
             came = f"{key_padding_mask.dtype} of shape {tuple(key_padding_mask.shape)}"
             raise ValueError(f"key_padding_mask: got {came}, wanted torch.bool of shape {wanted}")
@@ -135,16 +152,18 @@ def sparse_attention(
     scale = None if scale is None else float(scale)
     if alike:
         q, k, v = map(rows_contiguous, (q, k, v))
-        out, lse = _ENTRY(Inputs(q, k, v, key_padding_mask, scale, pattern, softcap), backend)
+        out, lse = _ENTRY(Inputs(q, k, v, key_padding_mask, scale, pattern, softcap, query_start), backend)
     else:
-        inputs = Inputs(q, k, v, key_padding_mask, q.shape[3] ** -0.5 if scale is None else scale, pattern, softcap)
-        out, lse = _unlike(inputs, backend)
+        scale = q.shape[3] ** -0.5 if scale is None else scale
+        out, lse = _unlike(Inputs(q, k, v, key_padding_mask, scale, pattern, softcap, query_start), backend)
     return (out, lse) if return_lse else out
 
 
 def _check_shapes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-    batch, heads, tokens, width = q.shape
-    groups = k.shape[1]
+    batch, heads, queries, width = q.shape
+    groups, tokens = k.shape[1:3]
+    if not 1 <= queries <= tokens:
+        raise ValueError(f"q: got {queries} tokens, wanted 1 to {tokens}, as many as k has or a run of them")
     if not groups or heads % groups or k.shape != (batch, groups, tokens, width):
         wanted = f"({batch}, G, {tokens}, {width}), G a divisor of {heads}"
         raise ValueError(f"k: got shape {tuple(k.shape)}, wanted {wanted}")

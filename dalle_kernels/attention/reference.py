@@ -23,15 +23,16 @@ def _mask(pattern: Pattern, length: int, device: torch.device) -> torch.Tensor:
 
 
 class _Softmax(NamedTuple):
-    p: torch.Tensor  # [B, H, S, S] over the visible keys; zeros where there is none
-    lse: torch.Tensor  # [B, H, S], -inf where there is none
-    slope: torch.Tensor | float  # d score / d (q . k): [B, H, S, S] under a soft cap
+    p: torch.Tensor  # [B, H, L, S] over the visible keys; zeros where there is none
+    lse: torch.Tensor  # [B, H, L], -inf where there is none
+    slope: torch.Tensor | float  # d score / d (q . k): [B, H, L, S] under a soft cap
 
 
 def _softmax(q: torch.Tensor, k: torch.Tensor, values: Inputs | Kept) -> _Softmax:
     scale, softcap = values.scale, values.softcap
     assert scale is not None
-    visible = lasting(_mask(values.pattern, q.shape[2], q.device), q.device)
+    visible = lasting(_mask(values.pattern, k.shape[2], q.device), q.device)
+    visible = visible[values.query_start : values.query_start + q.shape[2]]
     if values.key_padding_mask is not None:
         visible = visible & ~values.key_padding_mask[:, None, None, :]
     scores = scale * q @ k.mT

@@ -25,7 +25,7 @@ import torch
 import triton
 import triton.language as tl
 
-from dalle_kernels.attention.contract import Grads, Kept, Needs
+from dalle_kernels.attention.contract import Grads, Kept, Needs, rows_of
 from dalle_kernels.attention.triton_forward import (
     exponent_scale,
     head_and_item,
@@ -108,25 +108,30 @@ def _accumulate_keys(
 
 @triton.jit
 def attention_backward_keys(
-    Q, K, V, Grad, Lse, Delta, DK, DV, Partial, padding, order, work, query_tiles, mask_ids, masks,
+    Q, K, V, Grad, Lse, Delta, DK, DV, Partial, padding, order, query_order, work, query_tiles, mask_ids, masks,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_gb, stride_gh, stride_gs, stride_dkb, stride_dkh, stride_dks, stride_dvb, stride_dvh, stride_dvs,
     stride_pb, stride_ps,
-    HEADS, HEADS_IN_ALL, LENGTH, ITEMS, SLOTS, exponent_scale, rise, scale,
+    HEADS, HEADS_IN_ALL, LENGTH, QUERY_LENGTH, ITEMS, SLOTS, exponent_scale, rise, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, GROUP: tl.constexpr,
-    PADDED: tl.constexpr, WHOLE: tl.constexpr, NEGATED: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr,
+    PADDED: tl.constexpr, WHOLE: tl.constexpr, NEGATED: tl.constexpr, CAPPED: tl.constexpr, SHORT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """DK, DV [B, H, S, D], or a piece of them in Partial fp32 [B H, SLOTS, 2, KEYS, BLOCK_D]. Grid: (B H ITEMS,).
 
     work int32 [ITEMS, 5]: key tile; first, first masked and last entry + 1 of its list; slot in Partial, or -1.
     """
+    if SHORT:
+        own_order, own_length = query_order, QUERY_LENGTH
+    else:
+        own_order, own_length = order, LENGTH
     head, item = head_and_item(HEADS_IN_ALL, ITEMS, GROUP)
     batch = (head // HEADS).to(tl.int64)
     head_in_batch = (head % HEADS).to(tl.int64)
     Q += batch * stride_qb + head_in_batch * stride_qh
     Grad += batch * stride_gb + head_in_batch * stride_gh
-    Lse += head.to(tl.int64) * LENGTH
-    Delta += head.to(tl.int64) * LENGTH
+    Lse += head.to(tl.int64) * own_length
+    Delta += head.to(tl.int64) * own_length
     tile = tl.load(work + item * 5)
     start = tl.load(work + item * 5 + 1)
     masked_from = tl.load(work + item * 5 + 2)
@@ -141,11 +146,11 @@ def attention_backward_keys(
     dk = tl.zeros([KEYS, BLOCK_D], tl.float32)
     dv = tl.zeros([KEYS, BLOCK_D], tl.float32)
     dk, dv = _accumulate_keys(
-        k, v, dk, dv, Q, Grad, Lse, Delta, order, query_tiles, mask_ids, masks, start, masked_from, LENGTH,
+        k, v, dk, dv, Q, Grad, Lse, Delta, own_order, query_tiles, mask_ids, masks, start, masked_from, own_length,
         stride_qs, stride_gs, exponent_scale, rise, D, BLOCK_D, QUERIES, KEYS, False, WHOLE, CAPPED, PRECISION,
     )  # fmt: skip
     dk, dv = _accumulate_keys(
-        k, v, dk, dv, Q, Grad, Lse, Delta, order, query_tiles, mask_ids, masks, masked_from, stop, LENGTH,
+        k, v, dk, dv, Q, Grad, Lse, Delta, own_order, query_tiles, mask_ids, masks, masked_from, stop, own_length,
         stride_qs, stride_gs, exponent_scale, rise, D, BLOCK_D, QUERIES, KEYS, True, WHOLE, CAPPED, PRECISION,
     )  # fmt: skip
 
@@ -230,15 +235,20 @@ def _accumulate_queries(
 
 @triton.jit
 def attention_backward_queries(
-    Q, K, V, Grad, Lse, Delta, DQ, padding, order, key_offsets, key_tiles, mask_ids, full_counts, masks,
+    Q, K, V, Grad, Lse, Delta, DQ, padding, order, query_order, key_offsets, key_tiles, mask_ids, full_counts, masks,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_gb, stride_gh, stride_gs, stride_dqb, stride_dqh, stride_dqs, stride_pb, stride_ps,
-    HEADS, HEADS_IN_ALL, LENGTH, exponent_scale, rise, scale,
+    HEADS, HEADS_IN_ALL, LENGTH, QUERY_LENGTH, exponent_scale, rise, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, GROUP: tl.constexpr,
-    PADDED: tl.constexpr, WHOLE: tl.constexpr, NEGATED: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr,
+    PADDED: tl.constexpr, WHOLE: tl.constexpr, NEGATED: tl.constexpr, CAPPED: tl.constexpr, SHORT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """DQ [B, H, S, D]. Grid: (B H query tiles,)."""
-    tiles = tl.cdiv(LENGTH, QUERIES)
+    """DQ [B, H, L, D]. Grid: (B H query tiles,)."""
+    if SHORT:
+        own_order, own_length = query_order, QUERY_LENGTH
+    else:
+        own_order, own_length = order, LENGTH
+    tiles = tl.cdiv(own_length, QUERIES)
     head, item = head_and_item(HEADS_IN_ALL, tiles, GROUP)
     tile = tiles - 1 - item  # the last tiles see the most keys, so they start first
     batch = (head // HEADS).to(tl.int64)
@@ -247,11 +257,11 @@ def attention_backward_queries(
     V += batch * stride_vb + head_in_batch * stride_vh
     padding += batch * stride_pb
 
-    rows, exists = tokens_of(order, tile, QUERIES, LENGTH, WHOLE)
+    rows, exists = tokens_of(own_order, tile, QUERIES, own_length, WHOLE)
     q = load_rows(Q + batch * stride_qb + head_in_batch * stride_qh, rows, exists, stride_qs, D, BLOCK_D, WHOLE)
     grad = load_rows(Grad + batch * stride_gb + head_in_batch * stride_gh, rows, exists, stride_gs, D, BLOCK_D, WHOLE)
-    lse = load_lse(Lse + head.to(tl.int64) * LENGTH, rows, exists)
-    delta = tl.load(Delta + head.to(tl.int64) * LENGTH + rows, mask=exists, other=0.0)
+    lse = load_lse(Lse + head.to(tl.int64) * own_length, rows, exists)
+    delta = tl.load(Delta + head.to(tl.int64) * own_length + rows, mask=exists, other=0.0)
     if NEGATED:
         q = (-q.to(tl.float32)).to(q.dtype)
     dq = tl.zeros([QUERIES, BLOCK_D], tl.float32)
@@ -312,20 +322,37 @@ class Work(OnDevice):
         return Work(pieces_of, tiles, slots, split_offsets[-1])
 
 
-def work_for(pattern: Pattern, length: int, device: torch.device, dtype: torch.dtype, width: int, heads: int) -> Work:
+def work_for(
+    pattern: Pattern,
+    length: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    width: int,
+    heads: int,
+    rows: tuple[int, int] | None = None,
+) -> Work:
     """The pieces for one kind of call: lists stay whole where there are heads enough to keep the GPU busy anyway.
 
     Of all programs the longest start first, so they leave no tail while they take no more than half of what each
     of the `programs` that run at a time has to do in all.
     """
-    return lasting(_work(pattern, length, device, dtype, width, heads), device)
+    return lasting(_work(pattern, length, device, dtype, width, heads, rows), device)
 
 
 @remembered(maxsize=256)
-def _work(pattern: Pattern, length: int, device: torch.device, dtype: torch.dtype, width: int, heads: int) -> Work:
+def _work(
+    pattern: Pattern,
+    length: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    width: int,
+    heads: int,
+    rows: tuple[int, int] | None,
+) -> Work:
     settings = launch.settings_for("attention_backward_keys", launch.architecture(device), 8 * dtype.itemsize, width)
-    tile = plan_for("attention_backward_keys", pattern, length, device, dtype, width).schedule.tile
-    schedule = schedule_for(pattern, tile, length)  # on the CPU: to read the device's, the host would have to wait
+    tile = plan_for("attention_backward_keys", pattern, length, device, dtype, width, rows).schedule.tile
+    # On the CPU: to read the device's, the host would have to wait.
+    schedule = schedule_for(pattern, tile, length, queries=rows)
     longest = heads * schedule.query_tiles.numel() // (2 * settings["programs"])
     return Work.cut(schedule, max(longest, settings["shortest_piece"])).to(device)
 
@@ -333,16 +360,16 @@ def _work(pattern: Pattern, length: int, device: torch.device, dtype: torch.dtyp
 def backward(grads: Grads, kept: Kept, needs: Needs) -> tuple[torch.Tensor | None, ...]:
     """Gradients (dq, dk, dv) with the strides of q, k, v, given what `forward` returned for them.
 
-    grad_out [B, H, S, D] with its last dimension contiguous; grad_lse [B, H, S] or None where it is zero.
+    grad_out [B, H, L, D] with its last dimension contiguous; grad_lse [B, H, L] or None where it is zero.
     """
-    (grad_out, grad_lse), (q, k, v, out, lse, key_padding_mask, scale, pattern, softcap) = grads, kept
+    (grad_out, grad_lse), (q, k, v, out, lse, key_padding_mask, scale, pattern, softcap, _) = grads, kept
     assert grad_out is not None
     assert scale is not None
-    batch, heads, length, width = q.shape
-    in_all = batch * heads
+    batch, heads, queries, width = q.shape
+    in_all, length, rows = batch * heads, k.shape[2], rows_of(kept)
     call = (pattern, length, q.device, q.dtype, width)
-    by_key, by_query = plan_for("attention_backward_keys", *call), plan_for("attention_backward_queries", *call)
-    work = work_for(*call, in_all)
+    by_key, by_query = (plan_for(f"attention_backward_{side}", *call, rows) for side in ("keys", "queries"))
+    work = work_for(*call, in_all, rows)
     power, rise, negated = exponent_scale(scale, softcap)
     padding, padding_strides = padding_bytes(key_padding_mask, q)
     flags = {"PADDED": key_padding_mask is not None, "NEGATED": negated, "CAPPED": softcap is not None}
@@ -355,20 +382,21 @@ def backward(grads: Grads, kept: Kept, needs: Needs) -> tuple[torch.Tensor | Non
     if work.slots:
         partial = torch.empty((in_all, work.slots, 2, keys, block), dtype=torch.float32, device=q.device)
 
-    attention_delta[(in_all, ceil_div(length, delta_rows))](
+    attention_delta[(in_all, ceil_div(queries, delta_rows))](
         out, grad_out, delta if grad_lse is None else grad_lse, delta,
         *out.stride()[:3], *grad_out.stride()[:3], *(delta if grad_lse is None else grad_lse).stride(),
-        heads, length,
+        heads, queries,
         D=width, BLOCK_D=block, ROWS=delta_rows, HAS_GRAD_LSE=grad_lse is not None, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     if needs.k or needs.v:
         schedule = by_key.schedule
         attention_backward_keys[(in_all * work.items.shape[0],)](
             q, k, v, grad_out, lse, delta, dk, dv, partial, padding,
-            schedule.order, work.items, schedule.query_tiles, schedule.query_mask_ids, schedule.masks_transposed,
+            schedule.order, schedule.query_order, work.items, schedule.query_tiles, schedule.query_mask_ids,
+            schedule.masks_transposed,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_out.stride()[:3],
             *dk.stride()[:3], *dv.stride()[:3],
-            *padding_strides, heads, in_all, length, work.items.shape[0], work.slots, power, rise, scale,
+            *padding_strides, heads, in_all, length, queries, work.items.shape[0], work.slots, power, rise, scale,
             **flags, **by_key.constants,
         )  # fmt: skip
         if work.slots:
@@ -379,12 +407,12 @@ def backward(grads: Grads, kept: Kept, needs: Needs) -> tuple[torch.Tensor | Non
             )  # fmt: skip
     if needs.q:
         schedule = by_query.schedule
-        attention_backward_queries[(in_all * ceil_div(length, schedule.tile[0]),)](
+        attention_backward_queries[(in_all * ceil_div(queries, schedule.tile[0]),)](
             q, k, v, grad_out, lse, delta, dq, padding,
-            schedule.order, schedule.key_offsets, schedule.key_tiles, schedule.mask_ids, schedule.full_counts,
-            schedule.masks,
+            schedule.order, schedule.query_order, schedule.key_offsets, schedule.key_tiles, schedule.mask_ids,
+            schedule.full_counts, schedule.masks,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_out.stride()[:3], *dq.stride()[:3],
-            *padding_strides, heads, in_all, length, power, rise, scale,
+            *padding_strides, heads, in_all, length, queries, power, rise, scale,
             **flags, **by_query.constants,
         )  # fmt: skip
     return dq, dk, dv

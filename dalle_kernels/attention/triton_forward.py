@@ -21,7 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
-from dalle_kernels.attention.contract import Inputs, Outputs
+from dalle_kernels.attention.contract import Inputs, Outputs, rows_of
 from dalle_kernels.backends import launch
 from dalle_kernels.backends.triton_common import ceil_div, dot, precision, steepness, tanh
 from dalle_kernels.device import lasting, remembered
@@ -130,15 +130,23 @@ def _accumulate(
 
 @triton.jit
 def attention_forward(
-    Q, K, V, Out, Lse, padding, order, key_offsets, key_tiles, mask_ids, full_counts, masks,
+    Q, K, V, Out, Lse, padding, order, query_order, key_offsets, key_tiles, mask_ids, full_counts, masks,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_ob, stride_oh, stride_os, stride_pb, stride_ps,
-    HEADS, HEADS_IN_ALL, LENGTH, exponent_scale, rise,
+    HEADS, HEADS_IN_ALL, LENGTH, QUERY_LENGTH, exponent_scale, rise,
     D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, GROUP: tl.constexpr,
-    PADDED: tl.constexpr, WHOLE: tl.constexpr, NEGATED: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr,
+    PADDED: tl.constexpr, WHOLE: tl.constexpr, NEGATED: tl.constexpr, CAPPED: tl.constexpr, SHORT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Q, K, V, Out [B, H, S, D]; Lse fp32 [B, H, S]; padding uint8 [B, S], read if PADDED. Grid: (B H query tiles,)."""
-    tiles = tl.cdiv(LENGTH, QUERIES)
+    """Q, Out [B, H, L, D]; K, V [B, H, S, D]; Lse fp32 [B, H, L]; padding uint8 [B, S], read if PADDED.
+
+    S is LENGTH, and L too unless SHORT. Grid: (B H query tiles,).
+    """
+    if SHORT:
+        own_order, own_length = query_order, QUERY_LENGTH
+    else:
+        own_order, own_length = order, LENGTH
+    tiles = tl.cdiv(own_length, QUERIES)
     head, item = head_and_item(HEADS_IN_ALL, tiles, GROUP)
     tile = tiles - 1 - item  # the last tiles see the most keys, so they start first
     batch = (head // HEADS).to(tl.int64)
@@ -147,7 +155,7 @@ def attention_forward(
     V += batch * stride_vb + head_in_batch * stride_vh
     padding += batch * stride_pb
 
-    rows, exists = tokens_of(order, tile, QUERIES, LENGTH, WHOLE)
+    rows, exists = tokens_of(own_order, tile, QUERIES, own_length, WHOLE)
     q = load_rows(Q + batch * stride_qb + head_in_batch * stride_qh, rows, exists, stride_qs, D, BLOCK_D, WHOLE)
     if NEGATED:
         q = (-q.to(tl.float32)).to(q.dtype)  # the interpreter has no arithmetic of bfloat16
@@ -173,7 +181,7 @@ def attention_forward(
     out = accumulator / total[:, None]
     store_rows(Out + batch * stride_ob + head_in_batch * stride_oh, rows, exists, stride_os, out, D, BLOCK_D)
     lse = (maximum + tl.log2(total)) * LN_2
-    tl.store(Lse + head.to(tl.int64) * LENGTH + rows, lse, mask=exists)
+    tl.store(Lse + head.to(tl.int64) * own_length + rows, lse, mask=exists)
 
 
 class Plan(NamedTuple):
@@ -183,25 +191,41 @@ class Plan(NamedTuple):
     constants: dict[str, object]  # compile-time arguments and launch options, as the kernel's keywords
 
 
-def plan_for(kernel: str, pattern: Pattern, length: int, device: torch.device, dtype: torch.dtype, width: int) -> Plan:
-    """The schedule and settings of `kernel` for one kind of call, remembered."""
-    return lasting(_remembered(kernel, pattern, length, device, dtype, width), device)
+def plan_for(
+    kernel: str,
+    pattern: Pattern,
+    length: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    width: int,
+    rows: tuple[int, int] | None = None,
+) -> Plan:
+    """The schedule and settings of `kernel` for one kind of call, remembered; `rows` as in `contract.rows_of`."""
+    return lasting(_remembered(kernel, pattern, length, device, dtype, width, rows), device)
 
 
 @remembered(maxsize=256)
 def _remembered(
-    kernel: str, pattern: Pattern, length: int, device: torch.device, dtype: torch.dtype, width: int
+    kernel: str,
+    pattern: Pattern,
+    length: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    width: int,
+    rows: tuple[int, int] | None,
 ) -> Plan:
     settings = launch.settings_for(kernel, launch.architecture(device), 8 * dtype.itemsize, width)
     tile = settings["query_tile"], settings["key_tile"]
     group, warps, stages = (settings[name] for name in ("heads_at_once", "num_warps", "num_stages"))
+    queries = length if rows is None else rows[1] - rows[0]
     constants: dict[str, object] = {
         "D": width,
         "BLOCK_D": max(16, triton.next_power_of_2(width)),
         "QUERIES": tile[0],
         "KEYS": tile[1],
         "GROUP": group,
-        "WHOLE": length % tile[0] == 0 and length % tile[1] == 0,
+        "WHOLE": queries % tile[0] == 0 and length % tile[1] == 0,
+        "SHORT": rows is not None,
         "PRECISION": settings.get("precision", precision(dtype)),
         "num_warps": warps,
         "num_stages": stages,
@@ -209,12 +233,15 @@ def _remembered(
     }
     if "maxnreg" in settings:  # without it ptxas may keep to fewer registers than the block has, and spill
         constants["maxnreg"] = settings["maxnreg"]
-    if length >= max(tile):
-        return Plan(schedule_for(pattern, tile, length, device), constants)
+    if queries >= max(tile):
+        return Plan(schedule_for(pattern, tile, length, device, rows), constants)
     # Walks over full tiles look at the tokens of tile 0 without a mask, though there be no full tile to walk over.
-    schedule = schedule_for(pattern, tile, length)
-    padded = torch.nn.functional.pad(schedule.order, (0, max(tile) - length))
-    return Plan(replace(schedule, order=padded).to(device), constants)
+    schedule = schedule_for(pattern, tile, length, queries=rows)
+    order, query_order = (
+        torch.nn.functional.pad(tokens, (0, max(max(tile) - len(tokens), 0)))
+        for tokens in (schedule.order, schedule.query_order)
+    )
+    return Plan(replace(schedule, order=order, query_order=query_order).to(device), constants)
 
 
 def exponent_scale(scale: float, softcap: float | None) -> tuple[float, float, bool]:
@@ -228,23 +255,24 @@ def exponent_scale(scale: float, softcap: float | None) -> tuple[float, float, b
 
 
 def forward(inputs: Inputs) -> Outputs:
-    """Output [B, H, S, D] with q's dtype and strides, and natural log-sum-exp fp32 [B, H, S]."""
-    q, k, v, key_padding_mask, scale, pattern, softcap = inputs
+    """Output [B, H, L, D] with q's dtype and strides, and natural log-sum-exp fp32 [B, H, L]."""
+    q, k, v, key_padding_mask, scale, pattern, softcap, _ = inputs
     assert scale is not None
-    batch, heads, length, width = q.shape
+    batch, heads, queries, width = q.shape
+    length = k.shape[2]
     out = torch.empty_like(q)
-    lse = torch.empty((batch, heads, length), dtype=torch.float32, device=q.device)
-    plan = plan_for("attention_forward", pattern, length, q.device, q.dtype, width)
+    lse = torch.empty((batch, heads, queries), dtype=torch.float32, device=q.device)
+    plan = plan_for("attention_forward", pattern, length, q.device, q.dtype, width, rows_of(inputs))
     schedule = plan.schedule
     power, rise, negated = exponent_scale(scale, softcap)
     padding, padding_strides = padding_bytes(key_padding_mask, q)
-    tiles = ceil_div(length, schedule.tile[0])
+    tiles = ceil_div(queries, schedule.tile[0])
     attention_forward[(batch * heads * tiles,)](
         q, k, v, out, lse, padding,
-        schedule.order, schedule.key_offsets, schedule.key_tiles, schedule.mask_ids, schedule.full_counts,
-        schedule.masks,
+        schedule.order, schedule.query_order, schedule.key_offsets, schedule.key_tiles, schedule.mask_ids,
+        schedule.full_counts, schedule.masks,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], *padding_strides,
-        heads, batch * heads, length, power, rise,
+        heads, batch * heads, length, queries, power, rise,
         PADDED=key_padding_mask is not None, NEGATED=negated, CAPPED=softcap is not None, **plan.constants,
     )  # fmt: skip
     return Outputs(out, lse)

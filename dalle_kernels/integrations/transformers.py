@@ -48,11 +48,12 @@ def register(
     `{prefix}_causal`, `{prefix}_row`, `{prefix}_column`, `{prefix}_axial_row` and `{prefix}_convolution`, that pattern
     in every layer. Another layout takes another prefix; other patterns and schedules go by `register_patterns`.
 
-    A whole sequence, in training or as a prompt, is `sparse_attention`. Tokens after that, with a DynamicCache or
-    StaticCache, gather the keys that they see from the cache and attend to these with scaled_dot_product_attention:
-    the work is that of the visible keys, though the cache keeps all. The host waits for no device, so that both
-    compile as one graph, and a static cache's tokens can be captured. Beams, samples, assisted decoding and prompt
-    lookup work; what prompt lookup guesses beyond the layout gets logits of NaN, and a warning.
+    A whole sequence, in training or as a prompt, and long chunks of a prompt are `sparse_attention`. Tokens after
+    that, with a DynamicCache or StaticCache, gather the keys that they see from the cache and attend to these with
+    scaled_dot_product_attention: the work is that of the visible keys, though the cache keeps all. The host waits
+    for no device, so that both compile as one graph, and a static cache's tokens can be captured. Beams, samples,
+    assisted decoding and prompt lookup work; what prompt lookup guesses beyond the layout gets logits of NaN, and a
+    warning.
 
     Grouped-query heads, `attention_mask` [batch, tokens], multi-head latent attention and the model's own scaling
     are honoured, and so are soft caps of the scores (Gemma 2). Calls with attention dropout, 4D masks, packed
@@ -322,6 +323,7 @@ class _Paper:
 
 
 _Layers = _Paper | tuple[Pattern, ...]
+_CHUNK = 64  # tokens after the first that make a schedule of their own worth its while
 _REFUSED = (  # what other models pass that changes attention
     "s_aux",
     "sinks",
@@ -412,7 +414,7 @@ class _Attention:
         elif position and traced:
             here = torch.full((), position, dtype=torch.int64, device=key.device)
             out = self._at(query, key, value, pattern, here, hidden, scale, softcap)
-        elif position:
+        elif position and query.shape[2] < _CHUNK:
             out = _go_on(query, key, value, pattern, position, hidden, scale, softcap)
         else:
             out = sparse_attention(query, key, value, pattern, scale, hidden, backend=self.backend, softcap=softcap)

@@ -62,10 +62,12 @@ def test_opcheck(dtype: torch.dtype) -> None:
     padding = torch.zeros(2, pattern.length, dtype=torch.bool)
     scale = torch.tensor(0.2, dtype=torch.float64)
     for mask in (None, padding):
-        opcheck(torch.ops.dalle_kernels.attention_forward.default, (q, k, v, mask, scale, pattern.spec, None, "auto"))
+        opcheck(
+            torch.ops.dalle_kernels.attention_forward.default, (q, k, v, mask, scale, pattern.spec, None, 0, "auto")
+        )
     with torch.no_grad():
-        out, lse = torch.ops.dalle_kernels.attention_forward(q, k, v, None, scale, pattern.spec, None, "auto")
-        arguments = (out, lse, q, k, v, out, lse, None, scale, pattern.spec, None, [True, False, True], "auto")
+        out, lse = torch.ops.dalle_kernels.attention_forward(q, k, v, None, scale, pattern.spec, None, 0, "auto")
+        arguments = (out, lse, q, k, v, out, lse, None, scale, pattern.spec, None, 0, [True, False, True], "auto")
     detached = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in arguments)
     opcheck(torch.ops.dalle_kernels.attention_backward.default, detached)
 

@@ -65,11 +65,26 @@ def test_gradcheck() -> None:
 def test_opcheck(dtype: torch.dtype) -> None:
     q, k, v = inputs(dtype)
     scale, spec = torch.tensor(0.2, dtype=torch.float64), Column(LAYOUT).spec
-    arguments = (q, k, v, None, scale, spec, CAP, "auto")
+    arguments = (q, k, v, None, scale, spec, CAP, 0, "auto")
     opcheck(torch.ops.dalle_kernels.attention_forward.default, arguments)
     with torch.no_grad():
         out, lse = torch.ops.dalle_kernels.attention_forward(*arguments)
-    kept = (out, lse, q.detach(), k.detach(), v.detach(), out, lse, None, scale, spec, CAP, [True, False, True], "auto")
+    kept = (
+        out,
+        lse,
+        q.detach(),
+        k.detach(),
+        v.detach(),
+        out,
+        lse,
+        None,
+        scale,
+        spec,
+        CAP,
+        0,
+        [True, False, True],
+        "auto",
+    )
     opcheck(torch.ops.dalle_kernels.attention_backward.default, kept)
 
 

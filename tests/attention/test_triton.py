@@ -19,6 +19,7 @@ from dalle_kernels.attention import triton as triton_backend
 from dalle_kernels.attention import triton_backward
 from dalle_kernels.backends.contract import Call
 from dalle_kernels.patterns.schedule import schedule_for
+from tests.attention import test_query_start
 from tests.oracles import attention, every_pattern
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -164,6 +165,17 @@ def test_layouts(layout: TokenLayout) -> None:
         check(packed_inputs(2, 1, layout.length, 16, torch.float16), pattern)
 
 
+@pytest.mark.parametrize("run", [(0, 1), (5, 31), (30, 97), (63, 64), (64, 32)], ids=str)
+def test_a_run_of_queries(run: tuple[int, int]) -> None:
+    for pattern, padded in ((Row(LAYOUT), False), (Column(LAYOUT), True)):
+        test_query_start.check(pattern, *run, "triton", padded, device=DEVICE)
+
+
+def test_a_run_of_queries_in_whole_tiles() -> None:
+    layout = TokenLayout(128, (16, 16))
+    test_query_start.check(Row(layout), 128, 128, "triton", device=DEVICE)
+
+
 def test_aliased_and_expanded_inputs() -> None:
     torch.manual_seed(5)
     x = torch.randn(2, 1, LAYOUT.length, 16, device=DEVICE)
@@ -245,14 +257,14 @@ def test_opcheck(dtype: torch.dtype, softcap: torch.Tensor | None) -> None:
     pattern = Row(TokenLayout(3, (2, 4)))
     q, k, v = packed_inputs(1, 2, pattern.length, 16, dtype)
     scale = torch.tensor(0.2, dtype=torch.float64)
-    arguments = (q, k, v, None, scale, pattern.spec, softcap, "triton")
+    arguments = (q, k, v, None, scale, pattern.spec, softcap, 0, "triton")
     opcheck(torch.ops.dalle_kernels.attention_forward.default, arguments)
     with torch.no_grad():
         out, lse = torch.ops.dalle_kernels.attention_forward(*arguments)
         saved = (torch.randn_like(out), torch.randn_like(lse), *(x.detach() for x in (q, k, v)), out, lse)
         opcheck(
             torch.ops.dalle_kernels.attention_backward.default,
-            (*saved, None, scale, pattern.spec, softcap, [True] * 3, "triton"),
+            (*saved, None, scale, pattern.spec, softcap, 0, [True] * 3, "triton"),
         )
 
 

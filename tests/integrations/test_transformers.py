@@ -175,9 +175,11 @@ def new_cache(kind: str, config: Any) -> Any:
     return DynamicCache(config=config) if kind == "dynamic" else StaticCache(config=config, max_cache_len=LENGTH + 4)
 
 
+@pytest.mark.parametrize("chunk", [5, 64])  # from so many tokens on they are sparse_attention's
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 @pytest.mark.parametrize("side", [None, "left", "right"])
-def test_prompt_and_steps_are_the_whole(kind, side):
+def test_prompt_and_steps_are_the_whole(kind, side, chunk, monkeypatch):
+    monkeypatch.setattr("dalle_kernels.integrations.transformers._CHUNK", chunk)
     config, ids, mask = llama(), tokens(), side and shown(side)
     model, cache = make(config, "dalle"), new_cache(kind, llama())
     with torch.no_grad():
