@@ -31,7 +31,7 @@ from dalle_kernels.sampling import triton as sampling
 
 def calls() -> Iterator[tuple[str, Callable[[], object]]]:
     row, matrix, heads = torch.empty(1), torch.empty(1, 1), torch.empty(1, 1, 1, 1)
-    settings = torch.ones(()), False, True, torch.tensor(1)
+    settings = torch.ones(()), False, True, torch.tensor((1, 0))
     codes = torch.zeros(1, dtype=torch.int64)
     made = matrix, codes, row, row, row, row, torch.empty(0)
     saved = *settings, *made
@@ -81,7 +81,7 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
     yield "statistics", lambda: triton_vq.sum_rows(matrix, codes, 1)
     yield (
         "sampling",
-        lambda: sampling.forward(sampling_contract.Inputs(matrix, matrix, 1, 1, 1, 0.5, torch.tensor(1))).tokens,
+        lambda: sampling.forward(sampling_contract.Inputs(matrix, matrix, 1, 1, 1, 0.5, torch.tensor((1, 0)))).tokens,
     )
     yield (
         "likelihood",

@@ -129,7 +129,7 @@ def test_projection() -> None:
     results = []
     for table in (far_apart(features, 0), features):
         tensors = table, weight, None, codebook
-        settings = torch.ones((), device=DEVICE), False, True, torch.tensor(1, device=DEVICE)
+        settings = torch.ones((), device=DEVICE), False, True, torch.tensor((1, 0), device=DEVICE)
         outputs = triton_projection.forward(projection_contract.Inputs(*tensors, *settings, False))
         gradients = triton_projection.backward(
             projection_contract.Grads(outputs[0], outputs[2], None),

@@ -43,7 +43,7 @@ def cases(arch: int) -> Iterator[Case]:
 
 
 def settings(hard: bool) -> tuple[torch.Tensor, bool, bool, torch.Tensor]:
-    return torch.ones(()), hard, True, torch.tensor(1)
+    return torch.ones(()), hard, True, torch.tensor((1, 0))
 
 
 def results(latents: torch.Tensor, hard: bool) -> list[torch.Tensor]:
