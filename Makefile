@@ -1,5 +1,6 @@
 # make install   .venv with torch, the build and every extra (again: does nothing)
 # make demo      trains a small DALL-E on captioned pictures and draws what it is asked for
+# make family    trains the rest of the family beside the demo, which it makes where there is none: CLIP, pixels, unCLIP
 # make test      every test
 # make test-fast what a change most often breaks, in under two minutes
 # make coverage  which lines of dalle_kernels the tests of its own rooms do not reach
@@ -17,7 +18,7 @@ STAMP  := $(VENV)/installed
 CPP     := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 SOURCES := setup.py pyproject.toml tests/peers.txt $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: install demo test test-fast coverage lint matrix wheel clean
+.PHONY: install demo family test test-fast coverage lint matrix wheel clean
 
 install: $(STAMP)
 
@@ -41,6 +42,10 @@ NPROC ?= 1
 
 demo: install
 	$(BIN)/$(if $(filter-out 1,$(NPROC)),torchrun --standalone --nproc-per-node $(NPROC) -m dalle_reference,dalle-reference) demo
+
+family: install
+	@test -e runs/demo/report.json || $(BIN)/dalle-reference demo
+	$(BIN)/dalle-reference family
 
 test: install
 	$(BIN)/python -m pytest -n auto --dist loadfile

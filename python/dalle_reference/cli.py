@@ -16,7 +16,7 @@ import torch.nn.functional as F
 import tyro
 from tqdm import tqdm
 
-from dalle_reference import checkpoint, demo, render, train, train_family, weights
+from dalle_reference import checkpoint, demo, family, render, train, train_family, weights
 from dalle_reference.clip import CLIP, caption_tokens
 from dalle_reference.config import (
     CLIP_PRESETS,
@@ -560,6 +560,11 @@ def _demo(config: Annotated[demo.DemoConfig, tyro.conf.arg(name="")]) -> None:
     demo.run(config)
 
 
+def _family(config: Annotated[family.FamilyConfig, tyro.conf.arg(name="")]) -> None:
+    """Train and measure the rest of the family beside a finished demo: CLIP, pixels, unCLIP."""
+    family.run(config)
+
+
 _COMMANDS = {
     "train-dvae": _train_dvae,
     "train-transformer": _train_transformer,
@@ -576,6 +581,7 @@ _COMMANDS = {
     "convert": _convert,
     "export": _export,
     "demo": _demo,
+    "family": _family,
 }
 
 

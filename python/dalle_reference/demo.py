@@ -83,31 +83,31 @@ def _run(config: DemoConfig, world: World) -> dict[str, Any]:
     seconds: dict[str, float] = {}
     stage_1, stage_2 = _configs(config, device)
     if not world.main:
-        train.train_dvae(_plan(stage_1, train.train_dvae, 60 * config.minutes * _SHARE, world))
-        train.train_transformer(_plan(stage_2, train.train_transformer, 60 * config.minutes * (1 - _SHARE), world))
+        train.train_dvae(plan(stage_1, train.train_dvae, 60 * config.minutes * _SHARE, world))
+        train.train_transformer(plan(stage_2, train.train_transformer, 60 * config.minutes * (1 - _SHARE), world))
         return {}
     processes = f", {world.size} processes" * (world.size > 1)
     versions = f"dalle_kernels {dalle_kernels.__version__}, torch {torch.__version__}"
     print(f"{versions}, {device}, {_threads()}{processes}", flush=True)
 
-    with _timed("pictures", seconds):
+    with timed("pictures", seconds):
         pictures = load_pictures("openmoji", stage_1.model.resolution, config.cache)
     print(f"{len(pictures)} pictures of {stage_1.model.resolution} x {stage_1.model.resolution}. {OPENMOJI_CREDIT}")
 
-    with _timed("dvae", seconds):
-        stage_1 = _plan(stage_1, train.train_dvae, 60 * config.minutes * _SHARE, world)
+    with timed("dvae", seconds):
+        stage_1 = plan(stage_1, train.train_dvae, 60 * config.minutes * _SHARE, world)
         train.train_dvae(stage_1)
     dvae = load_dvae(stage_1.run.out, device)
 
-    with _timed("transformer", seconds):
-        stage_2 = _plan(stage_2, train.train_transformer, 60 * config.minutes * (1 - _SHARE), world)
+    with timed("transformer", seconds):
+        stage_2 = plan(stage_2, train.train_transformer, 60 * config.minutes * (1 - _SHARE), world)
         train.train_transformer(stage_2)
     model, tokenizer, dvae = load_transformer(stage_2.run.out, device)
 
-    with _timed("samples", seconds):
+    with timed("samples", seconds):
         quality = _reconstructions(config, stage_1, dvae)
         figures = _samples(config, stage_2, model, tokenizer, dvae)
-    with _timed("measurements", seconds):
+    with timed("measurements", seconds):
         served = _explain(model, dvae)
         speed = _speed(model, stage_2.run.batch, device)
     _curves(config, stage_1, stage_2)
@@ -150,7 +150,7 @@ def _configs(config: DemoConfig, device: torch.device) -> tuple[TrainDVAEConfig,
     )
 
 
-def _plan(config: Any, training: Callable[[Any], Path], seconds: float, world: World) -> Any:
+def plan(config: Any, training: Callable[[Any], Path], seconds: float, world: World) -> Any:
     """The configuration with its number of steps; and with `resume` where an earlier demo has begun the stage.
 
     As many steps as `seconds` allow by a short trial, at most the preset's; a stage once begun keeps its number.
@@ -382,7 +382,7 @@ def _threads() -> str:
 
 
 @contextmanager
-def _timed(name: str, seconds: dict[str, float]) -> Iterator[None]:
+def timed(name: str, seconds: dict[str, float]) -> Iterator[None]:
     print(f"==> {name}", flush=True)
     began = time.perf_counter()
     yield

@@ -52,9 +52,6 @@ from dalle_kernels import (
 from dalle_kernels.nn import SparseSelfAttention
 from dalle_reference.errors import MOST_SIZE, require, require_positive
 
-TEXT_WEIGHT = 1 / 8
-"""The text's share of the loss; the image's is the rest. Each is first divided by its own count of tokens."""
-
 NO_TOKEN = -1
 """Stands in `text_tokens` where a caption has ended, and in `seen` where a cell's token is hidden."""
 
@@ -89,6 +86,9 @@ class TransformerConfig:
     convolution, as the Sparse Transformer has it on pictures, where it calls them local and strided. strided and fixed:
     its two patterns with both parts in every layer and a row of the grid as stride (Child et al. 2019, section 4.3);
     they see only some of the text. causal: all that came before."""
+    text_weight: float = 1 / 8
+    """The text's share of the loss; the image's is the rest. Each is first divided by its own count of tokens. On few
+    pictures, whose tokens are soon known, the paper's eighth makes captions that nobody could foretell most of it."""
     latent: int = 0
     """Width of the vector that a picture is drawn of besides its caption; 0 for none."""
     convolution: Literal["raster", "clamp", "torus"] = "raster"
@@ -103,6 +103,7 @@ class TransformerConfig:
         two = "two positive numbers (rows, columns)"
         require(self, two, lambda value: len(value) == 2 and 1 <= min(value) <= max(value) <= MOST_SIZE, "grid")
         require(self, f"0 to {MOST_SIZE}", lambda value: 0 <= value <= MOST_SIZE, "latent")
+        require(self, "0 to 1", lambda value: 0 <= value <= 1, "text_weight")
         if self.latent:
             wanted = f"more than {LATENT_TOKENS} (the start of text and the latent's)"
             require(self, wanted, lambda value: value > LATENT_TOKENS, "text_length")
@@ -165,7 +166,7 @@ class TransformerLoss(NamedTuple):
     """Cross-entropies in nats per token, float32 and 0-dim."""
 
     total: Tensor
-    """text / 8 + image * 7 / 8."""
+    """Both, weighed by the configuration's `text_weight`."""
     text: Tensor
     """Mean over the caption tokens of the batch; 0 where there is none."""
     image: Tensor
@@ -388,7 +389,8 @@ class DalleTransformer(nn.Module):
         text = F.cross_entropy(
             text_logits.flatten(0, 1).float(), text_tokens.flatten(), ignore_index=NO_TOKEN, reduction="sum"
         ) / ((text_tokens >= 0).sum().clamp(min=1) if text_count is None else text_count)
-        return TransformerLoss(TEXT_WEIGHT * text + (1 - TEXT_WEIGHT) * image, text, image)
+        weight = self.config.text_weight
+        return TransformerLoss(weight * text + (1 - weight) * image, text, image)
 
 
 def check_tokens(name: str, tokens: Tensor, batch: int, longest: int) -> None:

@@ -166,6 +166,12 @@ def test_losses_are_divided_by_their_own_counts() -> None:
     torch.testing.assert_close(whole.total, whole.text / 8 + whole.image * 7 / 8)
 
 
+def test_the_text_s_share_is_what_the_configuration_says() -> None:
+    model, (text, image) = make(replace(TINY, text_weight=0.25)), batch()
+    loss = model.loss(text, image)
+    torch.testing.assert_close(loss.total, loss.text / 4 + loss.image * 3 / 4)
+
+
 def test_a_batch_of_empty_captions_trains_the_picture_alone() -> None:
     model, (text, image) = make(), batch()
     loss = model.loss(torch.full_like(text, NO_TOKEN), image)
@@ -320,6 +326,7 @@ def test_bad_tokens_are_refused(text: torch.Tensor, image: torch.Tensor, error: 
         ({"convolution": "corner"}, "convolution: got 'corner'"),
         ({"schedule": "dense"}, "schedule: got 'dense'"),
         ({"latent": -1}, "latent: got -1"),
+        ({"text_weight": 1.5}, "text_weight: got 1.5"),
         ({"latent": 8, "text_length": 4}, "text_length: got 4"),
     ],
 )

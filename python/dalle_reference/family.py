@@ -1,0 +1,233 @@
+"""The rest of the family beside a finished demo: CLIP, pixels, priors and decoder, and one table of what they do."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dalle_reference import train, train_family
+from dalle_reference.clip import CLIP, caption_tokens
+from dalle_reference.config import CLIP_PRESETS, DECODER_PRESETS, PIXELS_PRESETS, PRIOR_PRESETS, TRANSFORMER_PRESETS
+from dalle_reference.data import OPENMOJI_CREDIT, load_pictures
+from dalle_reference.data.openmoji import LANGUAGES
+from dalle_reference.demo import plan, timed
+from dalle_reference.errors import UserError, require
+from dalle_reference.evaluate import retrieval
+from dalle_reference.files import exclusive, replacing
+from dalle_reference.generate import generate
+from dalle_reference.load import load_clip, load_decoder, load_dvae, load_pixels, load_prior, load_transformer
+from dalle_reference.loop import Interrupted
+from dalle_reference.parallel import World, resolve_device
+from dalle_reference.tokenizer import CaptionTokenizer
+from dalle_reference.unclip import TokenDecoder
+
+_SEED = 0
+_SHARES = {"clip": 0.35, "pixels": 0.25, "prior": 0.12, "autoregressive": 0.08, "decoder": 0.2}
+"""Of the training time."""
+_ASKED, _CANDIDATES = 64, 32
+"""Captions of the figures, and pictures that are drawn of each for CLIP to choose from."""
+
+
+@dataclass(frozen=True)
+class FamilyConfig:
+    """Train CLIP, a transformer of pixels, unCLIP's priors and its decoder beside a finished demo, and measure them."""
+
+    demo: Path = Path("runs/demo")
+    """Folder of a finished demo, whose dVAE and transformer are used."""
+    out: Path = Path("runs/family")
+    """Folder for models, sheets and report.json; must not hold a family yet."""
+    minutes: float = 20.0
+    """What training may take, all models together: the steps are chosen so, on the speed of short trials."""
+    device: str = "auto"
+    """cpu, cuda, or auto."""
+    cache: Path | None = None
+    """Where decoded pictures are kept; $DALLE_REFERENCE_CACHE or the user's cache folder by default."""
+
+    def __post_init__(self) -> None:
+        require(self, "a finite number above 0", lambda value: 0 < value < math.inf, "minutes")
+
+
+def run(config: FamilyConfig) -> dict[str, Any]:
+    """Trains what is missing and returns the report, which it also writes as report.json.
+
+    Raises:
+        UserError: if `out` holds a finished family, or `demo` no demo.
+    """
+    try:
+        with exclusive(config.out):
+            return _run(config, World(resolve_device(config.device)))
+    except Interrupted as stop:
+        raise Interrupted(f"{config.out}: stopped; the same command goes on") from stop
+    except OSError as error:
+        raise UserError(f"{config.out}: {error}") from error
+
+
+def _run(config: FamilyConfig, world: World) -> dict[str, Any]:
+    if (config.out / "report.json").exists():
+        raise UserError(f"{config.out}: holds a family already; take it away, or choose another --out")
+    dvae = load_dvae(config.demo / "dvae", world.device)
+    seconds: dict[str, float] = {}
+    clip_run, prior_run = config.out / "clip", config.out / "prior"
+    stages: dict[str, tuple[Any, Any]] = {
+        "clip": (CLIP_PRESETS["demo"][1], train.train_clip),
+        "pixels": (PIXELS_PRESETS["bytes"][1], train_family.train_pixels),
+        "prior": (replace(PRIOR_PRESETS["diffusion"][1], clip_run=clip_run), train_family.train_prior),
+        "autoregressive": (replace(PRIOR_PRESETS["autoregressive"][1], clip_run=clip_run), train_family.train_prior),
+    }
+    decoder: Any = DECODER_PRESETS["tokens"][1]
+    shape = replace(decoder.model, grid=dvae.config.grid, vocab_image=dvae.config.vocab)
+    decoder = replace(decoder, model=shape, clip_run=clip_run, dvae=config.demo / "dvae")
+    stages["decoder"] = (decoder, train_family.train_decoder)
+    planned: dict[str, Any] = {}
+    for name, (stage, training) in stages.items():
+        folder = config.out / name / "prior" if name == "autoregressive" else config.out / name
+        often = {"out": folder, "log_every": 5, "draw_every": 0, "seed": _SEED}
+        stage = replace(stage, run=replace(stage.run, device=str(world.device), cache=config.cache, **often))
+        with timed(name, seconds):
+            planned[name] = plan(stage, training, 60 * config.minutes * _SHARES[name], world)
+            training(planned[name])
+    with timed("figures", seconds), torch.no_grad():
+        clip, tokenizer = load_clip(clip_run, world.device)
+        table = _names(config, clip, tokenizer) | _best_of(config, clip, tokenizer)
+        table |= _pixels(config, planned["pixels"], world.device)
+        for name, folder in (("diffusion", prior_run), ("autoregressive", config.out / "autoregressive" / "prior")):
+            table |= _prior(config, name, folder, world.device)
+        table |= _decoder(config, planned["decoder"], world.device)
+    report = {
+        "seconds": {name: round(value, 1) for name, value in seconds.items()},
+        "steps": {name: stage.run.steps for name, stage in planned.items()},
+        "figures": table,
+        "credit": OPENMOJI_CREDIT,
+    }
+    with replacing(config.out / "report.json") as draft:
+        draft.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    width = max(map(len, table))
+    print("\n".join(f"{name:{width}}  {value}" for name, value in table.items()))
+    print(f"sheets: {config.out}/completions.png, {config.out}/variations.png; {OPENMOJI_CREDIT}", flush=True)
+    return report
+
+
+def _names(config: FamilyConfig, clip: CLIP, tokenizer: CaptionTokenizer) -> dict[str, str]:
+    """Zero-shot: the names of held-out concepts, which CLIP has to choose among."""
+    data = CLIP_PRESETS["demo"][1].data
+    pictures = load_pictures(data.source, clip.config.resolution, config.cache).captioned()
+    _, held_out = pictures.split(data.held_out)
+    chance = 1 / len(held_out.one_per_concept())
+    return {
+        f"CLIP, held-out names, {language}": f"{share:.1%} right at first guess, {share / chance:.0f} times chance"
+        for language, share in train.name_pictures(clip, tokenizer, held_out).items()
+    }
+
+
+def _best_of(config: FamilyConfig, clip: CLIP, judge_tokenizer: CaptionTokenizer) -> dict[str, str]:
+    """How often the demo's picture is the right one, if CLIP chooses among more and more of them, or chance does."""
+    device = clip.log_scale.device
+    model, tokenizer, dvae = load_transformer(config.demo / "transformer", device)
+    settings = replace(TRANSFORMER_PRESETS["demo"][1], run=_cached(config))
+    training = train.select_training(settings, dvae.config.resolution)
+    gallery = train.tokenize_pictures(dvae, training.images)
+    chosen = _some(len(training))
+    texts = _captions(training.records, chosen)
+    text = tokenizer.encode(texts, model.config.caption_length).to(device)
+    drawn = generate(model, text, seed=_SEED, number=_CANDIDATES)
+    pictures = torch.cat([dvae.decode(part) for part in drawn.unflatten(1, model.config.grid).split(16)])
+    wanted = clip.encode_captions(caption_tokens(texts, judge_tokenizer, clip.config).to(device))
+    vectors = torch.cat([clip.encode_pictures(part) for part in pictures.split(64)]).unflatten(0, (len(texts), -1))
+    agreement = (vectors @ wanted[:, :, None])[..., 0]
+    tokens = drawn.unflatten(0, (len(texts), _CANDIDATES)).cpu()
+    table = {}
+    for number in (1, 8, _CANDIDATES):
+        best = agreement[:, :number].argmax(dim=1).cpu()
+        found = retrieval(tokens[torch.arange(len(texts)), best], torch.from_numpy(chosen), gallery)
+        table[f"DALL-E at temperature 1, CLIP's best of {number}"] = f"{found.right:.1%} right of {found.candidates}"
+    pick = torch.from_numpy(np.random.default_rng(_SEED).integers(_CANDIDATES, size=len(texts)))
+    found = retrieval(tokens[torch.arange(len(texts)), pick], torch.from_numpy(chosen), gallery)
+    table[f"DALL-E at temperature 1, any of {_CANDIDATES}"] = f"{found.right:.1%} right of {found.candidates}"
+    return table
+
+
+def _pixels(config: FamilyConfig, stage: Any, device: torch.device) -> dict[str, str]:
+    model = load_pixels(stage.run.out, device)
+    pictures = load_pictures(stage.data.source, model.config.resolution, config.cache)
+    held_out = pictures.split(stage.data.held_out)[1].one_per_concept()
+    nats = train_family.pixel_loss(model, held_out)
+    which = torch.linspace(0, len(held_out) - 1, min(6, len(held_out))).long()
+    train_family.completion_sheet(
+        config.out / "completions.png",
+        model,
+        held_out.images[which].to(device),
+        model.config.resolution // 2,
+        number=4,
+        seed=_SEED,
+        heading="Held-out pictures: what was given, what the transformer of pixels makes of it, and the picture",
+        footer=pictures.credit,
+    )
+    return {"pixels, held-out pictures": train_family.likelihood(stage, nats)}
+
+
+def _prior(config: FamilyConfig, name: str, folder: Path, device: torch.device) -> dict[str, str]:
+    prior, clip, tokenizer = load_prior(folder, device)
+    data = PRIOR_PRESETS["diffusion"][1].data
+    pictures = load_pictures(data.source, clip.config.resolution, config.cache).captioned()
+    training, held_out = pictures.split(data.held_out)
+    mean = train_family.picture_vectors(clip, training.images).mean(dim=0)
+    cosines = train_family.prior_cosines(prior, clip, tokenizer, held_out, mean, _SEED)
+    return {f"{name} prior, held-out cosine": ", ".join(f"{what} {value:.3f}" for what, value in cosines.items())}
+
+
+def _decoder(config: FamilyConfig, stage: Any, device: torch.device) -> dict[str, str]:
+    """How often the decoder's picture is the right one: of its true vector, of the prior's, of the caption's own."""
+    decoder, clip = load_decoder(stage.run.out, device)
+    prior, _, tokenizer = load_prior(config.out / "prior", device)
+    assert isinstance(decoder, TokenDecoder)
+    training = train.select_training(stage, decoder.dvae.config.resolution)
+    gallery = train.tokenize_pictures(decoder.dvae, training.images)
+    chosen = _some(len(training))
+    texts = _captions(training.records, chosen)
+    seen = train.select_training(stage, clip.config.resolution).images[torch.from_numpy(chosen)]
+    tokens = caption_tokens(texts, tokenizer, clip.config).to(device)
+    said, shown = train_family.caption_vectors(clip, tokenizer, texts), train_family.picture_vectors(clip, seen)
+    table = {}
+    for name, vectors in (
+        ("the picture's vector", shown),
+        ("the prior's", prior.draw(tokens, said, seed=_SEED)),
+        ("the caption's", said),
+    ):
+        drawn = decoder.draw_tokens(vectors, seed=_SEED, guidance_scale=1.5).cpu()
+        found = retrieval(drawn, torch.from_numpy(chosen), gallery)
+        table[f"unCLIP's decoder of {name}"] = f"{found.right:.1%} right of {found.candidates}"
+    train_family.variation_sheet(
+        config.out / "variations.png",
+        decoder,
+        training.images[torch.from_numpy(chosen[:6])],
+        shown[:6],
+        number=6,
+        seed=_SEED,
+        guidance_scale=1.5,
+        heading="Training pictures, and what unCLIP's decoder draws of their vectors",
+        footer=OPENMOJI_CREDIT,
+    )
+    return table
+
+
+def _cached(config: FamilyConfig) -> Any:
+    return replace(TRANSFORMER_PRESETS["demo"][1].run, cache=config.cache)
+
+
+def _some(count: int) -> np.ndarray:
+    return np.random.default_rng(_SEED).choice(count, size=min(_ASKED, count), replace=False)
+
+
+def _captions(records: Any, chosen: np.ndarray) -> list[str]:
+    """A caption of each, in one language after the other, where there is one."""
+    texts = []
+    for number, index in enumerate(chosen):
+        captions = records[index].captions
+        texts.append(captions.get(LANGUAGES[number % len(LANGUAGES)]) or next(iter(captions.values())))
+    return texts
