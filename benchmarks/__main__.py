@@ -29,6 +29,7 @@ TOOLS = {
     "report": ("benchmarks.report", "plots and tables from the committed results"),
     "aot": ("benchmarks.kernels.aot", "compile the Triton kernels ahead of time and compare with the committed table"),
     "tune": ("benchmarks.kernels.tune", "measure launch settings on the GPU that is here"),
+    "drawing": ("benchmarks.drawing", "quality beside speed of other orders of drawing, by a demo's model"),
     "host": ("benchmarks.kernels.host", "host time of each operation on its smallest problem"),
     "triton-host": ("benchmarks.kernels.triton_host", "host time of the Triton backends, launches left out"),
     "cuda": ("benchmarks.kernels.cuda_build", "what the compiler makes of the CUDA kernels"),

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,14 +30,14 @@ from dalle_reference.files import exclusive, replacing
 from dalle_reference.generate import generate
 from dalle_reference.load import load_dvae, load_transformer
 from dalle_reference.loop import Interrupted, autocast
-from dalle_reference.parallel import World, joined
+from dalle_reference.parallel import World, joined, resolve_device
 from dalle_reference.tokenizer import CaptionTokenizer
 from dalle_reference.transformer import DalleTransformer
 
 _ASKED = 64  # captions of the retrieval figure
 _SEED = 0
 _SHARE = 0.12  # of the training time, the dVAE's, which begins nearly where it ends
-_SAMPLING: dict[str, Any] = {"temperature": 0.2, "guidance_scale": 1.5}
+SAMPLING: dict[str, Any] = {"temperature": 0.2, "guidance_scale": 1.5}
 _COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "brown", "black", "white")
 _TIMES = 4  # that each unseen combination is drawn
 
@@ -191,6 +191,42 @@ def _reconstructions(config: DemoConfig, stage_1: TrainDVAEConfig, dvae: Discret
     return psnr(originals, decoded)
 
 
+def _choose(training: PictureSet) -> tuple[np.ndarray, list[str]]:
+    """Which pictures are asked for, and by what captions: a quarter in each language."""
+    named = [i for i, record in enumerate(training.records) if set(LANGUAGES) <= record.captions.keys()]
+    chosen = np.random.default_rng(_SEED).choice(named, size=min(_ASKED, len(named)), replace=False)
+    return chosen, [training.records[i].captions[LANGUAGES[n % len(LANGUAGES)]] for n, i in enumerate(chosen)]
+
+
+class Asked(NamedTuple):
+    """What a finished demo's retrieval figure is made of."""
+
+    model: DalleTransformer
+    text: torch.Tensor
+    """int64 [B, caption_length]."""
+    targets: torch.Tensor
+    """int64 [B], the rows of `gallery` that the captions mean."""
+    gallery: torch.Tensor
+    """int64 [N, cells], the tokens of the training pictures."""
+    precision: str
+
+
+def asked(config: DemoConfig) -> Asked:
+    """What the demo in `config.out` asks its transformer for, to draw it in other ways.
+
+    Raises:
+        UserError: if there is no such demo.
+    """
+    device = resolve_device(config.device)
+    _, stage_2 = _configs(config, device)
+    model, tokenizer, dvae = load_transformer(stage_2.run.out, device)
+    training = train.select_training(stage_2, dvae.config.resolution)
+    chosen, captions = _choose(training)
+    text = tokenizer.encode(captions, model.config.caption_length).to(device)
+    gallery = train.tokenize_pictures(dvae, training.images)
+    return Asked(model, text, torch.from_numpy(chosen), gallery, stage_2.run.precision)
+
+
 def _samples(
     config: DemoConfig,
     stage_2: TrainTransformerConfig,
@@ -202,12 +238,10 @@ def _samples(
     device = next(model.parameters()).device
     training = train.select_training(stage_2, dvae.config.resolution)
     gallery = train.tokenize_pictures(dvae, training.images)
-    named = [i for i, record in enumerate(training.records) if set(LANGUAGES) <= record.captions.keys()]
-    chosen = np.random.default_rng(_SEED).choice(named, size=min(_ASKED, len(named)), replace=False)
-    captions = [training.records[i].captions[LANGUAGES[n % len(LANGUAGES)]] for n, i in enumerate(chosen)]
+    chosen, captions = _choose(training)
     text = tokenizer.encode(captions, model.config.caption_length).to(device)
     with autocast(stage_2.run.precision, device):
-        tokens = generate(model, text, seed=_SEED, **_SAMPLING)
+        tokens = generate(model, text, seed=_SEED, **SAMPLING)
     drawn = dvae.decode(tokens.unflatten(1, model.config.grid)).cpu()
     found = retrieval(tokens.cpu(), torch.from_numpy(chosen), gallery)
     by_language = {
@@ -267,7 +301,7 @@ def _combinations(
     device = next(model.parameters()).device
     text = tokenizer.encode([f"{colour} {thing}" for colour, thing in asked], model.config.caption_length).to(device)
     with autocast(stage_2.run.precision, device):
-        tokens = generate(model, text, seed=_SEED, number=_TIMES, **_SAMPLING).cpu()
+        tokens = generate(model, text, seed=_SEED, number=_TIMES, **SAMPLING).cpu()
     pictures = [dvae.decode(part.to(device)).cpu() for part in tokens.unflatten(1, model.config.grid).split(16)]
     shades = torch.cat(pictures).mean(dim=(2, 3))
     known = torch.stack(

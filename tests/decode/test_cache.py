@@ -43,8 +43,8 @@ def poisoned(pattern: Pattern, rows: int = 2, dtype: torch.dtype = torch.float64
 
 def state(cache: KVCache) -> list[torch.Tensor]:
     assert cache.lengths is not None
-    tensors = (cache.keys, cache.values, cache.lengths, cache.hidden, cache.shared_keys, cache.shared_values)
-    return [tensor.clone() for tensor in tensors if tensor is not None]
+    tensors = (*cache.store[:8], cache.lengths)
+    return [tensor.clone() for tensor in tensors if isinstance(tensor, torch.Tensor)]
 
 
 def refused(cache: KVCache, call: Callable[[], object], message: str) -> None:

@@ -246,6 +246,16 @@ def test_bytes_are_those_of_numbers_and_scales() -> None:
 def test_what_does_not_suit_an_eight_bit_cache() -> None:
     cache, one = KVCache(Row(LAYOUT), 2, 3, 16, dtype=torch.int8), torch.zeros(2, 3, 1, 16)
     refused(cache, lambda: decode_attention(one, one, one, cache, 3), "position: got 3, wanted 0")
+    full, step = KVCache(Row(LAYOUT), 2, 3, 16, dtype=torch.int8, copies=2), torch.randn(4, 3, 1, 16)
+    full.prefill(*torch.randn(2, 2, 3, 28, 16))
+    decode_attention(step, step, step, full, 28)
+    refused(full, lambda: decode_attention(step, step, step, full, 29), "position: got 29, wanted an int from 0 to 28")
+    refused(
+        full, lambda: decode_attention(step, step, step, full, 28), r"position: got 28, wanted 29, .* truncate\(28\)"
+    )
+    refused(full, lambda: decode_attention(one, one, one, full, 28), r"q: got shape \(2, .*, wanted \(4, 3, 1, 16\)")
+    refused(full, lambda: full.prefill(one, one), "k: the cache holds 29 tokens already")
+    refused(full, lambda: full.truncate(20), "position: got 20, wanted at least the 28 tokens of the prompt")
     with pytest.raises(TypeError, match=r"k: got torch.float64, wanted torch.float32 as the others have"):
         decode_attention(one, one.double(), one, cache, 0)
     with pytest.raises(TypeError, match=r"v: got torch.bfloat16, wanted torch.float32"):

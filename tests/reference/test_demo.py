@@ -9,6 +9,8 @@ from dalle_reference import checkpoint, demo, dvae
 from dalle_reference.errors import UserError
 from PIL import Image
 
+from benchmarks import drawing
+
 
 def stop(_: object) -> None:
     raise KeyboardInterrupt
@@ -58,6 +60,16 @@ def test_demo_leaves_all_it_promises(
         "sample_tokens",
     }
     assert "times as fast" in said
+    assert drawing.main([str(config.out), "--quick", "--device", "cpu", "--cache", str(config.cache)]) == 0
+    drawn = capsys.readouterr().out.splitlines()
+    ways = [line.split(" | ")[0] for line in drawn[2:]]
+    assert ways == [
+        "| raster",
+        "| raster, eight bits",
+        "| diagonal, window 4",
+        "| diagonal, window 4, eight bits",
+    ]
+    assert [int(line.split(" | ")[1]) for line in drawn[2:]] == [64, 64, 36, 36]
     assert "CC BY-SA 4.0" in said
     for name in ("reconstructions.png", "samples.png", "curves.png"):
         with Image.open(config.out / name) as picture:
