@@ -4,6 +4,7 @@
 # make test      every test
 # make test-fast what a change most often breaks, in under two minutes
 # make coverage  which lines of dalle_kernels the tests of its own rooms do not reach
+# make docs      build/site: pages, pictures and notebooks, each made or run anew
 # make lint      ruff, clang-format and type checks
 # make matrix    the Triton tests and a build under every torch that is promised, each installed anew: 10 GB of disk
 # make wheel     dist/: one wheel for every torch from 2.11 and Python from 3.11, and the sources
@@ -18,7 +19,7 @@ STAMP  := $(VENV)/installed
 CPP     := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 SOURCES := setup.py pyproject.toml tests/peers.txt $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: install demo family test test-fast coverage lint matrix wheel clean
+.PHONY: install demo family test test-fast coverage docs lint matrix wheel clean
 
 install: $(STAMP)
 
@@ -61,6 +62,16 @@ test-fast: install
 coverage: install
 	$(BIN)/python -m pytest -q -n auto --dist loadfile --cov=dalle_kernels --cov-report=term:skip-covered $(FAST) \
 	  tests/attention tests/decode tests/codebook tests/likelihood tests/sampling tests/test_nn.py tests/test_transforms.py
+
+# What the site is built with comes when it is first asked for; nothing else needs it.
+$(VENV)/docs: $(STAMP)
+	@echo "==> installing what builds the site"
+	@$(BIN)/python -m pip install --quiet 'dalle-kernels[docs]'
+	@touch $@
+
+docs: $(VENV)/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --config-file docs/mkdocs.yml
+	@echo "open build/site/index.html"
 
 lint: install
 	$(BIN)/ruff check .

@@ -50,6 +50,11 @@ def accelerate(model: nn.Module) -> nn.Module:
 
     Raises:
         TypeError: if there is no DalleModel in `model`.
+
+    Example:
+        >>> from rudalle import get_rudalle_model                                        # doctest: +SKIP
+        >>> from dalle_kernels.integrations.rudalle import accelerate
+        >>> model = accelerate(get_rudalle_model("dummy", pretrained=False))             # doctest: +SKIP
     """
     found = [module for module in model.modules() if _is_dalle(module)]
     if not found:

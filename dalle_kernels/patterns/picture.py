@@ -85,10 +85,10 @@ def plot(pattern: Pattern, path: str | Path, query: int | None = None) -> Path:
     query, path = check_query(pattern, query), Path(path)
     schedule, grid = schedule_for(pattern, _TILE), pattern.grid_or_none
     figure, axes = pyplot.subplots(1, 2 if grid is None else 3, figsize=(15 if grid else 10, 5), layout="constrained")
-    _draw_pairs(axes[0], pattern, schedule)
-    _draw_tiles(axes[1], schedule)
+    draw_pairs(axes[0], pattern, schedule)
+    draw_tiles(axes[1], schedule)
     if grid is not None:
-        _draw_keys(axes[2], pattern, grid, query)
+        draw_keys(axes[2], pattern, grid, query)
     figure.suptitle(f"{pattern!r}\n{counts(pattern, schedule)}", fontsize=9)
     partial = path.with_name(f"{path.stem}.partial{path.suffix or '.png'}")
     figure.savefig(partial, dpi=110)
@@ -96,7 +96,7 @@ def plot(pattern: Pattern, path: str | Path, query: int | None = None) -> Path:
     return partial.replace(path)
 
 
-def _draw_pairs(axis: Any, pattern: Pattern, schedule: Schedule) -> None:
+def draw_pairs(axis: Any, pattern: Pattern, schedule: Schedule) -> None:
     if pattern.length <= LARGEST_MASK:
         order = schedule.order.numpy()
         axis.imshow(pattern.mask().numpy()[np.ix_(order, order)], cmap="Greys", interpolation="nearest", vmax=1.4)
@@ -109,7 +109,7 @@ def _draw_pairs(axis: Any, pattern: Pattern, schedule: Schedule) -> None:
     axis.set(title="pairs, in the schedule's order", xlabel="key", ylabel="query")
 
 
-def _draw_tiles(axis: Any, schedule: Schedule) -> None:
+def draw_tiles(axis: Any, schedule: Schedule) -> None:
     """White: skipped; light: every pair of the tile is visible; dark: some are."""
     rows = schedule.key_offsets.numel() - 1
     picture = np.zeros((rows, schedule.query_offsets.numel() - 1))
@@ -121,7 +121,7 @@ def _draw_tiles(axis: Any, schedule: Schedule) -> None:
     )
 
 
-def _draw_keys(axis: Any, pattern: Pattern, grid: Grid, query: int) -> None:
+def draw_keys(axis: Any, pattern: Pattern, grid: Grid, query: int) -> None:
     picture = np.zeros(pattern.length)
     picture[keys_of(pattern, query)] = 0.5
     picture[query] = 1

@@ -661,11 +661,9 @@ def test_a_sparse_model() -> None:
 
 
 def test_sparse_layers_without_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """README's exchange of the class: their constructor would import DeepSpeed."""
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    (block,) = (
-        block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if ".SparseAttention =" in block
-    )
+    """The page's exchange of the class: their constructor would import DeepSpeed."""
+    page = (Path(__file__).parents[2] / "docs/pages/models/dalle-pytorch.md").read_text()
+    (block,) = (block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if ".SparseAttention =" in block)
     transformer = sys.modules["dalle_pytorch.transformer"]
     monkeypatch.setattr(transformer, "SparseAttention", transformer.SparseAttention)
     monkeypatch.setitem(sys.modules, "deepspeed", None)

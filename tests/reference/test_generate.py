@@ -323,9 +323,9 @@ def test_bad_requests_are_refused(
         generate(model, text, seed=0, **options)
 
 
-def test_the_lines_of_the_readme() -> None:
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    (block,) = re.findall(r"```python\n([^`]*from dalle_reference.generate import[^`]*)```", readme)
+def test_the_lines_of_the_page() -> None:
+    page = (Path(__file__).parents[2] / "docs/pages/training.md").read_text()
+    (block,) = re.findall(r"```python\n([^`]*from dalle_reference.generate import[^`]*)```", page)
     names: dict[str, Any] = {}
     exec(block, names)
     for pictures in ("pictures", "fewer_steps", "half_the_memory"):

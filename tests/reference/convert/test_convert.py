@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from tests.integrations.peers import peer
 
 CPU = torch.device("cpu")
-README = (Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[3] / "docs/pages/weights.md").read_text(encoding="utf-8")
 
 
 def randomise(model: nn.Module, std: float = 0.1) -> nn.Module:
@@ -125,10 +125,9 @@ def test_openais_dvae_in_float64(openai: tuple[Any, Any, Path], monkeypatch: pyt
         torch.testing.assert_close(model._decode(latents, len(images)), statistics, rtol=1e-10, atol=1e-10)
 
 
-def test_the_readmes_example_runs(openai: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_page_s_example_runs(openai: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its Python and its last two commands as they stand there, on files of the published ones' kind."""
-    text = README[README.index("### Other projects' weights") :]
-    shell, code = re.search(r"```sh\n(.*?)```", text, re.DOTALL), re.search(r"```python\n(.*?)```", text, re.DOTALL)
+    shell, code = re.search(r"```sh\n(.*?)```", PAGE, re.DOTALL), re.search(r"```py\n(.*?)```", PAGE, re.DOTALL)
     for name in ("encoder.pkl", "decoder.pkl"):
         shutil.copy(openai[2] / name, tmp_path / name)
     Image.new("RGB", (300, 256), (200, 30, 90)).save(tmp_path / "photo.png")
