@@ -18,8 +18,13 @@ inline auto tensor_map_encoder() {
   static const auto encoder = [] {
     void* function = nullptr;
     cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
-    check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found),
-          "looking for cuTensorMapEncodeTiled");
+#if CUDART_VERSION >= 12050
+    const cudaError_t status =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
+#else
+    const cudaError_t status = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found);
+#endif
+    check(status, "looking for cuTensorMapEncodeTiled");
     if (found != cudaDriverEntryPointSuccess) {
       throw std::runtime_error("the CUDA driver has no cuTensorMapEncodeTiled; it is older than CUDA 12");
     }
