@@ -9,7 +9,7 @@ import torch
 
 from dalle_kernels.attention import cuda_sm90a
 from dalle_kernels.attention.contract import Grads, Inputs, Kept, Needs, Outputs
-from dalle_kernels.attention.cuda_plan import SMALLEST, Plan, plan_for, sums_plan_for
+from dalle_kernels.attention.cuda_plan import SMALLEST, Plan, parts_for, plan_for, sums_plan_for
 from dalle_kernels.backends import cuda_library
 from dalle_kernels.backends.contract import Call
 from dalle_kernels.patterns.patterns import Pattern
@@ -48,7 +48,8 @@ def _plan(
     """
     batch, heads, length, width = q.shape
     slots = max(cuda_library.shared_memory(q.device, blocks) // (_slot_bytes(columns, width) + extra), SMALLEST)
-    parts = -(-blocks * cuda_library.multiprocessors(q.device) // (batch * heads))
+    at_a_time = blocks * cuda_library.multiprocessors(q.device)
+    parts = parts_for(pattern, _ROWS, columns, transposed, length, batch * heads, at_a_time)
     return plan_for(pattern, _ROWS, columns, transposed, length, slots, parts, q.device)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from dataclasses import dataclass
+from heapq import heapreplace
 from itertools import pairwise
 
 import torch
@@ -20,6 +21,7 @@ from dalle_kernels.patterns.schedule import schedule_for
 
 AHEAD = 2  # a tile is loaded this many steps before it is used; csrc/attention/tiles.cuh has the same number
 SMALLEST = AHEAD + 1  # slots: one in use, AHEAD being loaded
+START = 4  # steps in whose time a block starts and its first tiles arrive: a guess until a GPU has been timed
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,6 +105,42 @@ def _remembered(
         masks=masks,
         slots=slots,
     )
+
+
+def parts_for(
+    pattern: Pattern, rows: int, columns: int, transposed: bool, length: int, heads: int, at_a_time: int
+) -> int:
+    """In how many parts each of `heads` heads is done soonest, when `at_a_time` blocks run at a time; remembered.
+
+    Blocks start in the order of the grid, all heads' first parts first, each where one has ended. A block takes its
+    steps and what it costs to start one. More parts fill the last round better; fewer start less often and share more
+    tiles.
+    """
+    return _remembered_parts(pattern, rows, columns, transposed, length, heads, at_a_time)
+
+
+@remembered(maxsize=256)
+def _remembered_parts(
+    pattern: Pattern, rows: int, columns: int, transposed: bool, length: int, heads: int, at_a_time: int
+) -> int:
+    if heads > 8 * at_a_time:
+        return 1  # the last round is a small part of all
+    schedule = schedule_for(pattern, (columns, rows) if transposed else (rows, columns), length)
+    offsets = (schedule.query_offsets if transposed else schedule.key_offsets).tolist()
+
+    def duration(parts: int) -> int:
+        costs = [START + offsets[last] - offsets[first] for first, last in pairwise(_share(offsets, parts))]
+        return makespan([cost for cost in costs for _ in range(heads)], at_a_time)
+
+    return min(range(1, len(offsets)), key=lambda parts: (duration(parts), parts))
+
+
+def makespan(costs: list[int], at_a_time: int) -> int:
+    """When the last of blocks that start in this order has ended."""
+    ends = [0] * at_a_time
+    for cost in costs:
+        heapreplace(ends, ends[0] + cost)
+    return max(ends)
 
 
 def sums_plan_for(

@@ -110,9 +110,10 @@ def forward(
     multiprocessors = cuda_library.multiprocessors(q.device)
     room = cuda_library.shared_memory(q.device, 1) - _BARRIER_BYTES - groups * tile_bytes
     slots = min(room // (2 * tile_bytes), MOST_SLOTS)
-    parts = -(-multiprocessors // (batch * heads))
+    parts = cuda_plan.parts_for(pattern, COLUMNS * groups, COLUMNS, False, length, batch * heads, multiprocessors)
     planned = plan_for(pattern, COLUMNS * groups, length, slots, parts, q.device)
-    blocks = min(batch * heads, multiprocessors)
+    # Where heads stay whole a block goes from one to the next; parts of them are blocks of their own.
+    blocks = min(batch * heads, multiprocessors) if parts == 1 else batch * heads
     cuda_library.operations().attention_forward_sm90a(
         q, k, v, padding, planned.plan.order, *planned.plan.walk, planned.runs, blocks, scale, out, lse
     )

@@ -9,7 +9,7 @@ import torch
 
 from dalle_kernels import TokenLayout
 from dalle_kernels.attention.cuda import _one_pass_plan
-from dalle_kernels.attention.cuda_plan import AHEAD, plan_for, sums_plan_for
+from dalle_kernels.attention.cuda_plan import AHEAD, START, makespan, parts_for, plan_for, sums_plan_for
 from dalle_kernels.backends import cuda_library
 from dalle_kernels.patterns.patterns import Causal, Column, Convolution, MaskPattern, Pattern, Row
 from dalle_kernels.patterns.schedule import schedule_for
@@ -44,6 +44,33 @@ def test_a_plan_is_sound(pattern: Pattern, transposed: bool, slots: int, parts: 
                 assert slot not in [step[1] for step in steps[max(index - AHEAD, 0) : index]]
                 holds[slot] = tile
             assert holds[slot] == tile
+
+
+@pytest.mark.parametrize(
+    ("heads", "at_a_time", "parts"),
+    [
+        (132, 132, 1),  # a whole round
+        (264, 132, 1),
+        (160, 132, 3),  # 28 heads would have the GPU to themselves for as long as all the others took
+        (64, 132, 2),
+        (16, 132, 8),  # nine parts each would be twelve blocks more than run at a time
+        (8, 132, 9),
+        (5000, 132, 1),
+    ],
+)
+def test_heads_are_parted_so_that_the_last_round_is_full(heads: int, at_a_time: int, parts: int) -> None:
+    assert parts_for(Row(LAYOUT), 128, 64, False, 1280, heads, at_a_time) == parts
+    offsets = schedule_for(Row(LAYOUT), (128, 64), 1280).key_offsets.tolist()
+    borders = plan_for(Row(LAYOUT), 128, 64, False, 1280, 6, parts).part_tiles.tolist()
+    costs = [START + offsets[last] - offsets[first] for first, last in pairwise(borders)]
+    whole = makespan([START + offsets[-1]] * heads, at_a_time)
+    assert makespan([cost for cost in costs for _ in range(heads)], at_a_time) <= whole
+
+
+def test_makespan() -> None:
+    assert makespan([3, 3, 2], 2) == 5
+    assert makespan([3, 2, 2], 2) == 4
+    assert makespan([1], 4) == 1
 
 
 @pytest.mark.parametrize(("pattern", "loads"), [(Column(LAYOUT), 20), (Row(LAYOUT), 26), (Convolution(LAYOUT), 30)])
