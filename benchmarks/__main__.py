@@ -32,6 +32,7 @@ TOOLS = {
     "drawing": ("benchmarks.drawing", "quality beside speed of other orders of drawing, by a demo's model"),
     "host": ("benchmarks.kernels.host", "host time of each operation on its smallest problem"),
     "triton-host": ("benchmarks.kernels.triton_host", "host time of the Triton backends, launches left out"),
+    "sass": ("benchmarks.kernels.sass", "what the hot loops of the GPU kernels cost, counted from machine code"),
     "cuda": ("benchmarks.kernels.cuda_build", "what the compiler makes of the CUDA kernels"),
 }
 
