@@ -151,7 +151,7 @@ class TransformerConfig:
 
 
 PRESETS: dict[str, TransformerConfig] = {
-    "demo": TransformerConfig(),
+    "demo": TransformerConfig(text_weight=0.005),
     "small": TransformerConfig(
         vocab_text=8192, text_length=32, grid=(16, 16), vocab_image=1024, layers=12, heads=8, head_dim=64
     ),
