@@ -325,3 +325,21 @@ def test_every_operation_has_a_case() -> None:
     for name in names:
         assert cases_for(name)
     assert os.environ.get(self_check.VARIABLE) == "off"  # in all other tests, on a GPU too
+
+
+@pytest.mark.parametrize("operation", ["sparse_attention", "decode_attention"])
+def test_cases_put_what_a_call_has_beside_the_plain_one(operation: str) -> None:
+    """Each extra changes the answer, and so what is compared."""
+    from dalle_kernels.backends.cases import cases_for, judge
+
+    if operation == "sparse_attention":
+        extras = ("logit soft cap", "queries for a part of the tokens")
+    else:
+        extras = ("logit soft cap", "padding", "shared prompts", "positions that differ by row")
+    plain = cases_for(operation)[0]
+    for wanted in (*((extra,) for extra in extras), extras):
+        case = cases_for(operation, wanted)[0]
+        assert judge(case, case.width, CPU, torch.float32, "cpu").right
+        inputs = case.inputs(case.width)
+        ours, theirs = case.run(inputs, "reference")[0], plain.run(inputs, "reference")[0]
+        assert ours.shape != theirs.shape or not ours.equal(theirs)

@@ -96,7 +96,13 @@ def _with_gradients(inputs: Tensors, outputs: Callable[[Tensors], Tensors]) -> T
     return *(result.detach() for result in results), *gradients
 
 
-def _attention(pattern: Pattern, padded: bool) -> Callable[[Tensors, str], Tensors]:
+_SOFTCAP = 2.0  # scores are about 1
+
+
+def _attention(pattern: Pattern, padded: bool, extras: tuple[str, ...]) -> Callable[[Tensors, str], Tensors]:
+    softcap = _SOFTCAP if "logit soft cap" in extras else None
+    start, left_out = (5, 4) if "queries for a part of the tokens" in extras else (0, 0)
+
     def run(inputs: Tensors, backend: str) -> Tensors:
         padding = None
         if padded:
@@ -105,7 +111,18 @@ def _attention(pattern: Pattern, padded: bool) -> Callable[[Tensors, str], Tenso
 
         def outputs(leaves: Tensors) -> Tensors:
             q, k, v = leaves
-            return sparse_attention(q, k, v, pattern, key_padding_mask=padding, return_lse=True, backend=backend)
+            q = q[:, :, start : q.shape[2] - left_out]
+            return sparse_attention(
+                q,
+                k,
+                v,
+                pattern,
+                key_padding_mask=padding,
+                return_lse=True,
+                backend=backend,
+                softcap=softcap,
+                query_start=start if left_out else None,
+            )
 
         return _with_gradients(inputs, outputs)
 
@@ -113,6 +130,7 @@ def _attention(pattern: Pattern, padded: bool) -> Callable[[Tensors, str], Tenso
 
 
 def _decoding(extras: tuple[str, ...]) -> Callable[[Tensors, str], Tensors]:
+    softcap = _SOFTCAP if "logit soft cap" in extras else None
     copies = 2 if "shared prompts" in extras else 1
     prompt = 7 if extras else 0
 
@@ -136,9 +154,8 @@ def _decoding(extras: tuple[str, ...]) -> Callable[[Tensors, str], Tensors]:
                     if step == length - 1:  # the last row takes the step before once more
                         position[-1] -= 1
                         cache.truncate(position)
-                steps.append(
-                    decode_attention(q[:, :, here], k[:, :, here], v[:, :, here], cache, position, backend=backend)
-                )
+                token = q[:, :, here], k[:, :, here], v[:, :, here]
+                steps.append(decode_attention(*token, cache, position, backend=backend, softcap=softcap))
         return (torch.cat(steps, 2),)
 
     return run
@@ -234,26 +251,35 @@ def decoding(extras: tuple[str, ...] = ()) -> Case:
     )
 
 
+def attention(extras: tuple[str, ...] = ()) -> list[Case]:
+    """The cases of attention with some of what not every backend has."""
+
+    def case(name: str, pattern: Pattern, width: int, batch: int, heads: int, padded: bool) -> Case:
+        return Case(
+            f"attention, {name}" + "".join(f", {extra}" for extra in extras),
+            sparse_attention,
+            width,
+            _normal(*[(batch, heads, pattern.length, None)] * 3),
+            _attention(pattern, padded, extras),
+            lambda x: (*x, pattern),
+            extras=extras,
+        )
+
+    return [
+        case("row", _ROW, 32, 2, 3, padded=True),
+        case("convolution", _CONVOLUTION, 64, 1, 2, padded=True),
+        case("whole tiles", _WHOLE, 64, 1, 2, padded=False),
+        case("many heads", _WHOLE, 64, 1, _MANY_HEADS, padded=False),
+    ]
+
+
 def all_cases() -> list[Case]:
     """Every operation, forward and backward, on problems that no tile divides; kernels that are compiled anew for
     shapes which tiles divide have one of those too."""
 
-    def attention(name: str, pattern: Pattern, width: int, batch: int, heads: int, padded: bool) -> Case:
-        return Case(
-            f"attention, {name}",
-            sparse_attention,
-            width,
-            _normal(*[(batch, heads, pattern.length, None)] * 3),
-            _attention(pattern, padded),
-            lambda x: (*x, pattern),
-        )
-
     table, whole = _normal((37, 300), (300, None)), _normal((128, 512), (512, None))
     return [
-        attention("row", _ROW, 32, 2, 3, padded=True),
-        attention("convolution", _CONVOLUTION, 64, 1, 2, padded=True),
-        attention("whole tiles", _WHOLE, 64, 1, 2, padded=False),
-        attention("many heads", _WHOLE, 64, 1, _MANY_HEADS, padded=False),
+        *attention(),
         decoding(),
         Case("Gumbel lookup, soft", gumbel_lookup, 40, table, _gumbel(hard=False), lambda x: (*x, 0.9)),
         Case("Gumbel lookup, hard", gumbel_lookup, 40, table, _gumbel(hard=True), lambda x: (*x, 0.9)),
@@ -303,6 +329,8 @@ def all_cases() -> list[Case]:
 
 def cases_for(operation: str, extras: Sequence[str] = ()) -> list[Case]:
     """Those of the operation with this name, whose calls have no other extras than these."""
+    if operation == "sparse_attention":
+        return attention(tuple(extras))
     if operation == "decode_attention":
         return [decoding(tuple(extras))]
     return [case for case in all_cases() if case.function.__name__ == operation and set(case.extras) <= set(extras)]
