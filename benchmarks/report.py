@@ -38,6 +38,21 @@ HEADLINES: tuple[tuple[str, str, dict[str, Any]], ...] = (
         {"pattern": "row", "grid": 64, "dtype": "fp32", "pass": "forward"},
     ),
     (
+        "attention, convolution, forward, fp32",
+        "attention",
+        {"pattern": "convolution", "grid": 32, "dtype": "fp32", "pass": "forward"},
+    ),
+    (
+        "neighbourhoods of 7 x 7 in 56 x 56, forward, fp32",
+        "neighborhood",
+        {"shape": "56 x 56", "window": "7 x 7", "heads": 4, "dtype": "fp32", "pass": "forward"},
+    ),
+    (
+        "neighbourhoods of 13 x 13 in 64 x 64, forward + backward, bf16",
+        "neighborhood",
+        {"shape": "64 x 64", "window": "13 x 13", "heads": 8, "dtype": "bf16", "pass": "forward + backward"},
+    ),
+    (
         "Gumbel lookup, forward + backward",
         "codebook",
         {"operation": "gumbel_lookup", "dtype": "fp32", "pass": "forward + backward"},
