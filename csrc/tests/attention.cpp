@@ -205,7 +205,8 @@ void attention_case(const Kernels& kernels, const char* name, int length, int wi
 }
 
 template <class T>
-void decode_case(const decode::Kernels& kernels, const char* name, int prefix, int listed, int width, float softcap) {
+void decode_case(const decode::Kernels& kernels, const char* name, int prefix, int listed, int width, float softcap,
+                 bool eight_bit) {
   const int count = prefix + listed;
   std::mt19937 generator(3);
   std::normal_distribution<float> normal;
@@ -214,7 +215,25 @@ void decode_case(const decode::Kernels& kernels, const char* name, int prefix, i
     for (T& e : x) e = rounded<T>(normal(generator));
     return x;
   };
-  const std::vector<T> q = values(1), keys = values(count + listed), rows = values(count + listed);
+  const int held_rows = count + listed;
+  const std::vector<T> q = values(1), keys = values(held_rows), rows = values(held_rows);
+  // As the cache has them: T itself, or eight bits and their scales.
+  const size_t element = eight_bit ? 1 : sizeof(T);
+  std::vector<char> held_keys(size_t(held_rows) * width * element), held_values(held_keys.size());
+  std::vector<float> scales(size_t(held_rows) * 2);
+  for (int i = 0; i < held_rows; i++) {
+    const size_t at = size_t(i) * width;
+    scales[2 * i] = kernels.write(keys.data() + at, width, held_keys.data() + at * element);
+    scales[2 * i + 1] = kernels.write(rows.data() + at, width, held_values.data() + at * element);
+  }
+  const auto held_value = [&](const std::vector<char>& held, int row, int d, int which) {
+    const size_t at = size_t(row) * width + d;
+    if (eight_bit) return double(int8_t(held[at])) * scales[2 * row + which];
+    T x;
+    std::memcpy(&x, held.data() + at * element, sizeof x);
+    return double(to_float(x));
+  };
+  const decode::Held held{held_keys.data(), held_values.data(), width, eight_bit ? scales.data() : nullptr};
   std::vector<int32_t> slots;
   for (int i = 0; i < listed; i++) slots.push_back(prefix + 2 * i);
   const decode::Visible visible{prefix, listed, slots.data()};
@@ -223,8 +242,8 @@ void decode_case(const decode::Kernels& kernels, const char* name, int prefix, i
   std::vector<float> sums(size_t(kParts * stride), NAN);
   decode::Part parts[kParts];
   for (int i = 0; i < kParts; i++)
-    parts[i] = kernels.attend(q.data(), keys.data(), rows.data(), width, width, softcap > 0 ? 0.4f / softcap : 0.4f,
-                              softcap, visible, count * i / kParts, count * (i + 1) / kParts, sums.data() + i * stride);
+    parts[i] = kernels.attend(q.data(), held, width, softcap > 0 ? 0.4f / softcap : 0.4f, softcap, visible,
+                              count * i / kParts, count * (i + 1) / kParts, sums.data() + i * stride);
   std::vector<T> out(size_t(width), rounded<T>(NAN));
   kernels.combine(parts, sums.data(), stride, kParts, width, out.data());
 
@@ -233,10 +252,10 @@ void decode_case(const decode::Kernels& kernels, const char* name, int prefix, i
   for (int j = 0; j < count; j++) {
     const int row = j < prefix ? j : slots[j - prefix];
     double s = 0;
-    for (int d = 0; d < width; d++) s += double(to_float(q[d])) * to_float(keys[row * width + d]);
+    for (int d = 0; d < width; d++) s += double(to_float(q[d])) * held_value(held_keys, row, d, 0);
     const double weight = std::exp(softcap > 0 ? softcap * std::tanh(0.4 * s / softcap) : 0.4 * s);
     total += weight;
-    for (int d = 0; d < width; d++) want[d] += weight * to_float(rows[row * width + d]);
+    for (int d = 0; d < width; d++) want[d] += weight * held_value(held_values, row, d, 1);
   }
   for (int d = 0; d < width; d++) {
     const double exact = count ? want[d] / total : 0.0, error = std::fabs(to_float(out[d]) - exact);
@@ -261,8 +280,10 @@ int main() {
       for (const int prefix : {0, 5, 300})
         for (const int listed : {0, 1, 33})
           for (const float softcap : {0.f, 3.f}) {
-            decode_case<float>(decode_kernels().f32, name, prefix, listed, width, softcap);
-            decode_case<bf16>(decode_kernels().bf16, name, prefix, listed, width, softcap);
+            decode_case<float>(decode_kernels().f32, name, prefix, listed, width, softcap, false);
+            decode_case<bf16>(decode_kernels().bf16, name, prefix, listed, width, softcap, false);
+            decode_case<float>(decode_kernels().f32_eight_bit, name, prefix, listed, width, softcap, true);
+            decode_case<bf16>(decode_kernels().bf16_eight_bit, name, prefix, listed, width, softcap, true);
           }
     std::printf("%s done\n", name);
   }
