@@ -16,7 +16,7 @@ import torch.nn.functional as F
 import tyro
 from tqdm import tqdm
 
-from dalle_reference import checkpoint, demo, family, render, train, train_family, weights
+from dalle_reference import checkpoint, demo, family, plan, render, train, train_family, weights
 from dalle_reference.clip import CLIP, caption_tokens
 from dalle_reference.config import (
     CLIP_PRESETS,
@@ -555,6 +555,50 @@ def _export(config: Annotated[ExportConfig, tyro.conf.arg(name="")]) -> None:
     print(f"wrote {config.output}: a {config.kind} of {saved.step} steps, {len(kept)} tensors")
 
 
+@dataclass(frozen=True)
+class PlanConfig:
+    """What training a transformer needs, before any of it is there."""
+
+    preset: Literal["demo", "small", "paper"] = "paper"
+    """Of train-transformer."""
+    gpus: int = 64
+    """How many share a batch."""
+    memory: float = 80.0
+    """Of each, in GB of 10**9 bytes."""
+    batch: int | None = None
+    """Pictures in an update; the preset's where not given."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """bf16 is autocast: weights and moments are float32 either way."""
+    candidates: int = 512
+    """Pictures that one GPU is to draw of a caption at a time."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "gpus", "batch", "candidates")
+        require(self, "a finite number above 0", lambda value: 0 < value < math.inf, "memory")
+
+
+def _plan(config: Annotated[PlanConfig, tyro.conf.arg(name="")]) -> None:
+    """Say what training needs on so many GPUs, by a step on tensors without memory: bytes, traffic, operations."""
+    training = TRANSFORMER_PRESETS[config.preset][1]
+    batch = config.batch or training.run.batch
+    if batch % config.gpus:
+        raise UserError(f"gpus: got {config.gpus}, wanted a divisor of the batch {batch}")
+    found = plan.fitting(training.model, config.gpus, batch, config.memory * 1e9, config.precision == "bf16")
+    print(f"| {' | '.join(('layout', 'weights, GB', 'moments', 'mean', 'peak', 'sent a step', 'TFLOP a step'))} |")
+    print("|---" * 7 + "|")
+    for layout, need in found:
+        how = f"--parallel {layout.parallel} --recompute {layout.recompute} --accumulate {layout.accumulate}"
+        sizes = (f"{value / 1e9:.3g}" for value in (need.weights, need.moments, need.average, need.peak))
+        sent = ", ".join(f"{name} {value / 1e9:.3g}" for name, value in need.sent.items()) or "0"
+        print(f"| {how} | {' | '.join(sizes)} | {sent} | {need.flops / 1e12:.4g} |")
+    if not found:
+        print(f"\nNo layout fits {config.gpus} GPUs of {config.memory:g} GB.")
+    drawing = plan.sampling_bytes(training.model, config.candidates, config.precision == "bf16")
+    print(
+        f"\nEach of {config.gpus} GPUs, {batch} pictures a step. Drawing {config.candidates}: {drawing / 1e9:.3g} GB."
+    )
+
+
 def _demo(config: Annotated[demo.DemoConfig, tyro.conf.arg(name="")]) -> None:
     """Train a small DALL-E on OpenMoji, both stages, and show what it draws."""
     demo.run(config)
@@ -580,6 +624,7 @@ _COMMANDS = {
     "reconstruct": _reconstruct,
     "convert": _convert,
     "export": _export,
+    "plan": _plan,
     "demo": _demo,
     "family": _family,
 }

@@ -178,8 +178,8 @@ class Run(Generic[M]):
         if self._sharded:
             self._whole = copy.deepcopy(self.average.module).to("meta")
             bf16 = _is_bf16(config.precision, world.device)
-            shard(self._pass, world, bf16)
-            shard(self.average.module, world, bf16)
+            shard(self._pass, world.mesh(), bf16)
+            shard(self.average.module, world.mesh(), bf16)
         groups: list[dict[str, Any]] = [
             {"params": [value for value in model.parameters() if value.dim() > 1]},
             {"params": [value for value in model.parameters() if value.dim() <= 1], "weight_decay": 0.0},

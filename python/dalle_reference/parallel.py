@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Shard
 
@@ -57,6 +57,10 @@ class World:
         """
         width = batch // (self.size * accumulate)
         return [range(first, first + width) for first in range(self.rank * width, batch, self.size * width)]
+
+    def mesh(self) -> DeviceMesh:
+        """All processes in a row, as DTensors want them."""
+        return init_device_mesh(self.device.type, (self.size,))
 
     def agree(self, trouble: Exception | None = None) -> None:
         """Goes on only where no process has trouble; the same call on every process.
@@ -140,8 +144,7 @@ class World:
 
     def gather_differentiably(self, rows: Tensor) -> Tensor:
         """The rows [n, ...] of all processes, of one n, on the device; gradients go back to whose rows they are."""
-        mesh = init_device_mesh(self.device.type, (self.size,))
-        return DTensor.from_local(rows, mesh, [Shard(0)]).full_tensor(grad_placements=[Partial()])
+        return DTensor.from_local(rows, self.mesh(), [Shard(0)]).full_tensor(grad_placements=[Partial()])
 
 
 ALONE = World(torch.device("cpu"))
@@ -190,7 +193,7 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def shard(root: nn.Module, world: World, bf16: bool) -> None:
+def shard(root: nn.Module, mesh: DeviceMesh, bf16: bool) -> None:
     """Gives each process its part of every parameter (FSDP2), in place.
 
     What stands in a list of modules, such as a transformer's blocks, is gathered when its turn comes and given back;
@@ -207,9 +210,9 @@ def shard(root: nn.Module, world: World, bf16: bool) -> None:
             raise UserError(
                 f"parallel: got fsdp, wanted ddp for a model with a single number among its weights ({name})"
             )
-    mesh = init_device_mesh(world.device.type, (world.size,))
     halves = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-    root.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # FSDP takes no other
+    if not all(parameter.is_contiguous() for parameter in root.parameters()):
+        root.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # FSDP takes no other
     for part in (*_units(root), root):
         fully_shard(part, mesh=mesh, mp_policy=halves if bf16 else MixedPrecisionPolicy())
 

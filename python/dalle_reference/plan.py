@@ -1,0 +1,262 @@
+"""What a training step would need on so many GPUs, found without one: `dalle-reference plan`.
+
+The step is run as it is, forward, backward and update, on tensors that have shapes and no memory (FakeTensorMode) and
+with a process group that sends nothing. What lives is added up after each operation, and what passes between processes
+is counted as it is asked for.
+
+What a kernel takes inside of itself is not seen, nor is what the allocator loses between blocks.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import weakref
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from dalle_kernels import Pattern
+from dalle_reference.parallel import World, local, shard
+from dalle_reference.transformer import DalleTransformer, Recompute, TransformerConfig
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a step is spread over GPUs.
+
+    Attributes:
+        gpus: how many.
+        batch: pictures of a step, all GPUs together.
+        parallel, accumulate, recompute: as in the training commands.
+        bf16: the model computes in bfloat16; weights and moments are float32 either way.
+    """
+
+    gpus: int
+    batch: int
+    parallel: Literal["ddp", "fsdp"] = "fsdp"
+    accumulate: int = 1
+    recompute: Recompute = "none"
+    bf16: bool = True
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What one GPU needs for a step.
+
+    Attributes:
+        weights, moments, average: bytes of its part of each.
+        peak: bytes at the worst moment, these and all activations, gradients and gathered weights.
+        sent: bytes that it sends, by the collective that asks.
+        flops: floating-point operations, what is computed anew included.
+        parameters: of the model.
+    """
+
+    weights: int
+    moments: int
+    average: int
+    peak: int
+    sent: dict[str, int]
+    flops: float
+    parameters: int
+
+
+def needs(config: TransformerConfig, layout: Layout) -> Needs:
+    """Runs a step that has no memory.
+
+    Raises:
+        ValueError: if GPUs and parts do not divide the batch.
+
+    Example:
+        >>> tiny = TransformerConfig(vocab_text=64, vocab_image=64, grid=(4, 4), layers=2)
+        >>> needs(tiny, Layout(gpus=4, batch=8)).peak < 50e6
+        True
+    """
+    if layout.batch % (layout.gpus * layout.accumulate):
+        raise ValueError(f"batch: got {layout.batch}, wanted a multiple of {layout.gpus} x {layout.accumulate}")
+    own = layout.batch // (layout.gpus * layout.accumulate)
+    sharded = layout.parallel == "fsdp" and layout.gpus > 1
+    live = _Live(layout.gpus)
+    with _pretended_group(layout.gpus if sharded else 1) as mesh, FakeTensorMode(allow_non_fake_inputs=True):
+        model, mean = DalleTransformer(config), DalleTransformer(config).requires_grad_(False)
+        model.recompute = layout.recompute
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        step = _Step(model)
+        if sharded:
+            shard(step, mesh, layout.bf16)
+            shard(mean, mesh, layout.bf16)
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+        text = torch.zeros(own, config.caption_length, dtype=torch.int64)
+        image = torch.zeros(own, config.image_length, dtype=torch.int64)
+        for parameter in model.parameters():
+            optimizer.state[parameter] = {
+                "step": torch.zeros(()),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+        kept = [*model.parameters(), *mean.parameters(), *_moments(optimizer)]
+        with live:
+            live.watch([local(tensor) for tensor in kept])
+            for _ in range(layout.accumulate):
+                with torch.autocast("cpu", torch.bfloat16, enabled=layout.bf16):
+                    loss = step(text, image)
+                loss.backward()
+                del loss
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            with torch.no_grad():
+                torch._foreach_lerp_([*map(local, mean.parameters())], [*map(local, model.parameters())], 0.5)
+        weights, average = _bytes(model.parameters()), _bytes(mean.parameters())
+        sent = dict(live.sent)
+        if layout.parallel == "ddp" and layout.gpus > 1:
+            sent["allreduce"] = round(2 * (layout.gpus - 1) / layout.gpus * weights)
+            live.peak += weights  # where gradients are sent from, and stay
+        return Needs(weights, _bytes(_moments(optimizer)), average, live.peak, sent, live.flops, parameters)
+
+
+def fitting(config: TransformerConfig, gpus: int, batch: int, memory: float, bf16: bool) -> list[tuple[Layout, Needs]]:
+    """The layouts whose peak is at most `memory` bytes: of each way to share and to compute anew, the fewest parts."""
+    found = []
+    ways: tuple[Literal["ddp", "fsdp"], ...] = ("ddp", "fsdp") if gpus > 1 else ("ddp",)
+    for way, recompute in itertools.product(ways, get_args(Recompute)):
+        accumulate = 1
+        while batch % (gpus * accumulate) == 0:
+            layout = Layout(gpus, batch, way, accumulate, recompute, bf16)
+            # Weights, moments and mean alone are soon counted.
+            if 16 * _parameters(config) / (gpus if way == "fsdp" else 1) > memory:
+                break
+            need = needs(config, layout)
+            if need.peak <= memory:
+                found.append((layout, need))
+                break
+            accumulate *= 2
+    return found
+
+
+@functools.lru_cache(maxsize=1)
+def _parameters(config: TransformerConfig) -> int:
+    with FakeTensorMode():
+        return sum(parameter.numel() for parameter in DalleTransformer(config).parameters())
+
+
+def sampling_bytes(config: TransformerConfig, candidates: int, bf16: bool = True) -> int:
+    """Bytes that one GPU needs to draw so many candidates of a caption: weights, keys and values, logits."""
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    with FakeTensorMode():
+        model = DalleTransformer(config)
+        weights = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
+        caches = [block.attention.new_cache(1, dtype, copies=candidates).nbytes for block in model.layers]
+    return weights + sum(caches) + 4 * candidates * config.vocab_image
+
+
+class _Step(torch.nn.Module):
+    def __init__(self, model: DalleTransformer) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, text: Tensor, image: Tensor) -> Tensor:
+        return self.model.loss(text, image).total
+
+
+class _Live(TorchDispatchMode):
+    """Adds up the storages that live, after each operation, and what collectives are asked to send."""
+
+    def __init__(self, gpus: int) -> None:
+        super().__init__()
+        self.peak = 0
+        self.flops = 0
+        self._counts = {**flop_registry, **_attention_flops()}
+        self.sent: Counter[str] = Counter()
+        self._gpus = gpus
+        self._total = 0
+        self._storages: dict[int, tuple[weakref.ref[torch.UntypedStorage], int]] = {}
+
+    def watch(self, tensors: Any) -> None:
+        for tensor in tree_leaves(tensors):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                key, size = storage._cdata, storage.nbytes()
+                if key not in self._storages:
+                    self._storages[key] = weakref.ref(storage, functools.partial(self._forget, key)), size
+                    self._total += size
+        self.peak = max(self.peak, self._total)
+
+    def _forget(self, key: int, _: object) -> None:
+        self._total -= self._storages.pop(key)[1]
+
+    def _measure_again(self) -> None:
+        """FSDP gives weights back by making their storages empty, and takes them up by making them large."""
+        for key, (reference, size) in list(self._storages.items()):
+            storage = reference()
+            if storage is not None and storage.nbytes() != size:
+                self._storages[key] = reference, storage.nbytes()
+                self._total += storage.nbytes() - size
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func._overloadpacket in self._counts:
+            self.flops += self._counts[func._overloadpacket](*args, **(kwargs or {}), out_val=result)
+        others = (self._gpus - 1) / self._gpus
+        if func.namespace == "c10d":
+            # Ring algorithms: each process passes on all but its own part of what is whole.
+            whole = {"_allgather_base_": 0, "_reduce_scatter_base_": 1, "allreduce_": 0}.get(func._opname)
+            if whole is not None:
+                size = sum(leaf.nbytes for leaf in tree_leaves(args[whole]) if isinstance(leaf, Tensor))
+                name = func._opname.strip("_").removesuffix("_base")
+                self.sent[name] += round(size * others * (2 if name == "allreduce" else 1))
+        if func.namespace in ("c10d", "fsdp") or func._opname == "split_with_sizes_copy":
+            self._measure_again()
+        self.watch(result)
+        return result
+
+
+@contextmanager
+def _pretended_group(size: int) -> Iterator[Any]:
+    """The mesh of a process group of `size` that sends nothing, of which this process is the first; None for one."""
+    if size == 1:
+        yield None
+        return
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=0, world_size=size, store=FakeStore())
+    try:
+        yield World(torch.device("cpu"), 0, size).mesh()
+    finally:
+        dist.destroy_process_group()
+
+
+def _moments(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [value for state in optimizer.state.values() for value in state.values()]
+
+
+def _bytes(tensors: Any) -> int:
+    return sum(local(tensor).nbytes for tensor in tensors)
+
+
+def _attention_flops() -> dict[Any, Any]:
+    """Of the visible pairs: two products forward, five backward, of 2 D operations a pair."""
+
+    def forward(q: Tensor, *rest: Any, **_: Any) -> int:
+        return 4 * math.prod(q.shape[:2]) * q.shape[3] * _pattern(rest).visible_pairs
+
+    def backward(*arguments: Any, **_: Any) -> int:
+        q = next(entry for entry in arguments if isinstance(entry, Tensor) and entry.dim() == 4)
+        return 10 * math.prod(q.shape[:2]) * q.shape[3] * _pattern(arguments).visible_pairs
+
+    def _pattern(arguments: tuple[Any, ...]) -> Pattern:
+        return next(Pattern.parse(entry) for entry in arguments if isinstance(entry, str) and entry != "auto")
+
+    ops = torch.ops.dalle_kernels
+    return {ops.attention_forward: forward, ops.attention_backward: backward}

@@ -1,0 +1,97 @@
+"""A step that has no memory needs what one with memory is seen to take."""
+
+import pytest
+import torch
+from dalle_reference import cli
+from dalle_reference.plan import Layout, needs, sampling_bytes
+from dalle_reference.transformer import DalleTransformer, Recompute, TransformerConfig
+from torch.profiler import ProfilerActivity, profile
+
+from dalle_kernels.backends import native
+
+SMALL = TransformerConfig(vocab_text=300, vocab_image=512, grid=(12, 12), layers=4)
+
+
+def measured(config: TransformerConfig, batch: int, recompute: Recompute, bf16: bool) -> int:
+    """Bytes at the worst moment of a second step, as torch's allocator sees them."""
+    model, mean = DalleTransformer(config), DalleTransformer(config)
+    model.recompute = recompute
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    text = torch.zeros(batch, config.caption_length, dtype=torch.int64)
+    image = torch.zeros(batch, config.image_length, dtype=torch.int64)
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = model.loss(text, image).total
+        loss.backward()
+        del loss
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    step()
+    moments = [value for state in optimizer.state.values() for value in state.values()]
+    kept = sum(tensor.nbytes for tensor in (*model.parameters(), *mean.parameters(), *moments))
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        step()
+    now = peak = 0
+    for event in seen.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            peak = max(peak, now)
+    return kept + peak
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("recompute", ["none", "blocks", "selective"])
+def test_the_peak_is_that_of_a_step_with_memory(recompute: Recompute, bf16: bool) -> None:
+    if native.NATIVE is None:
+        pytest.skip("the reference backend takes what the CPU kernels do not")
+    limit = native.NATIVE.kept_limit()
+    native.NATIVE.set_kept_limit(0)  # memory that earlier results left is not the allocator's
+    try:
+        seen = measured(SMALL, 4, recompute, bf16)
+    finally:
+        native.NATIVE.set_kept_limit(limit)
+    assert needs(SMALL, Layout(1, 4, "ddp", recompute=recompute, bf16=bf16)).peak == pytest.approx(seen, rel=0.1)
+
+
+def test_four_processes_each_have_a_quarter_and_send_what_they_lack() -> None:
+    alone, shared = needs(SMALL, Layout(1, 8, "ddp", bf16=False)), needs(SMALL, Layout(4, 8, bf16=False))
+    assert shared.parameters == alone.parameters
+    assert 4 * shared.weights == pytest.approx(alone.weights, rel=0.01)
+    assert 4 * shared.moments == pytest.approx(alone.moments, rel=0.01)
+    assert shared.peak < alone.peak / 3
+    assert shared.flops == pytest.approx(alone.flops / 4, rel=0.01)
+    whole = 4 * alone.parameters
+    assert shared.sent["reduce_scatter"] == pytest.approx(whole * 3 / 4, rel=0.02)
+    # What is in blocks is gathered forward and backward, the rest once.
+    assert whole * 3 / 4 < shared.sent["allgather"] < 2 * whole * 3 / 4
+    both = needs(SMALL, Layout(4, 8, "ddp", bf16=False))
+    assert both.sent == {"allreduce": pytest.approx(2 * whole * 3 / 4, abs=1)}
+
+
+def test_operations_are_those_of_the_products() -> None:
+    config = TransformerConfig(
+        vocab_text=64, text_length=4, vocab_image=32, grid=(3, 3), layers=1, heads=1, head_dim=16
+    )
+    found = needs(config, Layout(1, 2, "ddp", bf16=False)).flops
+    tokens, width = 2 * (config.layout.length - 1), config.width
+    products = tokens * 12 * width**2 + 2 * 3 * width * 64 + 2 * 9 * width * 32
+    pairs = config.patterns[0].visible_pairs
+    assert found == pytest.approx(6 * products + 2 * 14 * width * pairs, rel=0.05)
+
+
+def test_sampling_grows_by_the_caches_of_candidates() -> None:
+    two, three, four = (sampling_bytes(SMALL, number) for number in (2, 3, 4))
+    assert two < three < four
+    assert three - two == pytest.approx(four - three, rel=0.01)
+
+
+def test_the_command_prints_what_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["plan", "--preset", "demo", "--gpus", "2", "--memory", "0.2", "--batch", "8"])
+    said = capsys.readouterr().out
+    assert "--parallel fsdp --recompute selective --accumulate 1" in said
+    assert "GB" in said.splitlines()[-1]
+    with pytest.raises(SystemExit):
+        cli.main(["plan", "--gpus", "3"])
