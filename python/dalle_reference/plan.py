@@ -108,11 +108,13 @@ def needs(config: TransformerConfig, layout: Layout) -> Needs:
         kept = [*model.parameters(), *mean.parameters(), *_moments(optimizer)]
         with live:
             live.watch([local(tensor) for tensor in kept])
-            for _ in range(layout.accumulate):
+            passes = min(layout.accumulate, 2)  # the third and later ones are as the second
+            for _ in range(passes):
                 with torch.autocast("cpu", torch.bfloat16, enabled=layout.bf16):
                     loss = step(text, image)
                 loss.backward()
                 del loss
+            live.repeat(layout.accumulate / passes)
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -192,6 +194,11 @@ class _Live(TorchDispatchMode):
                     self._storages[key] = weakref.ref(storage, functools.partial(self._forget, key)), size
                     self._total += size
         self.peak = max(self.peak, self._total)
+
+    def repeat(self, times: float) -> None:
+        """Counts what was sent and computed so far so many times."""
+        self.flops = round(self.flops * times)
+        self.sent = Counter({name: round(size * times) for name, size in self.sent.items()})
 
     def _forget(self, key: int, _: object) -> None:
         self._total -= self._storages.pop(key)[1]

@@ -71,6 +71,13 @@ def test_four_processes_each_have_a_quarter_and_send_what_they_lack() -> None:
     assert both.sent == {"allreduce": pytest.approx(2 * whole * 3 / 4, abs=1)}
 
 
+def test_parts_compute_the_same_with_less_memory() -> None:
+    whole, parts = needs(SMALL, Layout(2, 16, bf16=False)), needs(SMALL, Layout(2, 16, accumulate=8, bf16=False))
+    assert parts.flops == whole.flops
+    assert parts.peak < whole.peak / 2
+    assert parts.sent["reduce_scatter"] == pytest.approx(8 * whole.sent["reduce_scatter"], rel=0.01)
+
+
 def test_operations_are_those_of_the_products() -> None:
     config = TransformerConfig(
         vocab_text=64, text_length=4, vocab_image=32, grid=(3, 3), layers=1, heads=1, head_dim=16
