@@ -130,10 +130,10 @@ def test_projection() -> None:
     for table in (far_apart(features, 0), features):
         tensors = table, weight, None, codebook
         settings = torch.ones((), device=DEVICE), False, True, torch.tensor((1, 0), device=DEVICE)
-        outputs = triton_projection.forward(projection_contract.Inputs(*tensors, *settings, False))
+        outputs = triton_projection.forward(projection_contract.Inputs(*tensors, *settings, False, False))
         gradients = triton_projection.backward(
             projection_contract.Grads(outputs[0], outputs[2], None),
-            projection_contract.Kept(*tensors, *settings, False, *outputs),
+            projection_contract.Kept(*tensors, *settings, False, False, *outputs),
             projection_contract.Needs(True, True, True, True),
         )
         results.append((*outputs, *gradients))

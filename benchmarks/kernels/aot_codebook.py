@@ -76,14 +76,14 @@ def layer(bits: int, width: int, codes: int) -> list[torch.Tensor]:
 
 
 def projection_forward(bits: int, width: int, codes: int) -> Callable[[], object]:
-    inputs = *layer(bits, width, codes), *settings(False), False
+    inputs = *layer(bits, width, codes), *settings(False), False, False
     return lambda: triton_projection.forward(projection_contract.Inputs(*inputs))
 
 
 def projection_backward(bits: int, width: int, codes: int, strip_bytes: int | None = None) -> Callable[[], object]:
     def call() -> None:
         latents = torch.empty(ROWS, width, dtype=DTYPES[bits])
-        saved = *settings(False), False, latents, *results(latents, False), torch.empty(0)
+        saved = *settings(False), False, False, latents, *results(latents, False), torch.empty(0)
         limit = triton_projection.STRIP_BYTES if strip_bytes is None else strip_bytes
         with mock.patch.object(triton_projection, "STRIP_BYTES", limit):
             triton_projection.backward(

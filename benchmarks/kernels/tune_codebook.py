@@ -62,7 +62,7 @@ def prepare(kernel: str, bits: int, width: int, tails: bool) -> Callable[[], obj
     else:
         tensors = randn(ROWS, CHANNELS), randn(codes, CHANNELS) / CHANNELS**0.5, randn(codes), codebook
         contract, room = projection_contract, triton_projection
-        settings, grads = (*settings, False), (*grads, None)  # without the mean distribution
+        settings, grads = (*settings, False, False), (*grads, None)  # without the mean distribution
     if kernel.endswith("forward"):
         return lambda: room.forward(contract.Inputs(*tensors, *settings))
     outputs = room.forward(contract.Inputs(*tensors, *settings))

@@ -95,9 +95,9 @@ std::pair<std::vector<int64_t>, std::vector<int64_t>> members_of_codes(const int
 
 constexpr int64_t kCodesPerTask = 64, kRowsPerTask = 16;
 
-// Each row of grad_latents to the code that it chose.
+// Each row of grad_latents to the code that it chose; what else grad_codebook holds is overwritten unless `add`.
 void add_chosen(const CodebookKernels& kernels, const Tensor& grad_latents, const Tensor& indices, int64_t codes,
-                int64_t width, const Tensor& grad_codebook) {
+                int64_t width, const Tensor& grad_codebook, bool add = false) {
   const auto [starts, members] = members_of_codes(indices.data<const int64_t>(), indices.numel(), codes);
   const VqBackward scatter{.rows = indices.numel(),
                            .codes = codes,
@@ -105,7 +105,8 @@ void add_chosen(const CodebookKernels& kernels, const Tensor& grad_latents, cons
                            .k = 1,
                            .grad_codebook = grad_codebook.data<void>(),
                            .starts = starts.data(),
-                           .members = members.data()};
+                           .members = members.data(),
+                           .add = add};
   parallel_for(0, codes, kCodesPerTask, [&](int64_t code, int64_t end) {
     kernels.scatter_rows(grad_latents.data<const void>(), scatter, code, end);
   });
@@ -278,11 +279,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> projection_backward(
     const std::optional<Tensor>& grad_distribution, const Tensor& features, const Tensor& weight,
     const std::optional<Tensor>& bias, const Tensor& codebook, const Tensor& temperature, bool hard, bool noise,
     const Tensor& seed, const Tensor& indices, const Tensor& kl, const Tensor& maximum, const Tensor& log_noisy,
-    const Tensor& log_clean, bool needs_features, bool needs_weight, bool needs_bias, bool needs_codebook) {
+    const Tensor& log_clean, bool tied, bool needs_features, bool needs_weight, bool needs_bias, bool needs_codebook) {
+  require(!tied || !needs_codebook, "projection: a tied codebook has no gradient of its own");
   const CodebookKernels& kernels = kernels_for(features);
   const bool through_logits = needs_features || needs_weight || needs_bias;
   const bool has_latents = pointer<const void>(grad_latents) != nullptr;
-  const bool through_mixture = has_latents && needs_codebook && !hard;
+  const bool takes_codebook = tied ? needs_weight : needs_codebook;  // a tied codebook's gradient is the weight's
+  const bool through_mixture = has_latents && takes_codebook && !hard;
   const bool walks_latents = has_latents && (through_logits || through_mixture);
   // Without a gradient of the latents nothing asks for the noise, and codes can be walked in their own order.
   ProjectionBackward backward{
@@ -312,7 +315,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> projection_backward(
     backward.grad_features = result(needs_features, grad_features);
     backward.grad_weight = result(needs_weight, grad_weight);
     backward.grad_bias = result(needs_bias, grad_bias);
-    backward.grad_codebook = result(through_mixture, grad_codebook);
+    backward.grad_codebook = result(through_mixture, tied ? grad_weight : grad_codebook);
 
     const int64_t strip = std::min(rows, Projection::rows_with_tables(codes));
     std::vector<Tensor> workspaces;
@@ -331,7 +334,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> projection_backward(
     backward.partial = workspace(needs_features, backward.splits() * strip * padded(channels));
     const bool keep = strip < rows && dtype != DType::float32;
     backward.wide_weight = workspace(needs_weight && keep, codes * padded(channels));
-    backward.wide_codebook = workspace(through_mixture && keep, codes * padded(width));
+    backward.wide_codebook = workspace(through_mixture && !tied && keep, codes * padded(width));
     backward.wide_bias = workspace(needs_bias, codes);
     const Spreading of_features(strip, channels, needs_weight);
     const Spreading of_grad(walks_latents ? strip : 0, width, through_mixture);
@@ -356,7 +359,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> projection_backward(
                      [&](int64_t row, int64_t end) { kernels.projection_collect(backward, row, end); });
     }
   }
-  if (has_latents && hard && needs_codebook) add_chosen(kernels, *grad_latents, indices, codes, width, grad_codebook);
+  if (has_latents && hard && takes_codebook)
+    add_chosen(kernels, *grad_latents, indices, codes, width, tied ? grad_weight : grad_codebook, tied);
   return {std::move(grad_features), std::move(grad_weight), std::move(grad_bias), std::move(grad_codebook)};
 }
 
@@ -497,7 +501,7 @@ const Operators defined(
       boxed<&projection_forward>},
      {"projection_backward(Tensor? grad_latents, Tensor? grad_kl, Tensor? grad_distribution, Tensor features,"
       " Tensor weight, Tensor? bias, Tensor codebook, Tensor temperature, bool hard, bool noise, Tensor seed,"
-      " Tensor indices, Tensor kl, Tensor maximum, Tensor log_noisy, Tensor log_clean, bool needs_features,"
+      " Tensor indices, Tensor kl, Tensor maximum, Tensor log_noisy, Tensor log_clean, bool tied, bool needs_features,"
       " bool needs_weight, bool needs_bias, bool needs_codebook) -> (Tensor, Tensor, Tensor, Tensor)",
       boxed<&projection_backward>},
      {"vq_forward(Tensor features, Tensor codebook, int metric, int k, Tensor? temperature, Tensor? seed)"

@@ -133,9 +133,9 @@ struct ProjectionBackward : Projection {
   const void* grad_latents;        // [rows, width], null or not wanted; dense, as are all that follow
   const float* grad_kl;            // [rows] or null
   const float* grad_distribution;  // [codes] or null
-  const float *kl, *maximum, *log_noisy, *log_clean;           // of the forward pass
-  void *grad_features, *grad_weight, *grad_bias;               // null where they are not asked for
-  void* grad_codebook;                                         // the mixture's; null too where that has none
+  const float *kl, *maximum, *log_noisy, *log_clean;  // of the forward pass
+  void *grad_features, *grad_weight, *grad_bias;      // null where they are not asked for
+  void* grad_codebook;  // the mixture's; null too where that has none; grad_weight where one table is both
   const uint32_t *feature_columns, *grad_rows, *grad_columns;  // the strip's, packed: Spread
   // Workspaces. Tables of the strip: dlogits = terms - total weights - other_total others.
   float* terms;                  // null where no gradient goes through the logits
@@ -187,6 +187,7 @@ struct VqBackward {
   void* grad_codebook;
   // The choices of each code, row x k + place, in ascending order: members[starts[k]] .. members[starts[k + 1]].
   const int64_t *starts, *members;
+  bool add = false;  // to what grad_codebook holds
 };
 
 // Functions take a range of their unit of work, and may run at once on disjoint ranges.

@@ -435,6 +435,7 @@ struct ProjectionBackwardKernel {
 
   void split(int64_t index) {
     const int64_t strip = p.strip();
+    const bool mixes = p.grad_codebook != nullptr, tied = mixes && p.grad_codebook == p.grad_weight;
     Word *by_rows = (Word*)scores, *by_pairs = by_rows + kRowTile * kCodeTile,
          *pairs = by_pairs + kRowTile * kCodeTile;
     float* grad_features = p.grad_features == nullptr ? nullptr : p.partial + index * strip * channels;
@@ -443,7 +444,7 @@ struct ProjectionBackwardKernel {
       const ProjectionTile<P, T> codes{p, Tile(p, t)};
       if (grad_features != nullptr) codes.rows_of(p.weight, p.channels, weight);
       if (p.grad_weight != nullptr) load_wide(codes, p.grad_weight, p.wide_weight, p.channels, weight_gradient);
-      if (p.grad_codebook != nullptr) load_wide(codes, p.grad_codebook, p.wide_codebook, p.width, codebook_gradient);
+      if (mixes && !tied) load_wide(codes, p.grad_codebook, p.wide_codebook, p.width, codebook_gradient);
       std::memset(tile_vectors, 0, size_t(kCodeTile) * sizeof(float));
       for (int64_t row = 0; row < strip; row += kRowTile) {
         const int count = int(strip - row < kRowTile ? strip - row : kRowTile);
@@ -456,13 +457,13 @@ struct ProjectionBackwardKernel {
           product<P>({P::kDepth == 1 ? by_rows : by_pairs, 1, kCodeTile},
                      p.feature_columns + row / P::kDepth * channels, weight_gradient, channels, kCodeTile, channels, steps,
                      true);
-        if (p.grad_codebook != nullptr)
+        if (mixes)
           product<P>({weights_by_pairs(t, row, count, pairs), 1, kCodeTile},
-                     p.grad_columns + row / P::kDepth * columns, codebook_gradient, columns, kCodeTile, columns, steps,
+                     p.grad_columns + row / P::kDepth * columns, tied ? weight_gradient : codebook_gradient, columns, kCodeTile, columns, steps,
                      true);
       }
       if (p.grad_weight != nullptr) store_wide(codes, p.grad_weight, p.wide_weight, p.channels, weight_gradient);
-      if (p.grad_codebook != nullptr) store_wide(codes, p.grad_codebook, p.wide_codebook, p.width, codebook_gradient);
+      if (mixes && !tied) store_wide(codes, p.grad_codebook, p.wide_codebook, p.width, codebook_gradient);
       if (p.grad_bias != nullptr) bias_gradient(codes);
     }
   }

@@ -254,13 +254,15 @@ void vq_grad_features(const VqBackward& p, int64_t row, int64_t row_end) {
 // Adds up term(choice, j, left), the share of a choice in columns j .., over those of each code, in ascending order.
 template <class Out, class Term>
 DALLE_INLINE void gather_codes(const VqBackward& p, int64_t code, int64_t code_end, Term term) {
-  for (; code < code_end; code++)
+  for (; code < code_end; code++) {
+    if (p.add && p.starts[code] == p.starts[code + 1]) continue;
     for (int64_t j = 0; j < p.width; j += kLanes) {
       const int left = p.width - j < kLanes ? int(p.width - j) : kLanes;
-      F total = zero();
+      F total = p.add ? load((const Out*)p.grad_codebook + code * p.width + j, left) : zero();
       for (int64_t m = p.starts[code]; m < p.starts[code + 1]; m++) total = total + term(p.members[m], j, left);
       store((Out*)p.grad_codebook + code * p.width + j, total, left);
     }
+  }
 }
 
 template <class T>

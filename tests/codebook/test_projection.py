@@ -148,7 +148,7 @@ def test_the_reference_is_the_formula(mode: tuple) -> None:
 
 
 def settings(hard: bool = False, noise: bool = True, temperature: float = 0.8, mean: bool = True) -> tuple[Any, ...]:
-    return torch.tensor(temperature), hard, noise, torch.tensor((5, 0)), mean
+    return torch.tensor(temperature), hard, noise, torch.tensor((5, 0)), mean, False
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -275,6 +275,69 @@ def test_it_is_the_lookup_of_the_product(isa: str) -> None:
         apart = gumbel_lookup(F.linear(features, weight, bias), table, 0.6, seed=4, backend="cpu")
         for result, true in zip(fused, apart, strict=True):
             torch.testing.assert_close(result, true, rtol=1e-5, atol=1e-5)
+
+
+def tied_and_apart(
+    shape: tuple[int, int, int], dtype: torch.dtype, mode: tuple[bool, bool, float], backend: str, mean: bool = True
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Results and gradients of one table as weight and codebook, and of two equal ones, whose gradients are summed."""
+    rows, width, codes = shape
+    (features, table, bias, _), grads = draw(rows, width, codes, width, dtype)
+    found: list[list[torch.Tensor]] = []
+    for tables in ((table.requires_grad_(),) * 2, [table.detach().clone().requires_grad_() for _ in range(2)]):
+        leaves = [features.detach().requires_grad_(), bias.detach().requires_grad_(), *dict.fromkeys(tables)]
+        given = leaves[0], tables[0], leaves[1], tables[1], mode[2], mode[0], mode[1], 7, backend
+        made = gumbel_projection_lookup(*given, distribution=True) if mean else gumbel_projection_lookup(*given)
+        loss = sum((made[place] * grad).sum() for place, grad in zip((0, 2, 3)[: len(made) - 1], grads, strict=False))
+        gradients = list(torch.autograd.grad(loss, leaves))
+        found.append([*made, *gradients[:2], torch.stack(gradients[2:]).sum(0, dtype=torch.float64)])
+    return found[0], found[1]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("shape", [(70, 20, 333), (130, 5, 70001), (3, 1, 2)])
+@pytest.mark.usefixtures("poisoned_memory")
+def test_one_table_as_weight_and_codebook(isa: str, dtype: torch.dtype, mode: Any, shape: Any) -> None:
+    """It has one gradient, which is both; nothing else changes."""
+    tied, apart = tied_and_apart(shape, dtype, mode, "cpu")
+    for one, other in zip(tied[:-1], apart[:-1], strict=True):
+        assert torch.equal(one, other)
+    rounding = (1e-6 if dtype == torch.float32 else 2**-7) * apart[-1].abs().max()
+    assert (tied[-1] - apart[-1]).abs().max() <= rounding
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_one_table_in_the_reference(mode: Any) -> None:
+    for one, other in zip(*tied_and_apart((7, 5, 30), torch.float64, mode, "reference"), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("mode", MODES[:2])
+def test_one_table_in_triton(mode: Any) -> None:
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("Triton's interpreter is not on where a GPU is")
+    for one, other in zip(*tied_and_apart((20, 16, 40), torch.float32, mode, "triton", mean=False), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_forward_mode_of_one_table() -> None:
+    (features, table, *_), _ = draw(5, 4, 12, 4, torch.float64)
+
+    def tied(table: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        made = gumbel_projection_lookup(features, table, None, table, 0.7, seed=3, distribution=True)
+        return made[0], made[2], made[3]
+
+    def apart(table: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        made = gumbel_projection_lookup(features, table, None, table * 1, 0.7, seed=3, distribution=True)
+        return made[0], made[2], made[3]
+
+    tangent = torch.randn_like(table)
+    results = [torch.func.jvp(function, (table,), (tangent,)) for function in (tied, apart)]
+    for one, other in zip(*(outputs for _, outputs in results), strict=True):
+        torch.testing.assert_close(one, other)
+    assert results[0][1][0].abs().max() > 0
 
 
 @pytest.mark.parametrize("hard", [False, True])

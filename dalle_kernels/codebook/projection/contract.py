@@ -21,6 +21,7 @@ class Inputs(NamedTuple):
     noise: bool
     seed: torch.Tensor  # int64 [2], with the row of the noise that row 0 takes
     with_distribution: bool
+    tied: bool  # codebook is weight, detached: the gradient of weight is that of both
 
 
 class Outputs(NamedTuple):
@@ -46,6 +47,7 @@ class Kept(NamedTuple):
     noise: bool
     seed: torch.Tensor
     with_distribution: bool
+    tied: bool
     latents: torch.Tensor
     indices: torch.Tensor
     kl: torch.Tensor

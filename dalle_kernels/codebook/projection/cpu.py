@@ -20,7 +20,7 @@ def describe() -> str:
 
 
 def forward(inputs: Inputs) -> Outputs:
-    *of_rows, distribution = _ops.projection_forward(*inputs)
+    *of_rows, distribution = _ops.projection_forward(*inputs[:-1])
     return Outputs._make((*of_rows, distribution.new_empty(0), distribution))
 
 
@@ -28,5 +28,5 @@ def backward(grads: Grads, kept: Kept, needs: Needs) -> tuple[torch.Tensor | Non
     """The same bits for any number of threads."""
     asked = needs._replace(bias=needs.bias and kept.bias is not None)
     made = (kept.indices, kept.kl, kept.maximum, kept.log_noisy, kept.log_clean)
-    gradients = _ops.projection_backward(*grads, *kept[:8], *made, *asked)
+    gradients = _ops.projection_backward(*grads, *kept[:8], *made, kept.tied, *asked)
     return tuple(gradient if need else None for gradient, need in zip(gradients, asked, strict=True))

@@ -165,24 +165,26 @@ def gumbel_projection_lookup(
         raise ValueError(f"codebook: got {codebook.shape[0]} rows, wanted {codes}, one for each row of weight")
     if bias is not None and bias.shape[0] != codes:
         raise ValueError(f"bias: got {bias.shape[0]} numbers, wanted {codes}, one for each row of weight")
+    tied = codebook is weight
     features, weight, codebook = autocast(features, weight, codebook)
     check_alike("weight", weight, "features", features)
     check_alike("codebook", codebook, "features", features)
     if bias is not None:
         (bias,) = autocast(bias)
         check_alike("bias", bias, "features", features)
-    rows = features.shape[:-1]
+    rows, weight = features.shape[:-1], weight.contiguous()
     latents, indices, kl, *_, mean = _ENTRY(
         Inputs(
             rows_contiguous(features).reshape(-1, features.shape[-1]),
-            weight.contiguous(),
+            weight,
             None if bias is None else bias.contiguous(),
-            codebook.contiguous(),
+            weight.detach() if tied else codebook.contiguous(),
             positive_temperature(temperature, features.device),
             hard or not noise,
             noise,
             noise_key(seed, row_offset, features.device),
             distribution,
+            tied,
         ),
         backend,
     )

@@ -27,7 +27,7 @@ def _gumbel_kept(kept: Kept) -> gumbel.Kept:
 
 
 def forward(inputs: Inputs) -> Outputs:
-    features, weight, bias, codebook, temperature, hard, noise, seed, with_distribution = inputs
+    features, weight, bias, codebook, temperature, hard, noise, seed, with_distribution, _ = inputs
     logits = _logits(features, weight, bias)
     made = reference.forward(gumbel.Inputs(logits, codebook, temperature, hard, noise, seed))
     mixture = made.mixture if keeps_mixture(hard, "reference", features.device) else made.mixture.new_empty(0)
@@ -44,24 +44,32 @@ def backward(grads: Grads, kept: Kept, needs: Needs) -> tuple[torch.Tensor | Non
     through_logits = needs.features or needs.weight or needs.bias
     lookup = _gumbel_kept(kept)
     dlogits, dcodebook = reference.backward(
-        gumbel.Grads(grads.latents, grads.kl), lookup, gumbel.Needs(through_logits, needs.codebook)
+        gumbel.Grads(grads.latents, grads.kl),
+        lookup,
+        gumbel.Needs(through_logits, needs.weight if kept.tied else needs.codebook),
     )
     assert dlogits is not None
+    assert dcodebook is not None
     if through_logits and grads.distribution is not None and grads.distribution.numel():
         p = lookup.logits.softmax(-1)
         pulled = p * grads.distribution
         dlogits = dlogits + (pulled - p * pulled.sum(-1, keepdim=True)) / max(len(p), 1)
+    dweight = dlogits.T @ widen(features)
+    if kept.tied:
+        dweight = dweight + widen(dcodebook)
     return (
         (dlogits @ widen(weight)).to(features.dtype) if needs.features else None,
-        (dlogits.T @ widen(features)).to(weight.dtype) if needs.weight else None,
+        dweight.to(weight.dtype) if needs.weight else None,
         dlogits.sum(0).to(bias.dtype) if needs.bias and bias is not None else None,
-        dcodebook,
+        dcodebook if needs.codebook else None,
     )
 
 
 def jvp(tangents: tuple[torch.Tensor | None, ...], kept: Kept) -> tuple[torch.Tensor, ...]:
     features, weight = kept[:2]
     dfeatures, dweight, dbias, dcodebook = (None if tangent is None else widen(tangent) for tangent in tangents)
+    if kept.tied:
+        dcodebook = dweight
     dlogits = None
     if dfeatures is not None:
         dlogits = dfeatures @ widen(weight).T

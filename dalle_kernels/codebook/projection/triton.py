@@ -174,7 +174,7 @@ def refuse(call: Call) -> str | None:
 
 
 def forward(inputs: Inputs) -> Outputs:
-    features, weight, bias, codebook, temperature, hard, noise, seed, _ = inputs
+    features, weight, bias, codebook, temperature, hard, noise, seed, *_ = inputs
     (rows, channels), (codes, width) = features.shape, codebook.shape
     latents = features.new_empty(rows, width)
     indices = features.new_empty(rows, dtype=torch.int64)
@@ -192,7 +192,7 @@ def forward(inputs: Inputs) -> Outputs:
 
 def backward(grads: Grads, kept: Kept, needs: Needs) -> tuple[torch.Tensor | None, ...]:
     grad_latents, grad_kl, _ = grads
-    features, weight, bias, codebook, temperature, hard, noise, seed, _, *made = kept
+    features, weight, bias, codebook, temperature, hard, noise, seed, _, tied, *made = kept
     latents, indices, kl, maximum, log_noisy, log_clean, mixture, _ = made
     (rows, channels), (codes, width) = features.shape, codebook.shape
     dfeatures = features.new_empty(rows, channels)
@@ -234,4 +234,6 @@ def backward(grads: Grads, kept: Kept, needs: Needs) -> tuple[torch.Tensor | Non
             if dbias is not None:
                 dbias += dlogits.sum(0, dtype=torch.float32)
     dcodebook = torch.zeros_like(codebook) if parts is None else sum_parts(parts, codebook.dtype)
+    if tied:
+        dweight += dcodebook
     return dfeatures, dweight.to(weight.dtype), None if dbias is None else dbias.to(weight.dtype), dcodebook
