@@ -51,8 +51,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for name in PICTURES:
         files.append(File.generated(config, f"assets/demo/{name}", abs_src_path=str(ROOT / "docs/demo" / name)))
     with _pool() as pool:
-        made = [pool.submit(work.pages, module) for module in ("gallery", "drawings", "measured")]
+        made = [pool.submit(work.pages, "gallery")]  # the longest first
         made += [pool.submit(work.pages, "notebook", path) for path in sorted((ROOT / "docs/notebooks").glob("*.py"))]
+        made += [pool.submit(work.pages, module) for module in ("measured", "drawings")]
         ran = {uri: pool.submit(snippets.run, text, uri) for uri, text in pages.items() if snippets.has_code(text)}
         for future in made:
             for uri, content in _result(future):

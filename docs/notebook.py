@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-SECONDS = 120  # for one cell, on a machine that has other work too
+SECONDS = 240  # for the start of a kernel and for one cell, on a machine that has other work too
 
 
 def pages(path: Path) -> Iterator[tuple[str, str | bytes]]:
@@ -28,7 +28,8 @@ def pages(path: Path) -> Iterator[tuple[str, str | bytes]]:
     files = Config(KernelManager={"transport": "ipc"})  # no port is opened
     with tempfile.TemporaryDirectory() as folder:
         place = {"metadata": {"path": folder}}
-        NotebookClient(notebook, timeout=SECONDS, coalesce_streams=True, resources=place, config=files).execute()
+        limits = {"timeout": SECONDS, "startup_timeout": SECONDS}
+        NotebookClient(notebook, **limits, coalesce_streams=True, resources=place, config=files).execute()
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
