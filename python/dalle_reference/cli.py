@@ -575,6 +575,7 @@ class PlanConfig:
     def __post_init__(self) -> None:
         require_positive(self, "gpus", "batch", "candidates")
         require(self, "a finite number above 0", lambda value: 0 < value < math.inf, "memory")
+        require(self, "at least 2", lambda value: value >= 2, "candidates")
 
 
 def _plan(config: Annotated[PlanConfig, tyro.conf.arg(name="")]) -> None:

@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from dalle_kernels import Pattern
+from dalle_kernels import KVCache, Pattern
 from dalle_reference.parallel import World, local, shard
 from dalle_reference.transformer import DalleTransformer, Recompute, TransformerConfig
 
@@ -159,8 +159,19 @@ def sampling_bytes(config: TransformerConfig, candidates: int, bf16: bool = True
     with FakeTensorMode():
         model = DalleTransformer(config)
         weights = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
-        caches = [block.attention.new_cache(1, dtype, copies=candidates).nbytes for block in model.layers]
-    return weights + sum(caches) + 4 * candidates * config.vocab_image
+
+    def kept(pattern: Pattern, copies: int) -> int:
+        """Bytes of one head's cache; it says how much candidates share once it has the prompt."""
+        cache = KVCache(pattern, 1, 1, config.head_dim, dtype, copies=copies)
+        prompt = torch.zeros(1, 1, config.text_length, config.head_dim, dtype=dtype)
+        cache.prefill(prompt, prompt)
+        return cache.nbytes
+
+    total = 0
+    for pattern, layers in Counter(config.patterns).items():
+        two, three = kept(pattern, 2), kept(pattern, 3)
+        total += layers * config.heads * (two + (candidates - 2) * (three - two))
+    return weights + total + 4 * candidates * config.vocab_image
 
 
 class _Step(torch.nn.Module):

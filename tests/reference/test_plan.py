@@ -93,6 +93,14 @@ def test_sampling_grows_by_the_caches_of_candidates() -> None:
     two, three, four = (sampling_bytes(SMALL, number) for number in (2, 3, 4))
     assert two < three < four
     assert three - two == pytest.approx(four - three, rel=0.01)
+    caches = DalleTransformer(SMALL).new_caches(1, copies=3)
+    prompt = torch.zeros(1, SMALL.heads, SMALL.text_length, SMALL.head_dim)
+    for cache in caches:
+        cache.prefill(prompt, prompt)
+    kept = sum(parameter.nbytes for parameter in DalleTransformer(SMALL).parameters())
+    logits = 4 * 3 * SMALL.vocab_image
+    assert sampling_bytes(SMALL, 3, bf16=False) == kept + sum(cache.nbytes for cache in caches) + logits
+    assert sum(cache.nbytes for cache in caches) > 3 * SMALL.layers * prompt.nbytes
 
 
 def test_the_command_prints_what_fits(capsys: pytest.CaptureFixture[str]) -> None:
