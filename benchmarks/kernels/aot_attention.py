@@ -23,31 +23,33 @@ def cases(arch: int) -> Iterator[Case]:
         yield f"attention/{bits}-bit/{width}", _attention(bits, width)
     yield "attention/16-bit/64/padded-prefix", _attention(16, 64, length=LAYOUT.length - 1, padded=True)
     yield "attention/16-bit/80", _attention(16, 80)
+    yield "attention/16-bit/64/softcap", _attention(16, 64, softcap=50.0)
     for bits, width in launch.served("decode_forward"):
         yield f"decode/{bits}-bit/{width}", _decode(bits, width, heads=16)
+    yield "decode/16-bit/64/softcap", _decode(16, 64, heads=16, softcap=50.0)
     yield "decode/16-bit/64/one-split", _decode(16, 64, heads=256)
 
 
-def _decode(bits: int, width: int, heads: int):
+def _decode(bits: int, width: int, heads: int, softcap: float | None = None):
     def call() -> None:
         q, k, v = (torch.empty(1, heads, 1, width, dtype=DTYPES[bits]) for _ in range(3))
         cache = KVCache(Row(LAYOUT), 1, heads, width, dtype=DTYPES[bits])
         position = torch.zeros((), dtype=torch.int64)
-        triton_kernel.forward(q, k, v, cache.store, position, width**-0.5, cache.pattern)
+        triton_kernel.forward(q, k, v, cache.store, position, width**-0.5, cache.pattern, softcap)
 
     return call
 
 
-def _attention(bits: int, width: int, length: int = LAYOUT.length, padded: bool = False):
+def _attention(bits: int, width: int, length: int = LAYOUT.length, padded: bool = False, softcap: float | None = None):
     pattern = Row(LAYOUT)
 
     def call() -> None:
         q, k, v = (torch.empty(2, 16, length, width, dtype=DTYPES[bits]) for _ in range(3))
         padding = torch.zeros(2, length, dtype=torch.bool) if padded else None
-        out, lse = triton_backend.forward(Inputs(q, k, v, padding, width**-0.5, pattern))
+        out, lse = triton_backend.forward(Inputs(q, k, v, padding, width**-0.5, pattern, softcap))
         triton_backend.backward(
             Grads(out, lse if padded else None),
-            Kept(q, k, v, out, lse, padding, width**-0.5, pattern),
+            Kept(q, k, v, out, lse, padding, width**-0.5, pattern, softcap),
             Needs(True, True, True),
         )
 
