@@ -25,9 +25,9 @@ def pages(path: Path) -> Iterator[tuple[str, str | bytes]]:
     name = path.stem
     notebook = jupytext.read(path)
     notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    files = Config(KernelManager={"transport": "ipc"})  # no port is opened
     with tempfile.TemporaryDirectory() as folder:
         place = {"metadata": {"path": folder}}
+        files = Config(KernelManager={"transport": "ipc", "ip": f"{folder}/kernel"})  # no port is opened
         limits = {"timeout": SECONDS, "startup_timeout": SECONDS}
         NotebookClient(notebook, **limits, coalesce_streams=True, resources=place, config=files).execute()
     for cell in notebook.cells:
