@@ -70,7 +70,7 @@ $(VENV)/docs: $(STAMP)
 	@touch $@
 
 docs: $(VENV)/docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --config-file docs/mkdocs.yml
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --config-file docs/mkdocs.yml
 	@echo "open build/site/index.html"
 
 lint: install

@@ -32,6 +32,7 @@ INCLUDED = {
         for path in (ROOT / "benchmarks/notes").glob("*.md")
     },
 }
+IMAGE = re.compile(r"!\[[^\]\n]*\]\(([^)\s:]+)\)")
 PICTURES = ("samples.png", "reconstructions.png", "curves.png")  # of the demo, which takes minutes
 
 
@@ -48,6 +49,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
             raise PluginError(f"{uri}: no example in the docstring of {', '.join(lacking)}")
     for source, page in INCLUDED.items():
         files.append(File.generated(config, page, abs_src_path=str(ROOT / source)))
+        for target in IMAGE.findall((ROOT / source).read_text()):  # where the page's own link finds it
+            picture, place = (os.path.normpath(os.path.join(os.path.dirname(name), target)) for name in (source, page))
+            files.append(File.generated(config, place, abs_src_path=str(ROOT / picture)))
     for name in PICTURES:
         files.append(File.generated(config, f"assets/demo/{name}", abs_src_path=str(ROOT / "docs/demo" / name)))
     with _pool() as pool:
