@@ -278,7 +278,8 @@ def _mask(
     if attention_mask is not None and not _shows_all(attention_mask):
         hidden = ~attention_mask[:, :kv_length]
         hidden = F.pad(hidden, (0, kv_length - hidden.shape[1]), value=True)
-    return _Mask(model, q_offset, hidden, refused, getattr(kv_length, "cache", None))
+    cache = kv_length.cache if isinstance(kv_length, CachedLength) else None
+    return _Mask(model, q_offset, hidden, refused, cache)
 
 
 def _shows_all(attention_mask: Tensor) -> bool:
