@@ -278,7 +278,7 @@ DVAE_PRESETS: dict[str, tuple[str, TrainDVAEConfig]] = {
     "demo": (
         "40 x 40 pictures to 10 x 10 tokens of 1024; a minute on a CPU",
         TrainDVAEConfig(
-            _run("runs/dvae", steps=3000, batch=16, learning_rate=1e-3, average=0.995),
+            _run("runs/dvae", steps=3000, batch=16, learning_rate=1e-3, average=0.995, precision="fp32"),
             dvae.PRESETS["demo"],
             fitted=True,
             kl_weight=0.05,
