@@ -135,6 +135,19 @@ struct Padding {
   }
 };
 
+Problem problem_of(const Plan& plan, const Tensor& q, double scale, std::optional<double> softcap,
+                   const Padding& padding, bool scattered) {
+  return {&plan,
+          q.size(0),
+          q.size(1),
+          q.size(3),
+          float(scale),
+          float(softcap.value_or(0)),
+          steepness(scale, softcap),
+          padding.data,
+          scattered};
+}
+
 std::tuple<Tensor, Tensor> attention_forward(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in,
                                              const std::optional<Tensor>& key_padding_mask, double scale,
                                              std::optional<double> softcap, const Tensor& plan_words) {
@@ -146,15 +159,7 @@ std::tuple<Tensor, Tensor> attention_forward(const Tensor& q_in, const Tensor& k
   if (q.numel() == 0) return {std::move(out), std::move(lse)};
   const Padding padding(key_padding_mask, k);
   const bool scattered = k.stride(2) != k.size(3) || v.stride(2) != v.size(3);
-  const Problem problem{&plan,
-                        q.size(0),
-                        q.size(1),
-                        q.size(3),
-                        float(scale),
-                        float(softcap.value_or(0)),
-                        steepness(scale, softcap),
-                        padding.data,
-                        scattered};
+  const Problem problem = problem_of(plan, q, scale, softcap, padding, scattered);
   const ForwardArrays arrays{array_of(q), array_of(k), array_of(v), array_of(out), lse.data<float>()};
   const Kernels& kernels = kernels_for(q.dtype());
 
@@ -187,15 +192,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad_out_in,
   const Tensor grad_lse = grad_lse_in ? contiguous_float32(*grad_lse_in) : Tensor();
   // Every tile of text keys reads all queries again, so here the plan's order counts too.
   const bool scattered = q.stride(2) != q.size(3) || grad_out.stride(2) != q.size(3) || !queries_in_order(plan);
-  const Problem problem{&plan,
-                        q.size(0),
-                        q.size(1),
-                        q.size(3),
-                        float(scale),
-                        float(softcap.value_or(0)),
-                        steepness(scale, softcap),
-                        padding.data,
-                        scattered};
+  const Problem problem = problem_of(plan, q, scale, softcap, padding, scattered);
   const BackwardArrays arrays{array_of(q),
                               array_of(k),
                               array_of(v),

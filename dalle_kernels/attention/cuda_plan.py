@@ -107,6 +107,7 @@ def _remembered(
     )
 
 
+@remembered(maxsize=256)
 def parts_for(
     pattern: Pattern, rows: int, columns: int, transposed: bool, length: int, heads: int, at_a_time: int
 ) -> int:
@@ -116,13 +117,6 @@ def parts_for(
     steps and what it costs to start one. More parts fill the last round better; fewer start less often and share more
     tiles.
     """
-    return _remembered_parts(pattern, rows, columns, transposed, length, heads, at_a_time)
-
-
-@remembered(maxsize=256)
-def _remembered_parts(
-    pattern: Pattern, rows: int, columns: int, transposed: bool, length: int, heads: int, at_a_time: int
-) -> int:
     if heads > 8 * at_a_time:
         return 1  # the last round is a small part of all
     schedule = schedule_for(pattern, (columns, rows) if transposed else (rows, columns), length)

@@ -325,12 +325,11 @@ class ReconstructConfig:
 
 def _reconstruct(config: Annotated[ReconstructConfig, tyro.conf.arg(name="")]) -> None:
     """Show what a dVAE keeps of pictures."""
-    if not config.pictures:
-        raise UserError("pictures: got none, wanted at least one file")
+    _require_pictures(config.pictures)
     require_output(config.out, ".png")
     device = resolve_device(config.device)
     dvae = load_dvae(config.model, device)
-    originals = torch.stack([_read_picture(path, dvae.config.resolution) for path in config.pictures])
+    originals = _read_pictures(config.pictures, dvae.config.resolution)
     originals = originals.to(device).float() / 255.0
     decoded = dvae.decode(dvae.encode(originals))
     render.pairs(config.out, originals, decoded, heading="above: the pictures; below: what their tokens keep")
@@ -366,15 +365,14 @@ class CompleteConfig:
 
 def _complete(config: Annotated[CompleteConfig, tyro.conf.arg(name="")]) -> None:
     """Draw what is below the top of pictures, pixel by pixel."""
-    if not config.pictures:
-        raise UserError("pictures: got none, wanted at least one file")
+    _require_pictures(config.pictures)
     require_output(config.out, ".png")
     model = load_pixels(config.model, resolve_device(config.device))
     side = model.config.resolution
     rows = side // 2 if config.rows is None else config.rows
     if rows > side:
         raise UserError(f"rows: got {rows}, wanted 0 to {side}, the rows of pixels in a picture")
-    pictures = torch.stack([_read_picture(path, side) for path in config.pictures]).to(model.palette.device)
+    pictures = _read_pictures(config.pictures, side).to(model.palette.device)
     train_family.completion_sheet(
         config.out, model, pictures, rows, number=config.number, seed=config.seed, temperature=config.temperature
     )
@@ -411,11 +409,10 @@ class VariationsConfig:
 
 def _variations(config: Annotated[VariationsConfig, tyro.conf.arg(name="")]) -> None:
     """Draw other pictures that show what a picture shows: unCLIP's decoder on CLIP's vector of it."""
-    if not config.pictures:
-        raise UserError("pictures: got none, wanted at least one file")
+    _require_pictures(config.pictures)
     require_output(config.out, ".png")
     decoder, clip = load_decoder(config.model, resolve_device(config.device), config.temperature)
-    pictures = torch.stack([_read_picture(path, clip.config.resolution) for path in config.pictures])
+    pictures = _read_pictures(config.pictures, clip.config.resolution)
     train_family.variation_sheet(
         config.out,
         decoder,
@@ -464,7 +461,7 @@ def _interpolate(config: Annotated[InterpolateConfig, tyro.conf.arg(name="")]) -
     """Draw pictures on the way from one picture to another: unCLIP's decoder on the arc between their vectors."""
     require_output(config.out, ".png")
     decoder, clip = load_decoder(config.model, resolve_device(config.device), config.temperature)
-    ends = torch.stack([_read_picture(path, clip.config.resolution) for path in (config.first, config.second)])
+    ends = _read_pictures((config.first, config.second), clip.config.resolution)
     first, second = train_family.picture_vectors(clip, ends)
     way = between(first, second, config.steps)
     rows = []
@@ -473,11 +470,21 @@ def _interpolate(config: Annotated[InterpolateConfig, tyro.conf.arg(name="")]) -
         same = [decoder.draw(vector[None], seed=seed, guidance_scale=config.guidance_scale) for vector in way]
         rows.append(torch.cat(same).cpu())
     side = rows[0].shape[-1]
-    shown = torch.stack([_read_picture(path, side) for path in (config.first, config.second)]).float() / 255.0
+    shown = _read_pictures((config.first, config.second), side).float() / 255.0
     drawn = [image for row in rows for image in (shown[0], *row, shown[1])]
     captions = [config.first.name, *[""] * config.steps, config.second.name] * config.rows
     render.sheet(config.out, drawn, captions, columns=config.steps + 2)
     print(f"wrote {config.out}")
+
+
+def _require_pictures(paths: tuple[Path, ...]) -> None:
+    if not paths:
+        raise UserError("pictures: got none, wanted at least one file")
+
+
+def _read_pictures(paths: tuple[Path, ...], resolution: int) -> torch.Tensor:
+    """uint8 [B, 3, S, S]."""
+    return torch.stack([_read_picture(path, resolution) for path in paths])
 
 
 def _read_picture(path: Path, resolution: int) -> torch.Tensor:

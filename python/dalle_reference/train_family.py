@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +168,7 @@ def train_prior(config: TrainPriorConfig, world: World) -> Path:
                 vector = torch.zeros_like(vector)
             return tokens[0].to(device), vector, shown[picture], *_noise(chance, (clip.config.embedding,), device)
 
-        return [tuple(torch.stack(rows) for rows in zip(*map(sample, part), strict=True)) for part in parts]
+        return [_stacked(map(sample, part)) for part in parts]
 
     def objective(model: Prior, *arguments: torch.Tensor) -> tuple[torch.Tensor, None]:
         return model.loss(*arguments), None
@@ -182,6 +182,11 @@ def train_prior(config: TrainPriorConfig, world: World) -> Path:
     run: Run[Any] = Run(run_config, "prior", model, objective, to_json(config), world)
     run.train(prepare, lambda step, outputs: {}, draw)
     return run_config.out
+
+
+def _stacked(samples: Iterable[tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
+    """The samples of a part of a batch, argument by argument."""
+    return tuple(torch.stack(rows) for rows in zip(*samples, strict=True))
 
 
 def _noise(
@@ -240,7 +245,7 @@ def train_decoder(config: TrainDecoderConfig | TrainPixelDecoderConfig, world: W
             image = training.images[picture].to(device).float() / 255.0
             return vector, image, *_noise(chance, tuple(image.shape), device)
 
-        return [tuple(torch.stack(rows) for rows in zip(*map(sample, part), strict=True)) for part in parts]
+        return [_stacked(map(sample, part)) for part in parts]
 
     def objective(model: PixelDecoder, *arguments: torch.Tensor) -> tuple[torch.Tensor, None]:
         return model.loss(*arguments), None
@@ -277,7 +282,7 @@ def _train_token_decoder(config: TrainDecoderConfig, world: World) -> Path:
             vector = shown[picture] * float(chance.random() >= config.vector_dropout)
             return cells[0].to(device), seen[0].to(device), vector
 
-        return [tuple(torch.stack(rows) for rows in zip(*map(sample, part), strict=True)) for part in parts]
+        return [_stacked(map(sample, part)) for part in parts]
 
     def objective(
         model: DalleTransformer, cells: torch.Tensor, seen: torch.Tensor, vectors: torch.Tensor
