@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -14,6 +15,11 @@ def describe(inputs: torch.Tensor, codebook: torch.Tensor, *_: Any, **__: Any) -
     check_tensor("the first argument", inputs)
     check_tensor("codebook", codebook, rank=2)
     return Call(inputs.device, autocast(inputs)[0].dtype, codebook.shape[-1])
+
+
+def contiguous(grads: Iterable[torch.Tensor | None]) -> Iterator[torch.Tensor | None]:
+    """The gradients that come in, as backends are given them."""
+    return (None if grad is None else grad.contiguous() for grad in grads)
 
 
 def check_pair(name: str, inputs: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,7 +9,7 @@ import torch
 from dalle_kernels.backends.choice import Operation, register
 from dalle_kernels.backends.library import Derivative, Entry
 from dalle_kernels.checks import check_temperature, noise_key, positive_temperature, rows_contiguous
-from dalle_kernels.codebook.checks import check_pair, describe, gradient_like, refuse_nan
+from dalle_kernels.codebook.checks import check_pair, contiguous, describe, gradient_like, refuse_nan
 from dalle_kernels.codebook.gumbel import reference
 from dalle_kernels.codebook.gumbel.contract import Backend, Grads, Inputs, Kept, Needs, Outputs, call_of
 
@@ -125,12 +125,8 @@ def fake_outputs(rows_of: torch.Tensor, codebook: torch.Tensor, hard: bool) -> O
     )
 
 
-def contiguous(grads: Grads) -> Grads:
-    return Grads(*(None if grad is None else grad.contiguous() for grad in grads))
-
-
 def _backward(backend: Backend, grads: Grads, kept: Kept, needs: Needs) -> tuple[torch.Tensor | None, ...]:
-    return backend.backward(contiguous(grads), kept, needs)
+    return backend.backward(Grads(*contiguous(grads)), kept, needs)
 
 
 _ENTRY = Entry(

@@ -18,7 +18,7 @@ from dalle_kernels.checks import (
     positive_temperature,
     rows_contiguous,
 )
-from dalle_kernels.codebook.checks import gradient_like, refuse_nan
+from dalle_kernels.codebook.checks import contiguous, gradient_like, refuse_nan
 from dalle_kernels.codebook.gumbel.op import fake_outputs
 from dalle_kernels.codebook.projection import reference
 from dalle_kernels.codebook.projection.contract import (
@@ -210,7 +210,7 @@ def _forward_fake(inputs: Inputs, backend: str) -> Outputs:
 
 
 def _backward(backend: Backend, grads: Grads, kept: Kept, needs: Needs) -> tuple[torch.Tensor | None, ...]:
-    return backend.backward(Grads(*(None if grad is None else grad.contiguous() for grad in grads)), kept, needs)
+    return backend.backward(Grads(*contiguous(grads)), kept, needs)
 
 
 _ENTRY = Entry(
