@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dalle_kernels.attention.op import sparse_attention
+from dalle_kernels.checks import check_softcap
 from dalle_kernels.codebook.binary import binary_entropy, binary_latents, binary_quantize
 from dalle_kernels.codebook.gumbel.op import gumbel_lookup
 from dalle_kernels.codebook.vq.op import vq_lookup
@@ -45,6 +46,7 @@ class SparseSelfAttention(nn.Module):
         num_heads: H.
         head_dim: D of each head; E // H unless told.
         bias: whether the two projections have biases.
+        softcap: bounds the scores softly, as in `sparse_attention`.
         backend: as in `sparse_attention` and `decode_attention`.
 
     Example:
@@ -68,6 +70,7 @@ class SparseSelfAttention(nn.Module):
         *,
         head_dim: int | None = None,
         bias: bool = True,
+        softcap: float | None = None,
         backend: str = "auto",
     ) -> None:
         super().__init__()
@@ -80,6 +83,7 @@ class SparseSelfAttention(nn.Module):
         self.pattern = pattern
         self.num_heads = num_heads
         self.head_dim = head_dim
+        self.softcap = check_softcap(softcap)
         self.backend = backend
         self.project_qkv = nn.Linear(embed_dim, 3 * num_heads * head_dim, bias=bias)
         self.project_out = nn.Linear(num_heads * head_dim, embed_dim, bias=bias)
@@ -110,7 +114,7 @@ class SparseSelfAttention(nn.Module):
         if cache is not None:
             cache.prefill(k, v, key_padding_mask)
         return self._join(
-            sparse_attention(q, k, v, self.pattern, key_padding_mask=key_padding_mask, backend=self.backend)
+            sparse_attention(q, k, v, self.pattern, None, key_padding_mask, backend=self.backend, softcap=self.softcap)
         )
 
     def step(self, x: Tensor, cache: KVCache, position: int | Tensor) -> Tensor:
@@ -119,7 +123,7 @@ class SparseSelfAttention(nn.Module):
         What was padding when the cache was filled stays hidden.
         """
         q, k, v = self._qkv(x)
-        return self._join(decode_attention(q, k, v, cache, position, backend=self.backend))
+        return self._join(decode_attention(q, k, v, cache, position, backend=self.backend, softcap=self.softcap))
 
     def new_cache(
         self,
@@ -142,7 +146,8 @@ class SparseSelfAttention(nn.Module):
         return KVCache(pattern, batch, self.num_heads, self.head_dim, dtype, weight.device, copies, rewind)
 
     def extra_repr(self) -> str:
-        return f"{self.pattern}, num_heads={self.num_heads}, head_dim={self.head_dim}"
+        cap = "" if self.softcap is None else f", softcap={self.softcap}"
+        return f"{self.pattern}, num_heads={self.num_heads}, head_dim={self.head_dim}{cap}"
 
 
 class Quantized(NamedTuple):

@@ -84,6 +84,23 @@ def test_steps_after_a_prompt_give_what_the_whole_sequence_gives(pattern: dalle_
     torch.testing.assert_close(torch.cat(parts, 1), whole)
 
 
+@torch.no_grad()
+def test_a_soft_cap_bounds_scores_of_training_and_of_steps() -> None:
+    plain, module = attention(Row(LAYOUT)), attention(Row(LAYOUT), softcap=0.1)
+    module.load_state_dict(plain.state_dict())
+    x = torch.randn(2, LENGTH, 24, dtype=torch.float64)
+    q, k, v = module._qkv(x)
+    wanted = module._join(dalle_kernels.sparse_attention(q, k, v, Row(LAYOUT), softcap=0.1))
+    torch.testing.assert_close(module(x), wanted)
+    assert not torch.allclose(plain(x), wanted)
+    cache = module.new_cache(2)
+    module(x[:, :-1], cache=cache)
+    torch.testing.assert_close(module.step(x[:, -1:], cache, LENGTH - 1), wanted[:, -1:])
+    assert "softcap=0.1" in repr(module)
+    with pytest.raises(ValueError, match="softcap: got 0, wanted"):
+        attention(Row(LAYOUT), softcap=0)
+
+
 def test_caches_follow_autocast() -> None:
     module = nn.SparseSelfAttention(Row(LAYOUT), 32, 2, bias=False)
     assert module.project_qkv.bias is None

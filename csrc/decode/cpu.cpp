@@ -117,7 +117,7 @@ Tensor decode_forward(const Tensor& q, const Tensor& k, const Tensor& v, const T
                       const std::optional<Tensor>& shared_slots) {
   const int64_t rows = q.size(0), heads = q.size(1), tokens = q.size(2), width = q.size(3);
   const int64_t element = keys.element_size(), own_heads = k.size(1), group = own_heads ? heads / own_heads : 1;
-  require(width % 8 == 0 && width <= kWidest, "q: got D = ", width, ", wanted a multiple of 8 up to 256");
+  require(1 <= width && width <= kWidest, "q: got D = ", width, ", wanted 1 to 256");
   require(heads == own_heads * group, "q: got ", heads, " heads, wanted a multiple of the ", own_heads, " of k");
   const bool shares = shared_keys.has_value();
   const int64_t prompts = shares ? shared_keys->size(0) : rows, copies = prompts ? rows / prompts : 1;

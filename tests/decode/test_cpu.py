@@ -85,7 +85,7 @@ def test_patterns(isa: str, pattern: Pattern, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("width", [8, 16, 24, 32, 40, 80, 96, 128, 256])
+@pytest.mark.parametrize("width", [1, 5, 8, 16, 20, 24, 32, 33, 40, 80, 96, 100, 128, 250, 256])
 def test_widths(isa: str, width: int, dtype: torch.dtype) -> None:
     check(PATTERNS[4], 1, 3, width, dtype)
 
@@ -159,7 +159,7 @@ def test_as_many_copies_as_fill_products_and_more(isa: str, copies: int, dtype: 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("width", [8, 16, 24, 40, 96, 128, 256])
+@pytest.mark.parametrize("width", [3, 8, 16, 20, 24, 40, 57, 96, 128, 250, 256])
 def test_widths_of_shared_prompts(isa: str, width: int, dtype: torch.dtype) -> None:
     check_shared(Row(TokenLayout(71, (2, 3))), 1, 20, 2, width, 73, dtype, scale=1.7)
 
@@ -218,7 +218,7 @@ def test_strides(isa: str) -> None:
     ("call", "word"),
     [
         (Call(torch.device("cpu"), torch.float16, 64), "float16"),
-        (Call(torch.device("cpu"), torch.float32, 20), "multiple of 8"),
+        (Call(torch.device("cpu"), torch.float32, 264), "up to 256, not 264"),
         (Call(torch.device("meta"), torch.float32, 64), "meta"),
     ],
 )

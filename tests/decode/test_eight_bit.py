@@ -141,7 +141,7 @@ def test_the_error_is_within_the_bound_of_the_docstring(backend: str, prompt: in
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("width", [8, 16, 24, 40, 64, 96, 256])
+@pytest.mark.parametrize("width", [4, 8, 13, 16, 24, 40, 64, 90, 96, 256])
 def test_widths_and_dtypes(isa: str, width: int, dtype: torch.dtype) -> None:
     pattern = Convolution(TokenLayout(20, (7, 9)), 5)
     qkv = tokens(pattern.length, width=width, dtype=dtype)
@@ -156,7 +156,7 @@ def test_widths_and_dtypes(isa: str, width: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("copies", [2, 8, 17, 33, 71])
 def test_candidates_of_one_prompt(isa: str, copies: int, dtype: torch.dtype) -> None:
     pattern, prompt = Row(TokenLayout(150, (2, 3))), 151
-    for width in (16, 40):
+    for width in (16, 21, 40):
         q, k, v = tokens(pattern.length, rows=2 * copies, heads=1, width=width, dtype=dtype)
         for tensor in (k, v):
             tensor[:, :, :prompt] = tensor[::copies, :, :prompt].repeat_interleave(copies, 0)
