@@ -68,8 +68,8 @@ void forward(const Strided<4>& arrays) {
 }
 
 template <class T>
-void backward(const Strided<6>& arrays) {
-  arrays.for_each(kGrain, [](const std::array<char*, 6>& data, const std::array<int64_t, 6>& strides, int64_t count) {
+void backward(const Strided<6>& arrays, bool needs_mu, bool needs_log_b) {
+  arrays.for_each(kGrain, [=](const std::array<char*, 6>& data, const std::array<int64_t, 6>& strides, int64_t count) {
     Run<T> dmu{data[0], strides[0], {}}, dlog_b{data[1], strides[1], {}};
     Run<float> grad{data[2], strides[2], {}};
     Run<T> pixels{data[3], strides[3], {}}, mu{data[4], strides[4], {}}, log_b{data[5], strides[5], {}};
@@ -78,9 +78,10 @@ void backward(const Strided<6>& arrays) {
     for_runs(count, whole, [&](int64_t i, int64_t n) {
       grad.gather(i, n);
       for (Run<T>* input : {&pixels, &mu, &log_b}) input->gather(i, n);
-      kernels<T>().backward({grad.at(i), pixels.at(i), mu.at(i), log_b.at(i), dmu.at(i), dlog_b.at(i), n});
-      dmu.scatter(i, n);
-      dlog_b.scatter(i, n);
+      kernels<T>().backward({grad.at(i), pixels.at(i), mu.at(i), log_b.at(i), needs_mu ? dmu.at(i) : nullptr,
+                             needs_log_b ? dlog_b.at(i) : nullptr, n});
+      if (needs_mu) dmu.scatter(i, n);
+      if (needs_log_b) dlog_b.scatter(i, n);
     });
   });
 }
@@ -105,21 +106,29 @@ Tensor laplace_forward(const Tensor& pixels, const Tensor& mu, const Tensor& log
 }
 
 std::tuple<Tensor, Tensor> laplace_backward(const Tensor& grad, const Tensor& pixels, const Tensor& mu,
-                                            const Tensor& log_b) {
+                                            const Tensor& log_b, bool needs_mu, bool needs_log_b) {
   check(pixels, {&mu, &log_b});
   require(grad.dtype() == DType::float32 && grad.same_shape(pixels), "grad: got shape ", shape_of(grad), " and dtype ",
           grad.dtype(), ", wanted ", shape_of(pixels), " and float32");
-  Tensor dmu = new_tensor_like(mu), dlog_b = new_tensor_like(log_b);
-  const Strided<6> arrays({&dmu, &dlog_b, &grad, &pixels, &mu, &log_b},
-                          {dmu.data<void>(), dlog_b.data<void>(), input(grad), input(pixels), input(mu), input(log_b)});
-  pixels.dtype() == DType::float32 ? backward<float>(arrays) : backward<bf16>(arrays);
+  Tensor dmu = needs_mu ? new_tensor_like(mu) : empty({0}, mu.dtype());
+  Tensor dlog_b = needs_log_b ? new_tensor_like(log_b) : empty({0}, mu.dtype());
+  if (needs_mu || needs_log_b) {
+    // One that is not asked for has the other's layout, and is not written.
+    const Tensor &to_mu = needs_mu ? dmu : dlog_b, &to_log_b = needs_log_b ? dlog_b : dmu;
+    const Strided<6> arrays(
+        {&to_mu, &to_log_b, &grad, &pixels, &mu, &log_b},
+        {to_mu.data<void>(), to_log_b.data<void>(), input(grad), input(pixels), input(mu), input(log_b)});
+    (pixels.dtype() == DType::float32 ? backward<float> : backward<bf16>)(arrays, needs_mu, needs_log_b);
+  }
   return {std::move(dmu), std::move(dlog_b)};
 }
 
-const Operators defined(
-    "CPU", {{"logit_laplace_forward(Tensor pixels, Tensor mu, Tensor log_b) -> Tensor", boxed<&laplace_forward>},
-            {"logit_laplace_backward(Tensor grad, Tensor pixels, Tensor mu, Tensor log_b) -> (Tensor, Tensor)",
-             boxed<&laplace_backward>}});
+const Operators defined("CPU",
+                        {{"logit_laplace_forward(Tensor pixels, Tensor mu, Tensor log_b) -> Tensor",
+                          boxed<&laplace_forward>},
+                         {"logit_laplace_backward(Tensor grad, Tensor pixels, Tensor mu, Tensor log_b, bool needs_mu, "
+                          "bool needs_log_b) -> (Tensor, Tensor)",
+                          boxed<&laplace_backward>}});
 
 }  // namespace
 }  // namespace dalle

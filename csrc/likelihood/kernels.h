@@ -20,7 +20,7 @@ template <class T>
 struct LaplaceBackward {
   const float* grad;
   const T *pixels, *mu, *log_b;
-  T *dmu, *dlog_b;
+  T *dmu, *dlog_b;  // one may be null
   int64_t count;
 };
 

@@ -74,11 +74,14 @@ void laplace_backward(const LaplaceBackward<T>& p) {
     const LaplaceTerms terms =
         laplace_terms(load_some(p.pixels + i, n), load_some(p.mu + i, n), load_some(p.log_b + i, n));
     const F grad = load_some(p.grad + i, n);
-    const U sign = (as_words(terms.logit) & set(0x80000000u)) ^ set(0x80000000u);
-    const F slope = as_float(as_words(grad * terms.rate) ^ sign);
-    const F dmu = select(equal(terms.logit, zero()), zero(), slope);
-    store_some(p.dmu + i, select(is_nan(terms.logit), terms.logit, dmu), n);
-    store_some(p.dlog_b + i, grad * fnma(magnitude(terms.logit), terms.rate, set(1.f)), n);
+    if (p.dmu != nullptr) {
+      const U sign = (as_words(terms.logit) & set(0x80000000u)) ^ set(0x80000000u);
+      const F slope = as_float(as_words(grad * terms.rate) ^ sign);
+      const F dmu = select(equal(terms.logit, zero()), zero(), slope);
+      store_some(p.dmu + i, select(is_nan(terms.logit), terms.logit, dmu), n);
+    }
+    if (p.dlog_b != nullptr)
+      store_some(p.dlog_b + i, grad * fnma(magnitude(terms.logit), terms.rate, set(1.f)), n);
   });
 }
 

@@ -22,4 +22,4 @@ def forward(inputs: Inputs) -> Outputs:
 
 
 def backward(grads: Grads, kept: Kept, needs: Needs) -> tuple[torch.Tensor | None, ...]:
-    return torch.ops.dalle_kernels_cpu.logit_laplace_backward(*grads, *kept)
+    return torch.ops.dalle_kernels_cpu.logit_laplace_backward(*grads, *kept, *needs)

@@ -31,7 +31,10 @@ def _slopes(kept: Kept) -> tuple[torch.Tensor, torch.Tensor]:
 def backward(grads: Grads, kept: Kept, needs: Needs) -> tuple[torch.Tensor | None, ...]:
     assert grads.nll is not None
     by_mu, by_log_b = _slopes(kept)
-    return (grads.nll * by_mu).to(kept.mu.dtype), (grads.nll * by_log_b).to(kept.log_b.dtype)
+    return (
+        (grads.nll * by_mu).to(kept.mu.dtype) if needs.mu else None,
+        (grads.nll * by_log_b).to(kept.log_b.dtype) if needs.log_b else None,
+    )
 
 
 def jvp(tangents: tuple[torch.Tensor | None, ...], kept: Kept) -> tuple[torch.Tensor]:

@@ -40,9 +40,11 @@ def backward_kernel(grad, pixels, mu, log_b, dmu, dlog_b, total, BLOCK: tl.const
     g = tl.load(grad + place, mask=kept, other=0.0)
     difference = tl.log(x) - tl.log(1.0 - x) - location
     rate = tl.exp(-log_scale)
-    sign = tl.where(difference > 0, 1.0, tl.where(difference < 0, -1.0, 0.0))
-    tl.store(dmu + place, (-g * sign * rate).to(dmu.dtype.element_ty), mask=kept)
-    tl.store(dlog_b + place, (g * (1.0 - tl.abs(difference) * rate)).to(dlog_b.dtype.element_ty), mask=kept)
+    if dmu is not None:
+        sign = tl.where(difference > 0, 1.0, tl.where(difference < 0, -1.0, 0.0))
+        tl.store(dmu + place, (-g * sign * rate).to(dmu.dtype.element_ty), mask=kept)
+    if dlog_b is not None:
+        tl.store(dlog_b + place, (g * (1.0 - tl.abs(difference) * rate)).to(dlog_b.dtype.element_ty), mask=kept)
 
 
 def refuse(call: Call) -> str | None:
@@ -63,12 +65,16 @@ def backward(grads: Grads, kept: Kept, needs: Needs) -> tuple[torch.Tensor | Non
     grad, pixels, mu, log_b = *grads, *kept
     assert grad is not None
     inputs = [tensor.contiguous() for tensor in (grad, pixels, mu, log_b)]
-    dmu, dlog_b = torch.empty_like(inputs[2]), torch.empty_like(inputs[3])
+    dmu = torch.empty_like(inputs[2]) if needs.mu else None
+    dlog_b = torch.empty_like(inputs[3]) if needs.log_b else None
     if total := grad.numel():
         backward_kernel[(ceil_div(total, BLOCK),)](
             *inputs, dmu, dlog_b, total, BLOCK=BLOCK, num_warps=4, enable_fp_fusion=True
         )
-    return _laid_out_as(mu, dmu), _laid_out_as(log_b, dlog_b)
+    return (
+        None if dmu is None else _laid_out_as(mu, dmu),
+        None if dlog_b is None else _laid_out_as(log_b, dlog_b),
+    )
 
 
 def _laid_out_as(original: torch.Tensor, made: torch.Tensor) -> torch.Tensor:

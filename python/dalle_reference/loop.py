@@ -106,8 +106,9 @@ def alone_in_its_folder(train: Callable[[C, World], Path]) -> Callable[[C], Path
     @wraps(train)
     def train_alone(config: C) -> Path:
         run = config.run
-        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
         with joined(run.device) as world, ExitStack() as held:
+            # Where there are several machines, torchrun counts on each of them what happened there.
+            restarted = bool(world.total(torch.tensor(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")))))
 
             def begin() -> bool:
                 """Whether to resume; the folder is this run's from here on."""

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -169,7 +171,13 @@ def joined(device: str) -> Iterator[World]:
         torch.cuda.set_device(here)
     within = dist.is_initialized()
     if not within:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if here.type == "cuda" else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if here.type == "cuda" else "gloo"
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            place = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+            rank = int(os.environ["RANK"])
+            dist.init_process_group(backend, store=_of_this_start(place, rank, size), rank=rank, world_size=size)
+        else:
+            dist.init_process_group(backend)
     try:
         yield World(here, dist.get_rank(), size)
     except RuntimeError as error:
@@ -178,6 +186,29 @@ def joined(device: str) -> Iterator[World]:
         raise
     if not within:
         dist.destroy_process_group()
+
+
+def _of_this_start(store: dist.Store, rank: int, size: int) -> dist.Store:
+    """A part of torchrun's store that only processes which were started together know of.
+
+    The store outlives them. Those of a later start would find the addresses of the dead in it, and wait for half an
+    hour to be connected, wherever one asks for another's before that one has written it anew. How often torchrun has
+    started is no name for the part: on several machines each counts for itself. So whoever comes asks the main process
+    under a name of its own, and that one answers until all have heard it.
+    """
+    if rank:
+        mine = secrets.token_hex(16)
+        store.set(f"asks/{rank}", mine)
+        start = store.get(f"answer/{mine}").decode()
+        store.add(f"{start}/heard", 1)
+    else:
+        start = secrets.token_hex(16)
+        while store.add(f"{start}/heard", 0) < size - 1:
+            for other in range(1, size):
+                if store.check([f"asks/{other}"]):
+                    store.set(f"answer/{store.get(f'asks/{other}').decode()}", start)
+            time.sleep(0.02)
+    return dist.PrefixStore(start, store)
 
 
 def resolve_device(name: str) -> torch.device:

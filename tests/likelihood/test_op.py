@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from torch.library import opcheck
 
 from dalle_kernels import logit_laplace_nll
+from dalle_kernels.backends import native
+from dalle_kernels.likelihood.contract import Grads, Kept, Needs
 
 
 def inputs(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -48,3 +52,23 @@ def test_bad_input_is_refused() -> None:
         logit_laplace_nll(x, mu[..., :4], log_b)
     with pytest.raises(TypeError, match=r"log_b: got torch.float32, wanted torch.float64"):
         logit_laplace_nll(x, mu, log_b.float())
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
+@pytest.mark.usefixtures("poisoned_memory")
+def test_a_gradient_that_nobody_asked_for_is_not_made(backend: str) -> None:
+    """The other has the bits that it has beside it; every layout."""
+    if backend == "cpu" and (absent := native.absence()):
+        pytest.skip(absent)
+    if backend == "triton":
+        pytest.importorskip("triton")
+    device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+    module = importlib.import_module(f"dalle_kernels.likelihood.{backend}")
+    for turn in ((0, 1, 2), (2, 0, 1)):
+        pixels, mu, log_b = (tensor.detach().permute(turn).to(device) for tensor in inputs(torch.float32))
+        grads = Grads(torch.randn_like(pixels))
+        whole = module.backward(grads, Kept(pixels, mu, log_b), Needs(True, True))
+        for place, needs in enumerate((Needs(True, False), Needs(False, True))):
+            got = module.backward(grads, Kept(pixels, mu, log_b), needs)
+            assert torch.equal(got[place], whole[place])
+            assert got[1 - place] is None or got[1 - place].numel() == 0
