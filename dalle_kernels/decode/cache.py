@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import operator
+from typing import TypeAlias
 
+import numpy as np
 import torch
 
 from dalle_kernels.checks import FLOATS, check_alike, check_tensor
 from dalle_kernels.decode.store import Store
-from dalle_kernels.patterns.decode_table import decode_table_for
+from dalle_kernels.patterns.decode_table import DecodeTable, decode_table_for
 from dalle_kernels.patterns.patterns import Pattern
+
+_Past: TypeAlias = tuple[int, np.ndarray | None]
 
 
 class KVCache:
@@ -91,6 +95,8 @@ class KVCache:
         self.scales = self._new_scales(self.keys)
         self._forget_prompt()
         self.lengths: torch.Tensor | None = torch.zeros(batch * copies, dtype=torch.int64, device="cpu")
+        # By row: where it last went back to, and the latest token of each slot at that time. Rows of one past share it.
+        self._past: list[_Past] = [(0, None)] * (batch * copies)
 
     def _new_scales(self, keys: torch.Tensor) -> torch.Tensor | None:
         if keys.dtype != torch.int8:
@@ -249,8 +255,9 @@ class KVCache:
     def truncate(self, position: int | torch.Tensor) -> None:
         """Goes back: the tokens from `position` on are forgotten, and decoding goes on from there.
 
-        By one token it always can, and by `rewind` more; by others where their slots still hold what the tokens from
-        `position` on see. 0 empties the cache and forgets the prompt that copies share.
+        From the furthest token that was ever there it can always go back by one, and by `rewind` more; further where
+        the slots still hold what the tokens from `position` on see. 0 empties the cache and forgets the prompt that
+        copies share.
 
         Args:
             position: int, or int64 [B], one a row.
@@ -259,15 +266,22 @@ class KVCache:
             ValueError: for a position beyond what the cache holds, inside a shared prompt, or before keys that are
                 gone; the cache is then as it was.
         """
-        wanted = self.check_truncate(position)
+        wanted, slots = self._gone_back(position)
+        self._past = [
+            (target, row) if target else (0, None) for target, row in zip(wanted.tolist(), slots, strict=True)
+        ]
         if self.copies > 1 and not wanted.any():
             self.keys, self.values = (tensor[:, :, :0].contiguous() for tensor in (self.keys, self.values))
             self.scales = self._new_scales(self.keys)
             self._forget_prompt()
         self.lengths = wanted.clone() if self.lengths is None else self.lengths.copy_(wanted)
 
-    def check_truncate(self, position: int | torch.Tensor) -> torch.Tensor:
-        """`position` as `truncate` would take it, int64 [B]; raises as it does, and changes nothing."""
+    def check_truncate(self, position: int | torch.Tensor) -> None:
+        """Raises as `truncate` does, and changes nothing."""
+        self._gone_back(position)
+
+    def _gone_back(self, position: int | torch.Tensor) -> tuple[torch.Tensor, list[np.ndarray]]:
+        """`position` as int64 [B], where `truncate` can go back to it, and the latest token of each slot by row."""
         rows = self.keys.shape[0]
         if isinstance(position, torch.Tensor):
             if position.shape != (rows,) or position.dtype != torch.int64:
@@ -279,19 +293,28 @@ class KVCache:
         lengths = self.lengths
         table = self.store.table(self.pattern)
         known = wanted if lengths is None else lengths
-        for target, length in set(zip(wanted.tolist(), known.tolist(), strict=True)):
-            if not 0 <= target <= min(length, self.pattern.length):
-                raise ValueError(f"position: got {target}, wanted 0 to {length}, the tokens that the cache holds")
-            if 0 < target < self._prompt or (target == 0 < self._prompt and bool(wanted.any())):
-                raise ValueError(
-                    f"position: got {target}, wanted at least the {self._prompt} tokens of the prompt, or 0"
-                )
-            if target and not table.holds(target, length):
-                raise ValueError(
-                    f"position: got {target}, which sees keys whose slots later tokens took; "
-                    f"a cache made with rewind={length - target - 1} could go back so far"
-                )
-        return wanted
+        made: dict[tuple[int, int, int, int], np.ndarray] = {}
+        slots = []
+        pasts = self._past if lengths is not None else [(0, None)] * rows
+        for target, length, (start, before) in zip(wanted.tolist(), known.tolist(), pasts, strict=True):
+            kind = (target, length, start, id(before))
+            if kind not in made:
+                made[kind] = table.written(before, start, length)
+                self._check_target(target, length, bool(wanted.any()), table, made[kind])
+            slots.append(made[kind])
+        return wanted, slots
+
+    def _check_target(self, target: int, length: int, some: bool, table: DecodeTable, latest: np.ndarray) -> None:
+        """A row of `length` tokens can go back to `target`; `some` where not all go back to 0."""
+        if not 0 <= target <= min(length, self.pattern.length):
+            raise ValueError(f"position: got {target}, wanted 0 to {length}, the tokens that the cache holds")
+        if 0 < target < self._prompt or (target == 0 < self._prompt and some):
+            raise ValueError(f"position: got {target}, wanted at least the {self._prompt} tokens of the prompt, or 0")
+        if target and not table.holds(target, latest):
+            raise ValueError(
+                f"position: got {target}, which sees keys whose slots later tokens took; "
+                f"a cache made with rewind={latest.max() - target} could go back so far"
+            )
 
     def reorder(self, index: torch.Tensor) -> None:
         """Row b becomes what row index[b] was, as beam search wants it; the batch may grow or shrink.
@@ -322,7 +345,9 @@ class KVCache:
         for name in ("keys", "values", "hidden", "scales"):
             self._take(name, index)
         if self.lengths is not None:
-            self.lengths = self.lengths[index.cpu()]
+            index = index.cpu()
+            self.lengths = self.lengths[index]
+            self._past = [self._past[row] for row in index.tolist()]
 
     def _take(self, name: str, index: torch.Tensor) -> None:
         tensor = getattr(self, name)

@@ -74,16 +74,19 @@ class DecodeTable(OnDevice):
         slot, cache_length = _allocate(last_use, prompt, int(leading.max()), rewind)
         return _table(leading, query[~old], key[~old], slot, cache_length, last_use, rewind, shared)
 
-    def holds(self, position: int, length: int) -> bool:
-        """Whether a cache of `length` tokens still has every key before `position` that queries from there on see."""
-        if length - position <= self.rewind + 1:
-            return True
-        slot, last_use = self.slot.numpy(), self.last_use.numpy()
-        owner = np.full(self.cache_length, -1)
-        before = np.flatnonzero(slot[:position] >= 0)
-        owner[slot[before]] = before  # the latest
-        lost = owner[slot[position:length]]
-        return not (last_use[lost[lost >= 0]] >= position).any()
+    def written(self, latest: np.ndarray | None, start: int, stop: int) -> np.ndarray:
+        """The latest token of each slot, -1 for none: `latest` (none where None), after those of `start` to `stop`."""
+        latest = np.full(self.cache_length, -1) if latest is None else latest.copy()
+        slots = self.slot.numpy()[start:stop]
+        kept = slots >= 0
+        latest[slots[kept]] = start + np.flatnonzero(kept)  # of several in one slot the last one stays
+        return latest
+
+    def holds(self, position: int, latest: np.ndarray) -> bool:
+        """Whether slots of these latest tokens have every key before `position` that queries from there on see."""
+        slot, last_use = self.slot.numpy()[:position], self.last_use.numpy()[:position]
+        wanted = np.flatnonzero((last_use >= position) & (slot >= 0))
+        return bool((latest[slot[wanted]] == wanted).all())
 
 
 def decode_table_for(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from random import Random
 
 import numpy as np
 import pytest
@@ -195,7 +196,44 @@ def test_going_back_is_allowed_just_where_every_key_is_still_there(pattern: Patt
         holder = {slots[position]: position for position in range(length)}
         for position in range(length + 1):
             seen = mask[position:].any(0)[:position].nonzero().flatten().tolist()
-            assert table.holds(position, length) == all(holder[slots[key]] == key for key in seen)
+            latest = table.written(None, 0, length)
+            assert table.holds(position, latest) == all(holder[slots[key]] == key for key in seen)
+
+
+@pytest.mark.parametrize("rewind", [0, 2])
+@pytest.mark.parametrize("pattern", CAUSAL, ids=str)
+def test_what_tokens_further_on_took_stays_taken(pattern: Pattern, rewind: int) -> None:
+    """Step back upon step back, other ones in each row: what is allowed is right, and what is promised is allowed."""
+    random = Random(0)
+    q, k, v = tokens(pattern, rows=2)
+    whole = sparse_attention(q, k, v, pattern, backend="reference")
+    cache = KVCache(pattern, 2, 3, 16, dtype=torch.float64, rewind=rewind)
+    held, refusals = [0, 0], 0
+    writes: list[list[int]] = [[], []]
+    for _ in range(60):
+        for _ in range(random.randrange(6)):
+            if max(held) == pattern.length:
+                break
+            places = torch.tensor(held)
+            step = (torch.stack([t[row, :, at : at + 1] for row, at in enumerate(held)]) for t in (q, k, v))
+            got = decode_attention(*step, cache, places)
+            for row, at in enumerate(held):
+                torch.testing.assert_close(got[row], whole[row, :, at : at + 1])
+                writes[row].append(at)
+            held = [at + 1 for at in held]
+        wanted = [random.randint(max(at - 2 - rewind, 0), at) for at in held]
+        promised = all(not at or at >= max(seen) - rewind for seen, at in zip(writes, wanted, strict=True))
+        try:
+            cache.truncate(torch.tensor(wanted))
+        except ValueError:
+            assert not promised
+            refusals += 1
+            continue
+        held = wanted
+        for row, at in enumerate(held):
+            if not at:
+                writes[row] = []
+    assert refusals or not isinstance(pattern, Row)
 
 
 def test_going_back_too_far_is_refused() -> None:
@@ -208,6 +246,7 @@ def test_going_back_too_far_is_refused() -> None:
     refused(cache, lambda: cache.truncate(17), "position: got 17, .* rewind=2 could go back so far")
     refused(cache, lambda: cache.truncate(torch.tensor([20])), r"position: .* wanted an int or int64 of shape \(2,\)")
     cache.truncate(19)
+    refused(cache, lambda: cache.truncate(18), "position: got 18, .* rewind=1 could go back so far")
     cache.truncate(np.int64(0))
     cache.prefill(*cut(qkv, 0, 20)[1:])
     assert cache.lengths is not None
