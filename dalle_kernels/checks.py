@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import operator
 
 import torch
 
@@ -50,6 +51,16 @@ def check_number(
         raise ValueError(f"{name}: got {value!r}, wanted {wanted}")
     highest = torch.finfo(torch.float32).max
     return max(-highest, min(number, highest))
+
+
+def as_int(name: str, value: object) -> int:
+    """`value` as an int: any integral number, NumPy's too."""
+    if isinstance(value, int):
+        return value
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise ValueError(f"{name}: got {value!r}, wanted an int") from None
 
 
 def check_scale(scale: float | None) -> None:

@@ -12,7 +12,15 @@ from dalle_kernels.attention.contract import Backend, Grads, Inputs, Kept, Needs
 from dalle_kernels.backends.choice import Operation, register
 from dalle_kernels.backends.contract import Call
 from dalle_kernels.backends.library import Derivative, Entry
-from dalle_kernels.checks import autocast, check_alike, check_scale, check_softcap, check_tensor, rows_contiguous
+from dalle_kernels.checks import (
+    as_int,
+    autocast,
+    check_alike,
+    check_scale,
+    check_softcap,
+    check_tensor,
+    rows_contiguous,
+)
 from dalle_kernels.patterns.patterns import Pattern
 
 if TYPE_CHECKING:
@@ -133,9 +141,8 @@ def sparse_attention(
     if not 1 <= tokens <= pattern.length:
         name = "q" if alike else "k"
         raise ValueError(f"{name}: got {tokens} tokens, wanted 1 to {pattern.length}, the length of {pattern}")
-    if query_start is None:
-        query_start = tokens - queries
-    elif not isinstance(query_start, int) or not 0 <= query_start <= tokens - queries:
+    query_start = tokens - queries if query_start is None else as_int("query_start", query_start)
+    if not 0 <= query_start <= tokens - queries:
         within = f"a token from 0 to {tokens - queries}, so that {queries} queries lie within the {tokens} tokens"
         raise ValueError(f"query_start: got {query_start!r}, wanted {within}, or None")
     check_scale(scale)

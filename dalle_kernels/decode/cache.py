@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import operator
 from typing import TypeAlias
 
 import numpy as np
 import torch
 
-from dalle_kernels.checks import FLOATS, check_alike, check_tensor
+from dalle_kernels.checks import FLOATS, as_int, check_alike, check_tensor
 from dalle_kernels.decode.store import Store
 from dalle_kernels.patterns.decode_table import DecodeTable, decode_table_for
 from dalle_kernels.patterns.patterns import Pattern
@@ -80,8 +79,10 @@ class KVCache:
         sizes = {"batch": batch, "heads": heads, "head_dim": head_dim, "copies": copies, "rewind": rewind}
         for name, value in sizes.items():
             least = 0 if name == "rewind" else 1
-            if not isinstance(value, int) or value < least:
+            sizes[name] = as_int(name, value)
+            if sizes[name] < least:
                 raise ValueError(f"{name}: got {value!r}, wanted an int >= {least}")
+        batch, heads, head_dim, copies, rewind = sizes.values()
         if dtype is not None and dtype not in (*FLOATS, torch.int8):
             raise ValueError(f"dtype: got {dtype}, wanted a floating-point dtype or torch.int8")
         self.pattern = pattern
@@ -412,16 +413,6 @@ def check_padding(mask: torch.Tensor, wanted: tuple[int, int], device: torch.dev
         raise ValueError(f"key_padding_mask: got {came}, wanted torch.bool of shape {wanted}")
     if mask.device != device:
         raise ValueError(f"key_padding_mask: got a tensor on {mask.device}, wanted {device}")
-
-
-def as_int(name: str, value: object) -> int:
-    """`value` as an int: any integral number, NumPy's too."""
-    if isinstance(value, int):
-        return value
-    try:
-        return operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        raise ValueError(f"{name}: got {value!r}, wanted an int") from None
 
 
 @torch.compiler.assume_constant_result  # how long a cache is depends on no tensor: to torch.compile it is a number

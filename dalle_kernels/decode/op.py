@@ -9,8 +9,8 @@ import torch
 from dalle_kernels.backends.choice import Operation, register
 from dalle_kernels.backends.contract import Call
 from dalle_kernels.backends.library import define
-from dalle_kernels.checks import autocast, check_scale, check_softcap, check_tensor, rows_contiguous
-from dalle_kernels.decode.cache import KVCache, as_int, check_empty, check_next, check_position
+from dalle_kernels.checks import as_int, autocast, check_scale, check_softcap, check_tensor, rows_contiguous
+from dalle_kernels.decode.cache import KVCache, check_empty, check_next, check_position
 from dalle_kernels.decode.eight_bit import quantize
 from dalle_kernels.decode.store import Store
 from dalle_kernels.device import lasting, remembered, settled

@@ -4,12 +4,24 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.library import opcheck
 from torch.nn.attention.bias import causal_lower_right
 
-from dalle_kernels import Causal, Column, Convolution, MaskPattern, Pattern, Row, TokenLayout, explain, sparse_attention
+from dalle_kernels import (
+    Causal,
+    Column,
+    Convolution,
+    KVCache,
+    MaskPattern,
+    Pattern,
+    Row,
+    TokenLayout,
+    explain,
+    sparse_attention,
+)
 from dalle_kernels.attention import cpu, cuda
 from dalle_kernels.attention.contract import Inputs
 from dalle_kernels.backends.contract import Call
@@ -186,7 +198,7 @@ Q = torch.zeros(2, 3, 29, 16)
         ),
         ((Q[:, :, :9], Q, Q), {"query_start": -1}, "query_start: got -1, wanted a token from 0 to 20"),
         ((Q, Q, Q), {"query_start": 1}, "query_start: got 1, wanted a token from 0 to 0"),
-        ((Q, Q, Q), {"query_start": 0.0}, r"query_start: got 0\.0, wanted a token from 0 to 0"),
+        ((Q, Q, Q), {"query_start": 0.0}, r"query_start: got 0\.0, wanted an int"),
         ((Q[:, :, :9], Q, Q[:, :, :9]), {}, "v: got shape"),
         (
             (Q[:, :, :9], Q, Q),
@@ -218,3 +230,14 @@ def test_rows_without_keys() -> None:
         assert out[:, :, :4].any()
         assert lse[:, :, 4:].eq(-torch.inf).all()
     assert Inputs(*inputs[:3], None, 1.0, inputs[3]).query_start == 0
+
+
+def test_sizes_and_places_may_be_numpys() -> None:
+    layout = TokenLayout(5, (4, 6))
+    q, k, v = torch.randn(3, 2, 3, 29, 16)
+    got = sparse_attention(q[:, :, 7:9], k, v, Row(layout), query_start=np.int64(7))  # type: ignore[call-overload]
+    assert torch.equal(got, sparse_attention(q[:, :, 7:9], k, v, Row(layout), query_start=7))
+    cache = KVCache(Row(layout), np.int64(2), np.int32(3), np.int64(16), rewind=np.int64(1))  # type: ignore[arg-type]
+    assert cache.keys.shape[:2] == (2, 3)
+    with pytest.raises(ValueError, match=r"batch: got 1\.5, wanted an int"):
+        KVCache(Row(layout), 1.5, 3, 16)  # type: ignore[arg-type]
