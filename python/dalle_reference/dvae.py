@@ -102,7 +102,7 @@ class DVAEConfig:
 PRESETS = {
     "tiny": DVAEConfig(resolution=16, width=8, groups=2, blocks=1, vocab=32, code_width=8),
     "demo": DVAEConfig(
-        resolution=40, width=192, groups=1, blocks=2, patch=4, vocab=1024, code_width=64, least_log_b=-1.0
+        resolution=32, width=192, groups=1, blocks=2, patch=4, vocab=2048, code_width=64, least_log_b=-1.0
     ),
     "codes": DVAEConfig(
         resolution=48, width=48, groups=3, blocks=1, vocab=65536, code_width=8, quantizer="vq-ema", least_log_b=-2.0

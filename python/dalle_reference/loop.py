@@ -32,6 +32,7 @@ from dalle_reference.config import RunConfig
 from dalle_reference.ema import M, MovingAverage
 from dalle_reference.errors import UserError
 from dalle_reference.files import exclusive, replacing
+from dalle_reference.optimizers import begin_state, optimizers
 from dalle_reference.parallel import Elsewhere, World, joined, shard, whole
 from dalle_reference.render import read_metrics
 
@@ -181,18 +182,7 @@ class Run(Generic[M]):
             bf16 = _is_bf16(config.precision, world.device)
             shard(self._pass, world.mesh(), bf16)
             shard(self.average.module, world.mesh(), bf16)
-        groups: list[dict[str, Any]] = [
-            {"params": [value for value in model.parameters() if value.dim() > 1]},
-            {"params": [value for value in model.parameters() if value.dim() <= 1], "weight_decay": 0.0},
-        ]
-        self.optimizer = torch.optim.AdamW(
-            groups,
-            lr=config.learning_rate,
-            betas=(config.beta1, config.beta2),
-            eps=config.epsilon,
-            weight_decay=config.weight_decay,
-            fused=True,
-        )
+        self.optimizers = optimizers(model, config)
         self.step = 0
         self.metrics = config.out / "metrics.jsonl"
         self._compression: PowerSGDState | None = None
@@ -247,12 +237,14 @@ class Run(Generic[M]):
                 last = self.step + 1 == config.steps
                 detailed = self.step % config.log_every == 0 or last
                 rate = self._learning_rate()
-                for group in self.optimizer.param_groups:
-                    group["lr"] = rate
+                for optimizer in self.optimizers:
+                    for group in optimizer.param_groups:
+                        group["lr"] = rate
                 value, seen, stopping = self._gradients(prepare, detailed, bool(stop))
                 norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
-                self.optimizer.step()
-                self.optimizer.zero_grad(set_to_none=True)
+                for optimizer in self.optimizers:
+                    optimizer.step()
+                self.model.zero_grad(set_to_none=True)
                 self.average.update(self.model, self.step)
                 numbers = describe(self.step, seen) if detailed else {}
                 self.step += 1
@@ -337,9 +329,10 @@ class Run(Generic[M]):
         """All that a checkpoint holds, by name."""
         tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
         tensors |= {f"ema.{name}": value for name, value in self.average.module.state_dict().items()}
-        for name, parameter in self.model.named_parameters():
-            for entry, value in self.optimizer.state[parameter].items():
-                tensors[f"optimizer.{entry}.{name}"] = value
+        names: dict[torch.Tensor, str] = {parameter: name for name, parameter in self.model.named_parameters()}
+        for optimizer in self.optimizers:
+            for parameter, kept in optimizer.state.items():
+                tensors |= {f"optimizer.{entry}.{names[parameter]}": value for entry, value in kept.items()}
         return tensors | self._compression_state()
 
     def _compression_state(self) -> dict[str, torch.Tensor]:
@@ -384,13 +377,8 @@ class Run(Generic[M]):
     def _resume(self) -> None:
         saved = checkpoint.load(self.config.out, self.kind, self.world)
         self.world.first(lambda: checkpoint.require_same(saved, self.document))
-        for parameter in self.model.parameters():
-            self.optimizer.state[parameter] = {
-                "step": torch.zeros((), device=parameter.device),
-                # In the parameter's own memory order, which the fused update takes for granted.
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
+        for optimizer in self.optimizers:
+            begin_state(optimizer)
         saved.read(self._state(), self.world)
         self.step = saved.step
         if not self.world.main:
@@ -408,7 +396,7 @@ class Run(Generic[M]):
         """
         assert self._compression is not None
         self._gradients(prepare, False, False)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
         saved = checkpoint.load(self.config.out, self.kind, self.world)
         saved.read(self._state(), self.world)
         self._compression.iter = self.step

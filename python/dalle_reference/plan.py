@@ -1,8 +1,8 @@
 """What a training step would need on so many GPUs, found without one: `dalle-reference plan`.
 
-The step is run as it is, forward, backward and update, on tensors that have shapes and no memory (FakeTensorMode) and
-with a process group that sends nothing. What lives is added up after each operation, and what passes between processes
-is counted as it is asked for.
+The step is run as it is, forward, backward and AdamW's update, on tensors that have shapes and no memory
+(FakeTensorMode) and with a process group that sends nothing. What lives is added up after each operation, and what
+passes between processes is counted as it is asked for.
 
 What a kernel takes inside of itself is not seen, nor is what the allocator loses between blocks.
 """

@@ -144,7 +144,8 @@ def train_transformer(config: TrainTransformerConfig, world: World) -> Path:
         def sample(place: int) -> tuple[torch.Tensor, ...]:
             chance = sample_generator(run_config.seed, step, place)
             picture = int(chosen[place])
-            caption = captions[picture][chance.integers(len(captions[picture]))]
+            epoch = (step * run_config.batch + place) // len(training)
+            caption = captions[picture][(picture + epoch) % len(captions[picture])]  # each as often as the others
             text = tokenizer.encode([caption], length, config.bpe_dropout, chance)
             if chance.random() < config.caption_dropout:
                 text.fill_(PADDING)

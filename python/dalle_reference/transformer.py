@@ -63,15 +63,15 @@ LATENT_TOKENS = 4
 class TransformerConfig:
     """Sizes of a `DalleTransformer`; the defaults are the demo's."""
 
-    vocab_text: int = 2048
+    vocab_text: int = 4096
     """Caption tokens are 0 .. vocab_text - 1."""
-    text_length: int = 16
+    text_length: int = 10
     """Text positions, the start of text among them: captions have at most text_length - 1 tokens."""
-    grid: tuple[int, int] = (10, 10)
+    grid: tuple[int, int] = (8, 8)
     """Rows and columns of image tokens, as the dVAE has them."""
-    vocab_image: int = 1024
+    vocab_image: int = 2048
     """Image tokens are 0 .. vocab_image - 1, as the dVAE has them."""
-    layers: int = 4
+    layers: int = 2
     """Blocks; their attention patterns are the paper's schedule."""
     heads: int = 2
     """Attention heads."""
@@ -218,7 +218,7 @@ class DalleTransformer(nn.Module):
 
     Example:
         >>> model = DalleTransformer(TransformerConfig(vocab_text=100, vocab_image=64, grid=(4, 4)))
-        >>> text = torch.tensor([[5, 17, 3] + [NO_TOKEN] * 12])          # [1, caption_length]
+        >>> text = torch.tensor([[5, 17, 3] + [NO_TOKEN] * 6])          # [1, caption_length]
         >>> image = torch.randint(64, (1, 16))                           # [1, H * W]
         >>> total, text_loss, image_loss = model.loss(text, image)
         >>> total.backward()

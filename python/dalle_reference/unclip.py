@@ -261,7 +261,7 @@ def decoder_config(embedding: int, grid: tuple[int, int], vocab: int, layers: in
     )
 
 
-TOKEN_DECODER = decoder_config(128, (10, 10), 1024, layers=4, heads=2)
+TOKEN_DECODER = decoder_config(128, (8, 8), 2048, layers=4, heads=2)
 """The demo's."""
 
 
