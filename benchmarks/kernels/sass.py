@@ -57,11 +57,11 @@ HEADS = 8 * 62  # of the case whose time is given: the paper's, in a batch of 8
 
 
 class Machine(NamedTuple):
-    """A GPU of an architecture, by its maker: CUDA C++ Programming Guide, and the architecture's white paper."""
+    """A GPU of an architecture, by its maker; benchmarks/notes/sass.md, "Rates", says where each number stands."""
 
     name: str
     multiprocessors: int
-    gigahertz: float  # boost
+    gigahertz: float  # boost, while tensor cores work
     multiply_adds: int  # bf16 with fp32 sums, dense, a clock and multiprocessor
     shared: int  # bytes a multiprocessor
     warps: int
@@ -69,7 +69,7 @@ class Machine(NamedTuple):
 
 MACHINES = {
     80: Machine("A100", 108, 1.41, 1024, 164 * 1024, 64),
-    90: Machine("H100, H200", 132, 1.755, 2048, 228 * 1024, 64),
+    90: Machine("H100, H200", 132, 1.83, 2048, 228 * 1024, 64),
     100: Machine("B200", 148, 1.85, 4096, 228 * 1024, 64),
     120: Machine("RTX 5090", 170, 2.41, 256, 100 * 1024, 48),
 }
