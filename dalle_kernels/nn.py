@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dalle_kernels.attention.op import sparse_attention
 from dalle_kernels.checks import check_softcap
-from dalle_kernels.codebook.binary import binary_entropy, binary_latents, binary_quantize
+from dalle_kernels.codebook.binary import WIDEST, binary_entropy, binary_latents, binary_quantize
 from dalle_kernels.codebook.gumbel.op import gumbel_lookup
 from dalle_kernels.codebook.vq.op import vq_lookup
 from dalle_kernels.decode.cache import KVCache
@@ -150,6 +150,14 @@ class SparseSelfAttention(nn.Module):
         return f"{self.pattern}, num_heads={self.num_heads}, head_dim={self.head_dim}{cap}"
 
 
+def _codes(num_codes: int, code_dim: int) -> Tensor:
+    """Memory for a codebook."""
+    for name, size in (("num_codes", num_codes), ("code_dim", code_dim)):
+        if size < 1:
+            raise ValueError(f"{name}: got {size}, wanted at least 1")
+    return torch.empty(num_codes, code_dim)
+
+
 class Quantized(NamedTuple):
     """What `GumbelQuantizer` returns for logits [..., K]."""
 
@@ -186,7 +194,7 @@ class GumbelQuantizer(nn.Module):
         super().__init__()
         self.hard = hard
         self.backend = backend
-        self.codebook = nn.Parameter(torch.empty(num_codes, code_dim))
+        self.codebook = nn.Parameter(_codes(num_codes, code_dim))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -264,7 +272,7 @@ class VectorQuantizer(nn.Module):
     def __init__(self, num_codes: int, code_dim: int, *, backend: str = "auto") -> None:
         super().__init__()
         self.backend = backend
-        self.codebook = nn.Parameter(torch.empty(num_codes, code_dim))
+        self.codebook = nn.Parameter(_codes(num_codes, code_dim))
         self.register_buffer("idle", torch.zeros(num_codes, dtype=torch.int64))
         self.reset_parameters()
 
@@ -340,7 +348,7 @@ class EMAVectorQuantizer(nn.Module):
             raise ValueError(f"decay: got {decay!r}, wanted a number from 0 to below 1")
         self.decay = decay
         self.backend = backend
-        self.register_buffer("codebook", torch.empty(num_codes, code_dim))
+        self.register_buffer("codebook", _codes(num_codes, code_dim))
         self.register_buffer("counts", torch.zeros(num_codes))
         self.reset_parameters()
 
@@ -435,6 +443,8 @@ class BinaryQuantizer(nn.Module):
 
     def __init__(self, bits: int, *, temperature: float = 1.0) -> None:
         super().__init__()
+        if not 1 <= bits <= WIDEST:
+            raise ValueError(f"bits: got {bits}, wanted 1 to {WIDEST}")
         self.bits = bits
         self.temperature = temperature
 

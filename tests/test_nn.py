@@ -293,3 +293,14 @@ def test_binary_quantizer_takes_the_entropies_of_the_whole_batch() -> None:
     codes = module.latents(torch.arange(64)).double()
     p = (-torch.cdist(torch.cat([features.flatten(0, 1), others]), codes).square() / 0.5).softmax(-1)
     torch.testing.assert_close(entropy, torch.special.entr(p).sum(-1).mean() - torch.special.entr(p.mean(0)).sum())
+
+
+def test_quantizers_refuse_what_is_no_codebook() -> None:
+    for quantizer in (nn.GumbelQuantizer, nn.VectorQuantizer, nn.EMAVectorQuantizer):
+        with pytest.raises(ValueError, match="num_codes: got 0, wanted at least 1"):
+            quantizer(0, 4)
+        with pytest.raises(ValueError, match="code_dim: got -1, wanted at least 1"):
+            quantizer(4, -1)
+    for bits in (0, 21):
+        with pytest.raises(ValueError, match=f"bits: got {bits}, wanted 1 to 20"):
+            nn.BinaryQuantizer(bits)

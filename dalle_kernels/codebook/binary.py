@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 
 from dalle_kernels.checks import check_number, check_temperature, check_tensor
+from dalle_kernels.codebook.checks import refuse_nan
 from dalle_kernels.codebook.entropy import CodebookEntropy, entropy, masked_rows
 
 WIDEST = 20  # bits: the mean distribution has 2^20 entries
@@ -31,7 +32,8 @@ def binary_quantize(features: torch.Tensor, scale: float = 1.0) -> tuple[torch.T
         indices: int64 [...], the signs as a number, the first the most significant bit.
 
     Raises:
-        TypeError, ValueError: for what is no such tensor, more than 62 bits, or a scale that is not above 0.
+        TypeError, ValueError: for what is no such tensor, more than 62 bits, a scale that is not above 0, or, on the
+            CPU, NaN among the features.
 
     Example:
         >>> latents, indices = binary_quantize(torch.tensor([[0.3, -2.0, 0.1]]))
@@ -40,6 +42,8 @@ def binary_quantize(features: torch.Tensor, scale: float = 1.0) -> tuple[torch.T
     """
     bits = _check(features, 62)
     scale = _check_scale(scale)
+    flat = features.detach().reshape(-1, bits)
+    _refuse_nan(flat, flat.sum(-1))
     positive = features > 0
     signs = torch.where(positive, scale, -scale).to(features.dtype)
     place = 2 ** torch.arange(bits - 1, -1, -1, device=features.device)
@@ -94,7 +98,8 @@ def binary_entropy(
         row_mask: bool [...], False at rows that do not count (as padding does not); all count where None.
 
     Raises:
-        TypeError, ValueError: for wrong shapes or dtypes, more than 20 bits, numbers that are not above 0, or no row.
+        TypeError, ValueError: for wrong shapes or dtypes, more than 20 bits, numbers that are not above 0, no row, or,
+            on the CPU, NaN among the features.
 
     Example:
         >>> rows, mean, distribution = binary_entropy(torch.randn(64, 10))
@@ -107,11 +112,12 @@ def binary_entropy(
     logit = (rows if rows.dtype == torch.float64 else rows.float()) * (4 * scale / temperature)
     distance = logit.abs()
     # The entropy of sigmoid(t), without a difference of large numbers.
-    row_entropy = (torch.log1p((-distance).exp()) + distance * (-distance).sigmoid()).sum(-1).mean()
+    row_entropies = (torch.log1p((-distance).exp()) + distance * (-distance).sigmoid()).sum(-1)
+    _refuse_nan(rows, row_entropies)
     first = _products(logit[:, : bits // 2])
     last = _products(logit[:, bits // 2 :])
     distribution = (first.mT @ (last / len(rows))).reshape(-1)
-    return CodebookEntropy(row_entropy, entropy(distribution), distribution)
+    return CodebookEntropy(row_entropies.mean(), entropy(distribution), distribution)
 
 
 def _products(logit: torch.Tensor) -> torch.Tensor:
@@ -128,6 +134,12 @@ def _check(features: torch.Tensor, most: int) -> int:
     if features.dim() < 1 or not 1 <= features.shape[-1] <= most:
         raise ValueError(f"features: got shape {tuple(features.shape)}, wanted 1 to {most} bits a row")
     return features.shape[-1]
+
+
+def _refuse_nan(rows: torch.Tensor, results: torch.Tensor) -> None:
+    """Where there are numbers to look at: a compiler has none, nor has torch.func."""
+    if not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()):
+        refuse_nan("features", rows, results)
 
 
 def _check_scale(scale: float) -> float:

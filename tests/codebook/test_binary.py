@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -85,6 +86,18 @@ def test_the_nearest_code(dtype: torch.dtype) -> None:
     assert torch.equal(binary_latents(indices, 7, 0.5), latents.float())
     grad = torch.randn_like(latents)
     assert torch.equal(torch.autograd.grad(latents, features, grad)[0], grad)
+
+
+@pytest.mark.parametrize("function", [binary_quantize, binary_entropy])
+def test_nan_is_refused_with_its_row(function: Callable[[torch.Tensor], tuple[torch.Tensor, ...]]) -> None:
+    features = torch.randn(2, 3, 4)
+    wanted = function(features)
+    compiled = torch.compile(function, backend="eager", fullgraph=True)
+    torch.testing.assert_close(tuple(compiled(features)), tuple(wanted))
+    features[1, 2, 3] = torch.nan
+    with pytest.raises(ValueError, match="features: row 5 holds NaN, wanted numbers"):
+        function(features)
+    assert compiled(features)[0].isnan().any()
 
 
 def test_what_is_refused() -> None:
