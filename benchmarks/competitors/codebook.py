@@ -74,6 +74,28 @@ def _vq_cdist(features: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tenso
     return _straight_through(features, codebook, indices)
 
 
+def vq_best_competitors() -> list[Lookup]:
+    """Functions (features [N, D], codebook [K, D], k, temperature or None, noise [N, K] or None) -> indices [N, k].
+
+    With a temperature and no noise they draw it themselves.
+    """
+    return [
+        Lookup("eager", lambda: Made(_vq_best)),
+        Lookup("compiled", lambda: Made(torch.compile(_vq_best, dynamic=False))),
+    ]
+
+
+def _vq_best(
+    features: Tensor, codebook: Tensor, k: int, temperature: float | None, noise: Tensor | None = None
+) -> Tensor:
+    scores = (2 * features @ codebook.mT - codebook.square().sum(-1)).float()
+    if temperature is not None:
+        if noise is None:
+            noise = -torch.empty_like(scores).exponential_().log()
+        scores = scores + temperature * noise
+    return scores.argmax(-1, keepdim=True) if k == 1 else scores.topk(k).indices
+
+
 def _straight_through(features: Tensor, codebook: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     nearest = F.embedding(indices, codebook)
     squared_distance = (features - nearest).float().square().sum(-1)

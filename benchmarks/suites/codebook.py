@@ -10,11 +10,16 @@ import torch
 from torch import Tensor
 
 from benchmarks.competitors.adapter import Lookup, Made
-from benchmarks.competitors.codebook import gumbel_competitors, laplace_competitors, vq_competitors
+from benchmarks.competitors.codebook import (
+    gumbel_competitors,
+    laplace_competitors,
+    vq_best_competitors,
+    vq_competitors,
+)
 from benchmarks.harness import Cell, Check, Contender, Trial, Work, copies_beyond_cache, dtype_name
 from benchmarks.suites.choice import Choice
 from dalle_kernels import gumbel_lookup, logit_laplace_nll, vq_lookup
-from dalle_kernels.noise import GUMBEL_STREAM, gumbel_noise
+from dalle_kernels.noise import GUMBEL_STREAM, VQ_STREAM, gumbel_noise
 
 SEED, TEMPERATURE = 1234567, 0.9
 CODES, WIDTH = 8192, 128
@@ -36,6 +41,9 @@ def cells(choice: Choice) -> list[Cell]:
                         found.append(gumbel_cell(choice.device, rows, dtype, hard, backward))
             for backward in (False, True):
                 found.append(vq_cell(choice.device, rows, dtype, backward))
+            if not choice.quick:
+                found.append(vq_best_cell(choice.device, rows, dtype, k=8))
+                found.append(vq_best_cell(choice.device, rows, dtype, temperature=TEMPERATURE))
             found.append(laplace_cell(choice.device, pictures * 3 * 256**2, dtype))
     return found
 
@@ -243,6 +251,57 @@ def _vq_trial(features: Tensor, codebook: Tensor, grad: Tensor, weight: Tensor, 
         return check
 
     return Trial([run], verify, made.notes)
+
+
+def vq_best_cell(
+    device: torch.device,
+    rows: int,
+    dtype: torch.dtype,
+    k: int = 1,
+    temperature: float | None = None,
+    codes: int = CODES,
+    width: int = WIDTH,
+    competitors: Sequence[Lookup] | None = None,
+) -> Cell:
+    """The k nearest of the codes, or k that are drawn."""
+    case = {
+        "operation": "vq_lookup",
+        "rows": rows,
+        "codes": codes,
+        "width": width,
+        "dtype": dtype_name(dtype),
+        "mode": f"{'nearest' if temperature is None else 'drawn'} {k}",
+        "pass": "forward",
+    }
+    work = Work(2.0 * rows * codes * width, (rows + codes) * width * dtype.itemsize)
+
+    def ours(features: Tensor, codebook: Tensor, k: int, temperature: float | None, noise: Tensor | None) -> Tensor:
+        return vq_lookup(features, codebook, k=k, temperature=temperature, seed=SEED)[1]
+
+    def trial(made: Made) -> Trial:
+        generator = torch.Generator(device).manual_seed(0)
+        features, codebook = (
+            torch.randn(size, width, generator=generator, device=device).to(dtype) for size in (rows, codes)
+        )
+
+        def verify() -> Check:
+            """Codes may differ within rounding: their scores must agree."""
+            scores, noise = -torch.cdist(features.double(), codebook.double()).square(), None
+            if temperature is not None:
+                noise = gumbel_noise(torch.tensor(SEED, device=device), rows, codes, VQ_STREAM)
+                scores += temperature * noise
+            found = scores.gather(-1, made.function(features, codebook, k, temperature, noise))
+            error = (found - scores.topk(k).values).abs().max() / scores.abs().max()
+            return Check(error.item(), 8 * torch.finfo(dtype).eps)
+
+        return Trial([partial(made.function, features, codebook, k, temperature, None)], verify, made.notes)
+
+    def contenders() -> Iterable[Contender]:
+        yield Contender("dalle_kernels", lambda: trial(Made(ours)))
+        for competitor in vq_best_competitors() if competitors is None else competitors:
+            yield Contender(competitor.name, lambda competitor=competitor: trial(competitor.make()))
+
+    return Cell("codebook", case, dtype, lambda: work, contenders)
 
 
 # --- logit_laplace_nll ------------------------------------------------------------------------------------------------

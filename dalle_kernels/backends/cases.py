@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
 from dalle_kernels import (
     Convolution,
     KVCache,
+    Packed,
     Pattern,
     Row,
     TokenLayout,
@@ -71,6 +72,7 @@ class Verdict(NamedTuple):
 
 _ROW = Row(TokenLayout(text_length=20, grid=(6, 10)))
 _WHOLE = Row(TokenLayout(text_length=64, grid=(8, 8)))
+_PACKED = Packed([Row(TokenLayout(text_length=9, grid=(3, 7))), Row(TokenLayout(text_length=40, grid=(5, 4)))])
 _CONVOLUTION = Convolution(TokenLayout(text_length=5, grid=(9, 9)), kernel_size=5)
 _MANY_HEADS = 192  # as many as the largest GPU has multiprocessors, or more: kernels that own a whole head then serve
 
@@ -99,9 +101,18 @@ def _with_gradients(inputs: Tensors, outputs: Callable[[Tensors], Tensors]) -> T
 _SOFTCAP = 2.0  # scores are about 1
 
 
+def _asked(q: torch.Tensor, extras: tuple[str, ...]) -> torch.Tensor:
+    return q[:, :, 5:-4] if "queries for a part of the tokens" in extras else q
+
+
+def _named(extras: tuple[str, ...]) -> dict[str, object]:
+    """The keyword arguments of attention, or of a decoding step, with these extras."""
+    wanted = {"logit soft cap": ("softcap", _SOFTCAP), "queries for a part of the tokens": ("query_start", 5)}
+    return dict(wanted[extra] for extra in extras if extra in wanted)
+
+
 def _attention(pattern: Pattern, padded: bool, extras: tuple[str, ...]) -> Callable[[Tensors, str], Tensors]:
-    softcap = _SOFTCAP if "logit soft cap" in extras else None
-    start, left_out = (5, 4) if "queries for a part of the tokens" in extras else (0, 0)
+    named: dict[str, Any] = _named(extras)
 
     def run(inputs: Tensors, backend: str) -> Tensors:
         padding = None
@@ -111,18 +122,8 @@ def _attention(pattern: Pattern, padded: bool, extras: tuple[str, ...]) -> Calla
 
         def outputs(leaves: Tensors) -> Tensors:
             q, k, v = leaves
-            q = q[:, :, start : q.shape[2] - left_out]
-            return sparse_attention(
-                q,
-                k,
-                v,
-                pattern,
-                key_padding_mask=padding,
-                return_lse=True,
-                backend=backend,
-                softcap=softcap,
-                query_start=start if left_out else None,
-            )
+            asked = _asked(q, extras), k, v, pattern
+            return sparse_attention(*asked, None, padding, return_lse=True, backend=backend, **named)
 
         return _with_gradients(inputs, outputs)
 
@@ -209,6 +210,19 @@ def _nearest(inputs: Tensors, backend: str) -> Tensors:
     return _with_gradients(inputs, outputs)
 
 
+def _several(inputs: Tensors, backend: str) -> Tensors:
+    def outputs(leaves: Tensors) -> Tensors:
+        features, codebook = leaves
+        latents, _, squared_distance = vq_lookup(features, codebook, backend, k=3)
+        return latents, squared_distance
+
+    return _with_gradients(inputs, outputs)
+
+
+def _drawn(inputs: Tensors, backend: str) -> Tensors:
+    return (vq_lookup(*inputs, backend, temperature=0.9, seed=1)[1],)
+
+
 def _codes(inputs: Tensors) -> torch.Tensor:
     rows = len(inputs[0])
     return torch.arange(rows, device=inputs[0].device) * 7 % 11 - 1
@@ -254,22 +268,36 @@ def decoding(extras: tuple[str, ...] = ()) -> Case:
 def attention(extras: tuple[str, ...] = ()) -> list[Case]:
     """The cases of attention with some of what not every backend has."""
 
-    def case(name: str, pattern: Pattern, width: int, batch: int, heads: int, padded: bool) -> Case:
+    def case(
+        name: str,
+        pattern: Pattern,
+        width: int,
+        batch: int,
+        heads: int,
+        padded: bool = False,
+        groups: int | None = None,
+        values: int | None = None,
+    ) -> Case:
+        """`groups` heads of keys and values, as many as of queries where None; values of the width where None."""
+        rows = batch, heads if groups is None else groups, pattern.length
         return Case(
             f"attention, {name}" + "".join(f", {extra}" for extra in extras),
             sparse_attention,
             width,
-            _normal(*[(batch, heads, pattern.length, None)] * 3),
+            _normal((batch, heads, pattern.length, None), (*rows, None), (*rows, values)),
             _attention(pattern, padded, extras),
-            lambda x: (*x, pattern),
+            lambda x: (_asked(x[0], extras), x[1], x[2], pattern),
             extras=extras,
+            named=_named(extras),
         )
 
     return [
         case("row", _ROW, 32, 2, 3, padded=True),
         case("convolution", _CONVOLUTION, 64, 1, 2, padded=True),
-        case("whole tiles", _WHOLE, 64, 1, 2, padded=False),
-        case("many heads", _WHOLE, 64, 1, _MANY_HEADS, padded=False),
+        case("whole tiles", _WHOLE, 64, 1, 2),
+        case("many heads", _WHOLE, 64, 1, _MANY_HEADS),
+        case("grouped heads, narrower values", _ROW, 32, 2, 6, padded=True, groups=2, values=5),
+        case("packed", _PACKED, 32, 1, 2),
     ]
 
 
@@ -278,8 +306,11 @@ def all_cases() -> list[Case]:
     shapes which tiles divide have one of those too."""
 
     table, whole = _normal((37, 300), (300, None)), _normal((128, 512), (512, None))
+    codes = _normal((37, None), (300, None))
     return [
         *attention(),
+        attention(("logit soft cap",))[0],
+        attention(("queries for a part of the tokens",))[0],
         decoding(),
         Case("Gumbel lookup, soft", gumbel_lookup, 40, table, _gumbel(hard=False), lambda x: (*x, 0.9)),
         Case("Gumbel lookup, hard", gumbel_lookup, 40, table, _gumbel(hard=True), lambda x: (*x, 0.9)),
@@ -311,7 +342,28 @@ def all_cases() -> list[Case]:
             extras=("the mean distribution",),
             named={"distribution": True},
         ),
-        Case("nearest code", vq_lookup, 40, _normal((37, None), (300, None)), _nearest, lambda x: x),
+        Case("nearest code", vq_lookup, 40, codes, _nearest, lambda x: x),
+        Case(
+            "nearest codes",
+            vq_lookup,
+            40,
+            codes,
+            _several,
+            lambda x: x,
+            extras=("several nearest rows",),
+            named={"k": 3},
+        ),
+        Case(
+            "drawn code",
+            vq_lookup,
+            40,
+            codes,
+            _drawn,
+            lambda x: x,
+            exact=True,
+            extras=("a temperature",),
+            named={"temperature": 0.9},
+        ),
         Case(
             "statistics of codes",
             code_statistics,

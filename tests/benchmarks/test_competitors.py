@@ -10,7 +10,12 @@ from torch import Tensor
 
 from benchmarks.competitors.adapter import Lookup, Problem
 from benchmarks.competitors.attention import Attention, attention_competitors, mask_mod
-from benchmarks.competitors.codebook import gumbel_competitors, laplace_competitors, vq_competitors
+from benchmarks.competitors.codebook import (
+    gumbel_competitors,
+    laplace_competitors,
+    vq_best_competitors,
+    vq_competitors,
+)
 from benchmarks.competitors.cross_entropy import linear_cross_entropies
 from benchmarks.competitors.decode import Decode, decode_competitors
 from benchmarks.competitors.sampling import sampling_competitors
@@ -33,7 +38,7 @@ from dalle_kernels import (
     sparse_attention,
     vq_lookup,
 )
-from dalle_kernels.noise import GUMBEL_STREAM, SAMPLING_STREAM, gumbel_noise
+from dalle_kernels.noise import GUMBEL_STREAM, SAMPLING_STREAM, VQ_STREAM, gumbel_noise
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
@@ -183,6 +188,17 @@ def test_vq(competitor: Lookup) -> None:
         strict=True,
     ):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [None, 0.9])
+@pytest.mark.parametrize("competitor", **by_name(vq_best_competitors()))
+def test_vq_best(competitor: Lookup, temperature: float | None) -> None:
+    torch.manual_seed(0)
+    features, codebook = torch.randn(40, 16, device=DEVICE), torch.randn(32, 16, device=DEVICE)
+    noise = None if temperature is None else gumbel_noise(torch.tensor(5, device=DEVICE), 40, 32, VQ_STREAM)
+    for k in (1, 3):
+        got = competitor.make().function(features, codebook, k, temperature, noise)
+        assert torch.equal(got, vq_lookup(features, codebook, k=k, temperature=temperature, seed=5)[1])
 
 
 @pytest.mark.parametrize("competitor", **by_name(laplace_competitors()))

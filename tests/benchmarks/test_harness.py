@@ -186,6 +186,8 @@ SMALL = [
     codebook.gumbel_cell(CPU, 64, torch.float32, True, True, codes=128, width=16, competitors=()),
     codebook.vq_cell(CPU, 64, torch.float32, True, codes=128, width=16, competitors=()),
     codebook.vq_cell(CPU, 64, torch.bfloat16, False, codes=128, width=16, competitors=()),
+    codebook.vq_best_cell(CPU, 64, torch.float32, k=8, codes=128, width=16, competitors=()),
+    codebook.vq_best_cell(CPU, 64, torch.float32, temperature=0.9, codes=128, width=16, competitors=()),
     codebook.laplace_cell(CPU, 1000, torch.float32, competitors=()),
     sampling.cell(CPU, 8, torch.float32, "guidance, top-k 256, top-p 0.9", 512, competitors=()),
 ]
