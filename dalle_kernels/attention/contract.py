@@ -7,6 +7,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 
 from dalle_kernels.backends.contract import Call, Differentiable
+from dalle_kernels.backends.sharding import Axis
 from dalle_kernels.patterns.patterns import Pattern
 
 
@@ -49,6 +50,12 @@ class Needs(NamedTuple):
     k: bool
     v: bool
 
+
+AXES = (
+    Axis({"q": 1, "k": 1, "v": 1}, {"out": 1, "lse": 1}),
+    Axis({"q": 0, "k": 0, "v": 0, "key_padding_mask": 0}, {"out": 0, "lse": 0}),
+    Axis({"q": 2, "k": 2, "v": 2}, {"out": 2, "lse": 2}, exchanged=True),
+)
 
 Backend: TypeAlias = Differentiable[Inputs, Outputs, Grads, Kept, Needs]
 

@@ -8,10 +8,11 @@ import torch
 from torch.nn.functional import pad
 
 from dalle_kernels.attention import reference
-from dalle_kernels.attention.contract import Backend, Grads, Inputs, Kept, Needs, Outputs, call_of, extras
+from dalle_kernels.attention.contract import AXES, Backend, Grads, Inputs, Kept, Needs, Outputs, call_of, extras
 from dalle_kernels.backends.choice import Operation, register
 from dalle_kernels.backends.contract import Call
 from dalle_kernels.backends.library import Derivative, Entry
+from dalle_kernels.backends.sharding import divided, locally
 from dalle_kernels.checks import (
     as_int,
     autocast,
@@ -178,12 +179,14 @@ def _check_shapes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         raise ValueError(f"v: got shape {tuple(v.shape)}, wanted ({batch}, {groups}, {tokens}, at least 1)")
 
 
-def _unlike(inputs: Inputs, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
+def _unlike(inputs: Inputs, backend: str) -> Outputs:
     """The same with fewer heads in k and v, or another width in v, as attention of tensors that are alike.
 
     The heads of a group become a batch entry's, to which its one head of k and v is shown by a stride of 0. The
     narrower of q with k and v is filled up with zeros, which change neither scores nor sums.
     """
+    if divided(inputs):  # a head of k and v is not repeated, and so cannot be divided afterwards
+        return locally(_unlike, AXES, inputs, backend)
     q, k, v, key_padding_mask = inputs[:4]
     batch, heads, _, width = q.shape
     groups, wide = k.shape[1], v.shape[3]
@@ -197,7 +200,7 @@ def _unlike(inputs: Inputs, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
             key_padding_mask = key_padding_mask.repeat_interleave(groups, 0)
     q, k, v = map(rows_contiguous, (q, k, v))
     out, lse = _ENTRY(Inputs(q, k, v, key_padding_mask, *inputs[4:]), backend)
-    return out[..., :wide].reshape(batch, heads, -1, wide), lse.reshape(batch, heads, -1)
+    return Outputs(out[..., :wide].reshape(batch, heads, -1, wide), lse.reshape(batch, heads, -1))
 
 
 register(sparse_attention, OPERATION)
@@ -236,5 +239,6 @@ _ENTRY = Entry(
     call_of,
     _forward,
     _forward_fake,
+    AXES,
     Derivative("attention_backward", Grads, Kept, Needs, _backward, _jvp),
 )

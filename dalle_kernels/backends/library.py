@@ -23,6 +23,7 @@ from torch.autograd import forward_ad
 
 from dalle_kernels.backends.choice import Operation
 from dalle_kernels.backends.contract import Call
+from dalle_kernels.backends.sharding import Axis, divided, locally
 from dalle_kernels.device import remembered
 from dalle_kernels.patterns.patterns import Pattern
 
@@ -156,6 +157,7 @@ class Entry(Generic[In, Out]):
         call: Inputs or Kept -> what a backend is chosen by.
         forward: (backend, inputs) -> outputs, with the checks that look at values.
         fake: (inputs, backend's name) -> outputs without their values; floats are tensors in it.
+        axes: along which DTensors are served in parts.
         derivative: None for an operation that has none.
     """
 
@@ -168,8 +170,10 @@ class Entry(Generic[In, Out]):
         call: Callable[[Any], Call],
         forward: Callable[[Any, In], Out],
         fake: Callable[[In, str], Out],
+        axes: tuple[Axis, ...],
         derivative: Derivative | None = None,
     ) -> None:
+        self._axes = axes
         self._operation, self._call, self._forward = operation, call, forward
         self._inputs, self._outputs = _Form(inputs), _Form(outputs)
         self._single = len(self._outputs.fields) == 1
@@ -192,6 +196,8 @@ class Entry(Generic[In, Out]):
             if self._derivative is None or not (torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs)):
                 return self._run(inputs, backend)
             return self._outputs.record(*self._derivative.function.apply(None, backend, *inputs))
+        if divided(inputs):
+            return locally(self, self._axes, inputs, backend)
         result = self._op(*self._inputs.encode(inputs), backend)
         return self._outputs.record(result) if self._single else self._outputs.record(*result)
 

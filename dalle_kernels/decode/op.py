@@ -9,6 +9,7 @@ import torch
 from dalle_kernels.backends.choice import Operation, register
 from dalle_kernels.backends.contract import Call
 from dalle_kernels.backends.library import define
+from dalle_kernels.backends.sharding import divided
 from dalle_kernels.checks import as_int, autocast, check_scale, check_softcap, check_tensor, rows_contiguous
 from dalle_kernels.decode.cache import KVCache, check_empty, check_next, check_position
 from dalle_kernels.decode.eight_bit import quantize
@@ -115,6 +116,10 @@ def decode_attention(
     rows, heads, _, width = cache.keys.shape
     check_tensor("q", q, rank=4)
     tokens = q.shape[2]
+    if divided((q, k, v)):
+        raise TypeError(
+            "q, k, v: got a DTensor, wanted torch.Tensor: each process decodes its heads with a cache of them"
+        )
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         check_tensor(name, tensor, rank=4)
         grouped = name == "q" and q.shape[1] and q.shape[1] % heads == 0

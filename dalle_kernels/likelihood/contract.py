@@ -7,6 +7,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 
 from dalle_kernels.backends.contract import Call, Differentiable
+from dalle_kernels.backends.sharding import Axis
 
 
 class Inputs(NamedTuple):
@@ -33,6 +34,8 @@ class Needs(NamedTuple):
     mu: bool
     log_b: bool
 
+
+AXES = tuple(Axis({"pixels": at, "mu": at, "log_b": at}, {"nll": at}) for at in range(4))
 
 Backend: TypeAlias = Differentiable[Inputs, Outputs, Grads, Kept, Needs]
 

@@ -11,7 +11,7 @@ from dalle_kernels.backends.contract import Call
 from dalle_kernels.backends.library import Derivative, Entry
 from dalle_kernels.checks import autocast_to_float32, check_alike, check_tensor
 from dalle_kernels.likelihood import reference
-from dalle_kernels.likelihood.contract import Backend, Grads, Inputs, Kept, Needs, Outputs, call_of
+from dalle_kernels.likelihood.contract import AXES, Backend, Grads, Inputs, Kept, Needs, Outputs, call_of
 
 if TYPE_CHECKING:
     from dalle_kernels.likelihood import cpu, triton
@@ -96,5 +96,6 @@ _ENTRY = Entry(
     call_of,
     _forward,
     _forward_fake,
+    AXES,
     Derivative("logit_laplace_backward", Grads, Kept, Needs, _backward, reference.jvp),
 )

@@ -8,6 +8,7 @@ import torch
 
 from dalle_kernels.backends import contract
 from dalle_kernels.backends.contract import Call
+from dalle_kernels.backends.sharding import Axis
 
 
 class Inputs(NamedTuple):
@@ -23,6 +24,8 @@ class Inputs(NamedTuple):
 class Outputs(NamedTuple):
     tokens: torch.Tensor  # int64 [B]
 
+
+AXES = (Axis({"logits": 0, "unconditional": 0}, {"tokens": 0}, draws=True),)
 
 Backend: TypeAlias = contract.Backend[Inputs, Outputs]
 

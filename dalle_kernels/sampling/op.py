@@ -19,7 +19,7 @@ from dalle_kernels.checks import (
     noise_key,
     rows_contiguous,
 )
-from dalle_kernels.sampling.contract import Backend, Inputs, Outputs, call_of
+from dalle_kernels.sampling.contract import AXES, Backend, Inputs, Outputs, call_of
 
 if TYPE_CHECKING:
     from dalle_kernels.sampling import cpu, cuda, reference, triton
@@ -144,4 +144,4 @@ def _forward_fake(inputs: Inputs, _: str) -> Outputs:
     return Outputs(inputs.logits.new_empty(inputs.logits.shape[0], dtype=torch.int64))
 
 
-_ENTRY = Entry("sample_tokens", OPERATION, Inputs, Outputs, call_of, _forward, _forward_fake)
+_ENTRY = Entry("sample_tokens", OPERATION, Inputs, Outputs, call_of, _forward, _forward_fake, AXES)

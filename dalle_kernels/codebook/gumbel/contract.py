@@ -7,6 +7,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 
 from dalle_kernels.backends.contract import Call, Differentiable
+from dalle_kernels.backends.sharding import Axis
 
 
 class Inputs(NamedTuple):
@@ -54,6 +55,8 @@ class Needs(NamedTuple):
     logits: bool
     codebook: bool
 
+
+AXES = (Axis({"logits": 0}, dict.fromkeys(Outputs._fields, 0), draws=True),)
 
 Backend: TypeAlias = Differentiable[Inputs, Outputs, Grads, Kept, Needs]
 

@@ -11,7 +11,7 @@ from dalle_kernels.backends.library import Derivative, Entry
 from dalle_kernels.checks import check_temperature, noise_key, positive_temperature, rows_contiguous
 from dalle_kernels.codebook.checks import check_pair, contiguous, describe, gradient_like, refuse_nan
 from dalle_kernels.codebook.gumbel import reference
-from dalle_kernels.codebook.gumbel.contract import Backend, Grads, Inputs, Kept, Needs, Outputs, call_of
+from dalle_kernels.codebook.gumbel.contract import AXES, Backend, Grads, Inputs, Kept, Needs, Outputs, call_of
 
 if TYPE_CHECKING:
     from dalle_kernels.codebook.gumbel import cpu, cuda, triton
@@ -137,5 +137,6 @@ _ENTRY = Entry(
     call_of,
     _forward,
     _forward_fake,
+    AXES,
     Derivative("gumbel_backward", Grads, Kept, Needs, _backward, reference.jvp, gradient_like),
 )

@@ -7,6 +7,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 
 from dalle_kernels.backends.contract import Call, Differentiable
+from dalle_kernels.backends.sharding import Axis
 
 __all__ = ["Backend", "Grads", "Inputs", "Kept", "Needs", "Outputs", "call_of"]
 
@@ -70,6 +71,15 @@ class Needs(NamedTuple):
     bias: bool
     codebook: bool
 
+
+AXES = (
+    Axis(
+        {"features": 0},
+        {name: 0 for name in Outputs._fields if name != "distribution"},
+        means=("distribution",),
+        draws=True,
+    ),
+)
 
 Backend: TypeAlias = Differentiable[Inputs, Outputs, Grads, Kept, Needs]
 

@@ -22,6 +22,7 @@ from dalle_kernels.codebook.checks import contiguous, gradient_like, refuse_nan
 from dalle_kernels.codebook.gumbel.op import fake_outputs
 from dalle_kernels.codebook.projection import reference
 from dalle_kernels.codebook.projection.contract import (
+    AXES,
     Backend,
     Grads,
     Inputs,
@@ -221,5 +222,6 @@ _ENTRY = Entry(
     call_of,
     _forward,
     _forward_fake,
+    AXES,
     Derivative("gumbel_projection_backward", Grads, Kept, Needs, _backward, reference.jvp, gradient_like),
 )

@@ -8,6 +8,7 @@ import torch
 
 from dalle_kernels.backends import contract
 from dalle_kernels.backends.contract import Call
+from dalle_kernels.backends.sharding import Axis
 
 
 class Inputs(NamedTuple):
@@ -20,6 +21,11 @@ class Outputs(NamedTuple):
     counts: torch.Tensor  # float32 [H, K] (float64 for float64 features)
     sums: torch.Tensor  # likewise [H, K, D]
 
+
+AXES = (
+    Axis({"features": 1, "indices": 1}, {}),
+    Axis({"features": 0, "indices": 0}, {"counts": 0, "sums": 0}),
+)
 
 Backend: TypeAlias = contract.Backend[Inputs, Outputs]
 

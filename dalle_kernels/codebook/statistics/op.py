@@ -11,7 +11,7 @@ from dalle_kernels.backends.choice import Operation, register
 from dalle_kernels.backends.contract import Call
 from dalle_kernels.backends.library import Entry
 from dalle_kernels.checks import check_tensor, rows_contiguous
-from dalle_kernels.codebook.statistics.contract import Backend, Inputs, Outputs, call_of
+from dalle_kernels.codebook.statistics.contract import AXES, Backend, Inputs, Outputs, call_of
 
 if TYPE_CHECKING:
     from dalle_kernels.codebook.statistics import cpu, reference, triton
@@ -126,4 +126,4 @@ def _forward_fake(inputs: Inputs, _: str) -> Outputs:
     )
 
 
-_ENTRY = Entry("code_statistics", OPERATION, Inputs, Outputs, call_of, _forward, _forward_fake)
+_ENTRY = Entry("code_statistics", OPERATION, Inputs, Outputs, call_of, _forward, _forward_fake, AXES)

@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple, TypeAlias
 import torch
 
 from dalle_kernels.backends.contract import Call, Differentiable
+from dalle_kernels.backends.sharding import Axis
 
 Metric: TypeAlias = Literal["euclidean", "distance", "dot", "cosine"]
 METRICS: tuple[Metric, ...] = ("euclidean", "distance", "dot", "cosine")
@@ -47,6 +48,11 @@ class Needs(NamedTuple):
     features: bool
     codebook: bool
 
+
+AXES = (
+    Axis({"features": 1}, dict.fromkeys(Outputs._fields, 1), draws=True),
+    Axis({"features": 0, "codebook": 0}, dict.fromkeys(Outputs._fields, 0)),  # heads draw from streams of their own
+)
 
 Backend: TypeAlias = Differentiable[Inputs, Outputs, Grads, Kept, Needs]
 

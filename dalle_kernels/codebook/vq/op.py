@@ -24,6 +24,7 @@ from dalle_kernels.codebook.checks import check_row_mask, gradient_like, refuse_
 from dalle_kernels.codebook.statistics.op import CodeStatistics, code_statistics
 from dalle_kernels.codebook.vq import reference
 from dalle_kernels.codebook.vq.contract import (
+    AXES,
     METRICS,
     MOST,
     Backend,
@@ -260,5 +261,6 @@ _ENTRY = Entry(
     call_of,
     _forward,
     _forward_fake,
+    AXES,
     Derivative("vq_backward", Grads, Kept, Needs, _backward, reference.jvp, fake=_backward_fake),
 )

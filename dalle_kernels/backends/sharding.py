@@ -1,0 +1,163 @@
+"""Operations on DTensors: the dimensions along which each falls apart, so that every process computes its own part.
+
+An operation is local where its inputs are divided along one of its axes: batch and heads of attention, the rows of a
+lookup. Inputs that an axis does not name are needed whole by every process, and their gradients are partial sums. What
+is divided otherwise is redistributed: queries, keys and values that are divided along the sequence are exchanged for
+heads, and the results exchanged back (DeepSpeed-Ulysses, Jacobs et al. 2023, section 3); all else is made whole.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+import torch
+
+from dalle_kernels.checks import rows_contiguous
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor, Placement
+
+In = TypeVar("In", bound=tuple[Any, ...])
+Out = TypeVar("Out", bound=tuple[Any, ...])
+
+
+class Axis(NamedTuple):
+    """A dimension along which an operation falls apart, by its place in each input and output that has it.
+
+    Attributes:
+        inputs: fields of the room's `Inputs`; the first of them decides.
+        outputs: fields of its `Outputs`; those not named are sums over the axis, or nothing that anybody reads.
+        means: outputs that are means over it.
+        draws: whether noise counts rows along it, from `seed` on; along others nothing that draws is divided.
+        exchanged: the operation does not fall apart along it: it is exchanged for another, and its results back.
+    """
+
+    inputs: Mapping[str, int]
+    outputs: Mapping[str, int]
+    means: tuple[str, ...] = ()
+    draws: bool = False
+    exchanged: bool = False
+
+
+def divided(values: Iterable[Any]) -> bool:
+    """Whether a DTensor is among the values."""
+    # Not imported where nobody has: it takes half a second.
+    module = getattr(torch.distributed, "tensor", None)
+    return module is not None and any(isinstance(value, module.DTensor) for value in values)
+
+
+def locally(call: Callable[[In, str], Out], axes: Sequence[Axis], inputs: In, backend: str) -> Out:
+    """`call(inputs, backend)` of DTensors, each process on its own part.
+
+    Raises:
+        TypeError: where an input is a DTensor and another is not.
+        ValueError: where they lie on different meshes.
+    """
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+
+    given: dict[str, Any] = inputs._asdict()  # type: ignore[attr-defined]
+    tensors = {name: value for name, value in given.items() if isinstance(value, DTensor)}
+    mesh = next(iter(tensors.values())).device_mesh
+    for name, value in given.items():
+        if name in _NUMBERS or not isinstance(value, torch.Tensor):
+            continue
+        if name not in tensors:
+            raise TypeError(f"{name}: got a torch.Tensor, wanted a DTensor as {next(iter(tensors))} is")
+        if tensors[name].device_mesh != mesh:
+            wanted = f"{mesh} as {next(iter(tensors))} is on"
+            raise ValueError(f"{name}: got a DTensor on {tensors[name].device_mesh}, wanted {wanted}")
+
+    leader = next(iter(axes[0].inputs))
+    draws = given.get("seed") is not None and given.get("noise", True)
+    own = [_along(axes, leader, placement) for placement in tensors[leader].placements]
+
+    def possible(axis: Axis) -> bool:
+        divides = [mesh.size(at) for at, by in enumerate(own) if by is not None and (by is axis or by.exchanged)]
+        return not axis.exchanged and (axis.draws or not draws) and _fits(axis, tensors, math.prod(divides))
+
+    usable = [axis for axis in axes if possible(axis)]
+    chosen = [
+        None if axis is None else axis if axis in usable else next(iter(usable), None) if axis.exchanged else None
+        for axis in own
+    ]
+
+    def placed(places: Callable[[Axis], Mapping[str, int]], name: str, otherwise: Placement) -> list[Placement]:
+        """By dimension of the mesh; `otherwise` where its axis does not name it, whole where there is no axis."""
+        return [
+            Replicate() if axis is None else Shard(places(axis)[name]) if name in places(axis) else otherwise
+            for axis in chosen
+        ]
+
+    def local(name: str, tensor: DTensor) -> torch.Tensor:
+        wanted = tensor.redistribute(placements=placed(lambda axis: axis.inputs, name, Replicate()))
+        grad = placed(lambda axis: axis.inputs, name, Partial())
+        part = wanted.to_local(grad_placements=grad)
+        return part.contiguous() if tensor.is_contiguous() else rows_contiguous(part)
+
+    parts: dict[str, Any] = {name: local(name, tensor) for name, tensor in tensors.items()}
+    if draws:
+        # One seed for all: where the caller gave none, each process has drawn its own.
+        seed = distribute_tensor(given["seed"], mesh, [Replicate()] * mesh.ndim).to_local()
+        first, _ = _share(chosen, next(axis for axis in axes if axis.draws), tensors[leader], mesh)
+        parts["seed"] = seed + torch.tensor([0, first], device=seed.device)
+    results = call(inputs._replace(**parts), backend)  # type: ignore[attr-defined]
+
+    def whole(name: str, result: torch.Tensor) -> torch.Tensor:
+        shape = list(result.shape)
+        for axis in (axis for place, axis in enumerate(chosen) if axis is not None and axis not in chosen[:place]):
+            if name in axis.outputs and result.numel():
+                shape[axis.outputs[name]] = tensors[leader].shape[axis.inputs[leader]]
+            elif name in axis.means:
+                _, count = _share(chosen, axis, tensors[leader], mesh)
+                result = result * (count / tensors[leader].shape[axis.inputs[leader]])
+        laid = placed(lambda axis: axis.outputs, name, Partial())
+        stride = _stride(result, shape)
+        joined = DTensor.from_local(result, mesh, laid, run_check=False, shape=torch.Size(shape), stride=stride)
+        back = [
+            Shard(before.outputs[name]) if before is not None and before.exchanged and name in before.outputs else now
+            for before, now in zip(own, laid, strict=True)
+        ]
+        return joined.redistribute(placements=back)
+
+    return type(results)(*(whole(name, result) for name, result in results._asdict().items()))  # type: ignore[attr-defined]
+
+
+_NUMBERS = ("temperature", "seed")  # alike in all processes, so that they may be plain tensors
+
+
+def _along(axes: Sequence[Axis], leader: str, placement: Placement) -> Axis | None:
+    """The axis that the deciding input is divided along."""
+    if not placement.is_shard():
+        return None
+    return next((axis for axis in axes if placement.is_shard(axis.inputs[leader])), None)
+
+
+def _fits(axis: Axis, tensors: Mapping[str, DTensor], parts: int) -> bool:
+    """Whether its inputs come apart at the same places, though they may have fewer heads than the first of them."""
+    named = [(tensors[name], at) for name, at in axis.inputs.items() if name in tensors]
+    if any(at >= tensor.dim() for tensor, at in named):
+        return False
+    sizes = {tensor.shape[at] for tensor, at in named}
+    return len(sizes) == 1 or all(size % parts == 0 for size in sizes)
+
+
+def _share(chosen: Sequence[Axis | None], axis: Axis, leader: DTensor, mesh: DeviceMesh) -> tuple[int, int]:
+    """Where this process's part of the axis begins, and its length: torch.chunk by each mesh dimension in turn."""
+    first, count = 0, leader.shape[axis.inputs[next(iter(axis.inputs))]]
+    for place, divided_by in enumerate(chosen):
+        if divided_by is axis:
+            size = -(-count // mesh.size(place))
+            begin = min(size * mesh.get_local_rank(place), count)
+            first, count = first + begin, min(size, count - begin)
+    return first, count
+
+
+def _stride(part: torch.Tensor, shape: Sequence[int]) -> tuple[int, ...]:
+    """Strides of a dense tensor of `shape` whose dimensions follow one another in memory as the part's do."""
+    stride, step = [0] * len(shape), 1
+    for dimension in sorted(range(len(shape)), key=lambda at: (part.stride(at), -at)):
+        stride[dimension], step = step, step * max(1, shape[dimension])
+    return tuple(stride)

@@ -1,0 +1,204 @@
+"""Operations on DTensors, in four processes: the whole batch's answers, gradients and draws, however it is divided."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+
+import dalle_kernels as dk
+
+PROCESSES = 4
+LAYOUT = dk.TokenLayout(4, (4, 4))
+ROW = dk.Row(LAYOUT)
+S0, S1, S2, R = Shard(0), Shard(1), Shard(2), Replicate()
+
+
+def randn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed + sum(shape)))
+
+
+def attention(q: Any, k: Any, v: Any, mask: Any = None) -> Any:
+    return dk.sparse_attention(q, k, v, ROW, key_padding_mask=mask, return_lse=True)
+
+
+def gumbel(logits: Any, codebook: Any) -> Any:
+    return dk.gumbel_lookup(logits, codebook, 0.7, seed=3)
+
+
+def projection(features: Any, weight: Any, bias: Any, codebook: Any) -> Any:
+    return dk.gumbel_projection_lookup(features, weight, bias, codebook, 0.7, seed=3, distribution=True)
+
+
+def drawn(features: Any, codebook: Any) -> Any:
+    return dk.vq_lookup(features, codebook, temperature=0.5, seed=4)
+
+
+def sampled(logits: Any, unconditional: Any) -> Any:
+    return dk.sample_tokens(logits, unconditional_logits=unconditional, guidance_scale=2.0, seed=5)
+
+
+Q = [randn(3, 4, LAYOUT.length, 8, seed=n) for n in range(3)]
+GROUPED = [Q[0], *(randn(3, 2, LAYOUT.length, 8, seed=n) for n in (1, 2))]
+MASK = randn(3, LAYOUT.length) > 1.0
+LOGITS = [randn(10, 16), randn(16, 4)]
+FEATURES = [randn(10, 6), randn(16, 6), randn(16), randn(16, 4)]
+HEADS = [randn(2, 10, 6), randn(2, 16, 6)]
+# What is called, its inputs, placements on a mesh of 2 x 2 for each of them, and how the first result is to be laid.
+CASES: dict[str, tuple[Callable[..., Any], list[Any], list[Any], Any]] = {
+    "attention, heads": (attention, Q, [(S1, R)] * 3, (S1, R)),
+    "attention, batch and heads": (attention, Q, [(S0, S1)] * 3, (S0, S1)),
+    "attention, batch, unevenly": (attention, [*Q, MASK], [(S0, R)] * 4, (S0, R)),
+    "attention, heads, with a mask": (attention, [*Q, MASK], [(S1, R)] * 3 + [(R, R)], (S1, R)),
+    "attention, grouped heads": (attention, GROUPED, [(R, S1)] * 3, (R, S1)),
+    "attention, too few grouped heads": (attention, GROUPED, [(S1, S1)] * 3, None),
+    "attention, the sequence for heads": (attention, Q, [(S2, R)] * 3, (S2, R)),
+    "attention, batch, and the sequence for heads": (attention, [*Q, MASK], [(S0, S2)] * 3 + [(S0, R)], (S0, S2)),
+    "attention, keys laid otherwise": (attention, Q, [(S1, R), (S0, R), (R, S2)], (S1, R)),
+    "attention, by width": (attention, Q, [(Shard(3), R)] * 3, (R, R)),
+    "gumbel, rows": (gumbel, LOGITS, [(S0, S0), (R, R)], (S0, S0)),
+    "gumbel, a divided codebook": (gumbel, LOGITS, [(S0, R), (S0, S1)], (S0, R)),
+    "gumbel, codes": (gumbel, LOGITS, [(S1, R), (R, R)], (R, R)),
+    "gumbel, rows of two dimensions": (gumbel, [randn(4, 3, 16), LOGITS[1]], [(S0, R), (R, R)], (S0, R)),
+    "projection, rows": (projection, FEATURES, [(S0, S0), *[(R, R)] * 3], (S0, S0)),
+    "projection, a divided weight": (projection, FEATURES, [(R, S0), (S0, R), (R, R), (R, R)], (R, S0)),
+    "vq, rows": (dk.vq_lookup, FEATURES[:2], [(S0, S0), (R, R)], (S0, S0)),
+    "vq, a divided codebook": (dk.vq_lookup, FEATURES[:2], [(R, S0), (S0, S1)], (R, S0)),
+    "vq, heads": (dk.vq_lookup, HEADS, [(S0, S1), (S0, R)], (S0, S1)),
+    "vq, rows drawn": (drawn, FEATURES[:2], [(S0, S0), (R, R)], (S0, S0)),
+    "vq, heads drawn": (drawn, HEADS, [(S0, S1), (S0, R)], None),
+    "likelihood": (dk.logit_laplace_nll, [torch.sigmoid(Q[0]), *Q[1:]], [(S0, S2)] * 3, (S0, S2)),
+    "sampling": (sampled, [LOGITS[0], LOGITS[0] * 0.5], [(S0, S0)] * 2, (S0, S0)),
+    "sampling, codes": (sampled, [LOGITS[0], LOGITS[0] * 0.5], [(S1, R)] * 2, (R, R)),
+}
+
+
+def flat(results: Any) -> list[Any]:
+    return [results] if isinstance(results, torch.Tensor) else list(results)
+
+
+def loss(results: list[Any]) -> Any:
+    return sum((result * torch.cos(result.detach())).sum() for result in results if result.requires_grad)
+
+
+def leaves(inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [value.detach().clone().requires_grad_(value.is_floating_point()) for value in inputs]
+
+
+def check(name: str, mesh: Any) -> None:
+    call, inputs, placements, laid = CASES[name]
+    alone = leaves(inputs)
+    wanted = flat(call(*alone))
+    ours = [distribute_tensor(value, mesh, at) for value, at in zip(leaves(inputs), placements, strict=True)]
+    ours = [value.detach().requires_grad_(value.is_floating_point()) for value in ours]
+    got = flat(call(*ours))
+    assert all(isinstance(result, DTensor) for result in got)
+    assert laid is None or tuple(got[0].placements) == laid, got[0].placements
+    for mine, theirs in zip(got, wanted, strict=True):
+        torch.testing.assert_close(mine.full_tensor(), theirs, rtol=1e-9, atol=1e-9)
+    if any(result.requires_grad for result in wanted):
+        loss(wanted).backward()
+        loss(got).backward()
+        for mine, theirs in zip(ours, alone, strict=True):
+            if theirs.grad is not None:
+                torch.testing.assert_close(mine.grad.full_tensor(), theirs.grad, rtol=1e-9, atol=1e-9)
+
+
+def check_statistics(mesh: Any) -> None:
+    indices = torch.arange(10) % 4
+    for at, laid in (((S0, R), (Partial(), R)), ((S0, S0), (Partial(), Partial())), ((S1, R), (R, R))):
+        features = distribute_tensor(FEATURES[0], mesh, at)
+        found = dk.code_statistics(features, distribute_tensor(indices, mesh, [S0 if a is S0 else R for a in at]), 4)
+        for mine, theirs in zip(found, dk.code_statistics(FEATURES[0], indices, 4), strict=True):
+            assert tuple(mine.placements) == laid
+            torch.testing.assert_close(mine.full_tensor(), theirs)
+
+
+def check_one_seed(mesh: Any) -> None:
+    """Where no seed is given, what is whole is alike in all processes, though their generators differ."""
+    torch.manual_seed(dist.get_rank())
+    tokens = dk.sample_tokens(distribute_tensor(torch.zeros(64, 1000), mesh, (R, R))).to_local()
+    gathered = [torch.empty_like(tokens) for _ in range(PROCESSES)]
+    dist.all_gather(gathered, tokens)
+    assert all(torch.equal(tokens, other) for other in gathered)
+
+
+def check_strides(mesh: Any) -> None:
+    """Heads that were transposed, as a projection leaves them, give results laid out alike."""
+    q, k, v = (distribute_tensor(value.transpose(1, 2).contiguous(), mesh, (S0, S2)).transpose(1, 2) for value in Q)
+    out, _ = attention(q, k, v)
+    assert out.stride() == q.stride()
+    assert out.to_local().stride() == q.to_local().stride()
+    torch.testing.assert_close(out.full_tensor(), attention(*Q)[0])
+
+
+def check_compiled(mesh: Any) -> None:
+    compiled = torch.compile(lambda q, k, v: attention(q, k, v)[0] * 2, fullgraph=True, backend="aot_eager")
+    ours = [distribute_tensor(value, mesh, (S0, S1)).requires_grad_() for value in Q]
+    out = compiled(*ours)
+    alone = leaves(Q)
+    wanted = attention(*alone)[0] * 2
+    torch.testing.assert_close(out.full_tensor(), wanted)
+    out.sum().backward()
+    wanted.sum().backward()
+    for mine, theirs in zip(ours, alone, strict=True):
+        torch.testing.assert_close(mine.grad.full_tensor(), theirs.grad)
+
+
+def check_refusals(mesh: Any) -> None:
+    q = distribute_tensor(Q[0], mesh, (S1, R))
+    with pytest.raises(TypeError, match=r"k: got a torch\.Tensor, wanted a DTensor as q is"):
+        attention(q, Q[1], Q[2])
+    cache = dk.KVCache(ROW, 3, 4, 8, dtype=torch.float64)
+    with torch.no_grad(), pytest.raises(TypeError, match="each process decodes its heads"):
+        dk.decode_attention(*(distribute_tensor(value[:, :, :1], mesh, (S1, R)) for value in Q), cache, 0)
+    other = init_device_mesh("cpu", (PROCESSES,))
+    with pytest.raises(ValueError, match="v: got a DTensor on"):
+        attention(q, q, distribute_tensor(Q[2], other, (R,)))
+
+
+CHECKS = {
+    check.__name__: check for check in (check_statistics, check_one_seed, check_strides, check_compiled, check_refusals)
+}
+
+
+def work(rank: int, port: int, told: Any, names: tuple[str, ...] = (*CASES, *CHECKS)) -> None:
+    """A process's part of all checks: what went wrong, by check, goes to `told`."""
+    import traceback
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=PROCESSES)
+    mesh = init_device_mesh("cpu", (2, 2))
+    for name in names:
+        try:
+            check(name, mesh) if name in CASES else CHECKS[name](mesh)
+        except Exception:
+            told.put((name, rank, traceback.format_exc()))
+        dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def faults() -> dict[str, str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = torch.multiprocessing.get_context("spawn")
+    told = context.Manager().Queue()
+    torch.multiprocessing.spawn(work, (port, told), nprocs=PROCESSES)
+    found: dict[str, str] = {}
+    while not told.empty():
+        name, rank, said = told.get()
+        found[name] = found.get(name, "") + f"process {rank}:\n{said}\n"
+    return found
+
+
+@pytest.mark.parametrize("name", [*CASES, *CHECKS])
+def test_dtensors(faults: dict[str, str], name: str) -> None:
+    assert name not in faults, faults[name]
