@@ -220,7 +220,8 @@ def _several(inputs: Tensors, backend: str) -> Tensors:
 
 
 def _drawn(inputs: Tensors, backend: str) -> Tensors:
-    return (vq_lookup(*inputs, backend, temperature=0.9, seed=1)[1],)
+    features, codebook = inputs
+    return (vq_lookup(features, codebook, backend, temperature=0.9, seed=1)[1],)
 
 
 def _codes(inputs: Tensors) -> torch.Tensor:
