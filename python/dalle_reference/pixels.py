@@ -12,26 +12,34 @@ DALL-E with an empty caption and no first stage; what differs is what a token is
 With the schedule "rowcol" a layer looks at the row, the next at the column, then two at the row: what the Sparse
 Transformer calls local and strided, with a stride of one row. A picture whose top half is given is completed by drawing
 the rest, token by token.
+
+Image GPT was trained with BERT's objective too: some tokens of a picture are hidden, every token sees all the others,
+before and after, and the hidden ones are predicted where they stand (Chen et al. 2020, section 2.2).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dalle_kernels import vq_lookup
+from dalle_kernels import MaskPattern, vq_lookup
 from dalle_reference.errors import MOST_SIZE, require, require_positive
 from dalle_reference.generate import generate
 from dalle_reference.kmeans import lloyd, some_of
-from dalle_reference.transformer import DalleTransformer, TransformerConfig
+from dalle_reference.transformer import NO_TOKEN, DalleTransformer, TransformerConfig
 
 _SAMPLED = 1 << 16
 """Pixels that a palette is fitted to."""
 _ROUNDS = 20
+_HIDDEN = 0.15
+"""Share of a picture's tokens that BERT's objective hides; exactly, so that each picture weighs the same."""
 
 
 @dataclass(frozen=True)
@@ -50,11 +58,15 @@ class PixelConfig:
     """Width of one head; the model's width is heads x head_dim."""
     schedule: Literal["dalle", "rowcol", "strided", "fixed", "causal"] = "rowcol"
     """What each layer sees; `TransformerConfig.schedule` explains."""
+    objective: Literal["next", "bert"] = "next"
+    """next: each token is predicted from those before. bert: hidden ones from all others, whatever the schedule."""
 
     def __post_init__(self) -> None:
         require_positive(self, "resolution", most=MOST_SIZE)
         wanted = "0 (bytes), or 2 to 65536 colours"
         require(self, wanted, lambda value: value == 0 or 2 <= value <= 65536, "colours")
+        if self.objective not in ("next", "bert"):
+            raise ValueError(f"objective: got {self.objective!r}, wanted 'next' or 'bert'")
         _ = self.transformer  # which checks the rest
 
     @property
@@ -104,6 +116,10 @@ class PixelTransformer(nn.Module):
         self.config = config
         self.transformer = DalleTransformer(config.transformer)
         self.transformer.text_head = nn.Identity()  # no caption to predict
+        if config.objective == "bert":
+            everything = MaskPattern(np.ones((config.transformer.layout.length,) * 2, dtype=bool))
+            for block in self.transformer.layers:
+                block.attention.pattern = everything
         self.register_buffer("palette", torch.zeros(config.colours, 3))
 
     def encode(self, pictures: Tensor) -> Tensor:
@@ -123,10 +139,32 @@ class PixelTransformer(nn.Module):
         side = self.config.resolution
         return pixels.reshape(-1, side, side, 3).permute(0, 3, 1, 2)
 
-    def loss(self, pictures: Tensor) -> Tensor:
-        """Mean cross-entropy of pictures' tokens, in nats a token; pictures uint8 [B, 3, S, S]."""
+    def hide(self, chances: Iterable[np.random.Generator]) -> Tensor | None:
+        """The tokens that BERT's objective hides, int64 [B, n], by a generator for each picture; None without it."""
+        if self.config.objective == "next":
+            return None
+        length = self.config.transformer.image_length
+        count = max(1, round(_HIDDEN * length))
+        return torch.stack([torch.from_numpy(chance.permutation(length)[:count]) for chance in chances])
+
+    def loss(self, pictures: Tensor, hidden: Tensor | None = None) -> Tensor:
+        """Mean cross-entropy of pictures' tokens, in nats a token.
+
+        Args:
+            pictures: uint8 [B, 3, S, S].
+            hidden: what `hide` draws: with BERT's objective int64 [B, n], the tokens that alone are predicted.
+        """
+        if (hidden is None) != (self.config.objective == "next"):
+            got = "None" if hidden is None else "tokens"
+            raise ValueError(f"hidden: got {got} with objective {self.config.objective!r}, wanted what `hide` draws")
         tokens = self.encode(pictures)
-        return self.transformer.loss(tokens.new_empty(len(tokens), 0), tokens).image
+        nothing = tokens.new_empty(len(tokens), 0)
+        if hidden is None:
+            return self.transformer.loss(nothing, tokens).image
+        found = self.transformer.hidden(nothing, tokens.scatter(1, hidden, NO_TOKEN))
+        cells = found[:, self.config.transformer.text_length :]
+        logits = self.transformer.image_head(cells.take_along_dim(hidden[..., None], dim=1))
+        return F.cross_entropy(logits.flatten(0, 1).float(), tokens.gather(1, hidden).flatten())
 
     @torch.no_grad()
     def complete(self, pictures: Tensor, rows: int, *, seed: int, number: int = 1, temperature: float = 1.0) -> Tensor:
@@ -138,6 +176,8 @@ class PixelTransformer(nn.Module):
         Returns:
             [B, number, 3, S, S] in 0..1.
         """
+        if self.config.objective == "bert":
+            raise ValueError("objective: got 'bert', wanted 'next': only that says what follows")
         if not 0 <= rows <= self.config.resolution:
             raise ValueError(f"rows: got {rows}, wanted 0 to {self.config.resolution}")
         given = self.encode(pictures)[:, : rows * self.transformer.config.grid[1]]

@@ -59,14 +59,23 @@ def train_pixels(config: TrainPixelsConfig, world: World) -> Path:
 
     def prepare(step: int, parts: list[range]) -> list[tuple[Any, ...]]:
         chosen = torch.from_numpy(batch_indices(step, run_config.batch, len(images), run_config.seed))
-        return [(images[chosen[part.start : part.stop]].to(device),) for part in parts]
 
-    def objective(model: PixelTransformer, pictures: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return model.loss(pictures), None
+        def part_of(part: range) -> tuple[torch.Tensor, torch.Tensor | None]:
+            hidden = model.hide(sample_generator(run_config.seed, step, place) for place in part)
+            return images[chosen[part.start : part.stop]].to(device), None if hidden is None else hidden.to(device)
+
+        return [part_of(part) for part in parts]
+
+    def objective(
+        model: PixelTransformer, pictures: torch.Tensor, hidden: torch.Tensor | None
+    ) -> tuple[torch.Tensor, None]:
+        return model.loss(pictures, hidden), None
 
     def draw(mean: PixelTransformer, step: int, board: Any) -> None:
         nats = pixel_loss(mean, shown)
         board.add_scalar("held_out_nats", nats, step)
+        if config.model.objective == "bert":
+            return
         which = torch.linspace(0, len(shown) - 1, min(_SHOWN, len(shown))).long()
         completion_sheet(
             run_config.out / "pictures" / f"completions-{step:08d}.png",
@@ -87,10 +96,13 @@ def train_pixels(config: TrainPixelsConfig, world: World) -> Path:
 @torch.no_grad()
 def pixel_loss(model: PixelTransformer, pictures: PictureSet, batch: int = 16) -> float:
     """Nats a token of pictures; one picture a concept, or copies would be counted that differ in a tone."""
-    device = model.palette.device
-    parts = pictures.one_per_concept().images.split(batch)
-    total = sum(float(model.loss(part.to(device))) * len(part) for part in parts)
-    return total / sum(map(len, parts))
+    device, chance = model.palette.device, np.random.default_rng(0)
+    total, count = 0.0, 0
+    for part in pictures.one_per_concept().images.split(batch):
+        hidden = model.hide([chance] * len(part))
+        total += len(part) * float(model.loss(part.to(device), None if hidden is None else hidden.to(device)))
+        count += len(part)
+    return total / count
 
 
 def likelihood(config: TrainPixelsConfig, nats: float) -> str:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from dalle_reference.pixels import PRESETS, PixelConfig, PixelTransformer, bits_per_dimension, fit_palette
+from dalle_reference.transformer import NO_TOKEN
 
 from dalle_kernels import Column, Row
 
@@ -106,6 +108,45 @@ def test_a_completion_keeps_the_top_and_draws_the_rest(config: PixelConfig) -> N
         model.complete(given, rows=5, seed=0)
 
 
+def test_bert_predicts_what_is_hidden_from_all_the_rest() -> None:
+    model, given = make(replace(BYTES, objective="bert")), pictures()
+    hidden = model.hide(map(np.random.default_rng, range(3)))
+    assert hidden is not None
+    assert hidden.shape == (3, 7)  # 15% of 48
+    assert all(len(row.unique()) == 7 for row in hidden)
+    assert not torch.equal(hidden[0], hidden[1])
+    tokens = model.encode(given)
+    total = torch.zeros((), dtype=torch.float64)
+    for picture, places in enumerate(hidden.tolist()):
+        seen = tokens[picture : picture + 1].clone()
+        seen[:, places] = NO_TOKEN
+        states = model.transformer.hidden(tokens.new_empty(1, 0), seen)[0, 2:]
+        for place in places:
+            total -= model.transformer.image_head(states[place]).double().log_softmax(-1)[tokens[picture, place]]
+    loss = model.loss(given, hidden)
+    torch.testing.assert_close(loss.double(), total / 21, rtol=1e-5, atol=0)
+    # Any other token may matter, before or after, but not what is hidden.
+    first = int(hidden[0].min())
+    after = next(place for place in range(47, 0, -1) if place not in hidden[0].tolist())
+    assert after > first
+    for place, matters in ((after, True), (first, False)):
+        states = []
+        for value in (0, 200):
+            changed = tokens[:1].clone()
+            changed[0, place] = value
+            changed[0, hidden[0]] = NO_TOKEN
+            states.append(model.transformer.hidden(tokens.new_empty(1, 0), changed)[0, 2 + first])
+        assert torch.equal(*states) != matters
+    with pytest.raises(ValueError, match="objective: got 'bert', wanted 'next'"):
+        model.complete(given, rows=2, seed=0)
+    with pytest.raises(ValueError, match="hidden: got None with objective 'bert'"):
+        model.loss(given)
+    plain = make(BYTES)
+    assert plain.hide([np.random.default_rng(0)]) is None
+    with pytest.raises(ValueError, match="hidden: got tokens with objective 'next'"):
+        plain.loss(given, hidden)
+
+
 def test_it_learns_what_is_regular() -> None:
     torch.manual_seed(0)
     model = PixelTransformer(replace(BYTES, schedule="rowcol"))
@@ -129,6 +170,7 @@ def test_it_learns_what_is_regular() -> None:
         ({"colours": 1}, "colours: got 1, wanted 0"),
         ({"layers": 0}, "layers: got 0"),
         ({"schedule": "none"}, "schedule: got 'none'"),
+        ({"objective": "all"}, "objective: got 'all'"),
     ],
 )
 def test_bad_configurations_are_refused(changes: dict, message: str) -> None:

@@ -84,6 +84,17 @@ def test_pixels_resume_and_complete(colours: str, common: list[str], pictures: P
     assert 0 < pixel_loss(model, shown, batch=5) == pytest.approx(float(model.loss(shown.images).detach()), rel=1e-5)
 
 
+def test_pixels_learn_by_bert_s_objective_too(
+    common: list[str], pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["train-pixels", "bytes", "--objective", "bert", *TINY_PIXELS, *common, "--draw-every", "6"]
+    run = resumes(command, tmp_path)
+    refusal = refused(["complete", str(pictures / "red.png"), "--model", str(run)], capsys)
+    assert "objective: got 'bert', wanted 'next'" in refusal
+    model, shown = load_pixels(run, torch.device("cpu")), load_pictures(common[1], 8, Path(common[3]))
+    assert pixel_loss(model, shown) == pixel_loss(model, shown) < np.log(256) + 0.1
+
+
 def test_pixels_draw_and_stop_when_asked(common: list[str], tmp_path: Path) -> None:
     command = ["train-pixels", "bytes", *TINY_PIXELS, *common, "--out", str(tmp_path / "run"), "--steps", "5000"]
     process = start([*command, "--draw-every", "2"])
