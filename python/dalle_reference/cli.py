@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
 import torch
-import torch.nn.functional as F
 import tyro
 from tqdm import tqdm
 
 from dalle_reference import checkpoint, demo, family, plan, render, train, train_family, weights
-from dalle_reference.clip import CLIP, caption_tokens
+from dalle_reference.clip import caption_tokens
 from dalle_reference.config import (
     CLIP_PRESETS,
     DECODER_PRESETS,
@@ -32,6 +31,7 @@ from dalle_reference.errors import UserError, require, require_amount, require_p
 from dalle_reference.evaluate import psnr
 from dalle_reference.files import read_bounded, require_output
 from dalle_reference.generate import generate
+from dalle_reference.judge import agreement, caption_vectors, name_shares, picture_vectors
 from dalle_reference.load import (
     load_clip,
     load_decoder,
@@ -189,7 +189,8 @@ def _generate(config: Annotated[GenerateConfig, tyro.conf.arg(name="")]) -> None
     drawn = _draw(config, device) if config.prior is None else _draw_of_vectors(config, config.prior, device)
     if judge is not None:
         candidates = zip(drawn, config.captions, strict=True)
-        drawn = torch.stack([_best(*judge, pictures, caption, config.kept) for pictures, caption in candidates])
+        best = (part[agreement(*judge, part, caption).topk(config.kept).indices] for part, caption in candidates)
+        drawn = torch.stack(list(best))
     captions = [caption for caption in config.captions for _ in range(config.kept)]
     columns = config.kept if config.kept > 1 else min(8, len(captions))
     render.sheet(config.out, drawn.flatten(0, 1), captions, columns=columns)
@@ -247,17 +248,9 @@ def _draw_of_vectors(config: GenerateConfig, prior_run: Path, device: torch.devi
         some = texts[start : start + _AT_ONCE]
         tokens = caption_tokens(some, tokenizer, clip.config).to(device)
         seeds = step_generator(config.seed, start).integers(2**63, size=2).tolist()
-        vectors = prior.draw(tokens, train_family.caption_vectors(clip, tokenizer, some), seed=seeds[0])
+        vectors = prior.draw(tokens, caption_vectors(clip, tokenizer, some), seed=seeds[0])
         parts.append(decoder.draw(vectors, seed=seeds[1], guidance_scale=config.guidance_scale))
     return torch.cat(parts).unflatten(0, (len(config.captions), config.drawn))
-
-
-@torch.no_grad()
-def _best(clip: CLIP, tokenizer: CaptionTokenizer, pictures: torch.Tensor, caption: str, kept: int) -> torch.Tensor:
-    """Of pictures [N, 3, S, S] those that agree with the caption most, best first: [kept, 3, S, S]."""
-    wanted = clip.encode_captions(caption_tokens([caption], tokenizer, clip.config).to(pictures.device))[0]
-    agreement = torch.cat([clip.encode_pictures(part) @ wanted for part in pictures.split(_AT_ONCE)])
-    return pictures[agreement.topk(kept).indices]
 
 
 def _check_caption(caption: str, tokenizer: CaptionTokenizer, length: int, reader: str = "the model") -> None:
@@ -289,7 +282,6 @@ class ClassifyConfig:
         require(self, "texts with {} in them", lambda texts: texts and all("{}" in text for text in texts), "templates")
 
 
-@torch.no_grad()
 def _classify(config: Annotated[ClassifyConfig, tyro.conf.arg(name="")]) -> None:
     """Name what pictures show, among names of your own, which the model need not have been trained on."""
     if not config.pictures or not config.names:
@@ -298,12 +290,9 @@ def _classify(config: Annotated[ClassifyConfig, tyro.conf.arg(name="")]) -> None
     clip, tokenizer = load_clip(config.model, device)
     for name in config.names:
         _check_caption(name, tokenizer, clip.config.text_length - 1)
-    captions = [template.replace("{}", name) for name in config.names for template in config.templates]
-    vectors = clip.encode_captions(caption_tokens(captions, tokenizer, clip.config).to(device))
-    names = F.normalize(vectors.unflatten(0, (len(config.names), -1)).mean(dim=1), dim=-1)
-    for path in config.pictures:
-        picture = _read_picture(path, clip.config.resolution).to(device).float() / 255.0
-        shares = (clip.scale * clip.encode_pictures(picture[None])[0] @ names.T).softmax(dim=0)
+    pictures = _read_pictures(config.pictures, clip.config.resolution)
+    found = name_shares(clip, tokenizer, pictures, config.names, config.templates)
+    for path, shares in zip(config.pictures, found, strict=True):
         best = shares.topk(min(5, len(config.names)))
         guesses = (f"{config.names[i]} {share:.1%}" for share, i in zip(*map(torch.Tensor.tolist, best), strict=True))
         print(f"{path}: {', '.join(guesses)}")
@@ -417,7 +406,7 @@ def _variations(config: Annotated[VariationsConfig, tyro.conf.arg(name="")]) -> 
         config.out,
         decoder,
         pictures,
-        train_family.picture_vectors(clip, pictures),
+        picture_vectors(clip, pictures),
         number=config.number,
         seed=config.seed,
         guidance_scale=config.guidance_scale,
@@ -462,7 +451,7 @@ def _interpolate(config: Annotated[InterpolateConfig, tyro.conf.arg(name="")]) -
     require_output(config.out, ".png")
     decoder, clip = load_decoder(config.model, resolve_device(config.device), config.temperature)
     ends = _read_pictures((config.first, config.second), clip.config.resolution)
-    first, second = train_family.picture_vectors(clip, ends)
+    first, second = picture_vectors(clip, ends)
     way = between(first, second, config.steps)
     rows = []
     for row in range(config.rows):

@@ -324,7 +324,7 @@ class DiscreteVAE(nn.Module):
 
     @torch.no_grad()
     def decode(self, indices: torch.Tensor) -> torch.Tensor:
-        """Pictures in 0..1 of tokens: int64 [B, h, w] -> [B, 3, S, S]."""
+        """Pictures in 0..1 of tokens: int64 [B, h, w] -> [B, 3, S, S]; or of n panels, n h rows -> n S."""
         if isinstance(self.quantizer, BinaryQuantizer):
             latents = self.widen(self.quantizer.latents(indices))
         else:
@@ -333,8 +333,8 @@ class DiscreteVAE(nn.Module):
         return _unsqueeze(torch.sigmoid(self._decode(latents, len(indices))[:, :3].float()))
 
     def _decode(self, latents: torch.Tensor, batch: int) -> torch.Tensor:
-        height, width = self.config.grid
-        grid = (latents + self.code_bias).reshape(batch, height, width, -1).permute(0, 3, 1, 2)
+        width = self.config.grid[1]
+        grid = (latents + self.code_bias).reshape(batch, -1, width, self.config.code_width).permute(0, 3, 1, 2)
         return self.decoder(grid)
 
     def forward(

@@ -47,11 +47,15 @@ def retrieval(samples: torch.Tensor, targets: torch.Tensor, gallery: torch.Tenso
         >>> str(retrieval(gallery[:2], torch.tensor([0, 1]), gallery))
         '2.0 of 2 right among 3 pictures (100.0%; chance 33.33%): 3 times chance'
     """
+    right = float(right_shares(samples, targets, gallery).mean())
+    return Retrieval(right, 1.0 / len(gallery), len(samples), len(gallery))
+
+
+def right_shares(samples: torch.Tensor, targets: torch.Tensor, gallery: torch.Tensor) -> torch.Tensor:
+    """How right each sample of `retrieval` is: 1, 0 or 1 / m, float64 [B]."""
     agreement = torch.stack([(gallery == sample).sum(dim=1) for sample in samples])
     best = agreement == agreement.amax(dim=1, keepdim=True)
-    own = best.gather(1, targets[:, None])[:, 0]
-    right = float((own.double() / best.sum(dim=1)).mean())
-    return Retrieval(right, 1.0 / len(gallery), len(samples), len(gallery))
+    return best.gather(1, targets[:, None])[:, 0].double() / best.sum(dim=1)
 
 
 def psnr(pictures: torch.Tensor, others: torch.Tensor) -> float:

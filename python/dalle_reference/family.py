@@ -11,16 +11,24 @@ from typing import Any
 import numpy as np
 import torch
 
-from dalle_reference import train, train_family
+from dalle_reference import render, train, train_family
 from dalle_reference.clip import CLIP, caption_tokens
-from dalle_reference.config import CLIP_PRESETS, DECODER_PRESETS, PIXELS_PRESETS, PRIOR_PRESETS, TRANSFORMER_PRESETS
-from dalle_reference.data import OPENMOJI_CREDIT, load_pictures
+from dalle_reference.config import (
+    CLIP_PRESETS,
+    DECODER_PRESETS,
+    PIXELS_PRESETS,
+    PRIOR_PRESETS,
+    TRANSFORMER_PRESETS,
+    TrainTransformerConfig,
+)
+from dalle_reference.data import CHANGES, OPENMOJI_CREDIT, load_pictures, pairs
 from dalle_reference.data.openmoji import LANGUAGES
-from dalle_reference.demo import plan, timed
+from dalle_reference.demo import SAMPLING, plan, timed
 from dalle_reference.errors import UserError, require
-from dalle_reference.evaluate import retrieval
+from dalle_reference.evaluate import retrieval, right_shares
 from dalle_reference.files import exclusive, replacing
 from dalle_reference.generate import generate
+from dalle_reference.judge import agreement, caption_vectors, picture_vectors
 from dalle_reference.load import load_clip, load_decoder, load_dvae, load_pixels, load_prior, load_transformer
 from dalle_reference.loop import Interrupted
 from dalle_reference.parallel import World, resolve_device
@@ -28,10 +36,12 @@ from dalle_reference.tokenizer import CaptionTokenizer
 from dalle_reference.unclip import TokenDecoder
 
 _SEED = 0
-_SHARES = {"clip": 0.35, "pixels": 0.25, "prior": 0.12, "autoregressive": 0.08, "decoder": 0.2}
+_SHARES = {"clip": 0.3, "pixels": 0.25, "prior": 0.1, "autoregressive": 0.05, "decoder": 0.15, "panels": 0.15}
 """Of the training time."""
-_ASKED, _CANDIDATES = 64, 32
+_ASKED, _CANDIDATES = 64, 512
 """Captions of the figures, and pictures that are drawn of each for CLIP to choose from."""
+_NUMBERS = (1, 8, 32, 128, 512)
+"""Of how many it chooses."""
 
 
 @dataclass(frozen=True)
@@ -84,9 +94,13 @@ def _run(config: FamilyConfig, world: World) -> dict[str, Any]:
     shape = replace(decoder.model, grid=dvae.config.grid, vocab_image=dvae.config.vocab)
     decoder = replace(decoder, model=shape, clip_run=clip_run, dvae=config.demo / "dvae")
     stages["decoder"] = (decoder, train_family.train_decoder)
+    panels = TRANSFORMER_PRESETS["panels"][1]
+    shape = replace(panels.model, grid=(2 * dvae.config.grid[0], dvae.config.grid[1]), vocab_image=dvae.config.vocab)
+    stages["panels"] = (replace(panels, model=shape, dvae=config.demo / "dvae"), train.train_transformer)
     planned: dict[str, Any] = {}
     for name, (stage, training) in stages.items():
-        folder = config.out / name / "prior" if name == "autoregressive" else config.out / name
+        kind = {"autoregressive": "prior", "panels": "transformer"}.get(name)  # `plan` goes by the name
+        folder = config.out / name / kind if kind else config.out / name
         often = {"out": folder, "log_every": 5, "draw_every": 0, "seed": _SEED}
         stage = replace(stage, run=replace(stage.run, device=str(world.device), cache=config.cache, **often))
         with timed(name, seconds):
@@ -99,6 +113,7 @@ def _run(config: FamilyConfig, world: World) -> dict[str, Any]:
         for name, folder in (("diffusion", prior_run), ("autoregressive", config.out / "autoregressive" / "prior")):
             table |= _prior(config, name, folder, world.device)
         table |= _decoder(config, planned["decoder"], world.device)
+        table |= _panels(config, planned["panels"], world.device)
     report = {
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
         "steps": {name: stage.run.steps for name, stage in planned.items()},
@@ -109,7 +124,8 @@ def _run(config: FamilyConfig, world: World) -> dict[str, Any]:
         draft.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     width = max(map(len, table))
     print("\n".join(f"{name:{width}}  {value}" for name, value in table.items()))
-    print(f"sheets: {config.out}/completions.png, {config.out}/variations.png; {OPENMOJI_CREDIT}", flush=True)
+    sheets = ", ".join(f"{config.out}/{name}.png" for name in ("best-of", "completions", "variations", "panels"))
+    print(f"sheets: {sheets}; {OPENMOJI_CREDIT}", flush=True)
     return report
 
 
@@ -126,7 +142,10 @@ def _names(config: FamilyConfig, clip: CLIP, tokenizer: CaptionTokenizer) -> dic
 
 
 def _best_of(config: FamilyConfig, clip: CLIP, judge_tokenizer: CaptionTokenizer) -> dict[str, str]:
-    """How often the demo's picture is the right one, if CLIP chooses among more and more of them, or chance does."""
+    """How often the demo's picture is the right one, if CLIP chooses among more and more of them, or chance does.
+
+    The candidates of a caption are taken in groups of each size, so that small ones are judged many times.
+    """
     device = clip.log_scale.device
     model, tokenizer, dvae = load_transformer(config.demo / "transformer", device)
     settings = replace(TRANSFORMER_PRESETS["demo"][1], run=_cached(config))
@@ -134,22 +153,54 @@ def _best_of(config: FamilyConfig, clip: CLIP, judge_tokenizer: CaptionTokenizer
     gallery = train.tokenize_pictures(dvae, training.images)
     chosen = _some(len(training))
     texts = _captions(training.records, chosen)
-    text = tokenizer.encode(texts, model.config.caption_length).to(device)
-    drawn = generate(model, text, seed=_SEED, number=_CANDIDATES)
-    pictures = torch.cat([dvae.decode(part) for part in drawn.unflatten(1, model.config.grid).split(16)])
-    wanted = clip.encode_captions(caption_tokens(texts, judge_tokenizer, clip.config).to(device))
-    vectors = torch.cat([clip.encode_pictures(part) for part in pictures.split(64)]).unflatten(0, (len(texts), -1))
-    agreement = (vectors @ wanted[:, :, None])[..., 0]
-    tokens = drawn.unflatten(0, (len(texts), _CANDIDATES)).cpu()
-    table = {}
-    for number in (1, 8, _CANDIDATES):
-        best = agreement[:, :number].argmax(dim=1).cpu()
-        found = retrieval(tokens[torch.arange(len(texts)), best], torch.from_numpy(chosen), gallery)
-        table[f"DALL-E at temperature 1, CLIP's best of {number}"] = f"{found.right:.1%} right of {found.candidates}"
-    pick = torch.from_numpy(np.random.default_rng(_SEED).integers(_CANDIDATES, size=len(texts)))
-    found = retrieval(tokens[torch.arange(len(texts)), pick], torch.from_numpy(chosen), gallery)
-    table[f"DALL-E at temperature 1, any of {_CANDIDATES}"] = f"{found.right:.1%} right of {found.candidates}"
+    right, agreed = [], []
+    for number, (text, wanted) in enumerate(zip(texts, chosen.tolist(), strict=True)):
+        prompt = tokenizer.encode([text], model.config.caption_length).to(device)
+        drawn = generate(model, prompt, seed=_SEED + number, number=_CANDIDATES)
+        pictures = torch.cat([dvae.decode(part) for part in drawn.unflatten(1, model.config.grid).split(16)])
+        agreed.append(agreement(clip, judge_tokenizer, pictures, text).cpu())
+        right.append(right_shares(drawn.cpu(), torch.full((_CANDIDATES,), wanted), gallery))
+    table, curve = {}, {"CLIP's choice": [], "any": [], "the best there is": []}
+    numbers = [number for number in _NUMBERS if number <= _CANDIDATES]
+    for number in numbers:
+        groups = torch.stack(right).unflatten(1, (-1, number))
+        best = torch.stack(agreed).unflatten(1, (-1, number)).argmax(dim=-1, keepdim=True)
+        by_chance = torch.from_numpy(np.random.default_rng(_SEED).integers(number, size=tuple(best.shape)))
+        shares = [groups.gather(-1, best), groups.gather(-1, by_chance), groups.amax(dim=-1)]
+        for name, share in zip(curve, shares, strict=True):
+            curve[name].append(float(share.mean()))
+        ours, control, most = (f"{values[-1]:.1%}" for values in curve.values())
+        table[f"DALL-E at temperature 1, CLIP's best of {number}"] = (
+            f"{ours} right of {len(gallery)} (any of them {control}, at best {most})"
+        )
+    render.lines(config.out / "best-of.png", numbers, curve, "candidates", f"right of {len(gallery)} pictures")
     return table
+
+
+def _panels(config: FamilyConfig, stage: TrainTransformerConfig, device: torch.device) -> dict[str, str]:
+    """Pictures that were seen, changed in ways that were seen, but not of these pictures: how often that was done."""
+    model, tokenizer, dvae = load_transformer(stage.run.out, device)
+    _, held_out = pairs(train.select_training(replace(stage, panels=False), dvae.config.resolution))
+    held_out = held_out.take(_some(len(held_out)).tolist())
+    above = held_out.images[:, :, : dvae.config.resolution]
+    given = train.tokenize_pictures(dvae, above)
+    captions = [record.captions["en"] for record in held_out.records]
+    text = tokenizer.encode(captions, model.config.caption_length).to(device)
+    drawn = generate(model, text, seed=_SEED, image_prefix=given.to(device), **SAMPLING)
+    below = drawn[:, given.shape[1] :].cpu()
+    changed = torch.stack([train.tokenize_pictures(dvae, change(above)) for change in CHANGES.values()], dim=1)
+    targets = torch.tensor([list(CHANGES).index(caption) for caption in captions])
+    judged = zip(below.split(1), targets.split(1), changed, strict=True)
+    right = torch.cat([right_shares(*each) for each in judged])
+    shown = [number for change in range(len(CHANGES)) for number in (targets == change).nonzero()[:4, 0].tolist()]
+    render.sheet(
+        config.out / "panels.png",
+        dvae.decode(drawn.unflatten(1, model.config.grid))[shown],
+        [captions[number] for number in shown],
+        heading="Above what was given, below what was drawn: combinations that were held out",
+        footer=held_out.credit,
+    )
+    return {"picture to picture, held-out combinations": f"{right.mean():.1%} the change asked for, of {len(CHANGES)}"}
 
 
 def _pixels(config: FamilyConfig, stage: Any, device: torch.device) -> dict[str, str]:
@@ -176,7 +227,7 @@ def _prior(config: FamilyConfig, name: str, folder: Path, device: torch.device) 
     data = PRIOR_PRESETS["diffusion"][1].data
     pictures = load_pictures(data.source, clip.config.resolution, config.cache).captioned()
     training, held_out = pictures.split(data.held_out)
-    mean = train_family.picture_vectors(clip, training.images).mean(dim=0)
+    mean = picture_vectors(clip, training.images).mean(dim=0)
     cosines = train_family.prior_cosines(prior, clip, tokenizer, held_out, mean, _SEED)
     return {f"{name} prior, held-out cosine": ", ".join(f"{what} {value:.3f}" for what, value in cosines.items())}
 
@@ -192,7 +243,7 @@ def _decoder(config: FamilyConfig, stage: Any, device: torch.device) -> dict[str
     texts = _captions(training.records, chosen)
     seen = train.select_training(stage, clip.config.resolution).images[torch.from_numpy(chosen)]
     tokens = caption_tokens(texts, tokenizer, clip.config).to(device)
-    said, shown = train_family.caption_vectors(clip, tokenizer, texts), train_family.picture_vectors(clip, seen)
+    said, shown = caption_vectors(clip, tokenizer, texts), picture_vectors(clip, seen)
     table = {}
     for name, vectors in (
         ("the picture's vector", shown),

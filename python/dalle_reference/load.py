@@ -37,7 +37,7 @@ def load_transformer(run: Path, device: torch.device) -> tuple[DalleTransformer,
         raise UserError(f"{run}: a file of weights; wanted the folder of a stage 2, which has tokenizer and dVAE too")
     model = load_transformer_alone(run, device)
     dvae = load_dvae(run / "dvae", device)
-    require_grid(model.config, dvae.config, run / "dvae")
+    require_grid(model.config, dvae.config, run / "dvae", panels=model.config.grid[0] // dvae.config.grid[0] or 1)
     return model, _tokenizer(run, model.config.vocab_text), dvae
 
 
@@ -115,11 +115,15 @@ def require_same_clip(first: CLIP, second: CLIP, where: Path) -> None:
         raise UserError(f"{where}: was trained with another CLIP than the prior")
 
 
-def require_grid(model: TransformerConfig, dvae: DVAEConfig, where: Path) -> None:
-    """Raises UserError unless a transformer's picture tokens are those of the dVAE that was found at `where`."""
-    if (dvae.grid, dvae.vocab) != (model.grid, model.vocab_image):
+def require_grid(model: TransformerConfig, dvae: DVAEConfig, where: Path, panels: int = 1) -> None:
+    """Raises UserError unless a transformer's picture tokens are those of the dVAE that was found at `where`.
+
+    They are those of so many pictures, one above the other.
+    """
+    rows, columns = panels * dvae.grid[0], dvae.grid[1]
+    if ((rows, columns), dvae.vocab) != (model.grid, model.vocab_image):
         raise UserError(
-            f"{where}: its pictures are --grid {dvae.grid[0]} {dvae.grid[1]} of --vocab-image {dvae.vocab},"
+            f"{where}: its pictures are --grid {rows} {columns} of --vocab-image {dvae.vocab},"
             f" the transformer's {model.grid[0]} {model.grid[1]} of {model.vocab_image}"
         )
 

@@ -20,12 +20,13 @@ _MOST_SHOWN = 200
 
 
 def to_picture(image: torch.Tensor, side: int) -> Image.Image:
-    """[3, S, S] in 0..1 (or uint8) as a picture of `side` pixels, each pixel a clean square where it can be."""
+    """[3, H, S] in 0..1 (or uint8) as a picture `side` pixels wide, each pixel a clean square where it can be."""
     if image.dtype != torch.uint8:
         image = (image.clamp(0.0, 1.0) * 255.0).round().to(torch.uint8)
     picture = Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
     whole = side % picture.width == 0
-    return picture.resize((side, side), Image.Resampling.NEAREST if whole else Image.Resampling.LANCZOS)
+    size = (side, round(side * picture.height / picture.width))
+    return picture.resize(size, Image.Resampling.NEAREST if whole else Image.Resampling.LANCZOS)
 
 
 def sheet(
@@ -41,10 +42,10 @@ def sheet(
 
     Args:
         path: the .png to write.
-        images: N of [3, S, S] in 0..1 or uint8.
+        images: N of [3, H, S] in 0..1 or uint8, all as high as the first.
         captions: N texts in any of Latin, Cyrillic, Chinese and Korean; None for none.
         columns: pictures in a row.
-        side: of a picture on the sheet, in pixels.
+        side: width of a picture on the sheet, in pixels.
         heading, footer: a line above and below.
     """
     size = 13
@@ -54,7 +55,8 @@ def sheet(
     text_height = max((len(lines) for lines in wrapped), default=0) * line + (4 if wrapped else 0)
     rows = math.ceil(len(images) / columns)
     top = line + _GAP if heading else 0
-    cell = side + text_height + _GAP
+    height = round(side * images[0].shape[1] / images[0].shape[2])
+    cell = height + text_height + _GAP
     width = columns * (side + _GAP) + _GAP
     canvas = Image.new("RGB", (width, top + rows * cell + _GAP + (line if footer else 0)), "white")
     draw = ImageDraw.Draw(canvas)
@@ -66,7 +68,7 @@ def sheet(
         for number, text in enumerate(wrapped[index] if wrapped else []):
             font = _font(text, size)
             middle = left + (side - draw.textlength(text, font=font)) / 2
-            draw.text((middle, upper + side + 2 + number * line), text, fill="black", font=font)
+            draw.text((middle, upper + height + 2 + number * line), text, fill="black", font=font)
     if footer:
         draw.text((_GAP, canvas.height - line - 2), footer, fill="#666666", font=_font(footer, size - 3))
     with replacing(path) as draft:
@@ -169,5 +171,24 @@ def curves(path: Path, runs: Mapping[str, Path], panels: Mapping[str, Sequence[S
             axis.set_xlabel("step", fontsize=8)
             axis.tick_params(labelsize=7)
             axis.grid(alpha=0.3)
+    with replacing(path) as draft:
+        figure.savefig(draft, dpi=110)
+
+
+def lines(path: Path, places: Sequence[float], values: Mapping[str, Sequence[float]], across: str, up: str) -> None:
+    """Draws named lines over `places`, which are apart by factors; `across` and `up` say what the axes are."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    for name, heights in values.items():
+        axis.plot(places, heights, marker="o", label=name)
+    axis.set(xscale="log", xlabel=across, ylabel=up, ylim=(0, None))
+    axis.set_xticks(places, [f"{place:g}" for place in places])
+    axis.minorticks_off()
+    axis.grid(alpha=0.3)
+    axis.legend()
     with replacing(path) as draft:
         figure.savefig(draft, dpi=110)

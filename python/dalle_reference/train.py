@@ -20,7 +20,7 @@ from dalle_reference.config import (
     TrainTransformerConfig,
     to_json,
 )
-from dalle_reference.data import PictureSet, load_pictures
+from dalle_reference.data import PictureSet, load_pictures, pairs
 from dalle_reference.dvae import DiscreteVAE, DVAEOutput
 from dalle_reference.errors import UserError
 from dalle_reference.evaluate import codebook_use, psnr
@@ -121,7 +121,7 @@ def train_transformer(config: TrainTransformerConfig, world: World) -> Path:
     kept_dvae, kept_tokenizer = run_config.out / "dvae", run_config.out / "tokenizer.json"
     dvae_source = kept_dvae if run_config.resume else config.dvae
     dvae = world.main_first(lambda: load_dvae(dvae_source, device))
-    require_grid(config.model, dvae.config, dvae_source)
+    require_grid(config.model, dvae.config, dvae_source, panels=1 + config.panels)
     training = world.main_first(lambda: select_training(config, dvae.config.resolution))
     tokens = tokenize_pictures(dvae, training.images, world)
     captions = [list(record.captions.values()) for record in training.records]
@@ -172,7 +172,7 @@ def train_transformer(config: TrainTransformerConfig, world: World) -> Path:
         texts = [captions[i][number % len(captions[i])] for number, i in enumerate(chosen)]
         text = tokenizer.encode(texts, length).to(device)
         sampled = generate(mean, text, seed=run_config.seed, guidance_scale=config.guidance_scale)
-        decoded = dvae.decode(sampled.unflatten(1, dvae.config.grid))
+        decoded = dvae.decode(sampled.unflatten(1, config.model.grid))
         path = run_config.out / "pictures" / f"samples-{step:08d}.png"
         render.sheet(path, decoded, texts, heading=f"step {step}: samples", footer=training.credit)
         board.add_images("samples", decoded, step)
@@ -270,22 +270,26 @@ def select_training(
         training = training.one_per_concept()
     if config.pictures is not None and config.pictures < len(training):
         training = training.take([i * len(training) // config.pictures for i in range(config.pictures)])
+    if isinstance(config, TrainTransformerConfig) and config.panels:
+        training, _ = pairs(training)
     return training
 
 
 @torch.no_grad()
 def tokenize_pictures(dvae: DiscreteVAE, images: torch.Tensor, world: World | None = None) -> torch.Tensor:
-    """Tokens of uint8 pictures [N, 3, S, S]: int64 [N, h * w], on the CPU.
+    """Tokens of uint8 pictures [N, 3, S, S]: int64 [N, h * w], on the CPU; of n panels [N, 3, n S, S] n times as many.
 
     The processes of `world` share the work, in batches that are the same however many they are.
     """
     device = next(dvae.parameters()).device
     world = world or World(device)
-    rows, columns = dvae.config.grid
-    batches = images.split(_ENCODE_BATCH)
+    panels = images.unflatten(2, (-1, dvae.config.resolution)).transpose(1, 2)  # [N, n, 3, S, S]
+    batches = panels.flatten(0, 1).split(_ENCODE_BATCH)
     own = batches[len(batches) * world.rank // world.size : len(batches) * (world.rank + 1) // world.size]
     parts = [dvae.encode(part.to(device).float() / 255.0).flatten(1).cpu() for part in own]
-    return world.gather(torch.cat(parts) if parts else torch.empty(0, rows * columns, dtype=torch.int64))
+    cells = dvae.config.grid[0] * dvae.config.grid[1]
+    every = world.gather(torch.cat(parts) if parts else torch.empty(0, cells, dtype=torch.int64))
+    return every.reshape(len(images), -1)
 
 
 def _learn_tokens(captions: list[list[str]], vocab_size: int, path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from dalle_reference.config import (
 )
 from dalle_reference.data import PictureSet, load_pictures
 from dalle_reference.errors import UserError
+from dalle_reference.judge import caption_vectors, picture_vectors
 from dalle_reference.load import load_clip, load_dvae, require_grid
 from dalle_reference.loop import Run, alone_in_its_folder, batch_indices, sample_generator
 from dalle_reference.parallel import World
@@ -33,8 +34,6 @@ from dalle_reference.unclip import PixelDecoder, Prior, TokenDecoder, make_prior
 
 _SHOWN, _WAYS = 6, 4
 """Pictures that are completed, or varied, as a run goes on, and how often each."""
-_AT_ONCE = 128
-"""Pictures or captions that CLIP reads at a time."""
 
 
 @alone_in_its_folder
@@ -370,21 +369,6 @@ def variation_sheet(
     shown = [image for picture, others in rows for image in (picture.cpu(), *others)]
     captions = ["the picture", *[""] * number] * len(pictures)
     render.sheet(path, shown, captions, columns=number + 1, heading=heading, footer=footer)
-
-
-@torch.no_grad()
-def picture_vectors(clip: CLIP, images: torch.Tensor) -> torch.Tensor:
-    """CLIP's vectors of pictures uint8 [N, 3, S, S], on its device: float32 [N, embedding]."""
-    device = clip.log_scale.device
-    parts = images.split(_AT_ONCE)
-    return torch.cat([clip.encode_pictures(part.to(device).float() / 255.0) for part in parts])
-
-
-@torch.no_grad()
-def caption_vectors(clip: CLIP, tokenizer: CaptionTokenizer, texts: Sequence[str]) -> torch.Tensor:
-    """CLIP's vectors of captions, on its device: float32 [N, embedding]."""
-    tokens = caption_tokens(texts, tokenizer, clip.config).to(clip.log_scale.device)
-    return torch.cat([clip.encode_captions(part) for part in tokens.split(_AT_ONCE)])
 
 
 def keep_clip(source: Path, target: Path) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import webdataset
-from dalle_reference.data import PictureSet, decode_picture, load_pictures
+from dalle_reference.data import CHANGES, PictureSet, decode_picture, load_pictures, pairs
 from dalle_reference.data.openmoji import LANGUAGES
 from dalle_reference.data.pictures import Record
 from dalle_reference.errors import UserError
@@ -46,6 +46,36 @@ def test_folder(folder: Path, tmp_path: Path) -> None:
     assert list(record.captions.values()) == ["a red square", "красный квадрат"]
     assert by_name["blue.PNG"][1].captions == {}
     assert len(pictures.captioned()) == 1
+
+
+def test_pairs_of_panels_show_what_their_captions_say() -> None:
+    images = torch.randint(256, (20, 3, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    records = tuple(Record(str(n), f"concept {n % 10}", {"en": "a thing", "ru": "вещь"}) for n in range(20))
+    training, held_out = pairs(PictureSet(images, records, "credit"))
+    assert (len(training), len(held_out), training.credit) == (60, 20, "credit")
+    together = {}
+    for side in (training, held_out):
+        for image, record in zip(side.images, side.records, strict=True):
+            (caption,) = record.captions.values()
+            number = int(record.key.split()[0])
+            assert record.concept == records[number].concept
+            together[number, caption] = image
+            above, below = image[:, :4].int(), image[:, 4:].int()
+            assert torch.equal(above, images[number].int())
+            for row in range(4):
+                for column in range(4):
+                    wanted = {
+                        "upside down": above[:, 3 - row, column],
+                        "turned to the left": above[:, column, 3 - row],
+                        "in grey": (above[:, row, column].float().mean().round().expand(3)).int(),
+                        "in other colours": above[[2, 0, 1], row, column],
+                    }[caption]
+                    assert torch.equal(below[:, row, column], wanted)
+    assert len(together) == 80
+    left_out = [next(iter(record.captions.values())) for record in held_out.records]
+    assert [record.key.split()[0] for record in held_out.records] == [record.key for record in records]
+    assert left_out[:10] == left_out[10:], "by the concept"
+    assert set(left_out) == set(CHANGES)
 
 
 def test_folder_is_decoded_once(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

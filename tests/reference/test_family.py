@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,8 @@ def test_the_family_leaves_one_table_and_its_sheets(
         shrink(family.PRIOR_PRESETS, kind, 2, model=small)
     small_decoder = replace(unclip.TOKEN_DECODER, latent=8, layers=2, head_dim=16)
     shrink(family.DECODER_PRESETS, "tokens", 2, model=small_decoder, pictures=70)
+    small_panels = replace(family.TRANSFORMER_PRESETS["panels"][1].model, layers=2, head_dim=16)
+    shrink(family.TRANSFORMER_PRESETS, "panels", 2, model=small_panels, pictures=70)
     monkeypatch.setattr(family, "_CANDIDATES", 8)
 
     cache = ["--cache", str(tmp_path / "cache"), "--device", "cpu"]
@@ -52,21 +55,26 @@ def test_the_family_leaves_one_table_and_its_sheets(
     cli.main(["family", *places])
     said = capsys.readouterr().out
     report = json.loads((tmp_path / "family" / "report.json").read_text())
-    assert set(report["steps"]) == {"clip", "pixels", "prior", "autoregressive", "decoder"}
+    assert set(report["steps"]) == {"clip", "pixels", "prior", "autoregressive", "decoder", "panels"}
     for name in (
         "CLIP, held-out names, ko",
         "DALL-E at temperature 1, CLIP's best of 1",
-        "DALL-E at temperature 1, any of 8",
+        "DALL-E at temperature 1, CLIP's best of 8",
         "pixels, held-out pictures",
         "diffusion prior, held-out cosine",
         "autoregressive prior, held-out cosine",
         "unCLIP's decoder of the picture's vector",
         "unCLIP's decoder of the prior's",
+        "picture to picture, held-out combinations",
     ):
         assert f"{name} " in said
         assert report["figures"][name] in said
     assert "CC BY-SA 4.0" in said
-    for sheet in ("completions.png", "variations.png"):
+    alone, best = (report["figures"][f"DALL-E at temperature 1, CLIP's best of {number}"] for number in (1, 8))
+    shares = re.findall(r"([\d.]+)%", alone)
+    assert shares == shares[:1] * 3, "of one there is no choice"
+    assert float(re.findall(r"([\d.]+)%", best)[2]) >= float(shares[0])
+    for sheet in ("best-of.png", "completions.png", "variations.png", "panels.png"):
         with Image.open(tmp_path / "family" / sheet) as picture:
             assert picture.width > 400
     with pytest.raises(UserError, match="holds a family already"):

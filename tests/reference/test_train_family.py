@@ -12,11 +12,21 @@ import torch
 from dalle_reference import cli
 from dalle_reference.checkpoint import latest
 from dalle_reference.data import load_pictures
+from dalle_reference.judge import caption_vectors, picture_vectors
 from dalle_reference.load import load_clip, load_decoder, load_pixels, load_prior
-from dalle_reference.train_family import caption_vectors, picture_vectors, pixel_loss, prior_cosines
+from dalle_reference.train_family import pixel_loss, prior_cosines
 from PIL import Image
 
-from tests.reference.test_train import TINY_CLIP, TINY_DVAE, losses, refused, start, wait_for_step, weights
+from tests.reference.test_train import (
+    TINY_CLIP,
+    TINY_DVAE,
+    TINY_TRANSFORMER,
+    losses,
+    refused,
+    start,
+    wait_for_step,
+    weights,
+)
 
 OFTEN = ["--log-every", "1", "--precision", "fp32", "--draw-every", "0", "--batch", "4", "--held-out", "0"]
 TINY_PIXELS = ["--resolution", "8", "--layers", "2", "--heads", "2", "--head-dim", "16", *OFTEN]
@@ -121,6 +131,20 @@ def test_pixels_refuse_what_is_odd(
     (tmp_path / "broken.png").write_bytes(b"no picture")
     assert "broken.png: cannot be read" in refused(["complete", str(tmp_path / "broken.png"), *complete[2:]], capsys)
     assert not (tmp_path / "a.png").exists()
+
+
+def test_a_picture_s_change_is_learnt_from_pairs_of_panels(
+    dvae: Path, common: list[str], pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny = [*TINY_TRANSFORMER, "--grid", "16", "8", "--cell-dropout", "0", "--schedule", "causal"]
+    command = ["train-transformer", "panels", "--dvae", str(dvae), *tiny, *common]
+    run = resumes(command, tmp_path)
+    sheet = tmp_path / "sheet.png"
+    cli.main(["generate", "in grey", "--model", str(run), "--complete", str(pictures / "red.png"), "--out", str(sheet)])
+    with Image.open(sheet) as picture:
+        assert picture.height > 2 * 96
+    refusal = refused([*command, "--grid", "8", "8", "--out", str(tmp_path / "other")], capsys)
+    assert "its pictures are --grid 16 8 of --vocab-image 32, the transformer's 8 8 of 32" in refusal
 
 
 @pytest.mark.parametrize("kind", ["diffusion", "autoregressive"])
