@@ -1,6 +1,6 @@
 # make install   .venv with torch, the build and every extra (again: does nothing)
 # make demo      trains a small DALL-E on captioned pictures and draws what it is asked for
-# make family    trains the rest of the family beside the demo, which it makes where there is none: CLIP, pixels, unCLIP
+# make family    trains the rest beside the demo, which it makes where there is none: CLIP, pixels, unCLIP, pictures to pictures
 # make test      every test
 # make test-fast what a change most often breaks, in under two minutes
 # make coverage  which lines of dalle_kernels the tests of its own rooms do not reach
@@ -33,7 +33,7 @@ $(STAMP): $(SOURCES)
 	@# torch 2.11 brings Triton 3.6, whose interpreter wants an older NumPy.
 	@! $(BIN)/python -m pip freeze | grep -q '^triton==3\.6' || $(BIN)/python -m pip install --quiet "numpy<2.4"
 	@echo "==> building the kernels and installing dalle_kernels with its extras (a few minutes)"
-	@$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[reference,bench,test]'
+	@$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[reference,serve,bench,test]'
 	@$(BIN)/python -m pip install --quiet --no-deps -r tests/peers.txt
 	@$(BIN)/python -m dalle_kernels.doctor --no-speed
 	@touch $@

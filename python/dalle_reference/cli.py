@@ -596,6 +596,37 @@ def _plan(config: Annotated[PlanConfig, tyro.conf.arg(name="")]) -> None:
     )
 
 
+@dataclass(frozen=True)
+class ServeConfig:
+    """A page in the browser to try models on, and to look at patterns."""
+
+    model: Path | None = None
+    """Folder of a stage 2, which draws and completes pictures."""
+    clip: Path | None = None
+    """Folder of a train-clip, which ranks what is drawn, and names pictures."""
+    host: str = "127.0.0.1"
+    """Address to listen at; this one only the machine itself can reach, 0.0.0.0 everybody."""
+    port: int = 7860
+    """Port to listen at."""
+    device: str = "auto"
+    """cpu, cuda, or auto."""
+
+    def __post_init__(self) -> None:
+        require(self, "1 to 65535", lambda value: 1 <= value <= 65535, "port")
+
+
+def _serve(config: Annotated[ServeConfig, tyro.conf.arg(name="")]) -> None:
+    """Open a page in the browser to try models on, and to look at patterns; without models, patterns alone."""
+    try:
+        from dalle_reference import serve
+    except ModuleNotFoundError as error:
+        raise UserError(f"{error.name} is not installed; pip install 'dalle_kernels[serve]' brings it") from error
+    device = resolve_device(config.device)
+    painter = None if config.model is None else serve.Painter(*load_transformer(config.model, device))
+    judge = None if config.clip is None else serve.Judge(*load_clip(config.clip, device))
+    serve.serve(serve.make_page(painter, judge), config.host, config.port)
+
+
 def _demo(config: Annotated[demo.DemoConfig, tyro.conf.arg(name="")]) -> None:
     """Train a small DALL-E on OpenMoji, both stages, and show what it draws."""
     demo.run(config)
@@ -622,6 +653,7 @@ _COMMANDS = {
     "convert": _convert,
     "export": _export,
     "plan": _plan,
+    "serve": _serve,
     "demo": _demo,
     "family": _family,
 }

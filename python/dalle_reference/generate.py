@@ -30,7 +30,7 @@ def generate(
     window: int | None = None,
     cache_dtype: torch.dtype | None = None,
     use_cache: bool = True,
-    progress: Callable[[int, int], object] | None = None,
+    progress: Callable[[int, Tensor], object] | None = None,
 ) -> Tensor:
     """Image tokens for captions.
 
@@ -59,7 +59,8 @@ def generate(
             states; None is their own.
         use_cache: keep keys and values between tokens. Without it each token runs the whole stream anew:
             slow, for checking the other way.
-        progress: called with (cells done, cells in all) after each step.
+        progress: called with (cells done, the tokens so far, int64 [B * number, H * W]) after each step; the tensor is
+            written to in the next one.
 
     Returns:
         int64 [B * number, H * W], the prefix included; the pictures of a caption follow one another.
@@ -130,7 +131,7 @@ def generate(
                 )
             known += len(step.draws)
             if progress is not None:
-                progress(known, cells)
+                progress(known, image)
     return image
 
 

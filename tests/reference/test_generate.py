@@ -160,7 +160,13 @@ def test_rows_side_by_side_with_and_without_a_cache(
     with torch.no_grad():
         wanted = uncached(model, text, 5, window, WAYS[way])
     drawn = generate(
-        model, text, seed=5, order="diagonal", window=window, progress=lambda *done: calls.append(done), **WAYS[way]
+        model,
+        text,
+        seed=5,
+        order="diagonal",
+        window=window,
+        progress=lambda done, tokens: calls.append((done, tokens.shape[1])),
+        **WAYS[way],
     )
     assert torch.equal(drawn, wanted)
     assert calls[-1] == (30, 30)
@@ -237,7 +243,13 @@ def test_generation_under_autocast_keeps_a_cache_of_that_dtype(model: DalleTrans
 
 def test_progress_and_gradients(model: DalleTransformer, text: torch.Tensor) -> None:
     calls: list[tuple[int, int]] = []
-    tokens = generate(model, text, seed=0, image_prefix=prefix(27), progress=lambda *done: calls.append(done))
+    tokens = generate(
+        model,
+        text,
+        seed=0,
+        image_prefix=prefix(27),
+        progress=lambda done, tokens: calls.append((done, tokens.shape[1])),
+    )
     assert calls == [(28, 30), (29, 30), (30, 30)]
     model.loss(text, tokens).total.backward()
     model.zero_grad()
