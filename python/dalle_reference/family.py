@@ -21,7 +21,7 @@ from dalle_reference.config import (
     TRANSFORMER_PRESETS,
     TrainTransformerConfig,
 )
-from dalle_reference.data import CHANGES, OPENMOJI_CREDIT, load_pictures, pairs
+from dalle_reference.data import CHANGES, OPENMOJI_CREDIT, PictureSet, load_pictures, pairs
 from dalle_reference.data.openmoji import LANGUAGES
 from dalle_reference.demo import SAMPLING, plan, timed
 from dalle_reference.errors import UserError, require
@@ -38,10 +38,10 @@ from dalle_reference.unclip import TokenDecoder
 _SEED = 0
 _SHARES = {"clip": 0.3, "pixels": 0.25, "prior": 0.1, "autoregressive": 0.05, "decoder": 0.15, "panels": 0.15}
 """Of the training time."""
-_ASKED, _CANDIDATES = 64, 512
-"""Captions of the figures, and pictures that are drawn of each for CLIP to choose from."""
-_NUMBERS = (1, 8, 32, 128, 512)
-"""Of how many it chooses."""
+_ASKED = 64
+"""Captions, or pictures, of a figure."""
+_JUDGED, _CANDIDATES, _NUMBERS = 32, 512, (1, 8, 32, 128, 512)
+"""Captions of which CLIP judges pictures, how many are drawn of each, and of how many it chooses."""
 
 
 @dataclass(frozen=True)
@@ -135,10 +135,27 @@ def _names(config: FamilyConfig, clip: CLIP, tokenizer: CaptionTokenizer) -> dic
     pictures = load_pictures(data.source, clip.config.resolution, config.cache).captioned()
     _, held_out = pictures.split(data.held_out)
     chance = 1 / len(held_out.one_per_concept())
-    return {
+    names = {
         f"CLIP, held-out names, {language}": f"{share:.1%} right at first guess, {share / chance:.0f} times chance"
         for language, share in train.name_pictures(clip, tokenizer, held_out).items()
     }
+    return names | {"CLIP, held-out concepts, one of five skin tones": f"{_tones(clip, tokenizer, held_out):.1%} right"}
+
+
+def _tones(clip: CLIP, tokenizer: CaptionTokenizer, pictures: PictureSet) -> float:
+    """How often CLIP finds a picture's caption among those of its concept in all five skin tones."""
+    toned: dict[str, list[int]] = {}
+    for index, record in enumerate(pictures.records):
+        if record.captions.get("en", "").endswith("skin tone"):
+            toned.setdefault(record.concept, []).append(index)
+    right = []
+    for variants in toned.values():
+        if len(variants) == 5:
+            shown = pictures.take(variants)
+            said = caption_vectors(clip, tokenizer, [record.captions["en"] for record in shown.records])
+            guesses = (picture_vectors(clip, shown.images) @ said.T).argmax(dim=1)
+            right.append(guesses.cpu() == torch.arange(5))
+    return float(torch.cat(right).double().mean())
 
 
 def _best_of(config: FamilyConfig, clip: CLIP, judge_tokenizer: CaptionTokenizer) -> dict[str, str]:
@@ -151,7 +168,7 @@ def _best_of(config: FamilyConfig, clip: CLIP, judge_tokenizer: CaptionTokenizer
     settings = replace(TRANSFORMER_PRESETS["demo"][1], run=_cached(config))
     training = train.select_training(settings, dvae.config.resolution)
     gallery = train.tokenize_pictures(dvae, training.images)
-    chosen = _some(len(training))
+    chosen = _some(len(training))[:_JUDGED]
     texts = _captions(training.records, chosen)
     right, agreed = [], []
     for number, (text, wanted) in enumerate(zip(texts, chosen.tolist(), strict=True)):
