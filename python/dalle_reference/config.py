@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -350,9 +350,11 @@ TRANSFORMER_PRESETS: dict[str, tuple[str, TrainTransformerConfig]] = {
     "panels": (
         "a picture in, a picture out: 4 layers of 2 x 64 over two panels of the demo's tokens; minutes on a CPU",
         TrainTransformerConfig(
-            _run("runs/panels", steps=2000, batch=16, learning_rate=3e-3, beta2=0.96, weight_decay=4.5e-2),
+            _run("runs/panels", steps=2000, batch=16, optimizer="muon", learning_rate=2e-2, beta2=0.98, weight_decay=0.0),
             Path("runs/dvae"),
-            replace(transformer.PRESETS["demo"], vocab_text=300, text_length=8, grid=(20, 10), schedule="causal"),
+            transformer.TransformerConfig(
+                vocab_text=300, text_length=8, grid=(16, 8), layers=4, schedule="causal", text_weight=0.005
+            ),
             one_per_concept=True,
             pictures=1024,
             panels=True,
