@@ -350,7 +350,9 @@ TRANSFORMER_PRESETS: dict[str, tuple[str, TrainTransformerConfig]] = {
     "panels": (
         "a picture in, a picture out: 4 layers of 2 x 64 over two panels of the demo's tokens; minutes on a CPU",
         TrainTransformerConfig(
-            _run("runs/panels", steps=2000, batch=16, optimizer="muon", learning_rate=2e-2, beta2=0.98, weight_decay=0.0),
+            _run(
+                "runs/panels", steps=2000, batch=16, optimizer="muon", learning_rate=2e-2, beta2=0.98, weight_decay=0.0
+            ),
             Path("runs/dvae"),
             transformer.TransformerConfig(
                 vocab_text=300, text_length=8, grid=(16, 8), layers=4, schedule="causal", text_weight=0.005
