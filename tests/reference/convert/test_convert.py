@@ -327,8 +327,8 @@ def test_what_rudalle_cannot_have_converted_is_said(tmp_path: Path) -> None:
     assert "the last of its 6 layers attends by columns" in refusal(rudalle(num_layers=6).state_dict(), heads=3)
     with pytest.raises(ValueError, match=r"input_ids: got \[17\] at the first position, wanted 2"):
         caption_tokens(torch.tensor([[17, 2]]), TransformerConfig(text_length=2))
-    with pytest.raises(ValueError, match=r"input_ids: got shape \(1, 2\), wanted \[B, 16\]"):
-        caption_tokens(torch.tensor([[2, 5]]), TransformerConfig())
+    with pytest.raises(ValueError, match=r"input_ids: got shape \(1, 2\), wanted \[B, 6\]"):
+        caption_tokens(torch.tensor([[2, 5]]), TransformerConfig(text_length=6))
 
 
 # What keeps its own names.
