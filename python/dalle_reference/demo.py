@@ -37,7 +37,7 @@ from dalle_reference.transformer import DalleTransformer
 _ASKED = 64  # captions of the retrieval figure
 _SEED = 0
 _SHARE = 0.05  # of the training time, the dVAE's, which begins nearly where it ends
-SAMPLING: dict[str, Any] = {"temperature": 0.2, "guidance_scale": 1.5}
+SAMPLING: dict[str, Any] = {"temperature": 0.05, "guidance_scale": 1.5}
 _COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "brown", "black", "white")
 _TIMES = 4  # that each unseen combination is drawn
 
