@@ -9,6 +9,7 @@ import random
 import re
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -535,6 +536,20 @@ def test_the_model_compiles() -> None:
     loss.backward()
     got = [loss.detach(), *(parameter.grad for parameter in model.parameters() if parameter.grad is not None)]
     assert_equal(got, wanted)
+
+
+def test_sampling_compiles_to_two_graphs() -> None:
+    """One for the prompt, one for every token after it, whichever column it stands in."""
+    model = ours.accelerate(make(shift_tokens=True, depth=2, attn_types=("axial_row", "conv_like")))
+    wanted, graphs = drawn(model), []
+
+    def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    model.transformer.compile(backend=backend)
+    assert torch.equal(drawn(model), wanted)
+    assert len(graphs) == 2
 
 
 def test_what_is_not_theirs_is_refused() -> None:

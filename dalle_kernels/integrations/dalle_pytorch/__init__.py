@@ -21,6 +21,8 @@ What their modules let a token see, and where ours part from them:
   It gives what theirs gives without a cache, drawing the same random numbers in the same order: under one seed the
   tokens are equal unless two candidates lie within rounding of each other. Their own cache mixes up layers that are not
   `full`, and shifts an image prefix twice.
+- `model.transformer.compile()` makes two graphs for `generate_images`: one reads the prompt, one serves every token
+  after it. `torch.compile(model.generate_images)` makes one, in which every token has its own nodes.
 - With `cond_scale` other than 1, theirs overwrites the caption with zeros at the first token, in the caller's tensor
   too, so that guidance ends there. Ours guides every token and leaves the caption alone.
 """

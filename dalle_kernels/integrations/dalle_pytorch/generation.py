@@ -29,11 +29,11 @@ class Shift(Extension):
             cache[cache_key][:, cells % ring] = image[:, cells]
             cache[cache_key] = cache[cache_key].repeat_interleave(cache.get("copies", 1), 0)
             return out
-        cell, past = cache["offset"] - self.text_len, cache[cache_key]
-        past[:, cell % ring] = x[:, 0, : 2 * quarter]
-        top, left = past[:, (cell + 1) % ring, None, :quarter], past[:, (cell - 1) % ring, None, quarter:]
-        if cell % self.image_size == 0:
-            left = torch.zeros_like(left)
+        # Places are tensors: of numbers torch.compile would make a graph for each place in the ring.
+        cell, past = torch.arange(1, device=x.device) + (cache["offset"] - self.text_len), cache[cache_key]
+        past[:, cell % ring] = x[:, :, : 2 * quarter]
+        top, left = past[:, (cell + 1) % ring, :quarter], past[:, (cell - 1) % ring, quarter:]
+        left = torch.where(cell % self.image_size == 0, 0.0, left)
         return self.fn(torch.cat([top, left, x[..., 2 * quarter :]], -1), cache=cache, **kwargs)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from safetensors import SafetensorError, safe_open
 
 from dalle_reference.errors import UserError
@@ -89,7 +89,8 @@ def decode_picture(data: bytes, resolution: int, name: str) -> torch.Tensor:
                 _turn_upright(opened)
                 picture = _middle_square(opened, resolution)
     except Exception as error:  # what a damaged file raises depends on its format
-        raise UserError(f"{name}: cannot be read as a picture ({error}); repair it or take it out") from error
+        reason = "its bytes begin like no picture's" if isinstance(error, UnidentifiedImageError) else error
+        raise UserError(f"{name}: cannot be read as a picture ({reason}); repair it or take it out") from error
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
 
 
