@@ -177,7 +177,8 @@ def _best_of(config: FamilyConfig, clip: CLIP, judge_tokenizer: CaptionTokenizer
         pictures = torch.cat([dvae.decode(part) for part in drawn.unflatten(1, model.config.grid).split(16)])
         agreed.append(agreement(clip, judge_tokenizer, pictures, text).cpu())
         right.append(right_shares(drawn.cpu(), torch.full((_CANDIDATES,), wanted), gallery))
-    table, curve = {}, {"CLIP's choice": [], "any": [], "the best there is": []}
+    table: dict[str, str] = {}
+    curve: dict[str, list[float]] = {"CLIP's choice": [], "any": [], "the best there is": []}
     numbers = [number for number in _NUMBERS if number <= _CANDIDATES]
     for number in numbers:
         groups = torch.stack(right).unflatten(1, (-1, number))
