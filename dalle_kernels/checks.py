@@ -12,6 +12,7 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 # Kernels compute in float32: the least number whose inverse it holds, and the largest that does not round to infinity.
 LEAST, LARGEST = torch.finfo(torch.float32).tiny, math.nextafter(2.0**128 - 2.0**103, 0)
+_HIGHEST = torch.finfo(torch.float32).max
 
 LEAST_SAID = f"{LEAST:.2g}"  # once: torch.compile(dynamic=True) makes symbols of floats, which format as nothing
 
@@ -42,15 +43,14 @@ def check_number(
     Where it would round to the largest float32 it is that float32: torch converts nothing beyond.
     """
     number = math.nan
-    if isinstance(value, numbers.Real):
+    if isinstance(value, (float, numbers.Real)):  # float: an ABC is slow to ask
         try:
             number = float(value)
         except OverflowError:  # of an int or a fraction
             number = math.inf
     if not (least <= number <= most or (or_zero and number == 0)):
         raise ValueError(f"{name}: got {value!r}, wanted {wanted}")
-    highest = torch.finfo(torch.float32).max
-    return max(-highest, min(number, highest))
+    return max(-_HIGHEST, min(number, _HIGHEST))
 
 
 def as_int(name: str, value: object) -> int:
@@ -79,43 +79,52 @@ def check_temperature(temperature: object) -> float:
     return check_number("temperature", temperature, f"a finite number of at least {LEAST_SAID}", least=LEAST)
 
 
-def positive_temperature(temperature: float | torch.Tensor, device: torch.device) -> torch.Tensor:
-    """`temperature` as a 0-dim float32 tensor on `device`; a number must be above 0 there, and finite.
+def positive_temperature(temperature: float | torch.Tensor, device: torch.device) -> float | torch.Tensor:
+    """`temperature` as kernels on `device` are given it: a 0-dim float32 tensor on a GPU, on the CPU any number.
 
-    A tensor is taken as it is: to look at one on a GPU, the host would have to wait.
+    A number must be above 0 in float32, and finite. A tensor is taken as it is: to look at one on a GPU, the host would
+    have to wait; on the CPU `positive_there` looks.
     """
-    if isinstance(temperature, torch.Tensor):
-        if temperature.numel() != 1:
-            raise ValueError(f"temperature: got shape {tuple(temperature.shape)}, wanted one number")
-        return temperature.detach().reshape(()).to(device, torch.float32)
-    return torch.full((), check_temperature(temperature), dtype=torch.float32, device=device)
+    if not isinstance(temperature, torch.Tensor):
+        temperature = check_temperature(temperature)
+        return temperature if device.type == "cpu" else torch.full((), temperature, dtype=torch.float32, device=device)
+    if temperature.numel() != 1:
+        raise ValueError(f"temperature: got shape {tuple(temperature.shape)}, wanted one number")
+    return _scalar(temperature.detach()).to(device, torch.float32)
 
 
-def seed_tensor(seed: int | torch.Tensor | None, device: torch.device) -> torch.Tensor:
-    """`seed` as a 0-dim int64 tensor on `device`; None draws one from torch's generator there."""
+def positive_there(temperature: float | torch.Tensor) -> None:
+    """Looks at a temperature on the CPU, which no door could where it came as a tensor."""
+    if isinstance(temperature, torch.Tensor) and temperature.is_cpu:
+        check_temperature(temperature.item())
+
+
+def seed_and_row(
+    seed: int | torch.Tensor | None, row_offset: int | torch.Tensor, device: torch.device
+) -> tuple[int | torch.Tensor, int | torch.Tensor]:
+    """Both as kernels on `device` are given them: 0-dim int64 tensors on a GPU, on the CPU ints too.
+
+    A seed of None is drawn from torch's generator there. See `dalle_kernels.noise`.
+    """
     if seed is None:
-        return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device)
-    if isinstance(seed, torch.Tensor):
-        if seed.numel() != 1 or seed.dtype != torch.int64:
-            raise ValueError(f"seed: got {seed.dtype} of shape {tuple(seed.shape)}, wanted one int64")
-        return seed.reshape(()).to(device)
-    if not isinstance(seed, numbers.Integral) or not -(2**63) <= seed < 2**63:
-        raise ValueError(f"seed: got {seed!r}, wanted an int of 64 bits")
-    return torch.full((), int(seed), dtype=torch.int64, device=device)
-
-
-def noise_key(seed: int | torch.Tensor | None, row_offset: int | torch.Tensor, device: torch.device) -> torch.Tensor:
-    """int64 [2] on `device`: `seed`, and which row of the noise the first row takes; see `dalle_kernels.noise`."""
-    if isinstance(row_offset, torch.Tensor):
-        if row_offset.numel() != 1 or row_offset.dtype != torch.int64:
-            came = f"{row_offset.dtype} of shape {tuple(row_offset.shape)}"
-            raise ValueError(f"row_offset: got {came}, wanted one int64")
-        first = row_offset.reshape(()).to(device)
-    elif not isinstance(row_offset, numbers.Integral) or not 0 <= row_offset < 2**63:
-        raise ValueError(f"row_offset: got {row_offset!r}, wanted an int from 0 to 2**63 - 1")
+        seed = torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device)
     else:
-        first = torch.full((), int(row_offset), dtype=torch.int64, device=device)
-    return torch.stack((seed_tensor(seed, device), first))
+        seed = _int64("seed", seed, -(2**63), "an int of 64 bits", device)
+    return seed, _int64("row_offset", row_offset, 0, "an int from 0 to 2**63 - 1", device)
+
+
+def _int64(name: str, value: object, least: int, wanted: str, device: torch.device) -> int | torch.Tensor:
+    if isinstance(value, torch.Tensor):
+        if value.numel() != 1 or value.dtype != torch.int64:
+            raise ValueError(f"{name}: got {value.dtype} of shape {tuple(value.shape)}, wanted one int64")
+        return _scalar(value).to(device)
+    if not isinstance(value, (int, numbers.Integral)) or not least <= value < 2**63:  # int: an ABC is slow to ask
+        raise ValueError(f"{name}: got {value!r}, wanted {wanted}")
+    return int(value) if device.type == "cpu" else torch.full((), int(value), dtype=torch.int64, device=device)
+
+
+def _scalar(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.reshape(()) if tensor.dim() else tensor
 
 
 def autocasts(kind: str) -> bool:
@@ -125,8 +134,7 @@ def autocasts(kind: str) -> bool:
 
 def autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """The tensors as autocast would hand them to scaled_dot_product_attention: float32 and lower cast, float64 not."""
-    kind = tensors[0].device.type
-    if not autocasts(kind):
+    if not torch._C._is_any_autocast_enabled() or not autocasts(kind := tensors[0].device.type):
         return tensors
     dtype = torch.get_autocast_dtype(kind)
     return tuple(
@@ -137,7 +145,7 @@ def autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 def autocast_to_float32(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """The tensors as autocast would hand them to torch's own losses: lower than float32 cast to it, others not."""
-    if not autocasts(tensors[0].device.type):
+    if not torch._C._is_any_autocast_enabled() or not autocasts(tensors[0].device.type):
         return tensors
     return tuple(tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor for tensor in tensors)
 

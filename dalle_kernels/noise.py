@@ -7,7 +7,7 @@ shuffles. u = ((word >> 9) + 0.5) * 2^-23 is exact in float32 and never 0 or 1; 
 between -2.82 and 16.64. The backward pass regenerates it from the seed.
 
 n counts from `row_offset`: a process that has rows a .. b of a batch draws with row_offset=a what the whole batch would
-have drawn there. Beyond 2^64 it wraps. Operations pass both on as one int64 [2], the seed and the offset.
+have drawn there. Beyond 2^64 it wraps. Kernels of a GPU read both as one int64 [2], the seed and the offset.
 """
 
 from __future__ import annotations
@@ -30,12 +30,14 @@ def _product(a: int, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (product >> 32) & _LOW, product & _LOW
 
 
-def philox4x32(counter: tuple[torch.Tensor, ...], key: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+def philox4x32(
+    counter: tuple[torch.Tensor, ...], key: tuple[int | torch.Tensor, int | torch.Tensor]
+) -> tuple[torch.Tensor, ...]:
     """Ten rounds of Philox4x32.
 
     Args:
         counter: four int64 tensors that broadcast, each holding 32-bit words.
-        key: two int64 tensors that broadcast with them, likewise.
+        key: two ints or int64 tensors that broadcast with them, likewise.
 
     Returns:
         Four int64 tensors of 32-bit words.
@@ -51,29 +53,43 @@ def philox4x32(counter: tuple[torch.Tensor, ...], key: tuple[torch.Tensor, torch
 
 
 def gumbel_noise(
-    seed: torch.Tensor, rows: int, codes: int, stream: int, row_offset: int | torch.Tensor = 0
+    seed: int | torch.Tensor,
+    rows: int,
+    codes: int,
+    stream: int,
+    row_offset: int | torch.Tensor = 0,
+    device: torch.device | str | None = None,
 ) -> torch.Tensor:
     """The noise of a whole table.
 
     Args:
-        seed: 0-dim int64.
+        seed: 64 bits, an int or 0-dim int64.
         rows, codes: the table's shape, N and K.
         stream: which operation draws: GUMBEL_STREAM, SAMPLING_STREAM or VQ_STREAM.
         row_offset: which row of the noise the first row takes; an int or 0-dim int64.
+        device: of the table; the seed's, or that of ints, the CPU, where None.
 
     Returns:
-        float32 [N, K] on the seed's device.
+        float32 [N, K].
 
     Example:
-        >>> gumbel_noise(torch.tensor(7), rows=2, codes=5, stream=GUMBEL_STREAM).shape
+        >>> gumbel_noise(7, rows=2, codes=5, stream=GUMBEL_STREAM).shape
         torch.Size([2, 5])
     """
+    if device is None:
+        device = seed.device if isinstance(seed, torch.Tensor) else "cpu"
     quarter = max(-(-codes // 4), 1)
-    counter = torch.arange(quarter, device=seed.device)
-    row = torch.arange(rows, device=seed.device)[:, None] + row_offset
+    counter = torch.arange(quarter, device=device)
+    row = torch.arange(rows, device=device)[:, None] + row_offset
     words = philox4x32(
         (counter, row & _LOW, (row >> 32) & _LOW, torch.full_like(row, stream)), (seed & _LOW, (seed >> 32) & _LOW)
     )
     word = torch.cat([word.expand(rows, quarter) for word in words], dim=1)[:, :codes]
     uniform = ((word >> 9).to(torch.float32) + 0.5) * 2.0**-23
     return -torch.log(-torch.log(uniform))
+
+
+def packed(seed: int | torch.Tensor, row_offset: int | torch.Tensor, device: torch.device) -> torch.Tensor:
+    """int64 [2] on `device`: what its kernels read of both."""
+    both = (torch.as_tensor(number, dtype=torch.int64, device=device) for number in (seed, row_offset))
+    return torch.stack(tuple(both))

@@ -22,7 +22,7 @@ from dalle_kernels.codebook.projection import triton as triton_projection
 from dalle_kernels.codebook.vq import contract as vq_contract
 from dalle_kernels.codebook.vq import triton as triton_vq
 from dalle_kernels.decode import triton as decoding
-from dalle_kernels.decode.store import Store
+from dalle_kernels.decode.contract import Inputs as DecodeInputs
 from dalle_kernels.likelihood import contract as likelihood_contract
 from dalle_kernels.likelihood import triton as likelihood
 from dalle_kernels.sampling import contract as sampling_contract
@@ -31,7 +31,7 @@ from dalle_kernels.sampling import triton as sampling
 
 def calls() -> Iterator[tuple[str, Callable[[], object]]]:
     row, matrix, heads = torch.empty(1), torch.empty(1, 1), torch.empty(1, 1, 1, 1)
-    settings = torch.ones(()), False, True, torch.tensor((1, 0))
+    settings = torch.ones(()), False, True, 1, 0
     codes = torch.zeros(1, dtype=torch.int64)
     made = matrix, codes, row, row, row, row, torch.empty(0)
     saved = *settings, *made
@@ -49,9 +49,9 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
             attention_contract.Needs(True, True, True),
         ),
     )
-    store = Store(heads, heads)
-    yield "decode", lambda: decoding.forward(heads, heads, heads, store, torch.tensor(0), 1.0, pattern)
-    yield "decode_splits", lambda: decoding.forward(heads, heads, heads, store, torch.tensor(0), 1.0, longer)
+    step = DecodeInputs(*(heads,) * 5, torch.tensor(0), pattern, 1.0)
+    yield "decode", lambda: decoding.forward(step).out
+    yield "decode_splits", lambda: decoding.forward(step._replace(pattern=longer)).out
     yield "gumbel", lambda: triton_gumbel.forward(gumbel_contract.Inputs(matrix, matrix, *settings))
     yield (
         "gumbel_backward",
@@ -72,7 +72,7 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
         ),
     )
     table = matrix[None]
-    yield "vq", lambda: triton_vq.forward(vq_contract.Inputs(table, table, 1, "euclidean", 1, None, None)).nearest
+    yield "vq", lambda: triton_vq.forward(vq_contract.Inputs(table, table, 1, "euclidean", 1, None, None, None)).nearest
     kept = vq_contract.Kept(table, table[:, :, None], codes[None, :, None], 1)
     yield (
         "vq_backward",
@@ -81,7 +81,7 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
     yield "statistics", lambda: triton_vq.sum_rows(matrix, codes, 1)
     yield (
         "sampling",
-        lambda: sampling.forward(sampling_contract.Inputs(matrix, matrix, 1, 1, 1, 0.5, torch.tensor((1, 0)))).tokens,
+        lambda: sampling.forward(sampling_contract.Inputs(matrix, matrix, 1, 1, 1, 0.5, 1, 0)).tokens,
     )
     yield (
         "likelihood",

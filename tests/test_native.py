@@ -123,7 +123,7 @@ def test_the_layout_of_a_result_is_that_of_empty_like() -> None:
 def test_an_error_in_a_kernel_says_what_was_wrong() -> None:
     """The doors refuse what users get wrong; this is what remains, and the stable interface hands it through."""
     with pytest.raises(RuntimeError, match=r"sample: wanted logits \[B, V\]"):
-        torch.ops.dalle_kernels_cpu.sample(torch.rand(8), None, 1.0, 1.0, 0, 1.0, torch.tensor((1, 0)))
+        torch.ops.dalle_kernels_cpu.sample(torch.rand(8), None, 1.0, 1.0, 0, 1.0, 1, 0)
     with pytest.raises(RuntimeError, match=r"indices: row 1 holds 9, wanted 0 \.\. 3"):
         torch.ops.dalle_kernels_cpu.vq_backward(
             torch.rand(1, 2, 1), torch.rand(1, 2, 8), torch.rand(1, 2, 1, 8), torch.tensor([[[0], [9]]]), 4, True, True

@@ -20,8 +20,8 @@ from dalle_kernels.codebook.projection import contract as projection_contract
 from dalle_kernels.codebook.projection import triton as triton_projection
 from dalle_kernels.codebook.vq import contract as vq_contract
 from dalle_kernels.codebook.vq import triton as triton_vq
+from dalle_kernels.decode import contract as decode_contract
 from dalle_kernels.decode import triton as decode_kernel
-from dalle_kernels.decode.store import Store
 from dalle_kernels.sampling import triton as sampling_kernel
 from dalle_kernels.sampling.contract import Inputs
 
@@ -102,17 +102,17 @@ def test_decoding(dimension: int) -> None:
     results = []
     for place in (far_apart, lambda tensor, _: tensor.clone()):
         keys, values = place(cache.keys, dimension), place(cache.values, dimension)
-        out = decode_kernel.forward(q, k, v, Store(keys, values), position, 0.25, PATTERN)
+        out = decode_kernel.forward(decode_contract.Inputs(q, k, v, keys, values, position, PATTERN, 0.25)).out
         results.append((out, keys, values))
     assert_same(*results)
 
 
 def test_gumbel() -> None:
     torch.manual_seed(3)
-    logits, codebook, tau, seed = halves(3, 40), halves(40, 16), torch.ones((), device=DEVICE), torch.tensor((1, 0))
+    logits, codebook, tau, seed = halves(3, 40), halves(40, 16), torch.ones((), device=DEVICE), (1, 0)
     results = []
     for table in (far_apart(logits, 0), logits):
-        settings = table, codebook, tau, False, True, seed.to(DEVICE)
+        settings = table, codebook, tau, False, True, *seed
         outputs = triton_gumbel.forward(gumbel_contract.Inputs(*settings))
         gradients = triton_gumbel.backward(
             gumbel_contract.Grads(outputs[0], outputs[2]),
@@ -129,7 +129,7 @@ def test_projection() -> None:
     results = []
     for table in (far_apart(features, 0), features):
         tensors = table, weight, None, codebook
-        settings = torch.ones((), device=DEVICE), False, True, torch.tensor((1, 0), device=DEVICE)
+        settings = torch.ones((), device=DEVICE), False, True, 1, 0
         outputs = triton_projection.forward(projection_contract.Inputs(*tensors, *settings, False, False))
         gradients = triton_projection.backward(
             projection_contract.Grads(outputs[0], outputs[2], None),
@@ -145,7 +145,7 @@ def test_vq() -> None:
     features, codebook, grad = halves(3, 16), halves(40, 16), torch.ones(3, device=DEVICE)
     results = []
     for table in (far_apart(features, 0), features):
-        inputs = vq_contract.Inputs(table[None], codebook[None], len(codebook), "euclidean", 1, None, None)
+        inputs = vq_contract.Inputs(table[None], codebook[None], len(codebook), "euclidean", 1, None, None, None)
         nearest, distances, indices = triton_vq.forward(inputs)
         results.append(
             (
@@ -163,9 +163,9 @@ def test_vq() -> None:
 
 def test_sampling() -> None:
     torch.manual_seed(6)
-    logits, base, seed = halves(3, 50), halves(3, 50), torch.tensor((1, 0), device=DEVICE)
+    logits, base, seed = halves(3, 50), halves(3, 50), (1, 0)
 
     def draw(logits, base):  # type: ignore[no-untyped-def]
-        return sampling_kernel.forward(Inputs(logits, base, 2.0, 0.9, 10, 0.9, seed)).tokens
+        return sampling_kernel.forward(Inputs(logits, base, 2.0, 0.9, 10, 0.9, *seed)).tokens
 
     assert torch.equal(draw(far_apart(logits, 0), far_apart(base, 0)), draw(logits, base))

@@ -35,7 +35,7 @@ def _decode(bits: int, width: int, heads: int, softcap: float | None = None):
         q, k, v = (torch.empty(1, heads, 1, width, dtype=DTYPES[bits]) for _ in range(3))
         cache = KVCache(Row(LAYOUT), 1, heads, width, dtype=DTYPES[bits])
         position = torch.zeros((), dtype=torch.int64)
-        triton_kernel.forward(q, k, v, cache.store, position, width**-0.5, cache.pattern, softcap)
+        triton_kernel.forward(cache.inputs(q, k, v, position, softcap=softcap))
 
     return call
 

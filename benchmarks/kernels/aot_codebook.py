@@ -42,8 +42,8 @@ def cases(arch: int) -> Iterator[Case]:
     yield "statistics/16-bit/128", statistics(16, 128)
 
 
-def settings(hard: bool) -> tuple[torch.Tensor, bool, bool, torch.Tensor]:
-    return torch.ones(()), hard, True, torch.tensor((1, 0))
+def settings(hard: bool) -> tuple[torch.Tensor, bool, bool, int, int]:
+    return torch.ones(()), hard, True, 1, 0
 
 
 def results(latents: torch.Tensor, hard: bool) -> list[torch.Tensor]:
@@ -98,7 +98,7 @@ def projection_backward(bits: int, width: int, codes: int, strip_bytes: int | No
 def vq(bits: int, width: int, metric: str = "euclidean") -> Callable[[], object]:
     def call() -> None:
         features, codebook = (torch.empty(1, rows, width, dtype=DTYPES[bits]) for rows in (ROWS, CODES))
-        triton_vq.forward(vq_contract.Inputs(features, codebook, CODES, metric, 1, None, None))
+        triton_vq.forward(vq_contract.Inputs(features, codebook, CODES, metric, 1, None, None, None))
         indices = torch.zeros(1, ROWS, 1, dtype=torch.int64)
         triton_vq.backward(
             vq_contract.Grads(torch.empty(1, ROWS, 1)),

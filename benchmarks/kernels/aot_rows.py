@@ -25,9 +25,7 @@ def cases(arch: int) -> Iterator[Case]:
 def sample(bits: int, tokens: int, guided: bool = False) -> Callable[[], object]:
     logits = torch.empty(4, tokens, dtype=DTYPES[bits])
     return lambda: (
-        sampling.forward(
-            sampling_contract.Inputs(logits, logits if guided else None, 3.0, 0.9, 100, 0.95, torch.tensor((1, 0)))
-        ).tokens
+        sampling.forward(sampling_contract.Inputs(logits, logits if guided else None, 3.0, 0.9, 100, 0.95, 1, 0)).tokens
     )
 
 

@@ -56,7 +56,7 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
     token = q[:, :, :1]
 
     def step() -> torch.Tensor:
-        cache.truncate(0)
+        cache.lengths.zero_()
         return decode_attention(token, token, token, cache, 0)
 
     yield "torch attention", lambda: scaled_dot_product_attention(q, k, v, is_causal=True)

@@ -94,7 +94,7 @@ def pairs() -> dict[str, Pair]:
             lambda: torch.autograd.grad(attended, leaves, out, retain_graph=True),
         ),
         "decoding (2 kernels)": (
-            lambda: triton_kernel.forward(token, token, token, cache.store, position, 0.125, PATTERN),
+            lambda: triton_kernel.forward(cache.inputs(token, token, token, position)),
             lambda: decode_attention(token, token, token, cache, position, backend="triton"),
         ),
         "Gumbel lookup (1 kernel)": (

@@ -52,9 +52,9 @@ def prepare(kernel: str, bits: int, width: int, tails: bool) -> Callable[[], obj
     codebook = randn(codes, width)
     if kernel == "vq_forward":
         features = randn(ROWS, width)
-        inputs = vq_contract.Inputs(features[None], codebook[None], len(codebook), "euclidean", 1, None, None)
+        inputs = vq_contract.Inputs(features[None], codebook[None], len(codebook), "euclidean", 1, None, None, None)
         return lambda: triton_vq.forward(inputs)
-    settings: tuple[Any, ...] = torch.ones((), device="cuda"), False, True, torch.tensor((1, 0), device="cuda")
+    settings: tuple[Any, ...] = torch.ones((), device="cuda"), False, True, 1, 0
     grads: tuple[torch.Tensor | None, ...] = randn(ROWS, width), torch.ones(ROWS, device="cuda")
     if kernel.startswith("gumbel"):
         tensors = randn(ROWS, codes), codebook

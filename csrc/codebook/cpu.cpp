@@ -13,7 +13,6 @@
 #include "codebook/kernels.h"
 #include "isa.h"
 #include "memory.h"
-#include "noise_key.h"
 #include "operators.h"
 #include "parallel.h"
 #include "scratch.h"
@@ -34,24 +33,23 @@ T* pointer(const std::optional<Tensor>& tensor) {
   return tensor.has_value() && tensor->numel() > 0 ? tensor->data<T>() : nullptr;
 }
 
-Gumbel gumbel_problem(const Tensor& logits, const Tensor& codebook, const Tensor& temperature, bool noise,
-                      const Tensor& seed) {
+Gumbel gumbel_problem(const Tensor& logits, const Tensor& codebook, double temperature, bool noise, int64_t seed,
+                      int64_t row_offset) {
   require(logits.dim() == 2 && has_rows(logits) && codebook.dim() == 2 && codebook.is_contiguous() &&
               logits.size(1) == codebook.size(0) && logits.dtype() == codebook.dtype(),
           "gumbel: wanted logits [N, K] with contiguous rows and a contiguous codebook [K, D] of their dtype");
-  require(temperature.dtype() == DType::float32 && temperature.numel() == 1, "temperature: wanted one float32");
-  const NoiseKey key = noise_key(seed);
-  return {{codebook.data<const void>(), logits.size(0), logits.size(1), codebook.size(1),
-           *temperature.data<const float>(), noise, key.seed, key.first_row},
+  return {{codebook.data<const void>(), logits.size(0), logits.size(1), codebook.size(1), float(temperature), noise,
+           uint64_t(seed), uint64_t(row_offset)},
           logits.data<const void>(),
           logits.stride(0)};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gumbel_forward(const Tensor& logits,
                                                                                   const Tensor& codebook,
-                                                                                  const Tensor& temperature, bool hard,
-                                                                                  bool noise, const Tensor& seed) {
-  const Gumbel problem = gumbel_problem(logits, codebook, temperature, noise, seed);
+                                                                                  double temperature, bool hard,
+                                                                                  bool noise, int64_t seed,
+                                                                                  int64_t row_offset) {
+  const Gumbel problem = gumbel_problem(logits, codebook, temperature, noise, seed, row_offset);
   Tensor latents = new_tensor({problem.rows, problem.width}, logits.dtype());
   Tensor indices = empty({problem.rows}, DType::int64);
   Tensor kl = empty({problem.rows}, DType::float32), maximum = empty({problem.rows}, DType::float32);
@@ -126,14 +124,15 @@ void over_heads(int64_t heads, int64_t size, int64_t grain, const Body& body) {
 
 std::tuple<Tensor, Tensor> gumbel_backward(const std::optional<Tensor>& grad_latents,
                                            const std::optional<Tensor>& grad_kl, const Tensor& logits,
-                                           const Tensor& codebook, const Tensor& temperature, bool hard, bool noise,
-                                           const Tensor& seed, const Tensor& latents, const Tensor& indices,
-                                           const Tensor& kl, const Tensor& maximum, const Tensor& log_noisy,
-                                           const Tensor& log_clean, const Tensor& mixture, bool needs_codebook) {
+                                           const Tensor& codebook, double temperature, bool hard, bool noise,
+                                           int64_t seed, int64_t row_offset, const Tensor& latents,
+                                           const Tensor& indices, const Tensor& kl, const Tensor& maximum,
+                                           const Tensor& log_noisy, const Tensor& log_clean, const Tensor& mixture,
+                                           bool needs_codebook) {
   const CodebookKernels& kernels = kernels_for(logits);
   const bool has_latents = pointer<const void>(grad_latents) != nullptr;
   // Without a gradient of the latents nothing asks for the noise, and codes can be walked in their own order.
-  const Gumbel problem = gumbel_problem(logits, codebook, temperature, noise && has_latents, seed);
+  const Gumbel problem = gumbel_problem(logits, codebook, temperature, noise && has_latents, seed, row_offset);
   const int64_t columns = padded(problem.width), rows = problem.rows;
   Tensor grad_logits = new_tensor({rows, problem.codes}, logits.dtype());
   const bool through_mixture = has_latents && !hard && needs_codebook;
@@ -183,7 +182,8 @@ std::tuple<Tensor, Tensor> gumbel_backward(const std::optional<Tensor>& grad_lat
 }
 
 Projection projection_problem(const Tensor& features, const Tensor& weight, const std::optional<Tensor>& bias,
-                              const Tensor& codebook, const Tensor& temperature, bool noise, const Tensor& seed) {
+                              const Tensor& codebook, double temperature, bool noise, int64_t seed,
+                              int64_t row_offset) {
   require(features.dim() == 2 && has_rows(features) && weight.dim() == 2 && weight.is_contiguous() &&
               codebook.dim() == 2 && codebook.is_contiguous() && features.size(1) == weight.size(1) &&
               weight.size(0) == codebook.size(0) && features.dtype() == weight.dtype() &&
@@ -193,10 +193,8 @@ Projection projection_problem(const Tensor& features, const Tensor& weight, cons
   require(!bias.has_value() ||
               (bias->is_contiguous() && bias->numel() == weight.size(0) && bias->dtype() == features.dtype()),
           "projection: wanted a contiguous bias [K] of the features' dtype");
-  require(temperature.dtype() == DType::float32 && temperature.numel() == 1, "temperature: wanted one float32");
-  const NoiseKey key = noise_key(seed);
-  return {{codebook.data<const void>(), features.size(0), weight.size(0), codebook.size(1),
-           *temperature.data<const float>(), noise, key.seed, key.first_row},
+  return {{codebook.data<const void>(), features.size(0), weight.size(0), codebook.size(1), float(temperature), noise,
+           uint64_t(seed), uint64_t(row_offset)},
           features.data<const void>(),
           weight.data<const void>(),
           bias.has_value() ? bias->data<const void>() : nullptr,
@@ -230,9 +228,9 @@ struct Spreading {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> projection_forward(
     const Tensor& features, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& codebook,
-    const Tensor& temperature, bool hard, bool noise, const Tensor& seed, bool distribution) {
+    double temperature, bool hard, bool noise, int64_t seed, int64_t row_offset, bool distribution) {
   const CodebookKernels& kernels = kernels_for(features);
-  ProjectionForward forward{projection_problem(features, weight, bias, codebook, temperature, noise, seed)};
+  ProjectionForward forward{projection_problem(features, weight, bias, codebook, temperature, noise, seed, row_offset)};
   const int64_t rows = forward.rows, codes = forward.codes;
   const int64_t strip = std::min(rows, distribution ? Projection::rows_with_tables(codes) : Projection::kMostRows);
   Tensor latents = new_tensor({rows, forward.width}, features.dtype());
@@ -277,8 +275,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> projection_fo
 std::tuple<Tensor, Tensor, Tensor, Tensor> projection_backward(
     const std::optional<Tensor>& grad_latents, const std::optional<Tensor>& grad_kl,
     const std::optional<Tensor>& grad_distribution, const Tensor& features, const Tensor& weight,
-    const std::optional<Tensor>& bias, const Tensor& codebook, const Tensor& temperature, bool hard, bool noise,
-    const Tensor& seed, const Tensor& indices, const Tensor& kl, const Tensor& maximum, const Tensor& log_noisy,
+    const std::optional<Tensor>& bias, const Tensor& codebook, double temperature, bool hard, bool noise, int64_t seed,
+    int64_t row_offset, const Tensor& indices, const Tensor& kl, const Tensor& maximum, const Tensor& log_noisy,
     const Tensor& log_clean, bool tied, bool needs_features, bool needs_weight, bool needs_bias, bool needs_codebook) {
   require(!tied || !needs_codebook, "projection: a tied codebook has no gradient of its own");
   const CodebookKernels& kernels = kernels_for(features);
@@ -289,7 +287,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> projection_backward(
   const bool walks_latents = has_latents && (through_logits || through_mixture);
   // Without a gradient of the latents nothing asks for the noise, and codes can be walked in their own order.
   ProjectionBackward backward{
-      projection_problem(features, weight, bias, codebook, temperature, noise && walks_latents, seed)};
+      projection_problem(features, weight, bias, codebook, temperature, noise && walks_latents, seed, row_offset)};
   const int64_t rows = backward.rows, codes = backward.codes, channels = backward.channels, width = backward.width;
   const DType dtype = features.dtype();
   const auto gradient = [&](bool needed, const std::vector<int64_t>& sizes) {
@@ -367,22 +365,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> projection_backward(
 int64_t head_bytes(const Tensor& tensor, int64_t head, int64_t size) { return head * size * tensor.element_size(); }
 
 std::tuple<Tensor, Tensor, Tensor> vq_forward(const Tensor& features, const Tensor& codebook, int64_t metric, int64_t k,
-                                              const std::optional<Tensor>& temperature,
-                                              const std::optional<Tensor>& seed) {
+                                              std::optional<double> temperature, int64_t seed, int64_t row_offset) {
   require(features.dim() == 3 && codebook.dim() == 3 && codebook.is_contiguous() &&
               features.size(0) == codebook.size(0) && features.size(2) == codebook.size(2) &&
               features.dtype() == codebook.dtype(),
           "vq: wanted features [H, N, D] and a contiguous codebook [H, K, D] of their dtype");
   require(1 <= k && k <= kMostNearest && k <= codebook.size(1), "k: got ", k, ", wanted 1 .. 8 and at most K");
   require(0 <= metric && metric <= int64_t(VqMetric::cosine), "metric: got ", metric, ", wanted 0 .. 3");
-  require(temperature.has_value() == seed.has_value(), "temperature, seed: wanted both or neither");
   const CodebookKernels& kernels = kernels_for(features);
   const int64_t heads = features.size(0), rows = features.size(1), codes = codebook.size(1), width = codebook.size(2);
   const Tensor dense = contiguous(features);
   Tensor nearest = new_tensor({heads, rows, k, width}, features.dtype());
   Tensor squared_distance = empty({heads, rows, k}, DType::float32), indices = empty({heads, rows, k}, DType::int64);
   const Tensor norms = empty({heads, codes}, DType::float32);
-  const NoiseKey key = seed.has_value() ? noise_key(*seed) : NoiseKey{};
   const auto problem = [&](int64_t head) {
     return Vq{dense.data<const char>() + head_bytes(dense, head, rows * width),
               codebook.data<const char>() + head_bytes(codebook, head, codes * width),
@@ -391,9 +386,9 @@ std::tuple<Tensor, Tensor, Tensor> vq_forward(const Tensor& features, const Tens
               width,
               VqMetric(metric),
               k,
-              temperature.has_value() ? *temperature->data<const float>() : 0.f,
-              key.seed,
-              key.first_row,
+              float(temperature.value_or(0)),
+              uint64_t(seed),
+              uint64_t(row_offset),
               kVqStream + uint32_t(head) * kHeadStep,
               nearest.data<char>() + head_bytes(nearest, head, rows * k * width),
               indices.data<int64_t>() + head * rows * k,
@@ -489,22 +484,25 @@ std::tuple<Tensor, Tensor> noise_words(int64_t seed, int64_t row, int64_t stream
 
 const Operators defined(
     "CPU",
-    {{"gumbel_forward(Tensor logits, Tensor codebook, Tensor temperature, bool hard, bool noise, Tensor seed)"
+    {{"gumbel_forward(Tensor logits, Tensor codebook, float temperature, bool hard, bool noise, int seed, int "
+      "row_offset)"
       " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
       boxed<&gumbel_forward>},
-     {"gumbel_backward(Tensor? grad_latents, Tensor? grad_kl, Tensor logits, Tensor codebook, Tensor temperature,"
-      " bool hard, bool noise, Tensor seed, Tensor latents, Tensor indices, Tensor kl, Tensor maximum,"
+     {"gumbel_backward(Tensor? grad_latents, Tensor? grad_kl, Tensor logits, Tensor codebook, float temperature,"
+      " bool hard, bool noise, int seed, int row_offset, Tensor latents, Tensor indices, Tensor kl, Tensor maximum,"
       " Tensor log_noisy, Tensor log_clean, Tensor mixture, bool needs_codebook) -> (Tensor, Tensor)",
       boxed<&gumbel_backward>},
-     {"projection_forward(Tensor features, Tensor weight, Tensor? bias, Tensor codebook, Tensor temperature, bool hard,"
-      " bool noise, Tensor seed, bool distribution) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+     {"projection_forward(Tensor features, Tensor weight, Tensor? bias, Tensor codebook, float temperature, bool hard,"
+      " bool noise, int seed, int row_offset, bool distribution) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, "
+      "Tensor)",
       boxed<&projection_forward>},
      {"projection_backward(Tensor? grad_latents, Tensor? grad_kl, Tensor? grad_distribution, Tensor features,"
-      " Tensor weight, Tensor? bias, Tensor codebook, Tensor temperature, bool hard, bool noise, Tensor seed,"
+      " Tensor weight, Tensor? bias, Tensor codebook, float temperature, bool hard, bool noise, int seed, int "
+      "row_offset,"
       " Tensor indices, Tensor kl, Tensor maximum, Tensor log_noisy, Tensor log_clean, bool tied, bool needs_features,"
       " bool needs_weight, bool needs_bias, bool needs_codebook) -> (Tensor, Tensor, Tensor, Tensor)",
       boxed<&projection_backward>},
-     {"vq_forward(Tensor features, Tensor codebook, int metric, int k, Tensor? temperature, Tensor? seed)"
+     {"vq_forward(Tensor features, Tensor codebook, int metric, int k, float? temperature, int seed, int row_offset)"
       " -> (Tensor, Tensor, Tensor)",
       boxed<&vq_forward>},
      {"vq_backward(Tensor grad_squared_distance, Tensor features, Tensor nearest, Tensor indices, int codes,"

@@ -103,16 +103,17 @@ constexpr int64_t kFewestTogether = 8;
 constexpr int64_t kMostSharedParts = 8;
 
 // Writes the new keys and values k and v [B, H, G, D] into their slots of keys and values [B, H, L, D], then attends
-// from q, which may have several heads for each of theirs; row by row G tokens from position (one, or [B]) on. Each B /
-// P rows also see shared_keys and shared_values [P, H, M, D]. hidden [B, L] and shared_hidden [P, M] are true at slots
-// of padding; scales [B, H, L, 2] and shared_scales [P, H, M, 2] are there where keys and values are int8. slot [S],
-// prefix [S], offsets [S + 1], slots: a DecodeTable, as the shared ones, which have no slot.
+// from q, which may have several heads for each of theirs; row by row G tokens from `position` on, or from `positions`
+// (one, or [B]) where they are given. Each B / P rows also see shared_keys and shared_values [P, H, M, D]. hidden [B, L]
+// and shared_hidden [P, M] are true at slots of padding; scales [B, H, L, 2] and shared_scales [P, H, M, 2] are there
+// where keys and values are int8. slot [S], prefix [S], offsets [S + 1], slots: a DecodeTable, as the shared ones, which
+// have no slot.
 Tensor decode_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& keys, const Tensor& values,
                       const std::optional<Tensor>& shared_keys, const std::optional<Tensor>& shared_values,
                       const std::optional<Tensor>& hidden, const std::optional<Tensor>& shared_hidden,
-                      const std::optional<Tensor>& scales, const std::optional<Tensor>& shared_scales,
-                      const Tensor& position, double scale, std::optional<double> softcap, const Tensor& slot,
-                      const Tensor& prefix, const Tensor& offsets, const Tensor& slots,
+                      const std::optional<Tensor>& scales, const std::optional<Tensor>& shared_scales, int64_t position,
+                      const std::optional<Tensor>& positions, double scale, std::optional<double> softcap,
+                      const Tensor& slot, const Tensor& prefix, const Tensor& offsets, const Tensor& slots,
                       const std::optional<Tensor>& shared_prefix, const std::optional<Tensor>& shared_offsets,
                       const std::optional<Tensor>& shared_slots) {
   const int64_t rows = q.size(0), heads = q.size(1), tokens = q.size(2), width = q.size(3);
@@ -139,7 +140,7 @@ Tensor decode_forward(const Tensor& q, const Tensor& k, const Tensor& v, const T
   require(q.stride(3) == 1, "q: wanted unit stride along D");
   check_scales(scales, keys);
   require(k.size(2) == tokens && v.size(2) == tokens, "k, v: wanted ", tokens, " tokens as q has");
-  require(position.numel() == 1 || position.numel() == rows, "position: wanted one, or ", rows);
+  require(!positions || positions->numel() == 1 || positions->numel() == rows, "position: wanted one, or ", rows);
   if (shares) {
     require(shared_values && shared_prefix && shared_offsets && shared_slots && rows == prompts * copies,
             "shared_keys: wanted values, a table, and a divisor of ", rows, " prompts with them");
@@ -156,8 +157,8 @@ Tensor decode_forward(const Tensor& q, const Tensor& k, const Tensor& v, const T
   const Lists own(prefix, offsets, slots);
   const std::optional<Lists> prompt =
       shares ? std::optional<Lists>({*shared_prefix, *shared_offsets, *shared_slots}) : std::nullopt;
-  const int64_t* start = position.data<const int64_t>();
-  const bool by_row = position.numel() > 1;
+  const int64_t* start = positions ? positions->data<const int64_t>() : &position;
+  const bool by_row = positions && positions->numel() > 1;
   bool* const own_hidden = hidden ? hidden->data<bool>() : nullptr;
   const bool* const prompt_hidden = shared_hidden ? shared_hidden->data<const bool>() : nullptr;
   for (int64_t b = 0; b < rows; b++) {
@@ -296,7 +297,7 @@ const Operators defined(
     "CPU",
     {{"decode_forward(Tensor q, Tensor k, Tensor v, Tensor(a!) keys, Tensor(b!) values, Tensor? shared_keys, "
       "Tensor? shared_values, Tensor(c!)? hidden, Tensor? shared_hidden, Tensor(d!)? scales, Tensor? shared_scales, "
-      "Tensor position, float scale, float? softcap, Tensor slot, "
+      "int position, Tensor? positions, float scale, float? softcap, Tensor slot, "
       "Tensor prefix, Tensor offsets, Tensor slots, Tensor? shared_prefix, Tensor? shared_offsets, "
       "Tensor? shared_slots) -> Tensor",
       boxed<&decode_forward>}});

@@ -4,7 +4,6 @@
 #include <optional>
 
 #include "isa.h"
-#include "noise_key.h"
 #include "operators.h"
 #include "parallel.h"
 #include "sampling/kernels.h"
@@ -15,14 +14,13 @@ namespace dalle {
 namespace {
 
 Tensor sample(const Tensor& logits, const std::optional<Tensor>& unconditional, double guidance_scale,
-              double temperature, int64_t top_k, double top_p, const Tensor& seed) {
+              double temperature, int64_t top_k, double top_p, int64_t seed, int64_t row_offset) {
   require(logits.dim() == 2 && has_rows(logits) &&
               (!unconditional || (unconditional->same_shape(logits) && unconditional->dtype() == logits.dtype() &&
                                   has_rows(*unconditional))),
           "sample: wanted logits [B, V] with contiguous rows, and unconditional logits alike");
   require(logits.dtype() == DType::float32 || logits.dtype() == DType::bfloat16,
           "the CPU kernels take float32 and bfloat16, not ", logits.dtype());
-  const NoiseKey key = noise_key(seed);
   Tensor tokens = empty({logits.size(0)}, DType::int64);
   const Sampling problem{logits.data<const void>(),
                          unconditional ? unconditional->data<const void>() : nullptr,
@@ -34,8 +32,8 @@ Tensor sample(const Tensor& logits, const std::optional<Tensor>& unconditional, 
                          float(temperature),
                          top_k,
                          float(top_p),
-                         key.seed,
-                         key.first_row,
+                         uint64_t(seed),
+                         uint64_t(row_offset),
                          tokens.data<int64_t>()};
   const SamplingTable& table = sampling_kernels();
   const SampleRows sample_rows = logits.dtype() == DType::float32 ? table.f32 : table.bf16;
@@ -45,7 +43,7 @@ Tensor sample(const Tensor& logits, const std::optional<Tensor>& unconditional, 
 }
 
 const Operators defined("CPU", {{"sample(Tensor logits, Tensor? unconditional, float guidance_scale, "
-                                 "float temperature, int top_k, float top_p, Tensor seed) -> Tensor",
+                                 "float temperature, int top_k, float top_p, int seed, int row_offset) -> Tensor",
                                  boxed<&sample>}});
 
 }  // namespace

@@ -12,8 +12,10 @@ can say. What a call passes:
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from string import ascii_lowercase
 from types import NoneType
 from typing import Any, Generic, NamedTuple, TypeVar, get_args, get_type_hints
 
@@ -60,7 +62,7 @@ class _Kind(NamedTuple):
     """How a field's type passes through a schema.
 
     A float passes as a float64 tensor on the CPU: torch.compile guards the value of an argument of type float, so that
-    each new temperature would compile anew.
+    each new temperature would compile anew. So do an int and a float in whose place a tensor may come.
     """
 
     schema: str
@@ -76,12 +78,18 @@ def _encode_float(value: float | torch.Tensor) -> torch.Tensor:
     return torch.tensor(value, dtype=torch.float64, device="cpu")
 
 
-_KINDS = {
+def _encode_int(value: int | torch.Tensor) -> torch.Tensor:
+    return value if isinstance(value, torch.Tensor) else torch.full((), value, dtype=torch.int64, device="cpu")
+
+
+_KINDS: dict[Any, _Kind] = {
     torch.Tensor: _Kind("Tensor", lambda value: value, lambda value: value),
     bool: _Kind("bool", lambda value: value, lambda value: value),
     int: _Kind("int", lambda value: value, lambda value: value),
     str: _Kind("str", lambda value: value, lambda value: value),
     float: _Kind("Tensor", _encode_float, lambda value: value.item() if isinstance(value, torch.Tensor) else value),
+    float | torch.Tensor: _Kind("Tensor", _encode_float, lambda value: value),
+    int | torch.Tensor: _Kind("Tensor", _encode_int, lambda value: value),
     Pattern: _Kind(
         "str",
         lambda value: value.spec if isinstance(value, Pattern) else value,
@@ -92,7 +100,8 @@ _KINDS = {
 
 def _kind(hint: Any) -> _Kind:
     """Of a field's type, or of what it is where it is not None."""
-    return next(_KINDS[kind] for kind in (hint, *get_args(hint)) if kind in _KINDS)
+    kinds = [kind for kind in get_args(hint) or (hint,) if kind is not NoneType]
+    return _KINDS[functools.reduce(operator.or_, kinds)]
 
 
 class _Form(Generic[In]):
@@ -105,10 +114,11 @@ class _Form(Generic[In]):
         self.optional = [NoneType in get_args(hints[name]) for name in self.fields]
         self.kinds = [_kind(hints[name]) for name in self.fields]
 
-    def schema(self, prefix: str = "") -> str:
-        """The fields as arguments."""
+    def schema(self, prefix: str = "", writes: tuple[str, ...] = ()) -> str:
+        """The fields as arguments, of which an operation `writes` some."""
+        marks = {name: f"({letter}!)" for name, letter in zip(writes, ascii_lowercase, strict=False)}
         return ", ".join(
-            f"{kind.schema}{'?' * optional} {prefix}{name}"
+            f"{kind.schema}{marks.get(name, '')}{'?' * optional} {prefix}{name}"
             for name, kind, optional in zip(self.fields, self.kinds, self.optional, strict=True)
         )
 
@@ -159,6 +169,7 @@ class Entry(Generic[In, Out]):
         fake: (inputs, backend's name) -> outputs without their values; floats are tensors in it.
         axes: along which DTensors are served in parts.
         derivative: None for an operation that has none.
+        writes: inputs that it changes in place. vmap does not know what that means for samples that share them.
     """
 
     def __init__(
@@ -172,6 +183,7 @@ class Entry(Generic[In, Out]):
         fake: Callable[[In, str], Out],
         axes: tuple[Axis, ...],
         derivative: Derivative | None = None,
+        writes: tuple[str, ...] = (),
     ) -> None:
         self._axes = axes
         self._operation, self._call, self._forward = operation, call, forward
@@ -183,19 +195,20 @@ class Entry(Generic[In, Out]):
             return outputs[0] if self._single else tuple(outputs)
 
         define(
-            f"{name}({self._inputs.schema()}, str backend) -> {returns}",
+            f"{name}({self._inputs.schema(writes=writes)}, str backend) -> {returns}",
             lambda *args: flat(self._run(self._inputs.decode(args[:-1]), args[-1])),
             lambda *args: flat(fake(inputs(*args[:-1]), args[-1])),
         )
         self._op = getattr(torch.ops.dalle_kernels, name).default
         self._derivative = None if derivative is None else _Derived(self, name, derivative)
-        torch.library.register_vmap(f"dalle_kernels::{name}", _sample_by_sample(self._op), lib=_LIBRARY)
+        if not writes:
+            torch.library.register_vmap(f"dalle_kernels::{name}", _sample_by_sample(self._op), lib=_LIBRARY)
 
     def __call__(self, inputs: In, backend: str) -> Out:
-        if not torch.compiler.is_compiling() and _plain(inputs):
+        if plain(inputs):
             if self._derivative is None or not (torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs)):
                 return self._run(inputs, backend)
-            return self._outputs.record(*self._derivative.function.apply(None, backend, *inputs))
+            return self._outputs.record(*self._derivative.apply_plain(inputs, backend))
         if divided(inputs):
             return locally(self, self._axes, inputs, backend)
         result = self._op(*self._inputs.encode(inputs), backend)
@@ -225,15 +238,19 @@ class _Derived:
             self._fake,
         )
         self._op = getattr(torch.ops.dalle_kernels, derivative.name).default
-        self.function = self._forward_function()
+        self._function, self._plain_function = self._forward_function(), self._forward_of_plain()
         once = self._backward_function()
         torch.library.register_vmap(f"dalle_kernels::{derivative.name}", _sample_by_sample(self._op), lib=_LIBRARY)
         _differentiate(name, self._apply)
         _differentiate(derivative.name, once.apply)
 
     def _apply(self, keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
-        outputs = self.function.apply(keyset, args[-1], *args[:-1])
+        outputs = self._function.apply(keyset, args[-1], *args[:-1])
         return outputs[0] if self._entry._single else outputs
+
+    def apply_plain(self, inputs: tuple[Any, ...], backend: str) -> tuple[torch.Tensor, ...]:
+        """The outputs on plain tensors; autograd is told of those alone that may have a derivative."""
+        return self._plain_function.apply(backend, inputs, *[inputs[place] for place in self._needs])
 
     def _split(self, args: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...], list[bool]]:
         count = len(self._grads.fields)
@@ -261,20 +278,41 @@ class _Derived:
             for place, need in zip(self._from, needs, strict=True)
         )
 
-    def _gradients(self, ctx: Any, grads: tuple[torch.Tensor | None, ...]) -> tuple[torch.Tensor | None, ...]:
-        """For every input of the forward."""
-        gradients: list[torch.Tensor | None] = [None] * len(self._entry._inputs.fields)
+    def _gradients(self, ctx: Any, grads: tuple[torch.Tensor | None, ...], needs: list[bool]) -> tuple[Any, ...]:
+        """In the order of `needs`."""
         wanted = [grads[place] for place in self._differentiable]
-        if any(grad is not None for grad in wanted):
-            kept = _restored(ctx)
-            needs = [ctx.needs_input_grad[2 + place] for place in self._needs]
-            if not torch.is_grad_enabled() and _plain((*wanted, *kept)):
-                made = self._run(wanted, kept, needs, ctx.backend)
-            else:
-                made = self._op(*wanted, *self._kept.encode(kept), needs, ctx.backend)
-            for place, gradient, need in zip(self._needs, made, needs, strict=True):
-                gradients[place] = gradient if need else None
-        return tuple(gradients)
+        if all(grad is None for grad in wanted):
+            return (None,) * len(needs)
+        kept = _restored(ctx)
+        if not torch.is_grad_enabled() and plain((*wanted, *kept)):
+            return self._run(wanted, kept, needs, ctx.backend)
+        made = self._op(*wanted, *self._kept.encode(kept), needs, ctx.backend)
+        return tuple(gradient if need else None for gradient, need in zip(made, needs, strict=True))
+
+    def _forward_of_plain(self) -> Any:
+        derived, entry = self, self._entry
+
+        class Plain(torch.autograd.function._SingleLevelFunction):
+            @staticmethod
+            def forward(ctx: Any, backend: str, inputs: tuple[Any, ...], *_: Any) -> tuple[torch.Tensor, ...]:
+                outputs = entry._run(inputs, backend)
+                derived._remember(ctx, backend, (*inputs, *outputs), outputs)
+                return outputs
+
+            @staticmethod
+            def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
+                return None, None, *derived._gradients(ctx, grads, list(ctx.needs_input_grad[2:]))
+
+        return Plain
+
+    def _remember(
+        self, ctx: Any, backend: str, values: tuple[Any, ...], outputs: tuple[torch.Tensor, ...], for_jvp: bool = False
+    ) -> None:
+        ctx.backend = backend
+        _keep(ctx, [values[place] for place in self._keeps], for_jvp)
+        if self._constant:
+            ctx.mark_non_differentiable(*[outputs[place] for place in self._constant])
+        ctx.set_materialize_grads(False)
 
     def _forward_function(self) -> Any:
         derived, entry = self, self._entry
@@ -282,23 +320,20 @@ class _Derived:
         class Forward(torch.autograd.function._SingleLevelFunction):
             @staticmethod
             def forward(keyset: Any, backend: str, *values: Any) -> tuple[torch.Tensor, ...]:
-                if keyset is None:
-                    return tuple(entry._run(entry._inputs.record(*values), backend))
                 result = _below_autograd(entry._op, keyset, (*values, backend))
                 return (result,) if entry._single else result
 
             @staticmethod
             def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-                keyset, ctx.backend, *values = inputs
-                values += output
-                _keep(ctx, [values[place] for place in derived._keeps], for_jvp=keyset is not None)
-                if derived._constant:
-                    ctx.mark_non_differentiable(*(output[place] for place in derived._constant))
-                ctx.set_materialize_grads(False)
+                derived._remember(ctx, inputs[1], (*inputs[2:], *output), output, for_jvp=True)
 
             @staticmethod
             def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
-                return None, None, *derived._gradients(ctx, grads)
+                needs = [ctx.needs_input_grad[2 + place] for place in derived._needs]
+                gradients: list[torch.Tensor | None] = [None] * len(entry._inputs.fields)
+                for place, gradient in zip(derived._needs, derived._gradients(ctx, grads, needs), strict=True):
+                    gradients[place] = gradient
+                return None, None, *gradients
 
             @staticmethod
             def jvp(ctx: Any, *tangents: Any) -> tuple[torch.Tensor | None, ...]:
@@ -404,8 +439,10 @@ def _plain_sets() -> tuple[frozenset[int], frozenset[int]]:
     return frozenset(torch._C._dispatch_keys(tensor).raw_repr() for tensor in tensors), frozenset(threads)
 
 
-def _plain(values: Iterable[Any]) -> bool:
+def plain(values: Iterable[Any]) -> bool:
     """Whether the dispatcher would do nothing with these values but call a CPU kernel, beside autograd."""
+    if torch.compiler.is_compiling():
+        return False
     tensors, threads = _plain_sets()
     if (
         torch._C._dispatch_tls_local_include_set().raw_repr() not in threads

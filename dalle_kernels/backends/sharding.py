@@ -31,7 +31,7 @@ class Axis(NamedTuple):
         inputs: fields of the room's `Inputs`; the first of them decides.
         outputs: fields of its `Outputs`; those not named are sums over the axis, or nothing that anybody reads.
         means: outputs that are means over it.
-        draws: whether noise counts rows along it, from `seed` on; along others nothing that draws is divided.
+        draws: whether noise counts rows along it, from `row_offset` on; along others nothing that draws is divided.
         exchanged: the operation does not fall apart along it: it is exchanged for another, and its results back.
     """
 
@@ -100,9 +100,10 @@ def locally(call: Callable[[In, str], Out], axes: Sequence[Axis], inputs: In, ba
     parts: dict[str, Any] = {name: local(name, tensor) for name, tensor in tensors.items()}
     if draws:
         # One seed for all: where the caller gave none, each process has drawn its own.
-        seed = distribute_tensor(given["seed"], mesh, [Replicate()] * mesh.ndim).to_local()
+        if isinstance(given["seed"], torch.Tensor):
+            parts["seed"] = distribute_tensor(given["seed"], mesh, [Replicate()] * mesh.ndim).to_local()
         first, _ = _share(chosen, next(axis for axis in axes if axis.draws), tensors[leader], mesh)
-        parts["seed"] = seed + torch.tensor([0, first], device=seed.device)
+        parts["row_offset"] = given["row_offset"] + first
     results = call(inputs._replace(**parts), backend)  # type: ignore[attr-defined]
 
     def whole(name: str, result: torch.Tensor) -> torch.Tensor:
@@ -125,7 +126,7 @@ def locally(call: Callable[[In, str], Out], axes: Sequence[Axis], inputs: In, ba
     return type(results)(*(whole(name, result) for name, result in results._asdict().items()))  # type: ignore[attr-defined]
 
 
-_NUMBERS = ("temperature", "seed")  # alike in all processes, so that they may be plain tensors
+_NUMBERS = ("temperature", "seed", "row_offset")  # alike in all processes, so that they may be plain tensors
 
 
 def _along(axes: Sequence[Axis], leader: str, placement: Placement) -> Axis | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -53,9 +54,13 @@ def gradient_like(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.new_empty(tensor.shape)
 
 
-def refuse_nan(name: str, inputs: torch.Tensor, row_result: torch.Tensor) -> None:
-    """On the CPU, a NaN in a row's result is traced to the row; on a GPU the host does not wait to look."""
-    if row_result.device.type == "cpu" and row_result.isnan().any():
-        for row in row_result.isnan().nonzero().flatten().tolist():
-            if inputs[row].isnan().any():
+def refuse_nan(name: str, inputs: torch.Tensor, row_results: torch.Tensor) -> None:
+    """On the CPU, a NaN in a row's results is traced to the row; on a GPU the host does not wait to look.
+
+    No result is -inf, so their sum is NaN where one of them is.
+    """
+    if row_results.is_cpu and math.isnan(row_results.sum().item()):
+        rows = inputs.reshape(-1, inputs.shape[-1])
+        for row in row_results.reshape(len(rows), -1).isnan().any(1).nonzero().flatten().tolist():
+            if rows[row].isnan().any():
                 raise ValueError(f"{name}: row {row} holds NaN, wanted numbers")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 from typing import TypeAlias
 
 import numpy as np
 import torch
 
 from dalle_kernels.checks import FLOATS, as_int, check_alike, check_tensor
-from dalle_kernels.decode.store import Store
+from dalle_kernels.decode.contract import Inputs
 from dalle_kernels.patterns.decode_table import DecodeTable, decode_table_for
 from dalle_kernels.patterns.patterns import Pattern
 
@@ -95,6 +96,7 @@ class KVCache:
         self.values = torch.zeros_like(self.keys)
         self.scales = self._new_scales(self.keys)
         self._forget_prompt()
+        self._checked: tuple[torch.Tensor | None, ...] = (None,)  # the tensors that `check` has looked at
         self.lengths: torch.Tensor | None = torch.zeros(batch * copies, dtype=torch.int64, device="cpu")
         # By row: where it last went back to, and the latest token of each slot at that time. Rows of one past share it.
         self._past: list[_Past] = [(0, None)] * (batch * copies)
@@ -115,21 +117,40 @@ class KVCache:
     @property
     def nbytes(self) -> int:
         """Bytes of all its tensors."""
-        tensors = (tensor for tensor in self.store if isinstance(tensor, torch.Tensor))
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return sum(tensor.numel() * tensor.element_size() for tensor in self._tensors if tensor is not None)
 
     @property
-    def store(self) -> Store:
-        """What backends see of it."""
-        return Store(
+    def _tensors(self) -> tuple[torch.Tensor | None, ...]:
+        prompt = self.shared_keys, self.shared_values, self.shared_hidden, self.shared_scales
+        return self.keys, self.values, self.hidden, self.scales, *prompt
+
+    def inputs(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        position: int | torch.Tensor,
+        scale: float | None = None,
+        softcap: float | None = None,
+    ) -> Inputs:
+        """What backends are given of it, with the tokens at `position`."""
+        return Inputs(
+            q,
+            k,
+            v,
             self.keys,
             self.values,
+            position,
+            self.pattern,
+            scale,
+            softcap,
             self.shared_keys,
             self.shared_values,
             self.hidden,
             self.shared_hidden,
             self.scales,
             self.shared_scales,
+            self.lengths_to_check(),
             self._prompt,
             self.rewind,
         )
@@ -144,6 +165,9 @@ class KVCache:
         keys, values = self.keys, self.values
         if self.copies > 1 and self.shared_keys is None:
             return  # nothing is written before the prefill
+        held = (*self._tensors, self.lengths)
+        if not torch.compiler.is_compiling() and all(map(operator.is_, held, self._checked)):
+            return
         slots = _slots(self.pattern.spec, self._prompt, self.rewind)
         if keys.dim() != 4 or keys.shape[2] != slots:
             raise ValueError(f"cache.keys: got shape {tuple(keys.shape)}, wanted [B, H, {slots}, D]")
@@ -181,6 +205,8 @@ class KVCache:
                 f"cache.keys: got {keys.shape[0]} rows, wanted {len(self.lengths)}, as many as lengths; "
                 "`reorder` makes others"
             )
+        if not torch.compiler.is_compiling():
+            self._checked = held
 
     def check_token(self, name: str, tensor: torch.Tensor, other: torch.Tensor) -> None:
         """A token's tensor suits the cache's dtype and device; an int8 cache takes what is like `other` in dtype."""
@@ -292,7 +318,7 @@ class KVCache:
         else:
             wanted = torch.full((rows,), as_int("position", position), dtype=torch.int64, device="cpu")
         lengths = self.lengths
-        table = self.store.table(self.pattern)
+        table = decode_table_for(self.pattern, "cpu", self._prompt, self.rewind)
         known = wanted if lengths is None else lengths
         made: dict[tuple[int, int, int, int], np.ndarray] = {}
         slots = []
@@ -362,7 +388,7 @@ class KVCache:
 
     def lengths_to_check(self) -> torch.Tensor | None:
         """`lengths` where an operation checks and counts them: on a CPU, where looking at them waits for nothing."""
-        return self.lengths if self.keys.device.type == "cpu" else None
+        return self.lengths if self.keys.is_cpu else None
 
     def expect(self, position: int) -> None:
         """On a GPU, where no operation looks at lengths, the host checks that `position` is the next, if it can."""
@@ -371,7 +397,7 @@ class KVCache:
 
     def count(self, position: int | None, tokens: int) -> None:
         """On a GPU, the host counts `tokens` tokens from `position` on; None is where it does not know."""
-        if self.keys.device.type == "cpu":
+        if self.keys.is_cpu:
             return
         if position is None or torch.compiler.is_compiling():
             self.lengths = None
@@ -389,6 +415,8 @@ def check_position(position: torch.Tensor, tokens: int, length: int) -> None:
 
 def check_next(lengths: torch.Tensor, position: int | torch.Tensor) -> None:
     """`position`, an int or int64 of 0 or 1 dimensions, is where rows of these lengths go on."""
+    if isinstance(position, int) and lengths.tolist().count(position) == len(lengths):  # quicker than three operations
+        return
     wrong = lengths != position
     if not wrong.any():
         return

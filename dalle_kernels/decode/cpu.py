@@ -6,8 +6,7 @@ import torch
 
 from dalle_kernels.backends import native
 from dalle_kernels.backends.contract import Call
-from dalle_kernels.decode.store import Store
-from dalle_kernels.patterns.patterns import Pattern
+from dalle_kernels.decode.contract import Inputs, Outputs
 
 _WIDEST = 256
 
@@ -23,40 +22,28 @@ def describe() -> str:
     return native.instruction_set()
 
 
-def forward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    store: Store,
-    position: torch.Tensor,
-    scale: float,
-    pattern: Pattern,
-    softcap: float | None = None,
-) -> torch.Tensor:
-    """Output [B, H, G, D] like q; k and v go into `store`. `position` int64 of 0 dimensions, or [B]."""
-    table = store.table(pattern)
-    shared: tuple[torch.Tensor | None, ...] = (None, None)
+def forward(inputs: Inputs) -> Outputs:
+    table, position = inputs.table(), inputs.position
     lists: tuple[torch.Tensor | None, ...] = (None, None, None)
     if table.shared is not None:
-        shared = store.shared_keys, store.shared_values
         lists = table.shared.prefix, table.shared.offsets, table.shared.slots
-    return torch.ops.dalle_kernels_cpu.decode_forward(
-        q,
-        k,
-        v,
-        store.keys,
-        store.values,
-        *shared,
-        store.hidden,
-        None if table.shared is None else store.shared_hidden,
-        store.scales,
-        None if table.shared is None else store.shared_scales,
-        position,
-        scale,
-        softcap,
+    one, by_row = (0, position) if isinstance(position, torch.Tensor) else (position, None)
+    out = torch.ops.dalle_kernels_cpu.decode_forward(
+        *inputs[:5],
+        inputs.shared_keys,
+        inputs.shared_values,
+        inputs.hidden,
+        inputs.shared_hidden,
+        inputs.scales,
+        inputs.shared_scales,
+        one,
+        by_row,
+        inputs.factor,
+        inputs.softcap,
         table.slot,
         table.prefix,
         table.offsets,
         table.slots,
         *lists,
     )
+    return Outputs(out)

@@ -6,8 +6,7 @@ import torch
 
 from dalle_kernels.backends import cuda_library
 from dalle_kernels.backends.contract import Call
-from dalle_kernels.decode.store import Store
-from dalle_kernels.patterns.patterns import Pattern
+from dalle_kernels.decode.contract import Inputs, Outputs, one_by_one
 
 _KEYS_A_BLOCK = 64  # fewer are not worth another block
 
@@ -21,23 +20,15 @@ def refuse(call: Call) -> str | None:
     return f"it has no {call.extras[0]}" if call.extras else None
 
 
-def forward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    store: Store,
-    position: torch.Tensor,
-    scale: float,
-    pattern: Pattern,
-    softcap: float | None = None,
-) -> torch.Tensor:
-    """Output [B, H, G, D] like q, a launch a token; k and v go into `store`. `position` is a 0-dim int64 tensor."""
-    if q.shape[2] > 1:
-        steps = zip(q.split(1, 2), k.split(1, 2), v.split(1, 2), strict=True)
-        outs = [forward(*qkv, store, position + token, scale, pattern, softcap) for token, qkv in enumerate(steps)]
-        return torch.cat(outs, 2)
-    table = store.table(pattern, q.device)
-    for name, tensor in (("keys", store.keys), ("values", store.values)):
+def forward(inputs: Inputs) -> Outputs:
+    """A launch a token."""
+    return one_by_one(_step, inputs)
+
+
+def _step(inputs: Inputs) -> torch.Tensor:
+    q, k, v, keys, values = inputs[:5]
+    table = inputs.table(q.device)
+    for name, tensor in (("keys", keys), ("values", values)):
         if tensor.data_ptr() % 16:
             raise ValueError(f"cache.{name}: got memory at {tensor.data_ptr():#x}, wanted a multiple of 16")
     batch, heads, _, width = q.shape
@@ -52,16 +43,16 @@ def forward(
         cuda_library.aligned(q),
         cuda_library.aligned(k),
         cuda_library.aligned(v),
-        store.keys,
-        store.values,
+        keys,
+        values,
         table.slot,
         table.prefix,
         table.offsets,
         table.slots,
-        position,
+        torch.as_tensor(inputs.position, dtype=torch.int64, device=q.device),
         partial,
         out,
-        scale,
+        inputs.factor,
         splits,
     )
     return out

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from dalle_kernels.backends.choice import Operation, register
 from dalle_kernels.backends.contract import Call
-from dalle_kernels.backends.library import define
+from dalle_kernels.backends.library import Entry, define
 from dalle_kernels.backends.sharding import divided
 from dalle_kernels.checks import as_int, autocast, check_scale, check_softcap, check_tensor, rows_contiguous
 from dalle_kernels.decode.cache import KVCache, check_empty, check_next, check_position
+from dalle_kernels.decode.contract import WRITTEN, Backend, Inputs, Outputs, call_of, extras
 from dalle_kernels.decode.eight_bit import quantize
-from dalle_kernels.decode.store import Store
 from dalle_kernels.device import lasting, remembered, settled
 from dalle_kernels.patterns.decode_table import decode_table_for
 from dalle_kernels.patterns.patterns import Pattern
+
+if TYPE_CHECKING:
+    from dalle_kernels.decode import cpu, cuda, reference, triton
+
+    _BACKENDS: tuple[Backend, ...] = (cpu, cuda, triton, reference)
 
 
 def _describe(
@@ -33,24 +38,11 @@ def _describe(
     if not isinstance(cache, KVCache):
         raise TypeError(f"cache: got {type(cache).__name__}, wanted a KVCache")
     by_row = isinstance(position, torch.Tensor) and position.numel() > 1
-    return Call(q.device, autocast(q)[0].dtype, q.shape[-1], _extras(cache.store, q.shape[1], by_row, softcap))
+    asked = extras(cache.inputs(q, q, q, position, softcap=softcap), by_row)
+    return Call(q.device, autocast(q)[0].dtype, q.shape[-1], asked)
 
 
-def _extras(store: Store, heads: int, by_row: bool, softcap: float | None) -> tuple[str, ...]:
-    """What of a call with so many query heads not every backend has."""
-    hidden = store.hidden is not None or store.shared_hidden is not None
-    wanted = {
-        "shared prompts": store.shared_keys is not None,
-        "padding": hidden,
-        "positions that differ by row": by_row,
-        "logit soft cap": softcap is not None,
-        "eight-bit caches": store.scales is not None,
-        "grouped heads": heads != store.keys.shape[1],
-    }
-    return tuple(name for name, asked in wanted.items() if asked)
-
-
-OPERATION: Operation[Any] = Operation(
+OPERATION: Operation[Backend] = Operation(
     "decode_attention",
     {
         "cuda": "dalle_kernels.decode.cuda",
@@ -134,27 +126,9 @@ def decode_attention(
     check_scale(scale)
     softcap = check_softcap(softcap)
     where, known = _position(position, cache, tokens)
-    out = torch.ops.dalle_kernels.decode_forward(
-        rows_contiguous(q),
-        rows_contiguous(k),
-        rows_contiguous(v),
-        cache.keys,
-        cache.values,
-        cache.shared_keys,
-        cache.shared_values,
-        cache.hidden,
-        cache.shared_hidden,
-        cache.scales,
-        cache.shared_scales,
-        cache.lengths_to_check(),
-        where,
-        width**-0.5 if scale is None else float(scale),
-        softcap,
-        cache.pattern.spec,
-        cache.store.prompt,
-        cache.rewind,
-        backend,
-    )
+    scale = None if scale is None else float(scale)
+    q, k, v = map(rows_contiguous, (q, k, v))
+    out = _ENTRY(cache.inputs(q, k, v, where, scale, softcap), backend).out
     cache.count(known, tokens)
     return out
 
@@ -162,62 +136,37 @@ def decode_attention(
 register(decode_attention, OPERATION)
 
 
-def _position(position: int | torch.Tensor, cache: KVCache, tokens: int) -> tuple[torch.Tensor, int | None]:
-    """`position` as a tensor on the cache's device, and as an int where the host knows it."""
-    device, length, rows = cache.keys.device, cache.pattern.length, cache.keys.shape[0]
+def _position(position: int | torch.Tensor, cache: KVCache, tokens: int) -> tuple[int | torch.Tensor, int | None]:
+    """`position` as backends are given it, on a GPU a tensor there, and as an int where the host knows it."""
+    keys, length = cache.keys, cache.pattern.length
     if isinstance(position, torch.Tensor):
+        rows = keys.shape[0]
         if position.dtype != torch.int64 or (position.numel() != 1 and position.shape != (rows,)):
             came = f"{position.dtype} of shape {tuple(position.shape)}"
             raise ValueError(f"position: got {came}, wanted one int64, or int64 of shape ({rows},)")
-        if position.device != device:
-            raise ValueError(f"position: got a tensor on {position.device}, wanted {device} where the cache is")
+        if position.device != keys.device:
+            raise ValueError(f"position: got a tensor on {position.device}, wanted {keys.device} where the cache is")
         return position.reshape(() if position.numel() == 1 else (rows,)), None
     start = as_int("position", position)
     if not 0 <= start <= length - tokens:
         what = "" if tokens == 1 else f" for {tokens} tokens"
         raise ValueError(f"position: got {start}{what}, wanted an int from 0 to {length - tokens}")
     cache.expect(start)
-    return torch.full((), start, dtype=torch.int64, device=device), start
+    return (start if keys.is_cpu else torch.full((), start, dtype=torch.int64, device=keys.device)), start
 
 
-def _forward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    shared_keys: torch.Tensor | None,
-    shared_values: torch.Tensor | None,
-    hidden: torch.Tensor | None,
-    shared_hidden: torch.Tensor | None,
-    scales: torch.Tensor | None,
-    shared_scales: torch.Tensor | None,
-    lengths: torch.Tensor | None,
-    position: torch.Tensor,
-    scale: float,
-    softcap: float | None,
-    pattern: str,
-    prompt: int,
-    rewind: int,
-    backend: str,
-) -> torch.Tensor:
-    parsed, tokens = Pattern.parse(pattern), q.shape[2]
-    store = Store(
-        keys, values, shared_keys, shared_values, hidden, shared_hidden, scales, shared_scales, prompt, rewind
-    )
+def _forward(backend: Backend, inputs: Inputs) -> Outputs:
+    position, lengths = inputs.position, inputs.lengths
     # On the CPU a position tensor can be looked at without waiting for anything, so it is checked here.
-    if position.device.type == "cpu":
-        check_position(position, tokens, parsed.length)
+    if isinstance(position, torch.Tensor) and position.is_cpu:
+        check_position(position, inputs.q.shape[2], inputs.pattern.length)
     if lengths is not None:
         check_next(lengths, position)
-    _check_apart(keys, values)
-    module = OPERATION.choose(
-        backend, Call(q.device, q.dtype, q.shape[-1], _extras(store, q.shape[1], position.dim() > 0, softcap))
-    )
-    out = module.forward(q, k, v, store, position, scale, parsed, softcap)
+    _check_apart(inputs.keys, inputs.values)
+    outputs = backend.forward(inputs)
     if lengths is not None:
-        lengths += tokens
-    return out
+        lengths += inputs.q.shape[2]
+    return outputs
 
 
 def _check_apart(keys: torch.Tensor, values: torch.Tensor) -> None:
@@ -225,8 +174,11 @@ def _check_apart(keys: torch.Tensor, values: torch.Tensor) -> None:
         raise ValueError("cache.values: got the memory of cache.keys, wanted its own")
 
 
-def _forward_fake(q: torch.Tensor, *_: Any) -> torch.Tensor:
-    return torch.empty_like(q)
+def _forward_fake(inputs: Inputs, _: str) -> Outputs:
+    return Outputs(torch.empty_like(inputs.q))
+
+
+_ENTRY = Entry("decode_forward", OPERATION, Inputs, Outputs, call_of, _forward, _forward_fake, (), writes=WRITTEN)
 
 
 def _prefill(
@@ -269,14 +221,6 @@ def _places(pattern: Pattern, tokens: int, prompt: int, rewind: int, device: str
     return slot, token
 
 
-define(
-    "decode_forward(Tensor q, Tensor k, Tensor v, Tensor(a!) keys, Tensor(b!) values, Tensor? shared_keys,"
-    " Tensor? shared_values, Tensor(c!)? hidden, Tensor? shared_hidden, Tensor(d!)? scales, Tensor? shared_scales,"
-    " Tensor(e!)? lengths, Tensor position, float scale, float? softcap, str pattern, int prompt, int rewind,"
-    " str backend) -> Tensor",
-    _forward,
-    _forward_fake,
-)
 define(
     "decode_prefill(Tensor k, Tensor v, Tensor(a!) keys, Tensor(b!) values, Tensor(c!)? hidden,"
     " Tensor(d!)? scales, Tensor? key_padding_mask, Tensor(e!)? lengths, str pattern, int prompt, int rewind) -> ()",

@@ -5,74 +5,54 @@ from __future__ import annotations
 import torch
 
 from dalle_kernels.backends.contract import Call
+from dalle_kernels.decode.contract import Inputs, Outputs
 from dalle_kernels.decode.eight_bit import quantize, widen
-from dalle_kernels.decode.store import Store
 from dalle_kernels.patterns.decode_table import DecodeTable
-from dalle_kernels.patterns.patterns import Pattern
 
 
 def refuse(call: Call) -> str | None:
     return None
 
 
-def forward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    store: Store,
-    position: torch.Tensor,
-    scale: float,
-    pattern: Pattern,
-    softcap: float | None = None,
-) -> torch.Tensor:
-    """Output [B, H, G, D] like q; k and v go into `store`. `position` int64 of 0 dimensions, or [B]."""
-    table, out = store.table(pattern, q.device), torch.empty_like(q)
-    starts = position.expand(q.shape[0]).tolist()
+def forward(inputs: Inputs) -> Outputs:
+    (q, k, v), table, out = inputs[:3], inputs.table(inputs.q.device), torch.empty_like(inputs.q)
+    starts = torch.as_tensor(inputs.position).expand(q.shape[0]).tolist()
     for start in sorted(set(starts)):
         rows = torch.tensor([row for row, other in enumerate(starts) if other == start], device=q.device)
         for token in range(q.shape[2]):  # one after another: a later one may take a slot that an earlier one reads
             here = slice(token, token + 1)
-            step = q[rows, :, here], k[rows, :, here], v[rows, :, here]
-            out[rows, :, here] = _attend(*step, store, rows, start + token, scale, softcap, table)
-    return out
+            step = inputs._replace(q=q[rows, :, here], k=k[rows, :, here], v=v[rows, :, here])
+            out[rows, :, here] = _attend(step, rows, start + token, table)
+    return Outputs(out)
 
 
-def _attend(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    store: Store,
-    rows: torch.Tensor,
-    position: int,
-    scale: float,
-    softcap: float | None,
-    table: DecodeTable,
-) -> torch.Tensor:
-    """One token of `rows`, all of them at `position`."""
+def _attend(step: Inputs, rows: torch.Tensor, position: int, table: DecodeTable) -> torch.Tensor:
+    """One token of `rows`, all of them at `position`, whose q, k and v `step` has."""
+    q, k, v, softcap = *step[:3], step.softcap
     slot = int(table.slot[position])
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    for part, (held, new) in enumerate(((store.keys, k), (store.values, v))):
-        if store.scales is None:
+    for part, (held, new) in enumerate(((step.keys, k), (step.values, v))):
+        if step.scales is None:
             held[rows, :, slot] = new[:, :, 0]
         else:
-            held[rows, :, slot], store.scales[rows, :, slot, part] = quantize(new[:, :, 0])
-    if store.hidden is not None:
-        store.hidden[rows, slot] = False  # what is new is not padding
+            held[rows, :, slot], step.scales[rows, :, slot, part] = quantize(new[:, :, 0])
+    if step.hidden is not None:
+        step.hidden[rows, slot] = False  # what is new is not padding
     seen = _visible(table, position)
-    keys, values = _read(store.keys, store.values, store.scales, rows, seen, wide)
-    hidden = None if store.hidden is None else store.hidden[rows][:, seen]
+    keys, values = _read(step.keys, step.values, step.scales, rows, seen, wide)
+    hidden = None if step.hidden is None else step.hidden[rows][:, seen]
     if table.shared is not None:
-        assert store.shared_keys is not None
-        assert store.shared_values is not None
-        prompts, seen = rows // store.copies, _visible(table.shared, position)
+        assert step.shared_keys is not None
+        assert step.shared_values is not None
+        prompts, seen = rows // step.copies, _visible(table.shared, position)
         ours = torch.zeros(keys.shape[::2], dtype=torch.bool, device=q.device) if hidden is None else hidden
-        before = _read(store.shared_keys, store.shared_values, store.shared_scales, prompts, seen, wide)
+        before = _read(step.shared_keys, step.shared_values, step.shared_scales, prompts, seen, wide)
         keys, values = torch.cat([before[0], keys], 2), torch.cat([before[1], values], 2)
-        if store.shared_hidden is not None:
-            hidden = torch.cat([store.shared_hidden[prompts][:, seen], ours], 1)
+        if step.shared_hidden is not None:
+            hidden = torch.cat([step.shared_hidden[prompts][:, seen], ours], 1)
     groups = q.shape[1] // keys.shape[1]  # of query heads, which see the same keys
     keys, values = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
-    scores = scale * q.to(wide) @ keys.mT
+    scores = step.factor * q.to(wide) @ keys.mT
     if softcap is not None:
         scores = softcap * (scores / softcap).tanh()
     if hidden is None:

@@ -21,7 +21,7 @@ import triton.language as tl
 from dalle_kernels.backends import launch
 from dalle_kernels.backends.contract import Call
 from dalle_kernels.backends.triton_common import ceil_div, obstacle, steepness, tanh
-from dalle_kernels.decode.store import Store
+from dalle_kernels.decode.contract import Inputs, Outputs, one_by_one
 from dalle_kernels.device import lasting
 from dalle_kernels.patterns.decode_table import DecodeTable, decode_table_for
 from dalle_kernels.patterns.patterns import Pattern
@@ -226,45 +226,35 @@ def _remembered(
     return Plan(table, splits, block, {"D": width, "BLOCK_D": block, "SPLITS": splits, **settings})
 
 
-def forward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    store: Store,
-    position: torch.Tensor,
-    scale: float,
-    pattern: Pattern,
-    softcap: float | None = None,
-) -> torch.Tensor:
-    """Output [B, H, G, D] like q, a launch a token; k and v go into `store`.
+def forward(inputs: Inputs) -> Outputs:
+    """A launch a token. A position tensor is read on the device, and not checked."""
+    return one_by_one(_step, inputs)
 
-    `position` is int64 of 0 dimensions, or [B], on the same device, read there and not checked.
-    """
-    if q.shape[2] > 1:
-        steps = zip(q.split(1, 2), k.split(1, 2), v.split(1, 2), strict=True)
-        outs = [forward(*qkv, store, position + token, scale, pattern, softcap) for token, qkv in enumerate(steps)]
-        return torch.cat(outs, 2)
-    keys, values = store.keys, store.values
+
+def _step(inputs: Inputs) -> torch.Tensor:
+    q, k, v, keys, values, position, pattern, _, softcap = inputs[:9]
+    position = torch.as_tensor(position, dtype=torch.int64, device=q.device)
     batch, heads, _, width = q.shape
-    plan = plan_for(pattern, q.device, q.dtype, width, batch * heads, store.prompt, store.rewind)
+    plan = plan_for(pattern, q.device, q.dtype, width, batch * heads, inputs.prompt, inputs.rewind)
     out = torch.empty_like(q)
     # With one split no partial result is written, and any tensor stands for them.
     partial = out
     if plan.splits > 1:
         partial = torch.empty((batch * heads, plan.splits, plan.block + 2), dtype=torch.float32, device=q.device)
-    table, hidden, shared_hidden = plan.table, store.hidden, store.shared_hidden
+    table, hidden, shared_hidden = plan.table, inputs.hidden, inputs.shared_hidden
     shared: tuple[torch.Tensor | None, ...] = (None, None)
     lists: tuple[torch.Tensor | None, ...] = (None, None, None)
     copies, shared_length = 1, 0
     if table.shared is not None:
-        shared = store.shared_keys, store.shared_values
+        shared = inputs.shared_keys, inputs.shared_values
         lists = table.shared.prefix, table.shared.offsets, table.shared.slots
-        copies, shared_length = store.copies, table.shared.cache_length
+        copies, shared_length = inputs.copies, table.shared.cache_length
     padded = hidden is not None or (shared_length > 0 and shared_hidden is not None)
     if padded and hidden is None:
         hidden = torch.zeros(keys.shape[::2], dtype=torch.bool, device=q.device)
     if padded and shared_length and shared_hidden is None:
         shared_hidden = torch.zeros((batch // copies, shared_length), dtype=torch.bool, device=q.device)
+    scale = inputs.factor
     height = scale if softcap is None else softcap
     decode_forward[(batch * heads, plan.splits)](
         q, k, v, keys, values, out, partial, position, table.slot, table.prefix, table.offsets, table.slots,

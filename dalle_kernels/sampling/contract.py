@@ -18,7 +18,8 @@ class Inputs(NamedTuple):
     temperature: float  # 0 takes the largest logit
     top_k: int  # 0 is off
     top_p: float  # 1 is off
-    seed: torch.Tensor  # int64 [2], with the row of the noise that row 0 takes
+    seed: int | torch.Tensor  # 0-dim int64
+    row_offset: int | torch.Tensor  # the row of the noise that row 0 takes; 0-dim int64
 
 
 class Outputs(NamedTuple):

@@ -19,4 +19,5 @@ def describe() -> str:
 
 def forward(inputs: Inputs) -> Outputs:
     """No sort: top-k and top-p are thresholds found by selection."""
-    return Outputs(torch.ops.dalle_kernels_cpu.sample(*inputs))
+    *rest, seed, row_offset = inputs
+    return Outputs(torch.ops.dalle_kernels_cpu.sample(*rest, int(seed), int(row_offset)))

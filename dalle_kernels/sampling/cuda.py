@@ -6,6 +6,7 @@ import torch
 
 from dalle_kernels.backends import cuda_library
 from dalle_kernels.backends.contract import Call
+from dalle_kernels.noise import packed
 from dalle_kernels.sampling.contract import Inputs, Outputs
 
 
@@ -14,10 +15,11 @@ def refuse(call: Call) -> str | None:
 
 
 def forward(inputs: Inputs) -> Outputs:
-    logits, unconditional, guidance_scale, temperature, top_k, top_p, seed = inputs
+    logits, unconditional, guidance_scale, temperature, top_k, top_p, seed, row_offset = inputs
     tokens = torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)
     if logits.shape[0]:
+        key = packed(seed, row_offset, logits.device)
         cuda_library.operations().sample_tokens(
-            logits, unconditional, guidance_scale, temperature, top_k, top_p, seed, tokens
+            logits, unconditional, guidance_scale, temperature, top_k, top_p, key, tokens
         )
     return Outputs(tokens)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +17,8 @@ from dalle_kernels.checks import (
     check_alike,
     check_number,
     check_tensor,
-    noise_key,
     rows_contiguous,
+    seed_and_row,
 )
 from dalle_kernels.sampling.contract import AXES, Backend, Inputs, Outputs, call_of
 
@@ -92,7 +93,7 @@ def sample_tokens(
     temperature = check_number(
         "temperature", temperature, f"0 or a finite number of at least {LEAST_SAID}", least=LEAST, or_zero=True
     )
-    if top_k is not None and (not isinstance(top_k, numbers.Integral) or top_k < 1):
+    if top_k is not None and (not isinstance(top_k, (int, numbers.Integral)) or top_k < 1):
         raise ValueError(f"top_k: got {top_k!r}, wanted an int >= 1 or None")
     if top_p is not None:
         top_p = check_number("top_p", top_p, "0 < top_p <= 1 in float32, or None", least=LEAST, most=1.0)
@@ -115,7 +116,7 @@ def sample_tokens(
             temperature,
             0 if top_k is None else min(int(top_k), 2**31 - 1),  # no row is longer, and no int64 too small for it
             1.0 if top_p is None else top_p,
-            noise_key(seed, row_offset, logits.device),
+            *seed_and_row(seed, row_offset, logits.device),
         ),
         backend,
     ).tokens
@@ -126,11 +127,11 @@ register(sample_tokens, OPERATION)
 
 def _forward(backend: Backend, inputs: Inputs) -> Outputs:
     logits, unconditional = inputs.logits, inputs.unconditional
-    if logits.device.type == "cpu":
+    if logits.is_cpu:
         for name, tensor in (("logits", logits), ("unconditional_logits", unconditional)):
             # A sum is NaN wherever an element is, and costs one pass without a table of flags; opposite infinities
             # make it NaN too, so the elements have the last word.
-            if tensor is not None and tensor.sum().isnan() and tensor.isnan().any():
+            if tensor is not None and math.isnan(tensor.sum().item()) and tensor.isnan().any():
                 row = int(tensor.isnan().any(-1).nonzero()[0])
                 raise ValueError(f"{name}: row {row} holds NaN, wanted numbers")
     if unconditional is not None and inputs.guidance_scale < 0:

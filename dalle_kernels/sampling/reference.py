@@ -16,7 +16,7 @@ def refuse(call: Call) -> str | None:
 
 def forward(inputs: Inputs) -> Outputs:
     """Top-k and top-p keep or drop equal logits together: no sort's order ever shows."""
-    logits, unconditional, guidance_scale, temperature, top_k, top_p, seed = inputs
+    logits, unconditional, guidance_scale, temperature, top_k, top_p, seed, row_offset = inputs
     wide = widen(logits)
     if unconditional is not None:
         base = unconditional.to(wide.dtype)
@@ -39,4 +39,5 @@ def forward(inputs: Inputs) -> Outputs:
         dropped = above.gather(-1, first) >= top_p
         scaled = scaled.masked_fill(dropped.scatter(-1, order, dropped), -torch.inf)
     rows, tokens = scaled.shape
-    return Outputs((scaled + gumbel_noise(seed[0], rows, tokens, SAMPLING_STREAM, seed[1])).argmax(-1))
+    noise = gumbel_noise(seed, rows, tokens, SAMPLING_STREAM, row_offset, scaled.device)
+    return Outputs((scaled + noise).argmax(-1))

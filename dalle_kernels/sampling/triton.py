@@ -20,7 +20,7 @@ import triton.language as tl
 from dalle_kernels.backends.contract import Call
 from dalle_kernels.backends.triton_common import ceil_div, obstacle
 from dalle_kernels.backends.triton_noise import INTERPRETED, LN_2, LOG2_E, gumbel2, philox
-from dalle_kernels.noise import SAMPLING_STREAM
+from dalle_kernels.noise import SAMPLING_STREAM, packed
 from dalle_kernels.sampling.contract import Inputs, Outputs
 
 STREAM = tl.constexpr(SAMPLING_STREAM)
@@ -189,15 +189,15 @@ def refuse(call: Call) -> str | None:
 
 
 def forward(inputs: Inputs) -> Outputs:
-    logits, unconditional, guidance_scale, temperature, top_k, top_p, seed = inputs
+    logits, unconditional, guidance_scale, temperature, top_k, top_p, seed, row_offset = inputs
     rows, tokens = logits.shape
     out = logits.new_empty(rows, dtype=torch.int64)
     if rows:
         quarter = ceil_div(tokens, 4)
         block = max(128, triton.next_power_of_2(quarter))
-        greedy = temperature == 0
+        greedy, key = temperature == 0, packed(seed, row_offset, logits.device)
         sample_kernel[(rows,)](
-            logits, unconditional, out, seed, guidance_scale, temperature, top_k, top_p,
+            logits, unconditional, out, key, guidance_scale, temperature, top_k, top_p,
             tokens, quarter, logits.stride(0), 0 if unconditional is None else unconditional.stride(0),
             GUIDED=unconditional is not None, GREEDY=greedy,
             TOP_K=0 < top_k < tokens and not greedy, TOP_P=top_p < 1 and not greedy,

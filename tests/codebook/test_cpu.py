@@ -61,16 +61,16 @@ def check(name: str, got: torch.Tensor, want: torch.Tensor, plain: torch.Tensor)
 @pytest.mark.usefixtures("poisoned_memory")
 def test_gumbel_against_float64(isa: str, shape: tuple, dtype: torch.dtype, hard: bool, noise: bool) -> None:
     logits, codebook, grad_latents, grad_kl = draw(*shape, dtype)
-    temperature, seed = torch.tensor(0.6), torch.tensor((-(2**62) - 12345, 2**33 - 5))
+    temperature, seed = 0.6, (-(2**62) - 12345, 2**33 - 5)
     exact = [t.double() for t in (logits, codebook)]
-    got = cpu.forward(Inputs(logits, codebook, temperature, hard, noise, seed))
-    want = reference.forward(Inputs(*exact, temperature, hard, noise, seed))
+    got = cpu.forward(Inputs(logits, codebook, temperature, hard, noise, *seed))
+    want = reference.forward(Inputs(*exact, temperature, hard, noise, *seed))
     mine = cpu.backward(
-        Grads(grad_latents, grad_kl), Kept(logits, codebook, temperature, hard, noise, seed, *got), Needs(True, True)
+        Grads(grad_latents, grad_kl), Kept(logits, codebook, temperature, hard, noise, *seed, *got), Needs(True, True)
     )
     theirs = reference.backward(
         Grads(grad_latents.double(), grad_kl.double()),
-        Kept(*exact, temperature, hard, noise, seed, *want),
+        Kept(*exact, temperature, hard, noise, *seed, *want),
         Needs(True, True),
     )
     plain = plain_gumbel(logits, codebook, temperature, hard, noise, seed, grad_latents, grad_kl)
@@ -92,9 +92,9 @@ def test_gumbel_against_float64(isa: str, shape: tuple, dtype: torch.dtype, hard
 @pytest.mark.usefixtures("poisoned_memory")
 def test_gradients_of_one_output_alone(isa: str, dtype: torch.dtype) -> None:
     logits, codebook, grad_latents, grad_kl = draw(66, 259, 24, dtype)
-    temperature, seed = torch.tensor(1.5), torch.tensor((3, 0))
-    saved = cpu.forward(Inputs(logits, codebook, temperature, False, True, seed))
-    common = (logits, codebook, temperature, False, True, seed, *saved)
+    temperature, seed = 1.5, (3, 0)
+    saved = cpu.forward(Inputs(logits, codebook, temperature, False, True, *seed))
+    common = (logits, codebook, temperature, False, True, *seed, *saved)
     both = cpu.backward(Grads(grad_latents, grad_kl), Kept(*common), Needs(True, True))
     only_latents = cpu.backward(Grads(grad_latents, None), Kept(*common), Needs(True, True))
     only_kl = cpu.backward(Grads(None, grad_kl), Kept(*common), Needs(True, True))
@@ -139,7 +139,7 @@ def test_ties_take_the_first_index(isa: str, dtype: torch.dtype) -> None:
     logits[1, [650, 130, 333]] = 2
     logits[2, [699, 350]] = 1
     codebook = torch.randn(700, 8).to(dtype)
-    indices = cpu.forward(Inputs(logits, codebook, torch.tensor(1.0), True, False, torch.tensor((0, 0))))[1]
+    indices = cpu.forward(Inputs(logits, codebook, 1.0, True, False, 0, 0))[1]
     assert indices.tolist() == [0, 130, 350]
     table = torch.randn(50, 6).to(dtype)
     table[31] = table[17]
@@ -167,7 +167,7 @@ def test_minus_infinity_and_huge_logits(isa: str, noise: bool) -> None:
     logits[:, :400] = -torch.inf
     logits[:, 500:] += 3e4
     logits[8] = -1e20 * torch.arange(600)
-    arguments = (torch.tensor(0.05), not noise, noise, torch.tensor((8, 0)))
+    arguments = (0.05, not noise, noise, 8, 0)
     got = cpu.forward(Inputs(logits, codebook, *arguments))
     want = reference.forward(Inputs(logits.double(), codebook.double(), *arguments))
     plain = reference.forward(Inputs(logits, codebook, *arguments))
@@ -183,13 +183,13 @@ def test_minus_infinity_and_huge_logits(isa: str, noise: bool) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_bits_do_not_depend_on_threads(isa: str, shape: tuple, dtype: torch.dtype) -> None:
     logits, codebook, grad_latents, grad_kl = draw(*shape, dtype)
-    arguments = (torch.tensor(0.8), False, True, torch.tensor((5, 0)))
+    arguments = (0.8, False, True, 5, 0)
     threads, results = torch.get_num_threads(), []
     try:
         for count in (1, 2, 7):
             torch.set_num_threads(count)
             forward = cpu.forward(Inputs(logits, codebook, *arguments))
-            hard = cpu.forward(Inputs(logits, codebook, arguments[0], True, True, arguments[3]))
+            hard = cpu.forward(Inputs(logits, codebook, arguments[0], True, True, *arguments[3:]))
             results.append(
                 (
                     *forward,
@@ -199,7 +199,7 @@ def test_bits_do_not_depend_on_threads(isa: str, shape: tuple, dtype: torch.dtyp
                     ),
                     *cpu.backward(
                         Grads(grad_latents, grad_kl),
-                        Kept(logits, codebook, arguments[0], True, True, arguments[3], *hard),
+                        Kept(logits, codebook, arguments[0], True, True, *arguments[3:], *hard),
                         Needs(True, True),
                     ),
                 )
@@ -216,7 +216,7 @@ def test_bits_do_not_depend_on_threads(isa: str, shape: tuple, dtype: torch.dtyp
 def test_vq_against_float64(isa: str, shape: tuple, dtype: torch.dtype) -> None:
     _, codebook, features, grad = draw(*shape, dtype)
     features, codebook, grad = features[None], codebook[None], grad[None, :, None]
-    inputs = vq_contract.Inputs(features, codebook, codebook.shape[1], "euclidean", 1, None, None)
+    inputs = vq_contract.Inputs(features, codebook, codebook.shape[1], "euclidean", 1, None, None, None)
     nearest, distance, indices = vq_cpu.forward(inputs)
     exact = (features.double()[:, :, None] - codebook.double()[:, None]).square().sum(-1)
     assert torch.equal(indices[..., 0], exact.argmin(-1))
@@ -237,7 +237,7 @@ def test_vq_against_float64(isa: str, shape: tuple, dtype: torch.dtype) -> None:
 def test_rows_further_apart_and_no_rows(isa: str) -> None:
     wide, codebook, *_ = draw(20, 300, 16, torch.float32)
     logits, codebook = wide[:, 20:277], codebook[:257].contiguous()
-    arguments = (torch.tensor(1.0), False, True, torch.tensor((5, 0)))
+    arguments = (1.0, False, True, 5, 0)
     for one, other in zip(
         cpu.forward(Inputs(logits, codebook, *arguments)),
         cpu.forward(Inputs(logits.contiguous(), codebook, *arguments)),
@@ -254,7 +254,7 @@ def test_rows_further_apart_and_no_rows(isa: str) -> None:
 @pytest.mark.parametrize("noise", [True, False])
 def test_scores_far_apart(isa: str, noise: bool, size: float, temperature: float) -> None:
     logits, codebook, grad_latents, grad_kl = draw(20, 333, 32, torch.float32)
-    settings = torch.tensor(temperature), False, noise, torch.tensor((4, 0))
+    settings = temperature, False, noise, 4, 0
     got = cpu.forward(Inputs(size * logits, codebook, *settings))
     want = reference.forward(Inputs((size * logits).double(), codebook.double(), *settings))
     assert torch.equal(got[0].double(), want[0])  # one code takes all
@@ -269,9 +269,7 @@ def test_scores_far_apart(isa: str, noise: bool, size: float, temperature: float
 @pytest.mark.parametrize("floor", [-2e30, torch.finfo(torch.float32).min])
 def test_rows_at_the_floor_are_uniform(isa: str, floor: float, noise: bool) -> None:
     codebook = torch.randn(40, 8)
-    latents, indices, kl, *_ = cpu.forward(
-        Inputs(torch.full((3, 40), floor), codebook, torch.tensor(1.0), False, noise, torch.tensor((1, 0)))
-    )
+    latents, indices, kl, *_ = cpu.forward(Inputs(torch.full((3, 40), floor), codebook, 1.0, False, noise, 1, 0))
     torch.testing.assert_close(latents, codebook.mean(0).expand(3, -1))
     assert torch.equal(indices, torch.zeros(3, dtype=torch.int64))
     torch.testing.assert_close(kl, torch.zeros(3), rtol=0, atol=1e-6)
@@ -290,7 +288,7 @@ def test_automatic_choice_is_native() -> None:
 def test_a_frozen_codebook_costs_nothing(isa: str, hard: bool) -> None:
     """What is asked for alone has the bits it has among all; what is not asked for is not made."""
     logits, codebook, grad_latents, grad_kl = draw(70, 40, 24, torch.float32)
-    settings = (logits, codebook, torch.tensor(0.7), hard, True, torch.tensor((2, 0)))
+    settings = (logits, codebook, 0.7, hard, True, 2, 0)
     kept, grads = Kept(*settings, *cpu.forward(Inputs(*settings))), Grads(grad_latents, grad_kl)
     both, alone = (cpu.backward(grads, kept, Needs(True, codebook)) for codebook in (True, False))
     assert torch.equal(both[0], alone[0])

@@ -148,7 +148,7 @@ def test_the_reference_is_the_formula(mode: tuple) -> None:
 
 
 def settings(hard: bool = False, noise: bool = True, temperature: float = 0.8, mean: bool = True) -> tuple[Any, ...]:
-    return torch.tensor(temperature), hard, noise, torch.tensor((5, 0)), mean, False
+    return temperature, hard, noise, 5, 0, mean, False
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -346,7 +346,8 @@ def test_forward_mode_of_one_table() -> None:
 def test_it_is_a_well_made_operation(hard: bool, mean: bool, dtype: torch.dtype) -> None:
     tensors = [tensor.requires_grad_() for tensor in draw(5, 8, 12, 16, dtype)[0]]
     for bias in (tensors[2], None):
-        given = (*tensors[:2], bias, tensors[3], *settings(hard, mean=mean), "auto")
+        drawn = torch.tensor(0.8), hard, True, torch.tensor(5), torch.tensor(0)
+        given = (*tensors[:2], bias, tensors[3], *drawn, mean, False, "auto")
         opcheck(torch.ops.dalle_kernels.gumbel_projection_forward.default, given, atol=1e-4, rtol=1e-4)
 
 

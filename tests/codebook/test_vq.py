@@ -235,9 +235,9 @@ def test_compiled_and_under_opcheck() -> None:
         strict=True,
     ):
         torch.testing.assert_close(one, other)
-    seed, heat = torch.tensor((1, 0)), torch.tensor(0.5)
+    noise = torch.tensor(0.5), torch.tensor(1), torch.tensor(0)
     torch.library.opcheck(
-        torch.ops.dalle_kernels.vq_forward.default, (features, codebook, 13, "cosine", 2, heat, seed, "auto")
+        torch.ops.dalle_kernels.vq_forward.default, (features, codebook, 13, "cosine", 2, *noise, "auto")
     )
     torch.library.opcheck(
         torch.ops.dalle_kernels.code_statistics.default,

@@ -17,21 +17,21 @@ from tests.codebook import offsets
 MODES = [(False, True), (True, True), (True, False)]  # (hard, noise)
 
 
-def _inputs(rows: int, codes: int, width: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+def _inputs(rows: int, codes: int, width: int, dtype: torch.dtype) -> tuple[Any, ...]:
     generator = torch.Generator().manual_seed(rows * codes + width)
     logits = (3 * torch.randn(rows, codes, generator=generator)).to(dtype)
     return (
         logits,
         torch.randn(codes, width, generator=generator).to(dtype),
         torch.tensor(0.7),
-        torch.tensor((-(2**40) + 5, 2**32 - 20)),
+        (-(2**40) + 5, 2**32 - 20),
     )
 
 
 def _check_forward(rows: int, codes: int, width: int, dtype: torch.dtype, hard: bool, noise: bool) -> None:
     logits, codebook, temperature, seed = _inputs(rows, codes, width, dtype)
-    got = cuda.forward(Inputs(logits, codebook, temperature, hard, noise, seed))
-    want = reference.forward(Inputs(logits.double(), codebook.double(), temperature, hard, noise, seed))
+    got = cuda.forward(Inputs(logits, codebook, temperature, hard, noise, *seed))
+    want = reference.forward(Inputs(logits.double(), codebook.double(), temperature, hard, noise, *seed))
     noisy = logits.float() + (gumbel_noise(seed[0], rows, codes, GUMBEL_STREAM, seed[1]) if noise else 0)
     best = noisy.gather(1, torch.stack([got[1], want[1]], dim=1))
     assert ((got[1] == want[1]) | (best[:, 0] - best[:, 1] > -1e-5)).all()  # equal but for scores within rounding
@@ -67,13 +67,13 @@ def _check_backward(
     generator = torch.Generator().manual_seed(1)
     grad_latents = torch.randn(rows, width, generator=generator).to(dtype) if latents else None
     grad_kl = torch.randn(rows, generator=generator) if kl else None
-    kept = cuda.forward(Inputs(logits, codebook, temperature, hard, noise, seed))
-    got = cuda.backward(Grads(grad_latents, grad_kl), Kept(*inputs[:3], hard, noise, seed, *kept), Needs(True, True))
+    kept = cuda.forward(Inputs(logits, codebook, temperature, hard, noise, *seed))
+    got = cuda.backward(Grads(grad_latents, grad_kl), Kept(*inputs[:3], hard, noise, *seed, *kept), Needs(True, True))
     wide = logits.double(), codebook.double()
-    exact = reference.forward(Inputs(*wide, temperature, hard, noise, seed))
+    exact = reference.forward(Inputs(*wide, temperature, hard, noise, *seed))
     want = reference.backward(
         Grads(None if grad_latents is None else grad_latents.double(), grad_kl),
-        Kept(*wide, temperature, hard, noise, seed, *exact),
+        Kept(*wide, temperature, hard, noise, *seed, *exact),
         Needs(True, True),
     )
     # 16 bits: what float32 arithmetic on results rounded to them allows; y and dL enter products rounded.

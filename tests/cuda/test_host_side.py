@@ -21,7 +21,7 @@ from dalle_kernels.sampling import cuda as sampling
 from tests.cuda.elsewhere import Elsewhere
 
 PATTERN = Row(TokenLayout(70, (9, 11)))
-SEED = torch.tensor((7, 0))
+SEED = 7, 0
 
 
 class Recorder(TorchDispatchMode):
@@ -49,17 +49,17 @@ def _attention() -> None:
 def _decode() -> None:
     q = torch.ones(1, 2, 1, 32)
     cache = KVCache(PATTERN, 1, 2, 32, dtype=q.dtype)
-    decode.forward(q, q, q, cache.store, torch.tensor(5), 0.1, PATTERN)
+    decode.forward(cache.inputs(q, q, q, 5, 0.1))
 
 
 def _gumbel_forward() -> None:
-    codebook.forward(gumbel_contract.Inputs(*_gumbel_inputs(), False, True, SEED))
+    codebook.forward(gumbel_contract.Inputs(*_gumbel_inputs(), False, True, *SEED))
 
 
 def _gumbel_backward() -> None:
     """Hard, so that a codebook row's gradient is a sum over the rows that drew it: not one of atomic additions."""
     inputs = _gumbel_inputs()
-    settings = (*inputs, True, True, SEED)
+    settings = (*inputs, True, True, *SEED)
     made = codebook.forward(gumbel_contract.Inputs(*settings))
     kept, grads = gumbel_contract.Kept(*settings, *made), gumbel_contract.Grads(made.latents, made.kl)
     codebook.backward(grads, kept, gumbel_contract.Needs(True, True))
@@ -70,7 +70,7 @@ def _gumbel_inputs() -> tuple[torch.Tensor, ...]:
 
 
 def _sampling() -> None:
-    sampling.forward(sampling_contract.Inputs(torch.ones(4, 64), None, 1.0, 1.0, 5, 0.9, SEED))
+    sampling.forward(sampling_contract.Inputs(torch.ones(4, 64), None, 1.0, 1.0, 5, 0.9, *SEED))
 
 
 @pytest.mark.parametrize(
@@ -122,6 +122,6 @@ def test_operations_run_elsewhere_give_what_they_give_here(emulated_operations: 
     here, elsewhere = torch.zeros(2, 6, dtype=torch.int64)
     operations = Elsewhere(emulated_operations, torch.device("cpu"))
     for run, tokens in ((emulated_operations, here), (operations, elsewhere)):
-        run.sample_tokens(logits, None, 1.0, 1.0, 40, 0.9, SEED, tokens)
+        run.sample_tokens(logits, None, 1.0, 1.0, 40, 0.9, torch.tensor(SEED), tokens)
     assert here.equal(elsewhere)
     assert here.any()

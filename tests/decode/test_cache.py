@@ -44,7 +44,7 @@ def poisoned(pattern: Pattern, rows: int = 2, dtype: torch.dtype = torch.float64
 
 def state(cache: KVCache) -> list[torch.Tensor]:
     assert cache.lengths is not None
-    tensors = (*cache.store[:8], cache.lengths)
+    tensors = (*cache._tensors, cache.lengths)
     return [tensor.clone() for tensor in tensors if isinstance(tensor, torch.Tensor)]
 
 

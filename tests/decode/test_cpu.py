@@ -12,7 +12,7 @@ from dalle_kernels.attention.contract import Inputs
 from dalle_kernels.backends.contract import Call
 from dalle_kernels.decode import cpu
 from dalle_kernels.decode.cache import KVCache
-from dalle_kernels.decode.store import Store
+from dalle_kernels.decode.contract import Inputs as Step
 from dalle_kernels.patterns.layout import TokenLayout
 from dalle_kernels.patterns.patterns import (
     AxialRow,
@@ -53,7 +53,7 @@ def decode(
     outs = []
     for i in range(start, length):
         new = (t[:, :, i : i + 1] for t in (q, k, v))
-        outs.append(cpu.forward(*new, cache.store, torch.tensor(i), scale, pattern))
+        outs.append(cpu.forward(cache.inputs(*new, i, scale)).out)
     return torch.cat(outs, 2)
 
 
@@ -110,7 +110,7 @@ def test_bits_do_not_depend_on_threads(isa: str, heads: int, dtype: torch.dtype)
     try:
         for count in (1, 2, 7):
             torch.set_num_threads(count)
-            outs.append(cpu.forward(q, k, v, cache.store, torch.tensor(539), 0.2, pattern))
+            outs.append(cpu.forward(cache.inputs(q, k, v, 539, 0.2)).out)
     finally:
         torch.set_num_threads(before)
     assert torch.equal(outs[0], outs[1])
@@ -141,7 +141,7 @@ def shared(
     outs = []
     for first in range(prompt, pattern.length, chunk):
         new = (t[:, :, first : first + chunk] for t in (q, k, v))
-        outs.append(cpu.forward(*new, cache.store, torch.tensor(first), scale, pattern))
+        outs.append(cpu.forward(cache.inputs(*new, torch.tensor(first), scale)).out)
     return torch.cat(outs, 2), exact[:, :, prompt:], plain[:, :, prompt:]
 
 
@@ -194,7 +194,7 @@ def test_nan_in_a_shared_prompt_reaches_the_queries_that_see_it(isa: str) -> Non
         kv[tensor, 1, 0, place, 3] = torch.nan
         cache.prefill(*kv)
         new = torch.randn(3, 2 * copies, 1, 1, 16)
-        out = cpu.forward(*new, cache.store, torch.tensor(90), 0.2, pattern)
+        out = cpu.forward(cache.inputs(*new, 90, 0.2)).out
         assert out[:copies].isfinite().all()
         assert out[copies:].isnan().any(-1).all()
 
@@ -206,7 +206,7 @@ def test_strides(isa: str) -> None:
     keys, values = (t.transpose(1, 2)[..., :width] for t in whole)
     packed = torch.randn(batch, 1, 3, heads, width)
     q, k, v = (packed[:, :, i].transpose(1, 2) for i in range(3))
-    out = cpu.forward(q, k, v, Store(keys, values), torch.tensor(0), 0.2, pattern)
+    out = cpu.forward(Step(q, k, v, keys, values, 0, pattern, 0.2)).out
     torch.testing.assert_close(out, v, rtol=0, atol=1e-6)
     assert torch.equal(whole[0, :, 0, :, :width], k[:, :, 0])
     assert torch.equal(whole[1, :, 0, :, :width], v[:, :, 0])

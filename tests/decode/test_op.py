@@ -100,9 +100,10 @@ def test_position_as_a_tensor_and_opcheck() -> None:
     position = torch.tensor(3)
     hidden, lengths = torch.zeros(one.keys.shape[::2], dtype=torch.bool), torch.full((2,), 3)
     for carried in ((None,) * 6 + (lengths,), (None, None, hidden, None, None, None, None)):
+        step = q, k, v, one.keys, one.values, position, pattern.spec, None, None
         opcheck(
             torch.ops.dalle_kernels.decode_forward.default,
-            (q, k, v, one.keys, one.values, *carried, position, 0.25, None, pattern.spec, 0, 0, "auto"),
+            (*step, *carried, 0, 0, "auto"),
         )
 
 

@@ -196,8 +196,9 @@ def test_compiled_and_checked() -> None:
         got = step(*cut(qkv, position, position + 1), torch.tensor(position))
         torch.testing.assert_close(got, decode_attention(*cut(qkv, position, position + 1), eager, position))
     hidden, shared_hidden = (torch.zeros(t.shape[::2], dtype=torch.bool) for t in (eager.keys, eager.shared_keys))  # type: ignore[union-attr]
-    caches = eager.keys, eager.values, eager.shared_keys, eager.shared_values, hidden, shared_hidden, None, None
+    step = *cut(qkv, 12, 13), eager.keys, eager.values, torch.tensor(12), pattern.spec, None, torch.tensor(2.0)
+    carried = eager.shared_keys, eager.shared_values, hidden, shared_hidden, None, None, eager.lengths
     opcheck(
         torch.ops.dalle_kernels.decode_forward.default,
-        (*cut(qkv, 12, 13), *caches, eager.lengths, torch.tensor(12), 0.25, 2.0, pattern.spec, prompt, 0, "auto"),
+        (*step, *carried, prompt, 0, "auto"),
     )

@@ -21,10 +21,10 @@ def agree(logits, unconditional, scale, temperature, top_k, top_p, seed) -> None
     The judge is float64: a token that differs must have a noisy score within rounding of the winner's, where the
     winner is taken under slightly tighter or slightly looser filters.
     """
-    seed = torch.tensor((seed, 2**32 - 2))
-    got = cpu.forward(Inputs(logits, unconditional, scale, temperature, top_k, top_p, seed)).tokens
+    seed = (seed, 2**32 - 2)
+    got = cpu.forward(Inputs(logits, unconditional, scale, temperature, top_k, top_p, *seed)).tokens
     base = None if unconditional is None else unconditional.double()
-    want = reference.forward(Inputs(logits.double(), base, scale, temperature, top_k, top_p, seed)).tokens
+    want = reference.forward(Inputs(logits.double(), base, scale, temperature, top_k, top_p, *seed)).tokens
     if torch.equal(got, want):
         return
     wide = logits.double() if base is None else base + scale * (logits.double() - base)
@@ -34,10 +34,10 @@ def agree(logits, unconditional, scale, temperature, top_k, top_p, seed) -> None
             assert abs(wide[row, one] - wide[row, other]) <= 4e-7 * wide[row].abs().max()
             continue
         loose = reference.forward(
-            Inputs(logits.double(), base, scale, temperature, top_k, min(top_p + 2e-6, 1), seed)
+            Inputs(logits.double(), base, scale, temperature, top_k, min(top_p + 2e-6, 1), *seed)
         ).tokens[row]
         tight = reference.forward(
-            Inputs(logits.double(), base, scale, temperature, top_k, max(top_p - 2e-6, 1e-9), seed)
+            Inputs(logits.double(), base, scale, temperature, top_k, max(top_p - 2e-6, 1e-9), *seed)
         ).tokens[row]
         noisy = wide[row] / temperature + gumbel_noise(seed[0], *logits.shape, SAMPLING_STREAM, seed[1])[row]
         assert one in (loose, tight) or abs(noisy[one] - noisy[other]) <= 1e-6 * noisy[other].abs() + 1e-6
@@ -101,7 +101,7 @@ def test_equal_logits_are_kept_together(isa: str) -> None:
     logits = torch.full((4000, 40), -5.0)
     logits[:, 7] = 2.0
     logits[:, [3, 21, 38]] = 1.0
-    tokens = cpu.forward(Inputs(logits, None, 1.0, 1.0, 2, 1.0, torch.tensor((4, 0)))).tokens
+    tokens = cpu.forward(Inputs(logits, None, 1.0, 1.0, 2, 1.0, 4, 0)).tokens
     counts = torch.bincount(tokens, minlength=40).double()
     expected = torch.where(logits[0] >= 1, logits[0], -torch.inf).softmax(0).double() * 4000
     assert not counts[expected == 0].any()
@@ -118,10 +118,10 @@ def test_rows_and_threads(isa: str) -> None:
     try:
         for count in (1, 2, 7):
             torch.set_num_threads(count)
-            results.append(cpu.forward(Inputs(table[:, 100:811], None, 1.0, 0.9, 50, 0.9, torch.tensor((1, 0)))).tokens)
+            results.append(cpu.forward(Inputs(table[:, 100:811], None, 1.0, 0.9, 50, 0.9, 1, 0)).tokens)
     finally:
         torch.set_num_threads(threads)
-    dense = cpu.forward(Inputs(table[:, 100:811].contiguous(), None, 1.0, 0.9, 50, 0.9, torch.tensor((1, 0)))).tokens
+    dense = cpu.forward(Inputs(table[:, 100:811].contiguous(), None, 1.0, 0.9, 50, 0.9, 1, 0)).tokens
     assert all(torch.equal(dense, other) for other in results)
     assert sample_tokens(torch.empty(0, 9), seed=1, backend="cpu").shape == (0,)
 

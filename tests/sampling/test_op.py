@@ -108,10 +108,9 @@ def test_numbers_of_any_type() -> None:
 
 def test_opcheck_and_compile() -> None:
     table, seed = logits(), torch.tensor(3)
-    key = torch.tensor((3, 0))
     for unconditional, scale, top_k, top_p in ((None, 1.0, 5, 0.9), (table, 2.0, 0, 1.0)):
         scale, temperature, top_p = (torch.tensor(number, dtype=torch.float64) for number in (scale, 0.9, top_p))
-        arguments = (table, unconditional, scale, temperature, top_k, top_p, key, "auto")
+        arguments = (table, unconditional, scale, temperature, top_k, top_p, seed, torch.tensor(0), "auto")
         opcheck(torch.ops.dalle_kernels.sample_tokens.default, arguments)
     compiled = torch.compile(lambda t, s: sample_tokens(t, top_k=4, seed=s), fullgraph=True)
     assert torch.equal(compiled(table, seed), sample_tokens(table, top_k=4, seed=3))

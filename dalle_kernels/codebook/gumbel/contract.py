@@ -13,10 +13,11 @@ from dalle_kernels.backends.sharding import Axis
 class Inputs(NamedTuple):
     logits: torch.Tensor  # [N, K], rows contiguous
     codebook: torch.Tensor  # [K, D], contiguous
-    temperature: torch.Tensor  # 0-dim float32
+    temperature: float | torch.Tensor  # 0-dim, on a GPU float32
     hard: bool
     noise: bool
-    seed: torch.Tensor  # int64 [2], with the row of the noise that row 0 takes
+    seed: int | torch.Tensor  # 0-dim int64
+    row_offset: int | torch.Tensor  # the row of the noise that row 0 takes; 0-dim int64
 
 
 class Outputs(NamedTuple):
@@ -33,10 +34,11 @@ class Outputs(NamedTuple):
 class Kept(NamedTuple):
     logits: torch.Tensor
     codebook: torch.Tensor
-    temperature: torch.Tensor
+    temperature: float | torch.Tensor
     hard: bool
     noise: bool
-    seed: torch.Tensor
+    seed: int | torch.Tensor
+    row_offset: int | torch.Tensor
     latents: torch.Tensor
     indices: torch.Tensor
     kl: torch.Tensor

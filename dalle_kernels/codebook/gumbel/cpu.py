@@ -20,9 +20,12 @@ def describe() -> str:
 
 
 def forward(inputs: Inputs) -> Outputs:
-    return Outputs(*_ops.gumbel_forward(*inputs))
+    logits, codebook, temperature, hard, noise, seed, row_offset = inputs
+    return Outputs(*_ops.gumbel_forward(logits, codebook, float(temperature), hard, noise, int(seed), int(row_offset)))
 
 
 def backward(grads: Grads, kept: Kept, needs: Needs) -> tuple[torch.Tensor | None, ...]:
     """The same bits for any number of threads."""
-    return _ops.gumbel_backward(*grads, *kept, needs.codebook)
+    logits, codebook, temperature, hard, noise, seed, row_offset, *made = kept
+    of_noise = float(temperature), hard, noise, int(seed), int(row_offset)
+    return _ops.gumbel_backward(*grads, logits, codebook, *of_noise, *made, needs.codebook)

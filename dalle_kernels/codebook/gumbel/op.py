@@ -8,7 +8,7 @@ import torch
 
 from dalle_kernels.backends.choice import Operation, register
 from dalle_kernels.backends.library import Derivative, Entry
-from dalle_kernels.checks import check_temperature, noise_key, positive_temperature, rows_contiguous
+from dalle_kernels.checks import positive_temperature, positive_there, rows_contiguous, seed_and_row
 from dalle_kernels.codebook.checks import check_pair, contiguous, describe, gradient_like, refuse_nan
 from dalle_kernels.codebook.gumbel import reference
 from dalle_kernels.codebook.gumbel.contract import AXES, Backend, Grads, Inputs, Kept, Needs, Outputs, call_of
@@ -79,18 +79,22 @@ def gumbel_lookup(
         raise ValueError(
             f"codebook: got {codebook.shape[0]} rows, wanted {logits.shape[-1]}, one for each of the logits' codes"
         )
-    rows = logits.shape[:-1]
+    table = rows_contiguous(logits)
+    table = table if table.dim() == 2 else table.reshape(-1, table.shape[-1])
     latents, indices, kl, *_ = _ENTRY(
         Inputs(
-            rows_contiguous(logits).reshape(-1, logits.shape[-1]),
+            table,
             codebook.contiguous(),
             positive_temperature(temperature, logits.device),
             hard or not noise,
             noise,
-            noise_key(seed, row_offset, logits.device),
+            *seed_and_row(seed, row_offset, logits.device),
         ),
         backend,
     )
+    if logits.dim() == 2:
+        return latents, indices, kl
+    rows = logits.shape[:-1]
     return latents.reshape(*rows, codebook.shape[1]), indices.reshape(rows), kl.reshape(rows)
 
 
@@ -98,8 +102,7 @@ register(gumbel_lookup, OPERATION)
 
 
 def _forward(backend: Backend, inputs: Inputs) -> Outputs:
-    if inputs.logits.device.type == "cpu":
-        check_temperature(float(inputs.temperature))
+    positive_there(inputs.temperature)
     outputs = backend.forward(inputs)
     refuse_nan("logits", inputs.logits, outputs.kl)
     return outputs

@@ -16,17 +16,17 @@ def refuse(call: Call) -> str | None:
     return None
 
 
-def _noisy(logits: torch.Tensor, noise: bool, seed: torch.Tensor) -> torch.Tensor:
-    if not noise:
+def _noisy(logits: torch.Tensor, values: Inputs | Kept) -> torch.Tensor:
+    if not values.noise:
         return logits
     rows, codes = logits.shape
-    return logits + gumbel_noise(seed[0], rows, codes, GUMBEL_STREAM, seed[1])
+    return logits + gumbel_noise(values.seed, rows, codes, GUMBEL_STREAM, values.row_offset, logits.device)
 
 
 def forward(inputs: Inputs) -> Outputs:
-    logits, codebook, temperature, hard, noise, seed = inputs
+    logits, codebook, temperature, hard = inputs[:4]
     wide, table = widen(logits), widen(codebook)
-    noisy = _noisy(wide, noise, seed)
+    noisy = _noisy(wide, inputs)
     maximum = noisy.amax(-1)
     scaled = (noisy - maximum[:, None]) / temperature
     mixture = scaled.softmax(-1) @ table
@@ -47,13 +47,13 @@ def backward(grads: Grads, kept: Kept, needs: Needs) -> tuple[torch.Tensor | Non
     one-hot rows' share.
     """
     grad_latents, grad_kl = grads
-    logits, codebook, temperature, hard, noise, seed, _, indices, kl, maximum, log_noisy, log_clean, _ = kept
+    logits, codebook, temperature, hard, *_, indices, kl, maximum, log_noisy, log_clean, _ = kept
     wide, table = widen(logits), widen(codebook)
     dlogits, dcodebook = torch.zeros_like(wide), torch.zeros_like(table)
     if grad_latents is not None:
         grad = widen(grad_latents)
         if needs.logits or not hard:
-            y = ((_noisy(wide, noise, seed) - maximum[:, None]) / temperature - log_noisy[:, None]).exp()
+            y = ((_noisy(wide, kept) - maximum[:, None]) / temperature - log_noisy[:, None]).exp()
         if needs.logits:
             pull = grad @ table.T
             dlogits += y * (pull - (y * pull).sum(-1, keepdim=True)) / temperature
@@ -74,7 +74,7 @@ def jvp(tangents: tuple[torch.Tensor | None, ...], kept: Kept) -> tuple[torch.Te
     dlogits, dcodebook = (None if tangent is None else widen(tangent) for tangent in tangents)
     logits, table = widen(kept.logits), widen(kept.codebook)
     dlatents, dkl = torch.zeros_like(kept.latents, dtype=logits.dtype), torch.zeros_like(kept.kl)
-    y = (_noisy(logits, kept.noise, kept.seed) / kept.temperature).softmax(-1)
+    y = (_noisy(logits, kept) / kept.temperature).softmax(-1)
     if dlogits is not None:
         z = dlogits / kept.temperature
         dlatents = dlatents + (y * (z - (y * z).sum(-1, keepdim=True))) @ table

@@ -38,7 +38,7 @@ from dalle_kernels.backends.contract import Call
 from dalle_kernels.backends.triton_common import ceil_div, dot, obstacle, precision
 from dalle_kernels.backends.triton_noise import LN_2, LOG2_E, fast_log2, gumbel2, philox
 from dalle_kernels.codebook.gumbel.contract import Grads, Inputs, Kept, Needs, Outputs
-from dalle_kernels.noise import GUMBEL_STREAM
+from dalle_kernels.noise import GUMBEL_STREAM, packed
 
 STREAM = tl.constexpr(GUMBEL_STREAM)
 WIDEST = 256
@@ -424,7 +424,9 @@ def refuse(call: Call) -> str | None:
 
 
 def forward(inputs: Inputs) -> Outputs:
-    logits, codebook, temperature, hard, noise, seed = inputs
+    logits, codebook, temperature, hard, noise, seed, row_offset = inputs
+    temperature = torch.as_tensor(temperature, dtype=torch.float32, device=logits.device)
+    key = packed(seed, row_offset, logits.device)
     (rows, codes), width = logits.shape, codebook.shape[1]
     latents = logits.new_empty(rows, width)
     indices = logits.new_empty(rows, dtype=torch.int64)
@@ -433,7 +435,7 @@ def forward(inputs: Inputs) -> Outputs:
     if rows:
         settings = plan("gumbel_forward", logits.device, logits.dtype, codes, width)
         gumbel_forward_kernel[(ceil_div(rows, settings["BLOCK_N"]),)](
-            logits, codebook, temperature, seed, latents, indices, kl, maximum, log_noisy, log_clean, mixture,
+            logits, codebook, temperature, key, latents, indices, kl, maximum, log_noisy, log_clean, mixture,
             rows, codes, ceil_div(codes, 4), width, logits.stride(0), HARD=hard, NOISE=noise, **settings,
         )  # fmt: skip
     return Outputs(latents, indices, kl, maximum, log_noisy, log_clean, mixture)
@@ -442,9 +444,10 @@ def forward(inputs: Inputs) -> Outputs:
 def backward(grads: Grads, kept: Kept, needs: Needs) -> tuple[torch.Tensor | None, ...]:
     """See the formulas at the top of the file."""
     grad_latents, grad_kl = grads
-    logits, codebook, temperature, hard, noise, seed, latents, indices, kl, maximum, log_noisy, log_clean, mixture = (
-        kept
-    )
+    logits, codebook, temperature, hard, noise, seed, row_offset, *made = kept
+    latents, indices, kl, maximum, log_noisy, log_clean, mixture = made
+    temperature = torch.as_tensor(temperature, dtype=torch.float32, device=logits.device)
+    key = packed(seed, row_offset, logits.device)
     (rows, codes), width = logits.shape, codebook.shape[1]
     dlogits = logits.new_empty(rows, codes)
     if not rows:
@@ -465,7 +468,7 @@ def backward(grads: Grads, kept: Kept, needs: Needs) -> tuple[torch.Tensor | Non
             first, size, grad_latents, codebook, partial, mixture if hard else latents
         )
         gumbel_backward_kernel[(tiles, parts)](
-            grad, grad_kl, logits, rest, temperature, seed, indices, deltas, kl, maximum, log_noisy, log_clean,
+            grad, grad_kl, logits, rest, temperature, key, indices, deltas, kl, maximum, log_noisy, log_clean,
             dlogits, part, rows, codes, quarter, size, width, logits.stride(0), share,
             MORE=first > 0, LATENTS=grad_latents is not None, KL=grad_kl is not None and first == 0,
             HARD=hard, NOISE=noise, **settings,

@@ -17,10 +17,11 @@ class Inputs(NamedTuple):
     weight: torch.Tensor  # [K, C], contiguous
     bias: torch.Tensor | None  # [K]
     codebook: torch.Tensor  # [K, D], contiguous
-    temperature: torch.Tensor  # 0-dim float32
+    temperature: float | torch.Tensor  # 0-dim, on a GPU float32
     hard: bool
     noise: bool
-    seed: torch.Tensor  # int64 [2], with the row of the noise that row 0 takes
+    seed: int | torch.Tensor  # 0-dim int64
+    row_offset: int | torch.Tensor  # the row of the noise that row 0 takes; 0-dim int64
     with_distribution: bool
     tied: bool  # codebook is weight, detached: the gradient of weight is that of both
 
@@ -43,10 +44,11 @@ class Kept(NamedTuple):
     weight: torch.Tensor
     bias: torch.Tensor | None
     codebook: torch.Tensor
-    temperature: torch.Tensor
+    temperature: float | torch.Tensor
     hard: bool
     noise: bool
-    seed: torch.Tensor
+    seed: int | torch.Tensor
+    row_offset: int | torch.Tensor
     with_distribution: bool
     tied: bool
     latents: torch.Tensor

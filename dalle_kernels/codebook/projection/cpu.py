@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from dalle_kernels.backends import native
@@ -19,8 +21,14 @@ def describe() -> str:
     return native.instruction_set()
 
 
+def _numbers(values: Inputs | Kept) -> tuple[Any, ...]:
+    """What both operations begin with, its numbers no tensors."""
+    features, weight, bias, codebook, temperature, hard, noise, seed, row_offset = values[:9]
+    return features, weight, bias, codebook, float(temperature), hard, noise, int(seed), int(row_offset)
+
+
 def forward(inputs: Inputs) -> Outputs:
-    *of_rows, distribution = _ops.projection_forward(*inputs[:-1])
+    *of_rows, distribution = _ops.projection_forward(*_numbers(inputs), inputs.with_distribution)
     return Outputs._make((*of_rows, distribution.new_empty(0), distribution))
 
 
@@ -28,5 +36,5 @@ def backward(grads: Grads, kept: Kept, needs: Needs) -> tuple[torch.Tensor | Non
     """The same bits for any number of threads."""
     asked = needs._replace(bias=needs.bias and kept.bias is not None)
     made = (kept.indices, kept.kl, kept.maximum, kept.log_noisy, kept.log_clean)
-    gradients = _ops.projection_backward(*grads, *kept[:8], *made, kept.tied, *asked)
+    gradients = _ops.projection_backward(*grads, *_numbers(kept), *made, kept.tied, *asked)
     return tuple(gradient if need else None for gradient, need in zip(gradients, asked, strict=True))

@@ -12,11 +12,11 @@ from dalle_kernels.backends.library import Derivative, Entry
 from dalle_kernels.checks import (
     autocast,
     check_alike,
-    check_temperature,
     check_tensor,
-    noise_key,
     positive_temperature,
+    positive_there,
     rows_contiguous,
+    seed_and_row,
 )
 from dalle_kernels.codebook.checks import contiguous, gradient_like, refuse_nan
 from dalle_kernels.codebook.gumbel.op import fake_outputs
@@ -183,7 +183,7 @@ def gumbel_projection_lookup(
             positive_temperature(temperature, features.device),
             hard or not noise,
             noise,
-            noise_key(seed, row_offset, features.device),
+            *seed_and_row(seed, row_offset, features.device),
             distribution,
             tied,
         ),
@@ -197,8 +197,7 @@ register(gumbel_projection_lookup, OPERATION)
 
 
 def _forward(backend: Backend, inputs: Inputs) -> Outputs:
-    if inputs.features.device.type == "cpu":
-        check_temperature(float(inputs.temperature))
+    positive_there(inputs.temperature)
     outputs = backend.forward(inputs)
     refuse_nan("features", inputs.features, outputs.kl)
     return outputs

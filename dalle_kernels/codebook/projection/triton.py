@@ -37,6 +37,7 @@ from dalle_kernels.codebook.gumbel.triton import (
     unkept,
 )
 from dalle_kernels.codebook.projection.contract import Grads, Inputs, Kept, Needs, Outputs
+from dalle_kernels.noise import packed
 
 WIDEST = 256
 STRIP_BYTES = 64 * 1024 * 1024
@@ -174,7 +175,9 @@ def refuse(call: Call) -> str | None:
 
 
 def forward(inputs: Inputs) -> Outputs:
-    features, weight, bias, codebook, temperature, hard, noise, seed, *_ = inputs
+    features, weight, bias, codebook, temperature, hard, noise, seed, row_offset, *_ = inputs
+    temperature = torch.as_tensor(temperature, dtype=torch.float32, device=features.device)
+    key = packed(seed, row_offset, features.device)
     (rows, channels), (codes, width) = features.shape, codebook.shape
     latents = features.new_empty(rows, width)
     indices = features.new_empty(rows, dtype=torch.int64)
@@ -183,7 +186,7 @@ def forward(inputs: Inputs) -> Outputs:
     if rows:
         settings = plan("projection_forward", features.device, features.dtype, codes, width)
         projection_forward_kernel[(ceil_div(rows, settings["BLOCK_N"]),)](
-            features, weight, bias, codebook, temperature, seed, latents, indices, kl, maximum, log_noisy, log_clean,
+            features, weight, bias, codebook, temperature, key, latents, indices, kl, maximum, log_noisy, log_clean,
             mixture, rows, channels, codes, ceil_div(codes, 4), width, features.stride(0),
             BIAS=bias is not None, HARD=hard, NOISE=noise, EVEN_C=channels % settings["BLOCK_C"] == 0, **settings,
         )  # fmt: skip
@@ -192,8 +195,10 @@ def forward(inputs: Inputs) -> Outputs:
 
 def backward(grads: Grads, kept: Kept, needs: Needs) -> tuple[torch.Tensor | None, ...]:
     grad_latents, grad_kl, _ = grads
-    features, weight, bias, codebook, temperature, hard, noise, seed, _, tied, *made = kept
+    features, weight, bias, codebook, temperature, hard, noise, seed, row_offset, _, tied, *made = kept
     latents, indices, kl, maximum, log_noisy, log_clean, mixture, _ = made
+    temperature = torch.as_tensor(temperature, dtype=torch.float32, device=features.device)
+    key = packed(seed, row_offset, features.device)
     (rows, channels), (codes, width) = features.shape, codebook.shape
     dfeatures = features.new_empty(rows, channels)
     dweight = weight.new_zeros(weight.shape, dtype=torch.float32)
@@ -220,7 +225,7 @@ def backward(grads: Grads, kept: Kept, needs: Needs) -> tuple[torch.Tensor | Non
             high = min(rows, low + strip_steps * block)
             for first, size, grad, rest, part, deltas in sliced:
                 projection_backward_kernel[(tiles, ceil_div(high - low, share))](
-                    features, weight, bias, grad, grad_kl, rest, temperature, seed, indices, deltas, kl, maximum,
+                    features, weight, bias, grad, grad_kl, rest, temperature, key, indices, deltas, kl, maximum,
                     log_noisy, log_clean, strip, part, low, high, channels, codes, quarter, size, width,
                     features.stride(0), share,
                     BIAS=bias is not None, ACCUMULATE=low > 0, MORE=first > 0, LATENTS=grad_latents is not None,

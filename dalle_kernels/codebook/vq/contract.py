@@ -20,9 +20,9 @@ class Inputs(NamedTuple):
     codes: int  # K, which the backward wants without the codebook
     metric: str
     k: int  # how many rows
-    temperature: torch.Tensor | None  # 0-dim float32; None: the nearest rows
-    # int64 [2], with the row of the noise that row 0 of each head takes; where there is a temperature.
-    seed: torch.Tensor | None
+    temperature: float | torch.Tensor | None  # 0-dim, on a GPU float32; None: the nearest rows, and no seed
+    seed: int | torch.Tensor | None  # 0-dim int64
+    row_offset: int | torch.Tensor | None  # the row of the noise that row 0 of each head takes; 0-dim int64
 
 
 class Outputs(NamedTuple):

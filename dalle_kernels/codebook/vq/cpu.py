@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from dalle_kernels.backends import native
@@ -21,10 +23,9 @@ def describe() -> str:
 
 
 def forward(inputs: Inputs) -> Outputs:
-    metric = _METRICS.index(inputs.metric)
-    return Outputs(
-        *_ops.vq_forward(inputs.features, inputs.codebook, metric, inputs.k, inputs.temperature, inputs.seed)
-    )
+    features, codebook, _, metric, k, temperature, seed, row_offset = inputs
+    noise: tuple[Any, ...] = (None, 0, 0) if temperature is None else (float(temperature), int(seed), int(row_offset))
+    return Outputs(*_ops.vq_forward(features, codebook, _METRICS.index(metric), k, *noise))
 
 
 def backward(grads: Grads, kept: Kept, needs: Needs) -> tuple[torch.Tensor | None, ...]:

@@ -10,15 +10,15 @@ import torch
 
 from dalle_kernels.backends.choice import Operation, register
 from dalle_kernels.backends.contract import Call
-from dalle_kernels.backends.library import Derivative, Entry
+from dalle_kernels.backends.library import Derivative, Entry, plain
 from dalle_kernels.checks import (
     autocast,
     check_alike,
-    check_temperature,
     check_tensor,
-    noise_key,
     positive_temperature,
+    positive_there,
     rows_contiguous,
+    seed_and_row,
 )
 from dalle_kernels.codebook.checks import check_row_mask, gradient_like, refuse_nan
 from dalle_kernels.codebook.statistics.op import CodeStatistics, code_statistics
@@ -158,11 +158,11 @@ def vq_lookup(
         (32, torch.Size([512, 32]))
     """
     features, codebook = _checked(features, codebook)
-    heads = codebook.shape[:-2]
+    heads, (codes, width) = codebook.shape[:-2], codebook.shape[-2:]
     rows = features.shape[:-1]
     if metric not in METRICS:
         raise ValueError(f"metric: got {metric!r}, wanted one of {', '.join(map(repr, METRICS))}")
-    most = min(MOST, codebook.shape[-2])
+    most = min(MOST, codes)
     if k is not None and (not isinstance(k, numbers.Integral) or not 1 <= k <= most):
         raise ValueError(f"k: got {k!r}, wanted an int from 1 to {most}, or None")
     if k is not None and statistics:
@@ -172,34 +172,36 @@ def vq_lookup(
     counted = check_row_mask(row_mask, features)
     if counted is not None:
         features = torch.where(counted[..., None], features, 0.0)
-    drawn = temperature is not None
+    noise: tuple[Any, ...] = (None, None, None)
+    if temperature is not None:
+        its = positive_temperature(temperature, features.device)
+        noise = its, *seed_and_row(seed, row_offset, features.device)
     outputs = _ENTRY(
         Inputs(
-            rows_contiguous(features).reshape(*(heads or (1,)), -1, features.shape[-1]),
-            codebook.contiguous().view(*(heads or (1,)), *codebook.shape[-2:]),
-            codebook.shape[-2],
+            rows_contiguous(features).reshape(*(heads or (1,)), -1, width),
+            codebook.contiguous().view(*(heads or (1,)), codes, width),
+            codes,
             metric,
             1 if k is None else int(k),
-            positive_temperature(temperature, features.device) if drawn else None,  # type: ignore[arg-type]
-            noise_key(seed, row_offset, features.device) if drawn else None,
+            *noise,
         ),
         backend,
     )
-    several = () if k is None else (int(k),)
-    nearest = outputs.nearest.reshape(*rows, *several, features.shape[-1])
-    indices, squared_distance = outputs.indices.reshape(*rows, *several), outputs.squared_distance
-    squared_distance = squared_distance.reshape(*rows, *several)
+    shape = rows if k is None else (*rows, int(k))
+    latents = outputs.nearest.view(*shape, width)
+    indices, squared_distance = outputs.indices.view(shape), outputs.squared_distance.view(shape)
     if counted is not None:
         here = counted if k is None else counted[..., None]
-        nearest = torch.where(here[..., None], nearest, 0.0)
+        latents = torch.where(here[..., None], latents, 0.0)
         indices = torch.where(here, indices, -1)
         squared_distance = torch.where(here, squared_distance, 0.0)
-    through = features - features.detach()
-    # The value is the codebook's row to the last bit, which features + (nearest - features) would not be.
-    latents = nearest + (through if k is None else through[..., None, :])
+    if features.requires_grad or not plain((features,)):
+        through = features - features.detach()
+        # The value is the codebook's row to the last bit, which features + (latents - features) would not be.
+        latents = latents + (through if k is None else through[..., None, :])
     if not statistics:
         return latents, indices, squared_distance
-    found = code_statistics(features.detach(), indices, codebook.shape[-2], heads=len(heads) > 0, all_reduce=all_reduce)
+    found = code_statistics(features.detach(), indices, codes, heads=len(heads) > 0, all_reduce=all_reduce)
     return latents, indices, squared_distance, found
 
 
@@ -224,11 +226,10 @@ def _checked(features: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tens
 
 
 def _forward(backend: Backend, inputs: Inputs) -> Outputs:
-    if inputs.temperature is not None and inputs.features.device.type == "cpu":
-        check_temperature(float(inputs.temperature))
+    if inputs.temperature is not None:
+        positive_there(inputs.temperature)
     outputs = backend.forward(inputs)
-    features = inputs.features
-    refuse_nan("features", features.reshape(-1, features.shape[-1]), outputs.squared_distance[..., 0].reshape(-1))
+    refuse_nan("features", inputs.features, outputs.squared_distance)
     return outputs
 
 

@@ -37,7 +37,6 @@ def _scores(wide: torch.Tensor, table: torch.Tensor, inputs: Inputs) -> torch.Te
         products = torch.where(norms > 0, products / norms, 0.0)
     if inputs.temperature is None:
         return products
-    assert inputs.seed is not None
     squares = (wide * wide).sum(-1, keepdim=True)
     scale = 1.0
     if inputs.metric == "euclidean":
@@ -46,11 +45,13 @@ def _scores(wide: torch.Tensor, table: torch.Tensor, inputs: Inputs) -> torch.Te
         products = -(squares - 2 * products).clamp_min(0).sqrt()
     elif inputs.metric == "cosine":
         products = torch.where(squares > 0, products / squares.sqrt(), products)
-    seed, row_offset = inputs.seed
     heads, rows, codes = products.shape
     streams = range(VQ_STREAM, VQ_STREAM + heads * HEAD_STEP, HEAD_STEP)
-    noise = torch.stack([gumbel_noise(seed, rows, codes, stream, row_offset) for stream in streams])
-    return scale * products + inputs.temperature.to(products.dtype) * noise.to(products.dtype)
+    assert inputs.seed is not None
+    assert inputs.row_offset is not None
+    at = inputs.row_offset, products.device
+    noise = torch.stack([gumbel_noise(inputs.seed, rows, codes, stream, *at) for stream in streams])
+    return scale * products + inputs.temperature * noise.to(products.dtype)
 
 
 def _gather(table: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
