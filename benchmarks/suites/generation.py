@@ -3,8 +3,7 @@ of a caption. Other projects' models are drawn from in `integrations`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -13,7 +12,8 @@ from torch import Tensor
 
 from benchmarks.harness import Cell, Check, Contender, Trial, Work, dtype_name
 from benchmarks.suites.choice import Choice
-from benchmarks.suites.models import attention_by, decoding_by_sdpa, sdpa_masked
+from benchmarks.suites.models import SdpaMasked, attention_of
+from dalle_kernels.nn import SparseSelfAttention
 
 
 def cells(choice: Choice) -> list[Cell]:
@@ -60,7 +60,7 @@ def candidates_cell(
         steps = config.text_length + config.image_length - given
         return Work(bytes=dtype.itemsize * (steps * weights + 2 * config.width * keys), ceiling="copy")
 
-    def draw(copies: int, within: Callable[[], AbstractContextManager[None]] = nullcontext, **options: Any) -> Trial:
+    def draw(copies: int, attention: type[SparseSelfAttention] = SparseSelfAttention, **options: Any) -> Trial:
         from dalle_reference.generate import generate
         from dalle_reference.transformer import PRESETS, DalleTransformer
 
@@ -77,7 +77,8 @@ def candidates_cell(
 
         def run(copies: int = copies) -> Tensor:
             repeats = number // copies
-            with within(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+            with attention_of(model, attention), autocast:
                 return generate(
                     model,
                     text.expand(repeats, -1),
@@ -105,7 +106,7 @@ def candidates_cell(
         yield Contender("dalle_kernels, a caption for each", partial(draw, 1))
         yield Contender("dalle_kernels, eight bits", partial(draw, number, cache_dtype=torch.int8))
         yield Contender("dalle_kernels, compiled blocks", partial(draw, number, compiled=True))
-        yield Contender("SDPA mask, full cache", partial(draw, 1, decoding_by_sdpa))
+        yield Contender("SDPA mask, full cache", partial(draw, 1, SdpaMasked))
 
     return Cell("generation", case, dtype, work, contenders, f"{preset} {number} {dtype_name(dtype)}")
 
@@ -134,10 +135,10 @@ def cell(
 
     def contenders() -> Iterable[Contender]:
         drawing = _Drawing(device, text, grid, dtype, batch, layers, heads, tokens)
-        yield Contender("dalle_kernels, cached", partial(drawing.trial, nullcontext, True))
-        yield Contender("SDPA mask, full cache", partial(drawing.trial, decoding_by_sdpa, True))
-        yield Contender("dalle_kernels, uncached", partial(drawing.trial, nullcontext, False))
-        yield Contender("SDPA mask, uncached", partial(drawing.trial, partial(attention_by, sdpa_masked), False))
+        yield Contender("dalle_kernels, cached", partial(drawing.trial, SparseSelfAttention, True))
+        yield Contender("SDPA mask, full cache", partial(drawing.trial, SdpaMasked, True))
+        yield Contender("dalle_kernels, uncached", partial(drawing.trial, SparseSelfAttention, False))
+        yield Contender("SDPA mask, uncached", partial(drawing.trial, SdpaMasked, False))
 
     return Cell("generation", case, dtype, Work, contenders, f"{text} {batch} {dtype_name(dtype)}")
 
@@ -171,14 +172,14 @@ class _Drawing:
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             return generate(self.model, self.text, seed=1, temperature=0.0, image_prefix=self.prefix, use_cache=cached)
 
-    def trial(self, within: Callable[[], AbstractContextManager[None]], cached: bool) -> Trial:
+    def trial(self, attention: type[SparseSelfAttention], cached: bool) -> Trial:
         def run() -> Tensor:
-            with within():
+            with attention_of(self.model, attention):
                 return self.draw(cached)
 
         def verify() -> Check:
             """Greedy tokens against uncached SDPA's: the first must agree, later ones may part where two are close."""
-            with attention_by(sdpa_masked):
+            with attention_of(self.model, SdpaMasked):
                 wanted = self.draw(False)
             first = self.prefix.shape[1]
             return Check((run()[:, first] != wanted[:, first]).double().mean().item(), 0.0)

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any
-from unittest import mock
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from dalle_kernels import KVCache, Pattern
+from dalle_kernels.nn import SparseSelfAttention
 
 
 @lru_cache(maxsize=16)
@@ -20,29 +20,49 @@ def _mask(pattern: Pattern, length: int, device: torch.device) -> Tensor:
     return pattern.mask(length).to(device)
 
 
-def sdpa_masked(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, **_: Any) -> Tensor:
-    """The same answer as `sparse_attention`, by SDPA with the pattern's mask."""
+class _Dense(SparseSelfAttention):
+    """What the reference model's layers become where another function attends in them."""
+
+    attend: ClassVar[Callable[[Tensor, Tensor, Tensor, Pattern], Tensor]]
+
+    def forward(self, x: Tensor, key_padding_mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        q, k, v = self._qkv(x)
+        if cache is not None:
+            cache.prefill(k, v, key_padding_mask)
+        return self._join(type(self).attend(q, k, v, self.pattern))
+
+
+def _sdpa_masked(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=_mask(pattern, q.shape[2], q.device))
 
 
-def sdpa_causal(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, **_: Any) -> Tensor:
+class SdpaMasked(_Dense):
+    """The same answer by SDPA with the pattern's mask; step by step over full caches."""
+
+    attend = staticmethod(_sdpa_masked)
+
+    def step(self, x: Tensor, cache: KVCache, position: int | Tensor) -> Tensor:
+        q, k, v = self._qkv(x)
+        here = torch.as_tensor(position, device=x.device).reshape(1)
+        cache.keys.index_copy_(2, here, k)
+        cache.values.index_copy_(2, here, v)
+        seen = _mask(cache.pattern, cache.pattern.length, q.device).index_select(0, here)
+        return self._join(F.scaled_dot_product_attention(q, cache.keys, cache.values, attn_mask=seen))
+
+    def new_cache(self, *arguments: Any, **named: Any) -> KVCache:
+        return FullCache(super().new_cache(*arguments, **named))
+
+
+class SdpaCausal(_Dense):
     """Dense causal attention in every layer: another model, and SDPA's fastest path."""
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    attend = staticmethod(lambda q, k, v, _: F.scaled_dot_product_attention(q, k, v, is_causal=True))
 
 
-def nothing(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, **_: Any) -> Tensor:
+class NoAttention(_Dense):
     """No attention at all, but a use of each input: what is left of a step."""
-    return v + 0 * (q + k)
 
-
-@contextmanager
-def attention_by(function: Callable[..., Tensor] | None) -> Iterator[None]:
-    """Every `SparseSelfAttention` calls `function` instead of `sparse_attention`; None leaves it."""
-    if function is None:
-        yield
-    else:
-        with mock.patch("dalle_kernels.nn.sparse_attention", function):
-            yield
+    attend = staticmethod(lambda q, k, v, _: v + 0 * (q + k))
 
 
 class FullCache(KVCache):
@@ -60,28 +80,15 @@ class FullCache(KVCache):
         self.values[:, :, : v.shape[2]] = v.repeat_interleave(self.copies, 0)
 
 
-def sdpa_decode(q: Tensor, k: Tensor, v: Tensor, cache: KVCache, position: Tensor, **_: Any) -> Tensor:
-    """One token by SDPA over a full cache and its row of the mask."""
-    here = position.reshape(1)
-    cache.keys.index_copy_(2, here, k)
-    cache.values.index_copy_(2, here, v)
-    seen = _mask(cache.pattern, cache.pattern.length, q.device).index_select(0, here)
-    return F.scaled_dot_product_attention(q, cache.keys, cache.values, attn_mask=seen)
-
-
 @contextmanager
-def decoding_by_sdpa() -> Iterator[None]:
-    """`SparseSelfAttention` keeps full caches and decodes by SDPA."""
-    from dalle_kernels.nn import SparseSelfAttention
-
-    new_cache = SparseSelfAttention.new_cache
-
-    def full(self: Any, *arguments: Any, **named: Any) -> FullCache:
-        return FullCache(new_cache(self, *arguments, **named))
-
-    with (
-        mock.patch("dalle_kernels.nn.decode_attention", sdpa_decode),
-        mock.patch("dalle_kernels.nn.sparse_attention", sdpa_masked),
-        mock.patch.object(SparseSelfAttention, "new_cache", full),
-    ):
+def attention_of(model: nn.Module, kind: type[SparseSelfAttention]) -> Iterator[None]:
+    """The model's attention layers are of `kind` inside; the library's own is `SparseSelfAttention`."""
+    layers = [module for module in model.modules() if isinstance(module, SparseSelfAttention)]
+    before = [layer.__class__ for layer in layers]
+    for layer in layers:
+        layer.__class__ = kind
+    try:
         yield
+    finally:
+        for layer, own in zip(layers, before, strict=True):
+            layer.__class__ = own

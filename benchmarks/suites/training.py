@@ -16,7 +16,8 @@ from benchmarks.competitors.adapter import Lookup
 from benchmarks.competitors.cross_entropy import linear_cross_entropies
 from benchmarks.harness import Cell, Check, Contender, Trial, Work, dtype_name
 from benchmarks.suites.choice import Choice
-from benchmarks.suites.models import attention_by, nothing, sdpa_causal, sdpa_masked
+from benchmarks.suites.models import NoAttention, SdpaCausal, SdpaMasked, attention_of
+from dalle_kernels.nn import SparseSelfAttention
 
 
 def cells(choice: Choice) -> list[Cell]:
@@ -46,12 +47,12 @@ def cell(
 
     def contenders() -> Iterable[Contender]:
         step = _Step(device, text, grid, dtype, layers, heads, batch)
-        yield Contender("dalle_kernels", partial(step.trial, None))
-        yield Contender("SDPA mask", partial(step.trial, sdpa_masked))
-        yield Contender("SDPA causal in every layer", partial(step.trial, sdpa_causal, same=False))
+        yield Contender("dalle_kernels", step.trial)
+        yield Contender("SDPA mask", partial(step.trial, SdpaMasked))
+        yield Contender("SDPA causal in every layer", partial(step.trial, SdpaCausal, same=False))
         for loss in linear_cross_entropies():
-            yield Contender(f"dalle_kernels, loss by {loss.name}", partial(step.trial, None, loss=loss))
-        yield Contender("no attention at all", partial(step.trial, nothing, same=False))
+            yield Contender(f"dalle_kernels, loss by {loss.name}", partial(step.trial, loss=loss))
+        yield Contender("no attention at all", partial(step.trial, NoAttention, same=False))
 
     return Cell("training", case, dtype, Work, contenders, f"{text} {dtype_name(dtype)}", _share)
 
@@ -90,23 +91,25 @@ class _Step:
                 losses.append(fused(flat, weight, bias, targets.flatten()))
             return losses[0] / 8 + losses[1] * 7 / 8
 
-    def trial(self, attention: Callable[..., Tensor] | None, same: bool = True, loss: Lookup | None = None) -> Trial:
+    def trial(
+        self, attention: type[SparseSelfAttention] = SparseSelfAttention, same: bool = True, loss: Lookup | None = None
+    ) -> Trial:
         """A training step with this attention; `same` where it must give the reference's loss."""
         fused = loss.make().function if loss is not None else None
 
         def run() -> None:
-            with attention_by(attention):
+            with attention_of(self.model, attention):
                 self.optimizer.zero_grad(set_to_none=True)
                 self._loss(fused).backward()
                 self.optimizer.step()
 
         def verify() -> Check:
             with torch.no_grad():
-                with attention_by(attention):
+                with attention_of(self.model, attention):
                     got = self._loss(fused).item()
                 if not same:  # another model: its loss need only be a number
                     return Check(abs(got) if got == got else torch.inf, 1e3)
-                with attention_by(sdpa_masked):
+                with attention_of(self.model, SdpaMasked):
                     wanted = self._loss(None).item()
             return Check(abs(got - wanted), 2e-2 if self.dtype != torch.float32 else 1e-4)
 
