@@ -4,6 +4,7 @@ mode, a transform, a CUDA graph's memory pool."""
 from __future__ import annotations
 
 import functools
+import inspect
 import threading
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -22,6 +23,9 @@ def remembered(maxsize: int) -> Callable[[Callable[P, T]], Callable[P, T]]:
 
     Without that, a table first asked for under FakeTensorMode, torch.export, inference mode, `torch.device("meta")` or
     a transform of torch.func would stay fake, or belong to the transform, for every later call of the process.
+
+    An argument `device` reaches the function as a string. A CUDA graph that is being captured reads at each replay what
+    it was given: that stays for good, even if it is no longer remembered.
     """
 
     def remember(function: Callable[P, T]) -> Callable[P, T]:
@@ -35,9 +39,32 @@ def remembered(maxsize: int) -> Callable[[Callable[P, T]], Callable[P, T]]:
             ):
                 return function(*args, **kwargs)
 
-        return cast(Callable[P, T], functools.lru_cache(maxsize)(make))
+        cached = functools.lru_cache(maxsize)(make)
+        signature = inspect.signature(function)
+        names = list(signature.parameters)
+        if "device" not in names:
+            return cast(Callable[P, T], cached)
+        place = names.index("device")
+
+        @functools.wraps(function)
+        def keep(*args: Any, **kwargs: Any) -> T:
+            if kwargs or len(args) < len(names):  # however it is called, it is remembered once
+                bound = signature.bind(*args, **kwargs)
+                bound.apply_defaults()
+                args = bound.args
+            device = str(args[place])
+            record = cached(*args[:place], device, *args[place + 1 :])
+            if device != "cpu" and capturing():
+                _captured[id(record)] = record
+            return record
+
+        keep.cache_clear = cached.cache_clear  # type: ignore[attr-defined]
+        return cast(Callable[P, T], keep)
 
     return remember
+
+
+_captured: dict[int, object] = {}
 
 
 def has_graphs(device: torch.device | str) -> bool:
@@ -84,17 +111,6 @@ def settled(device: torch.device | str, make: Callable[[], T]) -> T:
     if failures:
         raise failures[0]
     return made[0]
-
-
-_captured: dict[int, object] = {}
-
-
-def lasting(record: T, device: torch.device | str) -> T:
-    """`record`, whose tensors are on `device`. A CUDA graph that is being captured reads them at each replay: what it
-    is given stays for good, even if it is no longer remembered."""
-    if device != "cpu" and capturing():
-        _captured[id(record)] = record
-    return record
 
 
 class OnDevice:

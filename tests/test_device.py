@@ -16,7 +16,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dalle_kernels import Convolution, KVCache, Row, TokenLayout, decode_attention, device, sparse_attention
-from dalle_kernels.device import OnDevice, lasting
+from dalle_kernels.device import OnDevice
 from dalle_kernels.patterns.decode_table import decode_table_for
 from dalle_kernels.patterns.schedule import schedule_for
 
@@ -87,8 +87,8 @@ def tables() -> dict[str, Callable[[], object]]:
     return {
         "schedule": lambda: schedule_for(WHERE, (32, 64), length, GPU),
         "decode table": lambda: decode_table_for(WHERE, GPU, 3),
-        "places of a prefill": lambda: lasting(decode._places(WHERE, 9, 0, 0, str(GPU)), GPU),
-        "mask": lambda: lasting(reference._mask(WHERE, length, GPU), GPU),
+        "places of a prefill": lambda: decode._places(WHERE, 9, 0, 0, GPU),
+        "mask": lambda: reference._mask(WHERE, length, GPU),
         "Triton forward": lambda: triton_forward.plan_for("attention_forward", WHERE, length, GPU, half, 64),
         "Triton backward": lambda: triton_backward.work_for(WHERE, length, GPU, half, 64, 3),
         "Triton decode": lambda: triton_decode.plan_for(WHERE, GPU, half, 64, 3),

@@ -15,7 +15,7 @@ from itertools import pairwise
 
 import torch
 
-from dalle_kernels.device import OnDevice, lasting, remembered
+from dalle_kernels.device import OnDevice, remembered
 from dalle_kernels.patterns.patterns import Pattern
 from dalle_kernels.patterns.schedule import schedule_for
 
@@ -55,6 +55,7 @@ class Plan(OnDevice):
         return int(self.steps[:, 3].sum())
 
 
+@remembered(maxsize=256)
 def plan_for(
     pattern: Pattern,
     rows: int,
@@ -73,15 +74,8 @@ def plan_for(
     Raises:
         ValueError: for fewer slots than SMALLEST.
     """
-    return lasting(_remembered(pattern, rows, columns, transposed, length, slots, parts, str(device)), device)
-
-
-@remembered(maxsize=256)
-def _remembered(
-    pattern: Pattern, rows: int, columns: int, transposed: bool, length: int, slots: int, parts: int, device: str
-) -> Plan:
     if device != "cpu":
-        return _remembered(pattern, rows, columns, transposed, length, slots, parts, "cpu").to(device)
+        return plan_for(pattern, rows, columns, transposed, length, slots, parts, "cpu").to(device)
     if slots < SMALLEST:
         raise ValueError(f"slots: got {slots}, wanted at least {SMALLEST}")
     schedule = schedule_for(pattern, (columns, rows) if transposed else (rows, columns), length)
@@ -137,6 +131,7 @@ def makespan(costs: list[int], at_a_time: int) -> int:
     return max(ends)
 
 
+@remembered(maxsize=256)
 def sums_plan_for(
     pattern: Pattern, rows: int, columns: int, length: int, slots: int, device: torch.device | str = "cpu"
 ) -> Plan | None:
@@ -147,11 +142,6 @@ def sums_plan_for(
     last, 3 the only one, 0 another. It cannot be had where more than `slots` tiles are between their first and last
     visits at once, or where some tile is never visited, so that nobody would write its gradients.
     """
-    return lasting(_remembered_sums(pattern, rows, columns, length, slots, str(device)), device)
-
-
-@remembered(maxsize=256)
-def _remembered_sums(pattern: Pattern, rows: int, columns: int, length: int, slots: int, device: str) -> Plan | None:
     schedule = schedule_for(pattern, (rows, columns), length)
     tiles, mask_ids = schedule.key_tiles.tolist(), schedule.mask_ids.tolist()
     last = {tile: step for step, tile in enumerate(tiles)}

@@ -9,7 +9,7 @@ import torch
 
 from dalle_kernels.attention import cuda_plan
 from dalle_kernels.backends import cuda_library
-from dalle_kernels.device import OnDevice, lasting, remembered
+from dalle_kernels.device import OnDevice, remembered
 from dalle_kernels.patterns.patterns import Pattern
 
 COLUMNS = 64  # keys a tile, and rows that are copied together: kColumns there
@@ -34,15 +34,11 @@ class Sm90aPlan(OnDevice):
     runs: torch.Tensor
 
 
+@remembered(maxsize=256)
 def plan_for(
     pattern: Pattern, rows: int, length: int, slots: int, parts: int, device: torch.device | str = "cpu"
 ) -> Sm90aPlan:
     """The walk over tiles of `rows` queries, a multiple of 64, by 64 keys; arguments as of `cuda_plan.plan_for`."""
-    return lasting(_remembered(pattern, rows, length, slots, parts, str(device)), device)
-
-
-@remembered(maxsize=256)
-def _remembered(pattern: Pattern, rows: int, length: int, slots: int, parts: int, device: str) -> Sm90aPlan:
     plan = cuda_plan.plan_for(pattern, rows, COLUMNS, False, length, slots, parts)
     steps = plan.steps.clone()
     steps[:, 3] = steps[:, 3] * LOADS + _last_uses(plan) * LAST_USE

@@ -8,7 +8,7 @@ import torch
 
 from dalle_kernels.attention.contract import Grads, Inputs, Kept, Needs, Outputs
 from dalle_kernels.backends.contract import Call
-from dalle_kernels.device import lasting, remembered, settled
+from dalle_kernels.device import remembered, settled
 from dalle_kernels.patterns.patterns import Pattern
 from dalle_kernels.precision import widen
 
@@ -18,7 +18,7 @@ def refuse(call: Call) -> str | None:
 
 
 @remembered(maxsize=32)
-def _mask(pattern: Pattern, length: int, device: torch.device) -> torch.Tensor:
+def _mask(pattern: Pattern, length: int, device: torch.device | str) -> torch.Tensor:
     return settled(device, lambda: pattern.mask(length).to(device))
 
 
@@ -31,7 +31,7 @@ class _Softmax(NamedTuple):
 def _softmax(q: torch.Tensor, k: torch.Tensor, values: Inputs | Kept) -> _Softmax:
     scale, softcap = values.scale, values.softcap
     assert scale is not None
-    visible = lasting(_mask(values.pattern, k.shape[2], q.device), q.device)
+    visible = _mask(values.pattern, k.shape[2], q.device)
     visible = visible[values.query_start : values.query_start + q.shape[2]]
     if values.key_padding_mask is not None:
         visible = visible & ~values.key_padding_mask[:, None, None, :]

@@ -38,7 +38,7 @@ from dalle_kernels.attention.triton_forward import (
 )
 from dalle_kernels.backends import launch
 from dalle_kernels.backends.triton_common import ceil_div, dot, tanh
-from dalle_kernels.device import OnDevice, lasting, remembered
+from dalle_kernels.device import OnDevice, remembered
 from dalle_kernels.patterns.patterns import Pattern
 from dalle_kernels.patterns.schedule import Schedule, schedule_for
 
@@ -322,10 +322,11 @@ class Work(OnDevice):
         return Work(pieces_of, tiles, slots, split_offsets[-1])
 
 
+@remembered(maxsize=256)
 def work_for(
     pattern: Pattern,
     length: int,
-    device: torch.device,
+    device: torch.device | str,
     dtype: torch.dtype,
     width: int,
     heads: int,
@@ -336,19 +337,6 @@ def work_for(
     Of all programs the longest start first, so they leave no tail while they take no more than half of what each
     of the `programs` that run at a time has to do in all.
     """
-    return lasting(_work(pattern, length, device, dtype, width, heads, rows), device)
-
-
-@remembered(maxsize=256)
-def _work(
-    pattern: Pattern,
-    length: int,
-    device: torch.device,
-    dtype: torch.dtype,
-    width: int,
-    heads: int,
-    rows: tuple[int, int] | None,
-) -> Work:
     settings = launch.settings_for("attention_backward_keys", launch.architecture(device), 8 * dtype.itemsize, width)
     tile = plan_for("attention_backward_keys", pattern, length, device, dtype, width, rows).schedule.tile
     # On the CPU: to read the device's, the host would have to wait.

@@ -24,7 +24,7 @@ import triton.language as tl
 from dalle_kernels.attention.contract import Inputs, Outputs, rows_of
 from dalle_kernels.backends import launch
 from dalle_kernels.backends.triton_common import ceil_div, dot, precision, steepness, tanh
-from dalle_kernels.device import lasting, remembered
+from dalle_kernels.device import remembered
 from dalle_kernels.patterns.patterns import Pattern
 from dalle_kernels.patterns.schedule import Schedule, schedule_for
 
@@ -191,29 +191,17 @@ class Plan(NamedTuple):
     constants: dict[str, object]  # compile-time arguments and launch options, as the kernel's keywords
 
 
+@remembered(maxsize=256)
 def plan_for(
     kernel: str,
     pattern: Pattern,
     length: int,
-    device: torch.device,
+    device: torch.device | str,
     dtype: torch.dtype,
     width: int,
     rows: tuple[int, int] | None = None,
 ) -> Plan:
     """The schedule and settings of `kernel` for one kind of call, remembered; `rows` as in `contract.rows_of`."""
-    return lasting(_remembered(kernel, pattern, length, device, dtype, width, rows), device)
-
-
-@remembered(maxsize=256)
-def _remembered(
-    kernel: str,
-    pattern: Pattern,
-    length: int,
-    device: torch.device,
-    dtype: torch.dtype,
-    width: int,
-    rows: tuple[int, int] | None,
-) -> Plan:
     settings = launch.settings_for(kernel, launch.architecture(device), 8 * dtype.itemsize, width)
     tile = settings["query_tile"], settings["key_tile"]
     group, warps, stages = (settings[name] for name in ("heads_at_once", "num_warps", "num_stages"))

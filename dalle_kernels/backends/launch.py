@@ -38,9 +38,9 @@ def served(*kernels: str) -> list[tuple[int, int]]:
 
 
 @functools.lru_cache(maxsize=64)
-def architecture(device: torch.device) -> int:
+def architecture(device: torch.device | str) -> int:
     """Compute capability of `device` as one number (8.0 is 80); `INTERPRETED` for tensors on the CPU."""
-    if device.type != "cuda":
+    if torch.device(device).type != "cuda":
         return INTERPRETED
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor

@@ -14,7 +14,7 @@ from dalle_kernels.checks import as_int, autocast, check_scale, check_softcap, c
 from dalle_kernels.decode.cache import KVCache, check_empty, check_next, check_position
 from dalle_kernels.decode.contract import WRITTEN, Backend, Inputs, Outputs, call_of, extras
 from dalle_kernels.decode.eight_bit import quantize
-from dalle_kernels.device import lasting, remembered, settled
+from dalle_kernels.device import remembered, settled
 from dalle_kernels.patterns.decode_table import decode_table_for
 from dalle_kernels.patterns.patterns import Pattern
 
@@ -198,7 +198,7 @@ def _prefill(
     if lengths is not None:
         check_empty(lengths)
     _check_apart(keys, values)
-    slot, token = lasting(_places(Pattern.parse(pattern), tokens, prompt, rewind, str(k.device)), k.device)
+    slot, token = _places(Pattern.parse(pattern), tokens, prompt, rewind, k.device)
     for part, (held, new) in enumerate(((keys, k), (values, v))):
         if scales is None:
             held[:, :, slot] = new[:, :, token]
@@ -211,7 +211,9 @@ def _prefill(
 
 
 @remembered(maxsize=64)
-def _places(pattern: Pattern, tokens: int, prompt: int, rewind: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+def _places(
+    pattern: Pattern, tokens: int, prompt: int, rewind: int, device: torch.device | str
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The slots that a prompt of `tokens` tokens fills, and the tokens that they then hold."""
     table = decode_table_for(pattern, "cpu", prompt, rewind)
     slots = (table if table.shared is None else table.shared).slot[:tokens].tolist()

@@ -10,7 +10,6 @@ With one split a program ends with the output; with more, each leaves its maximu
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import NamedTuple
 
@@ -22,7 +21,7 @@ from dalle_kernels.backends import launch
 from dalle_kernels.backends.contract import Call
 from dalle_kernels.backends.triton_common import ceil_div, obstacle, steepness, tanh
 from dalle_kernels.decode.contract import Inputs, Outputs, one_by_one
-from dalle_kernels.device import lasting
+from dalle_kernels.device import remembered
 from dalle_kernels.patterns.decode_table import DecodeTable, decode_table_for
 from dalle_kernels.patterns.patterns import Pattern
 
@@ -198,21 +197,15 @@ class Plan(NamedTuple):
     constants: dict[str, object]
 
 
+@remembered(maxsize=256)
 def plan_for(
     pattern: Pattern,
-    device: torch.device,
+    device: torch.device | str,
     dtype: torch.dtype,
     width: int,
     heads: int,
     prompt: int = 0,
     rewind: int = 0,
-) -> Plan:
-    return lasting(_remembered(pattern, device, dtype, width, heads, prompt, rewind), device)
-
-
-@functools.lru_cache(maxsize=256)
-def _remembered(
-    pattern: Pattern, device: torch.device, dtype: torch.dtype, width: int, heads: int, prompt: int, rewind: int
 ) -> Plan:
     settings = dict(launch.settings_for("decode_forward", launch.architecture(device), 8 * dtype.itemsize, width))
     table = decode_table_for(pattern, device, prompt, rewind)

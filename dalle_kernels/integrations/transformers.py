@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from dalle_kernels.attention.op import sparse_attention
 from dalle_kernels.backends.library import define
-from dalle_kernels.device import lasting, remembered, settled
+from dalle_kernels.device import remembered, settled
 from dalle_kernels.patterns import (
     AxialRow,
     Causal,
@@ -479,10 +479,7 @@ def _go_on(
     softcap: float | None,
 ) -> Tensor:
     """Queries from `position` on, over a cache of all tokens: the keys that one of them sees, gathered; then SDPA."""
-    device = key.device
-    rows = [
-        lasting(_visible(pattern, place, str(device)), device) for place in range(position, position + query.shape[2])
-    ]
+    rows = [_visible(pattern, place, key.device) for place in range(position, position + query.shape[2])]
     seen = rows[0] if len(rows) == 1 else torch.cat(rows).unique()
     mask = None
     if len(rows) > 1:
@@ -528,7 +525,7 @@ def _seen(pattern: Pattern, device: str = "cpu") -> DecodeTable:
 
 
 @remembered(maxsize=8192)
-def _visible(pattern: Pattern, position: int, device: str) -> Tensor:
+def _visible(pattern: Pattern, position: int, device: torch.device | str) -> Tensor:
     """int64 [n]: the keys that the query at `position` sees, ascending."""
     table = _seen(pattern)
     own = table.slots[table.offsets[position] : table.offsets[position + 1]]

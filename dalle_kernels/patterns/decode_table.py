@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from dalle_kernels.device import OnDevice, lasting, remembered
+from dalle_kernels.device import OnDevice, remembered
 from dalle_kernels.patterns.patterns import Pattern
 
 
@@ -89,18 +89,14 @@ class DecodeTable(OnDevice):
         return bool((latest[slot[wanted]] == wanted).all())
 
 
+@remembered(maxsize=64)
 def decode_table_for(
     pattern: Pattern, device: torch.device | str = "cpu", prompt: int = 0, rewind: int = 0
 ) -> DecodeTable:
     """`DecodeTable.build`, remembered per (pattern, device, prompt, rewind)."""
-    return lasting(_remembered(pattern, str(device), prompt, rewind), device)
-
-
-@remembered(maxsize=64)
-def _remembered(pattern: Pattern, device: str, prompt: int, rewind: int) -> DecodeTable:
     if device == "cpu":
         return DecodeTable.build(pattern, prompt, rewind)
-    return _remembered(pattern, "cpu", prompt, rewind).to(device)
+    return decode_table_for(pattern, "cpu", prompt, rewind).to(device)
 
 
 def _table(

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from dalle_kernels.device import OnDevice, lasting, remembered
+from dalle_kernels.device import OnDevice, remembered
 from dalle_kernels.patterns.patterns import IntArray, Pattern, check_length
 
 WORD_BITS = 32
@@ -122,6 +122,7 @@ class Schedule(OnDevice):
         return _compile(pattern, grid, leading, pairs)
 
 
+@remembered(maxsize=256)
 def schedule_for(
     pattern: Pattern,
     tile: tuple[int, int],
@@ -130,16 +131,11 @@ def schedule_for(
     queries: tuple[int, int] | None = None,
 ) -> Schedule:
     """`Schedule.build`, remembered per (pattern, tile, length, device, queries)."""
-    return lasting(_remembered(pattern, tile, check_length(pattern, length), str(device), queries), device)
-
-
-@remembered(maxsize=256)
-def _remembered(
-    pattern: Pattern, tile: tuple[int, int], length: int, device: str, queries: tuple[int, int] | None
-) -> Schedule:
+    if length is None:
+        return schedule_for(pattern, tile, check_length(pattern, length), device, queries)
     if device == "cpu":
         return Schedule.build(pattern, tile, length, queries=queries)
-    return _remembered(pattern, tile, length, "cpu", queries).to(device)
+    return schedule_for(pattern, tile, length, "cpu", queries).to(device)
 
 
 def _orders(pattern: Pattern, length: int, tile: tuple[int, int]) -> Iterator[IntArray]:

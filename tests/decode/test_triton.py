@@ -70,9 +70,9 @@ def check(pattern: Pattern, batch: int, heads: int, width: int, dtype: torch.dty
 
 @pytest.fixture(autouse=True)
 def _fresh_plans() -> Iterator[None]:
-    triton_kernel._remembered.cache_clear()
+    triton_kernel.plan_for.cache_clear()
     yield
-    triton_kernel._remembered.cache_clear()
+    triton_kernel.plan_for.cache_clear()
 
 
 @pytest.mark.parametrize("splits", [1, 3])
