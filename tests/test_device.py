@@ -89,12 +89,12 @@ def tables() -> dict[str, Callable[[], object]]:
         "decode table": lambda: decode_table_for(WHERE, GPU, 3),
         "places of a prefill": lambda: decode._places(WHERE, 9, 0, 0, GPU),
         "mask": lambda: reference._mask(WHERE, length, GPU),
-        "Triton forward": lambda: triton_forward.plan_for("attention_forward", WHERE, length, GPU, half, 64),
+        "Triton forward": lambda: triton_forward.launch_for("attention_forward", WHERE, length, GPU, half, 64),
         "Triton backward": lambda: triton_backward.work_for(WHERE, length, GPU, half, 64, 3),
-        "Triton decode": lambda: triton_decode.plan_for(WHERE, GPU, half, 64, 3),
-        "CUDA walk": lambda: cuda_plan.plan_for(WHERE, 128, 64, False, length, 4, 2, GPU),
-        "CUDA sums": lambda: cuda_plan.sums_plan_for(WHERE, 128, 32, length, 4, GPU),
-        "CUDA sm_90a": lambda: cuda_sm90a.plan_for(WHERE, 256, length, 8, 2, GPU),
+        "Triton decode": lambda: triton_decode.launch_for(WHERE, GPU, half, 64, 3),
+        "CUDA walk": lambda: cuda_plan.walk_for(WHERE, 128, 64, False, length, 4, 2, GPU),
+        "CUDA sums": lambda: cuda_plan.sums_walk_for(WHERE, 128, 32, length, 4, GPU),
+        "CUDA sm_90a": lambda: cuda_sm90a.walk_for(WHERE, 256, length, 8, 2, GPU),
     }
 
 

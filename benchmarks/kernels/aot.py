@@ -61,7 +61,7 @@ COMMON = (
 )
 
 Case = tuple[str, Callable[[], object]]
-Table = dict[str, dict[str, int]]
+Report = dict[str, dict[str, int]]
 
 
 class _Driver:
@@ -148,7 +148,7 @@ def all_cases(arch: int) -> Iterator[Case]:
         yield from importlib.import_module(f"benchmarks.kernels.{path.stem}").cases(arch)
 
 
-def survey(arch: int, cases: Iterable[Case]) -> Table:
+def survey(arch: int, cases: Iterable[Case]) -> Report:
     """Compiles the kernels of `cases` for `arch`: a row of the table per "case/kernel"."""
     table = {}
     for name, call in cases:
@@ -159,7 +159,7 @@ def survey(arch: int, cases: Iterable[Case]) -> Table:
     return table
 
 
-def complaints(arch: int, table: Table) -> list[str]:
+def complaints(arch: int, table: Report) -> list[str]:
     """What is wrong with the kernels of one architecture, one sentence each."""
     found = []
     for name, row in table.items():
@@ -170,12 +170,12 @@ def complaints(arch: int, table: Table) -> list[str]:
     return found
 
 
-def recorded() -> dict[str, dict[str, Table]]:
+def recorded() -> dict[str, dict[str, Report]]:
     """The committed table: Triton version -> "sm_90" -> "case/kernel" -> row."""
     return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
 
 
-def record(tables: dict[str, Table]) -> None:
+def record(tables: dict[str, Report]) -> None:
     """Puts the rows of `tables` into the committed table, under this Triton's version; the others stay."""
     everything = recorded()
     of_version = everything.setdefault(triton.__version__, {})
@@ -224,7 +224,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if wrong else 0
 
 
-def _in_a_process_of_its_own(arch: int, options: argparse.Namespace) -> Table:
+def _in_a_process_of_its_own(arch: int, options: argparse.Namespace) -> Report:
     command = [sys.executable, "-m", "benchmarks.kernels.aot", "--json", "--arch", str(arch), "--match", options.match]
     done = subprocess.run(command + ["--common"] * options.common, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])["tables"][str(arch)]

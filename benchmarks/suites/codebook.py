@@ -87,7 +87,7 @@ def gumbel_cell(
     )
 
 
-class _Table:
+class _Problem:
     """Logits, codebook, the gradients of latents and KL, and the noise that our seed gives."""
 
     def __init__(self, device: torch.device, rows: int, dtype: torch.dtype, codes: int, width: int) -> None:
@@ -114,7 +114,7 @@ def _gumbel(
     width: int,
     competitors: Sequence[Lookup] | None,
 ) -> Iterable[Contender]:
-    table = lru_cache(maxsize=1)(partial(_Table, device, rows, dtype, codes, width))  # made when first wanted
+    table = lru_cache(maxsize=1)(partial(_Problem, device, rows, dtype, codes, width))  # made when first wanted
 
     def ours(
         logits: Tensor, codebook: Tensor, temperature: float, hard: bool, noise: Tensor | None
@@ -128,7 +128,7 @@ def _gumbel(
         )
 
 
-def _gumbel_trial(table: _Table, made: Made, hard: bool, backward: bool) -> Trial:
+def _gumbel_trial(table: _Problem, made: Made, hard: bool, backward: bool) -> Trial:
     def answer(logits: Tensor, codebook: Tensor, noise: Tensor | None) -> tuple[Tensor, ...]:
         if not backward:
             with torch.no_grad():
@@ -143,7 +143,7 @@ def _gumbel_trial(table: _Table, made: Made, hard: bool, backward: bool) -> Tria
     return Trial([partial(answer, logits, table.codebook, None) for logits in table.logits], verify, made.notes)
 
 
-def _gumbel_truth(table: _Table, hard: bool, backward: bool) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+def _gumbel_truth(table: _Problem, hard: bool, backward: bool) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """What the lookup gives with our noise, in float64, and in the input's own precision by plain PyTorch."""
 
     def by_definition(dtype: torch.dtype) -> tuple[Tensor, ...]:

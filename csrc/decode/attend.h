@@ -307,8 +307,8 @@ static float quantize_row(const void* row, int width, void* slot) {
   return scale;
 }
 
-const DecodeTable& decode_kernels() {
-  static constexpr DecodeTable table{
+const DecodeKernels& decode_kernels() {
+  static constexpr DecodeKernels table{
       {attend<float, float>, attend_many<float, float>, combine<float>, copy_row<float>},
       {attend<bf16, bf16>, attend_many<bf16, bf16>, combine<bf16>, copy_row<bf16>},
       {attend<float, int8_t>, attend_many<float, int8_t>, combine<float>, quantize_row<float>},

@@ -17,7 +17,7 @@ namespace dalle::decode {
 namespace {
 
 const Kernels& kernels_for(DType dtype, bool eight_bit) {
-  const DecodeTable& table = decode_kernels();
+  const DecodeKernels& table = decode_kernels();
   if (dtype == DType::float32) return eight_bit ? table.f32_eight_bit : table.f32;
   require(dtype == DType::bfloat16, "q: got dtype ", dtype, ", wanted float32 or bfloat16");
   return eight_bit ? table.bf16_eight_bit : table.bf16;
@@ -104,10 +104,10 @@ constexpr int64_t kMostSharedParts = 8;
 
 // Writes the new keys and values k and v [B, H, G, D] into their slots of keys and values [B, H, L, D], then attends
 // from q, which may have several heads for each of theirs; row by row G tokens from `position` on, or from `positions`
-// (one, or [B]) where they are given. Each B / P rows also see shared_keys and shared_values [P, H, M, D]. hidden [B, L]
-// and shared_hidden [P, M] are true at slots of padding; scales [B, H, L, 2] and shared_scales [P, H, M, 2] are there
-// where keys and values are int8. slot [S], prefix [S], offsets [S + 1], slots: a DecodeTable, as the shared ones, which
-// have no slot.
+// (one, or [B]) where they are given. Each B / P rows also see shared_keys and shared_values [P, H, M, D]. hidden [B,
+// L] and shared_hidden [P, M] are true at slots of padding; scales [B, H, L, 2] and shared_scales [P, H, M, 2] are
+// there where keys and values are int8. slot [S], prefix [S], offsets [S + 1], slots: a DecodeTable, as the shared
+// ones, which have no slot.
 Tensor decode_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& keys, const Tensor& values,
                       const std::optional<Tensor>& shared_keys, const std::optional<Tensor>& shared_values,
                       const std::optional<Tensor>& hidden, const std::optional<Tensor>& shared_hidden,

@@ -3,6 +3,6 @@
 #include "decode/kernels.h"
 
 namespace dalle::avx512_bf16 {
-const DecodeTable& decode_kernels() { return avx512::decode_kernels(); }
+const DecodeKernels& decode_kernels() { return avx512::decode_kernels(); }
 }  // namespace dalle::avx512_bf16
 #endif

@@ -3,6 +3,6 @@
 #include "decode/kernels.h"
 
 namespace dalle::neon_bf16 {
-const DecodeTable& decode_kernels() { return neon::decode_kernels(); }
+const DecodeKernels& decode_kernels() { return neon::decode_kernels(); }
 }  // namespace dalle::neon_bf16
 #endif

@@ -61,11 +61,11 @@ struct Kernels {
 
 namespace dalle {
 
-struct DecodeTable {
+struct DecodeKernels {
   decode::Kernels f32, bf16;                      // by the dtype of q, which is the cache's
   decode::Kernels f32_eight_bit, bf16_eight_bit;  // over a cache of int8
 };
 
-DALLE_KERNEL_TABLE(DecodeTable, decode_kernels)
+DALLE_KERNEL_TABLE(DecodeKernels, decode_kernels)
 
 }  // namespace dalle

@@ -9,7 +9,7 @@ import torch
 
 from dalle_kernels.attention import cuda_sm90a
 from dalle_kernels.attention.contract import Grads, Inputs, Kept, Needs, Outputs
-from dalle_kernels.attention.cuda_plan import SMALLEST, Plan, parts_for, plan_for, sums_plan_for
+from dalle_kernels.attention.cuda_plan import SMALLEST, Walk, parts_for, sums_walk_for, walk_for
 from dalle_kernels.backends import cuda_library
 from dalle_kernels.backends.contract import Call
 from dalle_kernels.patterns.patterns import Pattern
@@ -39,9 +39,9 @@ def _slot_bytes(columns: int, width: int) -> int:
     return 2 * columns * (2 * width + 16)
 
 
-def _plan(
+def _walk(
     q: torch.Tensor, pattern: Pattern, columns: int, blocks: int, transposed: bool = False, extra: int = 0
-) -> Plan:
+) -> Walk:
     """The walk for tensors like q, when `blocks` blocks share a multiprocessor's memory.
 
     Where so many do not fit with the fewest slots each, fewer share it. A slot has `extra` bytes beside its tiles.
@@ -50,10 +50,10 @@ def _plan(
     slots = max(cuda_library.shared_memory(q.device, blocks) // (_slot_bytes(columns, width) + extra), SMALLEST)
     at_a_time = blocks * cuda_library.multiprocessors(q.device)
     parts = parts_for(pattern, _ROWS, columns, transposed, length, batch * heads, at_a_time)
-    return plan_for(pattern, _ROWS, columns, transposed, length, slots, parts, q.device)
+    return walk_for(pattern, _ROWS, columns, transposed, length, slots, parts, q.device)
 
 
-def _one_pass_plan(q: torch.Tensor, pattern: Pattern) -> Plan | None:
+def _one_pass_walk(q: torch.Tensor, pattern: Pattern) -> Walk | None:
     """The walk that makes all three gradients of a head at once, or None where the two passes serve. The rule:
 
     - rows are of at most 64 elements, for their sums are kept in shared memory;
@@ -70,7 +70,7 @@ def _one_pass_plan(q: torch.Tensor, pattern: Pattern) -> Plan | None:
     pitch, columns = 2 * width + 16, _ONE_PASS_COLUMNS
     fixed = 2 * (_ROWS * (pitch + 2 * columns + 16) + 2 * columns * pitch) + 8 * 4
     slots = (cuda_library.shared_memory(q.device, 1) - fixed) // (2 * columns * max(width, 32) * 4)
-    return sums_plan_for(pattern, _ROWS, columns, length, slots, q.device) if slots > 0 else None
+    return sums_walk_for(pattern, _ROWS, columns, length, slots, q.device) if slots > 0 else None
 
 
 def _outputs(*likes: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
@@ -97,8 +97,8 @@ def forward(inputs: Inputs) -> Outputs:
     if cuda_sm90a.refuse(q, k, v) is None:
         cuda_sm90a.forward(q, k, v, padding, scale, pattern, targets[0], lse)
     else:
-        plan = _plan(q, pattern, _FORWARD_COLUMNS, blocks=2 if q.shape[-1] <= 64 else 1)
-        cuda_library.operations().attention_forward(q, k, v, padding, plan.order, *plan.walk, scale, *targets, lse)
+        walk = _walk(q, pattern, _FORWARD_COLUMNS, blocks=2 if q.shape[-1] <= 64 else 1)
+        cuda_library.operations().attention_forward(q, k, v, padding, walk.order, *walk.arguments, scale, *targets, lse)
     return Outputs(_return(outputs, targets)[0], lse)
 
 
@@ -107,15 +107,15 @@ def backward(grads: Grads, kept: Kept, needs: Needs) -> tuple[torch.Tensor | Non
     assert grad_out is not None
     assert scale is not None
     columns = 64 if q.shape[-1] <= 64 else 32  # kBackwardColumns of csrc/attention/cuda.h
-    one_pass = _one_pass_plan(q, pattern)
+    one_pass = _one_pass_walk(q, pattern)
     walks: tuple[torch.Tensor | int, ...]
     if one_pass is not None:
-        order, walks = one_pass.order, one_pass.walk
+        order, walks = one_pass.order, one_pass.arguments
         run = cuda_library.operations().attention_backward_one_pass
     else:
-        by_query = _plan(q, pattern, columns, blocks=1)
-        by_key = _plan(q, pattern, columns, blocks=1, transposed=True, extra=2 * columns * 4)
-        order, walks = by_query.order, (*by_query.walk, *by_key.walk)
+        by_query = _walk(q, pattern, columns, blocks=1)
+        by_key = _walk(q, pattern, columns, blocks=1, transposed=True, extra=2 * columns * 4)
+        order, walks = by_query.order, (*by_query.arguments, *by_key.arguments)
         run = cuda_library.operations().attention_backward
     batch, heads, length, _ = q.shape
     padded = -(-length // columns) * columns

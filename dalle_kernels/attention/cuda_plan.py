@@ -25,7 +25,7 @@ START = 4  # steps in whose time a block starts and its first tiles arrive: a gu
 
 
 @dataclass(frozen=True, eq=False)
-class Plan(OnDevice):
+class Walk(OnDevice):
     """A schedule's walk for `parts` blocks a head and `slots` tiles of shared memory. Tensors are int32 on one device.
 
     Attributes:
@@ -45,7 +45,7 @@ class Plan(OnDevice):
     slots: int
 
     @property
-    def walk(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int]:
+    def arguments(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int]:
         """What a kernel takes besides `order`."""
         return self.part_tiles, self.tile_steps, self.steps, self.masks, self.slots
 
@@ -56,7 +56,7 @@ class Plan(OnDevice):
 
 
 @remembered(maxsize=256)
-def plan_for(
+def walk_for(
     pattern: Pattern,
     rows: int,
     columns: int,
@@ -65,8 +65,8 @@ def plan_for(
     slots: int,
     parts: int,
     device: torch.device | str = "cpu",
-) -> Plan:
-    """The plan of a walk over tiles of `rows` by `columns`, remembered.
+) -> Walk:
+    """The walk over tiles of `rows` by `columns`, remembered.
 
     Rows are queries and columns keys, or where `transposed` rows are keys and columns queries. `parts` is cut to the
     number of row tiles.
@@ -75,7 +75,7 @@ def plan_for(
         ValueError: for fewer slots than SMALLEST.
     """
     if device != "cpu":
-        return plan_for(pattern, rows, columns, transposed, length, slots, parts, "cpu").to(device)
+        return walk_for(pattern, rows, columns, transposed, length, slots, parts, "cpu").to(device)
     if slots < SMALLEST:
         raise ValueError(f"slots: got {slots}, wanted at least {SMALLEST}")
     schedule = schedule_for(pattern, (columns, rows) if transposed else (rows, columns), length)
@@ -91,7 +91,7 @@ def plan_for(
     for first, last in pairwise(borders):
         placed += _place(tiles[offsets[first] : offsets[last]], slots)
     steps = [(tile, slot, mask, int(loads)) for tile, (slot, loads), mask in zip(tiles, placed, mask_ids, strict=True)]
-    return Plan(
+    return Walk(
         order=schedule.order,
         part_tiles=torch.tensor(borders, dtype=torch.int32),
         tile_steps=torch.tensor(offsets, dtype=torch.int32),
@@ -132,10 +132,10 @@ def makespan(costs: list[int], at_a_time: int) -> int:
 
 
 @remembered(maxsize=256)
-def sums_plan_for(
+def sums_walk_for(
     pattern: Pattern, rows: int, columns: int, length: int, slots: int, device: torch.device | str = "cpu"
-) -> Plan | None:
-    """The plan of the one-pass backward, remembered; None where it cannot be had.
+) -> Walk | None:
+    """The walk of the one-pass backward, remembered; None where it cannot be had.
 
     Its one part walks tiles of `rows` queries by `columns` keys. A slot holds the sums of a key tile's gradients from
     the tile's first visit to its last, and the last column of `steps` says which visit a step is: 1 the first, 2 the
@@ -154,7 +154,7 @@ def sums_plan_for(
         (tile, slot, mask, first + 2 * (last[tile] == step))
         for step, (tile, (slot, first), mask) in enumerate(zip(tiles, placed, mask_ids, strict=True))
     ]
-    plan = Plan(
+    walk = Walk(
         order=schedule.order,
         part_tiles=torch.tensor([0, len(schedule.key_offsets) - 1], dtype=torch.int32),
         tile_steps=schedule.key_offsets,
@@ -162,7 +162,7 @@ def sums_plan_for(
         masks=schedule.masks,
         slots=1 + max(slot for slot, _ in placed),
     )
-    return plan.to(device)
+    return walk.to(device)
 
 
 def _share(offsets: list[int], parts: int) -> list[int]:

@@ -20,43 +20,43 @@ _BARRIER_BYTES = 1024  # kBarrierBytes there
 
 @dataclass(frozen=True, eq=False)
 class Sm90aPlan(OnDevice):
-    """A `cuda_plan.Plan` with what this kernel asks beyond it.
+    """A `cuda_plan.Walk` with what this kernel asks beyond it.
 
     Attributes:
-        plan: its last word of each step is flags: LOADS, LAST_USE of what lies in the slot before that is loaded again,
+        walk: its last word of each step is flags: LOADS, LAST_USE of what lies in the slot before that is loaded again,
             FIRST_SEES << g where rows 64 g to 64 g + 63 of the row tile see any of the column tile, and
             FIRST_MASKED << g where they do not see all of it.
         runs: int32, one for each 64 positions up to a multiple of `rows`: the first of their tokens where these are
             consecutive, so that one copy fetches them all; the length where there are none; else -1.
     """
 
-    plan: cuda_plan.Plan
+    walk: cuda_plan.Walk
     runs: torch.Tensor
 
 
 @remembered(maxsize=256)
-def plan_for(
+def walk_for(
     pattern: Pattern, rows: int, length: int, slots: int, parts: int, device: torch.device | str = "cpu"
 ) -> Sm90aPlan:
-    """The walk over tiles of `rows` queries, a multiple of 64, by 64 keys; arguments as of `cuda_plan.plan_for`."""
-    plan = cuda_plan.plan_for(pattern, rows, COLUMNS, False, length, slots, parts)
-    steps = plan.steps.clone()
-    steps[:, 3] = steps[:, 3] * LOADS + _last_uses(plan) * LAST_USE
-    masks, used = plan.masks.view(-1, rows // COLUMNS, COLUMNS * COLUMNS // 32), steps[:, 2].long()
+    """The walk over tiles of `rows` queries, a multiple of 64, by 64 keys; arguments as of `cuda_plan.walk_for`."""
+    walk = cuda_plan.walk_for(pattern, rows, COLUMNS, False, length, slots, parts)
+    steps = walk.steps.clone()
+    steps[:, 3] = steps[:, 3] * LOADS + _last_uses(walk) * LAST_USE
+    masks, used = walk.masks.view(-1, rows // COLUMNS, COLUMNS * COLUMNS // 32), steps[:, 2].long()
     for group in range(rows // COLUMNS):
         steps[:, 3] += (masks[:, group] != 0).any(1)[used] * (FIRST_SEES << group)
         steps[:, 3] += (masks[:, group] != -1).any(1)[used] * (FIRST_MASKED << group)
-    return Sm90aPlan(replace(plan, steps=steps), _runs(plan.order, rows)).to(device)
+    return Sm90aPlan(replace(walk, steps=steps), _runs(walk.order, rows)).to(device)
 
 
-def _last_uses(plan: cuda_plan.Plan) -> torch.Tensor:
+def _last_uses(walk: cuda_plan.Walk) -> torch.Tensor:
     """Per step, whether its slot's tile is needed no more."""
-    last = torch.zeros(len(plan.steps), dtype=torch.bool)
-    borders = plan.tile_steps[plan.part_tiles.long()].tolist()
+    last = torch.zeros(len(walk.steps), dtype=torch.bool)
+    borders = walk.tile_steps[walk.part_tiles.long()].tolist()
     for first, end in pairwise(borders):
         needed: set[int] = set()
         for step in range(end - 1, first - 1, -1):
-            _, slot, _, loads = plan.steps[step].tolist()
+            _, slot, _, loads = walk.steps[step].tolist()
             last[step] = slot not in needed
             needed.add(slot)
             if loads:
@@ -107,9 +107,9 @@ def forward(
     room = cuda_library.shared_memory(q.device, 1) - _BARRIER_BYTES - groups * tile_bytes
     slots = min(room // (2 * tile_bytes), MOST_SLOTS)
     parts = cuda_plan.parts_for(pattern, COLUMNS * groups, COLUMNS, False, length, batch * heads, multiprocessors)
-    planned = plan_for(pattern, COLUMNS * groups, length, slots, parts, q.device)
+    walk = walk_for(pattern, COLUMNS * groups, length, slots, parts, q.device)
     # Where heads stay whole a block goes from one to the next; parts of them are blocks of their own.
     blocks = min(batch * heads, multiprocessors) if parts == 1 else batch * heads
     cuda_library.operations().attention_forward_sm90a(
-        q, k, v, padding, planned.plan.order, *planned.plan.walk, planned.runs, blocks, scale, out, lse
+        q, k, v, padding, walk.walk.order, *walk.walk.arguments, walk.runs, blocks, scale, out, lse
     )

@@ -29,9 +29,9 @@ from dalle_kernels.attention.contract import Grads, Kept, Needs, rows_of
 from dalle_kernels.attention.triton_forward import (
     exponent_scale,
     head_and_item,
+    launch_for,
     load_rows,
     padding_bytes,
-    plan_for,
     store_rows,
     tokens_of,
     visible,
@@ -338,7 +338,7 @@ def work_for(
     of the `programs` that run at a time has to do in all.
     """
     settings = launch.settings_for("attention_backward_keys", launch.architecture(device), 8 * dtype.itemsize, width)
-    tile = plan_for("attention_backward_keys", pattern, length, device, dtype, width, rows).schedule.tile
+    tile = launch_for("attention_backward_keys", pattern, length, device, dtype, width, rows).schedule.tile
     # On the CPU: to read the device's, the host would have to wait.
     schedule = schedule_for(pattern, tile, length, queries=rows)
     longest = heads * schedule.query_tiles.numel() // (2 * settings["programs"])
@@ -356,7 +356,7 @@ def backward(grads: Grads, kept: Kept, needs: Needs) -> tuple[torch.Tensor | Non
     batch, heads, queries, width = q.shape
     in_all, length, rows = batch * heads, k.shape[2], rows_of(kept)
     call = (pattern, length, q.device, q.dtype, width)
-    by_key, by_query = (plan_for(f"attention_backward_{side}", *call, rows) for side in ("keys", "queries"))
+    by_key, by_query = (launch_for(f"attention_backward_{side}", *call, rows) for side in ("keys", "queries"))
     work = work_for(*call, in_all, rows)
     power, rise, negated = exponent_scale(scale, softcap)
     padding, padding_strides = padding_bytes(key_padding_mask, q)

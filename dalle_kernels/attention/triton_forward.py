@@ -184,7 +184,7 @@ def attention_forward(
     tl.store(Lse + head.to(tl.int64) * own_length + rows, lse, mask=exists)
 
 
-class Plan(NamedTuple):
+class Launch(NamedTuple):
     """What a launch needs besides its tensors: found once per pattern, length, device, element size and width."""
 
     schedule: Schedule
@@ -192,7 +192,7 @@ class Plan(NamedTuple):
 
 
 @remembered(maxsize=256)
-def plan_for(
+def launch_for(
     kernel: str,
     pattern: Pattern,
     length: int,
@@ -200,7 +200,7 @@ def plan_for(
     dtype: torch.dtype,
     width: int,
     rows: tuple[int, int] | None = None,
-) -> Plan:
+) -> Launch:
     """The schedule and settings of `kernel` for one kind of call, remembered; `rows` as in `contract.rows_of`."""
     settings = launch.settings_for(kernel, launch.architecture(device), 8 * dtype.itemsize, width)
     tile = settings["query_tile"], settings["key_tile"]
@@ -222,14 +222,14 @@ def plan_for(
     if "maxnreg" in settings:  # without it ptxas may keep to fewer registers than the block has, and spill
         constants["maxnreg"] = settings["maxnreg"]
     if queries >= max(tile):
-        return Plan(schedule_for(pattern, tile, length, device, rows), constants)
+        return Launch(schedule_for(pattern, tile, length, device, rows), constants)
     # Walks over full tiles look at the tokens of tile 0 without a mask, though there be no full tile to walk over.
     schedule = schedule_for(pattern, tile, length, queries=rows)
     order, query_order = (
         torch.nn.functional.pad(tokens, (0, max(max(tile) - len(tokens), 0)))
         for tokens in (schedule.order, schedule.query_order)
     )
-    return Plan(replace(schedule, order=order, query_order=query_order).to(device), constants)
+    return Launch(replace(schedule, order=order, query_order=query_order).to(device), constants)
 
 
 def exponent_scale(scale: float, softcap: float | None) -> tuple[float, float, bool]:
@@ -250,8 +250,8 @@ def forward(inputs: Inputs) -> Outputs:
     length = k.shape[2]
     out = torch.empty_like(q)
     lse = torch.empty((batch, heads, queries), dtype=torch.float32, device=q.device)
-    plan = plan_for("attention_forward", pattern, length, q.device, q.dtype, width, rows_of(inputs))
-    schedule = plan.schedule
+    its = launch_for("attention_forward", pattern, length, q.device, q.dtype, width, rows_of(inputs))
+    schedule = its.schedule
     power, rise, negated = exponent_scale(scale, softcap)
     padding, padding_strides = padding_bytes(key_padding_mask, q)
     tiles = ceil_div(queries, schedule.tile[0])
@@ -261,7 +261,7 @@ def forward(inputs: Inputs) -> Outputs:
         schedule.full_counts, schedule.masks,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], *padding_strides,
         heads, batch * heads, length, queries, power, rise,
-        PADDED=key_padding_mask is not None, NEGATED=negated, CAPPED=softcap is not None, **plan.constants,
+        PADDED=key_padding_mask is not None, NEGATED=negated, CAPPED=softcap is not None, **its.constants,
     )  # fmt: skip
     return Outputs(out, lse)
 

@@ -188,7 +188,7 @@ def decode_combine(
     tl.store(Out + column, (accumulator / total).to(Out.dtype.element_ty), mask=column < D)
 
 
-class Plan(NamedTuple):
+class Launch(NamedTuple):
     """What a step needs besides its tensors: found once per pattern, device, dtype, width and number of heads."""
 
     table: DecodeTable
@@ -198,7 +198,7 @@ class Plan(NamedTuple):
 
 
 @remembered(maxsize=256)
-def plan_for(
+def launch_for(
     pattern: Pattern,
     device: torch.device | str,
     dtype: torch.dtype,
@@ -206,7 +206,7 @@ def plan_for(
     heads: int,
     prompt: int = 0,
     rewind: int = 0,
-) -> Plan:
+) -> Launch:
     settings = dict(launch.settings_for("decode_forward", launch.architecture(device), 8 * dtype.itemsize, width))
     table = decode_table_for(pattern, device, prompt, rewind)
     # Read off the table on the CPU: for the device's, the host would have to wait.
@@ -216,7 +216,7 @@ def plan_for(
     wanted = ceil_div(settings.pop("programs"), heads)
     splits = max(1, min(wanted, ceil_div(longest, settings["KEYS"])))
     block = max(16, triton.next_power_of_2(width))
-    return Plan(table, splits, block, {"D": width, "BLOCK_D": block, "SPLITS": splits, **settings})
+    return Launch(table, splits, block, {"D": width, "BLOCK_D": block, "SPLITS": splits, **settings})
 
 
 def forward(inputs: Inputs) -> Outputs:
@@ -228,13 +228,13 @@ def _step(inputs: Inputs) -> torch.Tensor:
     q, k, v, keys, values, position, pattern, _, softcap = inputs[:9]
     position = torch.as_tensor(position, dtype=torch.int64, device=q.device)
     batch, heads, _, width = q.shape
-    plan = plan_for(pattern, q.device, q.dtype, width, batch * heads, inputs.prompt, inputs.rewind)
+    its = launch_for(pattern, q.device, q.dtype, width, batch * heads, inputs.prompt, inputs.rewind)
     out = torch.empty_like(q)
     # With one split no partial result is written, and any tensor stands for them.
     partial = out
-    if plan.splits > 1:
-        partial = torch.empty((batch * heads, plan.splits, plan.block + 2), dtype=torch.float32, device=q.device)
-    table, hidden, shared_hidden = plan.table, inputs.hidden, inputs.shared_hidden
+    if its.splits > 1:
+        partial = torch.empty((batch * heads, its.splits, its.block + 2), dtype=torch.float32, device=q.device)
+    table, hidden, shared_hidden = its.table, inputs.hidden, inputs.shared_hidden
     shared: tuple[torch.Tensor | None, ...] = (None, None)
     lists: tuple[torch.Tensor | None, ...] = (None, None, None)
     copies, shared_length = 1, 0
@@ -249,17 +249,17 @@ def _step(inputs: Inputs) -> torch.Tensor:
         shared_hidden = torch.zeros((batch // copies, shared_length), dtype=torch.bool, device=q.device)
     scale = inputs.factor
     height = scale if softcap is None else softcap
-    decode_forward[(batch * heads, plan.splits)](
+    decode_forward[(batch * heads, its.splits)](
         q, k, v, keys, values, out, partial, position, table.slot, table.prefix, table.offsets, table.slots,
         *shared, *lists, *(None if mask is None else mask.view(torch.int8) for mask in (hidden, shared_hidden)),
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *out.stride()[:2], *keys.stride()[:3], *values.stride()[:3],
         heads, keys.shape[2], copies, shared_length, height * math.log2(math.e), steepness(scale, softcap),
         BY_ROW=position.dim() > 0, SHARED=shared_length > 0, PADDED=padded, CAPPED=softcap is not None,
-        enable_fp_fusion=True, **plan.constants,
+        enable_fp_fusion=True, **its.constants,
     )  # fmt: skip
-    if plan.splits > 1:
+    if its.splits > 1:
         decode_combine[(batch * heads,)](
             partial, out, *out.stride()[:2], heads,
-            D=width, BLOCK_D=plan.block, SPLITS=plan.splits, PADDED=padded, num_warps=1, enable_fp_fusion=True,
+            D=width, BLOCK_D=its.block, SPLITS=its.splits, PADDED=padded, num_warps=1, enable_fp_fusion=True,
         )  # fmt: skip
     return out

@@ -293,22 +293,22 @@ from dalle_kernels.attention.contract import Grads, Inputs, Kept, Needs
 pages = mmap.mmap(-1, 2 * mmap.PAGESIZE)
 address = ctypes.addressof(ctypes.c_char.from_buffer(pages))
 assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(address + mmap.PAGESIZE), mmap.PAGESIZE, 0) == 0
-made = triton_forward.plan_for
+made = triton_forward.launch_for
 
-def plan_for(*call):
-    plan = made(*call)
-    last = torch.frombuffer(pages, dtype=torch.int32, count=mmap.PAGESIZE // 4)[-len(plan.schedule.order):]
-    last.copy_(plan.schedule.order)
-    object.__setattr__(plan.schedule, "order", last)
-    return plan
+def launch_for(*call):
+    its = made(*call)
+    last = torch.frombuffer(pages, dtype=torch.int32, count=mmap.PAGESIZE // 4)[-len(its.schedule.order):]
+    last.copy_(its.schedule.order)
+    object.__setattr__(its.schedule, "order", last)
+    return its
 
-triton_forward.plan_for = triton_backward.plan_for = plan_for
+triton_forward.launch_for = triton_backward.launch_for = launch_for
 pattern = Row(TokenLayout(5, (3, 4)))
 q = torch.randn(1, 1, 17, 16)
 out, lse = triton_forward.forward(Inputs(q, q, q, None, 0.25, pattern))
 kept = Kept(q, q, q, out, lse, None, 0.25, pattern)
 triton_backward.backward(Grads(out, lse), kept, Needs(True, True, True))
-print("read", len(plan_for("attention_forward", pattern, 17, q.device, q.dtype, 16).schedule.order))
+print("read", len(launch_for("attention_forward", pattern, 17, q.device, q.dtype, 16).schedule.order))
 """
 
 

@@ -310,7 +310,7 @@ def test_candidates_reach_every_plan() -> None:
         cpu = torch.device("cpu")
         return lambda: seen.append(
             (
-                triton_gumbel.plan("gumbel_forward", cpu, torch.bfloat16, 256, 128)["num_warps"],
+                triton_gumbel.constants("gumbel_forward", cpu, torch.bfloat16, 256, 128)["num_warps"],
                 triton_vq._plan(cpu, torch.bfloat16, 128)["num_warps"],
             )
         )

@@ -33,7 +33,7 @@ def plain_gumbel(logits, codebook, temperature, hard, noise, seed, grad_latents,
     """The formulas in plain PyTorch in the inputs' own dtype: its error is the yardstick for the kernels'."""
     logits, codebook = logits.clone().requires_grad_(), codebook.clone().requires_grad_()
     noisy = logits + gumbel_noise(seed[0], *logits.shape, GUMBEL_STREAM, seed[1]).to(logits.dtype) if noise else logits
-    soft = (noisy / temperature.to(logits.dtype)).softmax(-1)
+    soft = (noisy / temperature).softmax(-1)
     y = soft
     if hard:
         one_hot = torch.nn.functional.one_hot(noisy.argmax(-1), logits.shape[1]).to(soft.dtype)

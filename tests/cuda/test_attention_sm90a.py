@@ -12,7 +12,7 @@ import torch
 
 from dalle_kernels import TokenLayout, sparse_attention
 from dalle_kernels.attention import cuda_sm90a
-from dalle_kernels.attention.cuda_sm90a import FIRST_MASKED, FIRST_SEES, LAST_USE, LOADS, plan_for
+from dalle_kernels.attention.cuda_sm90a import FIRST_MASKED, FIRST_SEES, LAST_USE, LOADS, walk_for
 from dalle_kernels.backends import cuda_library
 from dalle_kernels.patterns.patterns import AxialRow, Causal, Column, Convolution, Fixed, MaskPattern, Pattern, Row
 from dalle_kernels.patterns.schedule import schedule_for
@@ -133,12 +133,12 @@ def test_calls_that_it_does_not_serve_go_to_the_kernel_for_sm_80(
 @pytest.mark.parametrize("length", [1280, 1001])
 @pytest.mark.parametrize(("rows", "slots"), [(256, 12), (128, 6), (256, 3)])
 def test_a_plan_is_sound(pattern: Pattern, length: int, rows: int, slots: int) -> None:
-    planned = plan_for(pattern, rows, length, slots, parts=2)
-    plan = planned.plan
+    planned = walk_for(pattern, rows, length, slots, parts=2)
+    walk = planned.walk
     masks = schedule_for(pattern, (rows, 64), length).masks.view(-1, rows // 64, 64 * 2)
-    for first, last in pairwise(plan.tile_steps[plan.part_tiles.long()].tolist()):
+    for first, last in pairwise(walk.tile_steps[walk.part_tiles.long()].tolist()):
         holds: dict[int, int | None] = {}
-        for tile, slot, mask, flags in plan.steps[first:last].tolist():
+        for tile, slot, mask, flags in walk.steps[first:last].tolist():
             if flags & LOADS:
                 assert holds.get(slot) is None, "the last use of what lay there was announced"
                 holds[slot] = tile
@@ -150,7 +150,7 @@ def test_a_plan_is_sound(pattern: Pattern, length: int, rows: int, slots: int) -
                 assert bool(flags & FIRST_MASKED << group) == any(word != -1 for word in words)
         assert not any(holds.values()), "every slot is empty for the next head"
     for group, run in enumerate(planned.runs.tolist()):
-        tokens = plan.order[64 * group : 64 * group + 64].tolist()
+        tokens = walk.order[64 * group : 64 * group + 64].tolist()
         copied = [token for token in range(run, run + 64) if token < length]
         assert run == -1 or tokens == copied
         assert run != -1 or any(after != before + 1 for before, after in pairwise(tokens)) or tokens[-1] != length - 1
@@ -158,7 +158,7 @@ def test_a_plan_is_sound(pattern: Pattern, length: int, rows: int, slots: int) -
 
 @pytest.mark.parametrize("pattern", [Row(TokenLayout()), Column(TokenLayout()), Convolution(TokenLayout())], ids=str)
 def test_a_heads_keys_are_read_once_and_early_at_the_papers_width(pattern: Pattern) -> None:
-    steps = plan_for(pattern, 256, 1280, 12, parts=1).plan.steps.tolist()
+    steps = walk_for(pattern, 256, 1280, 12, parts=1).walk.steps.tolist()
     assert sum(flags & LOADS for *_, flags in steps) == 1280 // 64
     used: dict[int, int] = {}
     for index, (_, slot, _, flags) in enumerate(steps):

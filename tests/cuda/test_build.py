@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks.kernels.cuda_build import TABLE, build_cuda, collect
 
-Table = dict[str, Any]
+Report = dict[str, Any]
 
 
 @pytest.fixture(scope="module")
@@ -22,16 +22,16 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def built(library: Path) -> Table:
+def built(library: Path) -> Report:
     return collect(library)
 
 
 @pytest.fixture(scope="module")
-def committed() -> Table:
+def committed() -> Report:
     return json.loads(TABLE.read_text())
 
 
-def test_no_kernel_spills_or_touches_local_memory(built: Table) -> None:
+def test_no_kernel_spills_or_touches_local_memory(built: Report) -> None:
     for name, rows in built["kernels"].items():
         for architecture, row in rows.items():
             where = f"{name} {architecture}"
@@ -39,7 +39,7 @@ def test_no_kernel_spills_or_touches_local_memory(built: Table) -> None:
             assert not {"LDL", "STL"} & row["instructions"].keys(), where
 
 
-def test_registers_and_shared_memory_stay_within_the_table(built: Table, committed: Table) -> None:
+def test_registers_and_shared_memory_stay_within_the_table(built: Report, committed: Report) -> None:
     assert built["kernels"].keys() == committed["kernels"].keys(), "run python -m benchmarks cuda"
     for name, rows in built["kernels"].items():
         for architecture, row in rows.items():
@@ -48,7 +48,7 @@ def test_registers_and_shared_memory_stay_within_the_table(built: Table, committ
             assert row["shared"] <= known["shared"], f"{name} {architecture}"
 
 
-def test_machine_code_holds_the_instructions_that_the_design_counts_on(built: Table) -> None:
+def test_machine_code_holds_the_instructions_that_the_design_counts_on(built: Report) -> None:
     for name, rows in built["kernels"].items():
         for architecture, row in rows.items():
             if name.startswith("decode_kernel"):
@@ -93,7 +93,7 @@ def test_machine_code_holds_the_instructions_that_the_design_counts_on(built: Ta
                     assert row["instructions"]["LDG.128"] >= 8, f"{name}"  # logits of four quarters, two rows
 
 
-def test_the_library_needs_nothing_of_torch_but_the_stable_abi(library: Path, built: Table) -> None:
+def test_the_library_needs_nothing_of_torch_but_the_stable_abi(library: Path, built: Report) -> None:
     listing = subprocess.run(
         ["nm", "-D", "--undefined-only", str(library)], capture_output=True, text=True, check=True
     ).stdout
@@ -106,7 +106,7 @@ def test_the_library_needs_nothing_of_torch_but_the_stable_abi(library: Path, bu
     assert {name for name in rest if not name.startswith("aoti_torch_")} <= {"torch_library_impl"}
 
 
-def test_the_library_loads_without_a_gpu(library: Path, built: Table) -> None:
+def test_the_library_loads_without_a_gpu(library: Path, built: Report) -> None:
     script = (
         f"import pathlib, torch; torch.ops.load_library({str(library)!r});"
         "print(torch.ops.dalle_kernels_cuda.decode_attention.default._schema.name);"

@@ -9,7 +9,7 @@ import torch
 
 from dalle_kernels import TokenLayout
 from dalle_kernels.attention.cuda import _one_pass_plan
-from dalle_kernels.attention.cuda_plan import AHEAD, START, makespan, parts_for, plan_for, sums_plan_for
+from dalle_kernels.attention.cuda_plan import AHEAD, START, makespan, parts_for, sums_walk_for, walk_for
 from dalle_kernels.backends import cuda_library
 from dalle_kernels.patterns.patterns import Causal, Column, Convolution, MaskPattern, Pattern, Row
 from dalle_kernels.patterns.schedule import schedule_for
@@ -23,20 +23,20 @@ PATTERNS: list[Pattern] = [Row(LAYOUT), Column(LAYOUT), Convolution(LAYOUT), Cau
 @pytest.mark.parametrize("slots", [3, 4, 6, 9])
 @pytest.mark.parametrize("parts", [1, 3, 99])
 def test_a_plan_is_sound(pattern: Pattern, transposed: bool, slots: int, parts: int) -> None:
-    plan = plan_for(pattern, 128, 64, transposed, 1280, slots, parts)
+    walk = walk_for(pattern, 128, 64, transposed, 1280, slots, parts)
     schedule = schedule_for(pattern, (64, 128) if transposed else (128, 64), 1280)
     tiles = schedule.query_tiles if transposed else schedule.key_tiles
     ids = schedule.query_mask_ids if transposed else schedule.mask_ids
-    assert plan.steps[:, 0].equal(tiles)
-    assert plan.steps[:, 2].equal(ids)
-    borders = plan.part_tiles.tolist()
+    assert walk.steps[:, 0].equal(tiles)
+    assert walk.steps[:, 2].equal(ids)
+    borders = walk.part_tiles.tolist()
     assert borders[0] == 0
     assert borders[-1] == 10
     assert len(borders) == min(parts, 10) + 1
     assert borders == sorted(set(borders))
-    offsets = plan.tile_steps.tolist()
+    offsets = walk.tile_steps.tolist()
     for first, last in pairwise(borders):
-        steps = plan.steps[offsets[first] : offsets[last]].tolist()
+        steps = walk.steps[offsets[first] : offsets[last]].tolist()
         holds: dict[int, int] = {}
         for index, (tile, slot, _, loads) in enumerate(steps):
             assert 0 <= slot < slots
@@ -61,7 +61,7 @@ def test_a_plan_is_sound(pattern: Pattern, transposed: bool, slots: int, parts: 
 def test_heads_are_parted_so_that_the_last_round_is_full(heads: int, at_a_time: int, parts: int) -> None:
     assert parts_for(Row(LAYOUT), 128, 64, False, 1280, heads, at_a_time) == parts
     offsets = schedule_for(Row(LAYOUT), (128, 64), 1280).key_offsets.tolist()
-    borders = plan_for(Row(LAYOUT), 128, 64, False, 1280, 6, parts).part_tiles.tolist()
+    borders = walk_for(Row(LAYOUT), 128, 64, False, 1280, 6, parts).part_tiles.tolist()
     costs = [START + offsets[last] - offsets[first] for first, last in pairwise(borders)]
     whole = makespan([START + offsets[-1]] * heads, at_a_time)
     assert makespan([cost for cost in costs for _ in range(heads)], at_a_time) <= whole
@@ -76,23 +76,23 @@ def test_makespan() -> None:
 @pytest.mark.parametrize(("pattern", "loads"), [(Column(LAYOUT), 20), (Row(LAYOUT), 26), (Convolution(LAYOUT), 30)])
 def test_six_slots_nearly_read_each_key_once(pattern: Pattern, loads: int) -> None:
     # 1280 keys are 20 tiles; six tiles of 64 keys and values of 64 are what two blocks of an H100 have each.
-    assert plan_for(pattern, 128, 64, False, 1280, 6, 1).loads == loads
+    assert walk_for(pattern, 128, 64, False, 1280, 6, 1).loads == loads
 
 
 def test_too_few_slots_are_refused() -> None:
     with pytest.raises(ValueError, match="slots: got 2, wanted at least 3"):
-        plan_for(Row(LAYOUT), 128, 64, False, 1280, 2, 1)
+        walk_for(Row(LAYOUT), 128, 64, False, 1280, 2, 1)
 
 
 @pytest.mark.parametrize(("pattern", "slots"), [(Row(LAYOUT), 9), (Column(LAYOUT), 9), (Convolution(LAYOUT), 14)])
 def test_a_plan_of_sums_keeps_a_tile_from_its_first_visit_to_its_last(pattern: Pattern, slots: int) -> None:
-    assert sums_plan_for(pattern, 128, 32, 1280, slots - 1) is None
-    plan = sums_plan_for(pattern, 128, 32, 1280, slots)
-    assert plan is not None
-    assert plan.slots == slots
+    assert sums_walk_for(pattern, 128, 32, 1280, slots - 1) is None
+    walk = sums_walk_for(pattern, 128, 32, 1280, slots)
+    assert walk is not None
+    assert walk.slots == slots
     holds: dict[int, int] = {}
     begun, ended = set(), set()
-    for tile, slot, _, visit in plan.steps.tolist():
+    for tile, slot, _, visit in walk.steps.tolist():
         if visit & 1:
             assert slot not in holds
             assert tile not in begun
@@ -106,9 +106,9 @@ def test_a_plan_of_sums_keeps_a_tile_from_its_first_visit_to_its_last(pattern: P
 
 def test_a_tile_of_keys_that_nobody_sees_has_no_plan_of_sums() -> None:
     mask = torch.tril(torch.ones(96, 96, dtype=torch.bool))
-    assert sums_plan_for(MaskPattern(mask), 128, 32, 96, 9) is not None
+    assert sums_walk_for(MaskPattern(mask), 128, 32, 96, 9) is not None
     mask[:, 32:64] = False
-    assert sums_plan_for(MaskPattern(mask), 128, 32, 96, 9) is None
+    assert sums_walk_for(MaskPattern(mask), 128, 32, 96, 9) is None
 
 
 @pytest.mark.parametrize(

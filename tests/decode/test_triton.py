@@ -70,9 +70,9 @@ def check(pattern: Pattern, batch: int, heads: int, width: int, dtype: torch.dty
 
 @pytest.fixture(autouse=True)
 def _fresh_plans() -> Iterator[None]:
-    triton_kernel.plan_for.cache_clear()
+    triton_kernel.launch_for.cache_clear()
     yield
-    triton_kernel.plan_for.cache_clear()
+    triton_kernel.launch_for.cache_clear()
 
 
 @pytest.mark.parametrize("splits", [1, 3])
@@ -173,8 +173,8 @@ def test_widths_and_dtypes_after_a_prefill(width: int, dtype: torch.dtype) -> No
 
 def test_splits_fill_the_device() -> None:
     pattern, device = Row(TokenLayout()), torch.device(DEVICE)
-    few = triton_kernel.plan_for(pattern, device, torch.bfloat16, 64, heads=2)
-    many = triton_kernel.plan_for(pattern, device, torch.bfloat16, 64, heads=10_000)
+    few = triton_kernel.launch_for(pattern, device, torch.bfloat16, 64, heads=2)
+    many = triton_kernel.launch_for(pattern, device, torch.bfloat16, 64, heads=10_000)
     assert few.splits == -(-289 // few.constants["KEYS"])
     assert many.splits == 1
 

@@ -402,7 +402,7 @@ def gumbel_backward_kernel(
 
 
 @functools.lru_cache(maxsize=256)
-def plan(
+def constants(
     kernel: str, device: torch.device, dtype: torch.dtype, codes: int, width: int, whole: bool = True
 ) -> Mapping[str, Any]:
     """The constants of a launch: tile sizes, warps and stages from the table, and what the shapes allow.
@@ -413,8 +413,8 @@ def plan(
     even = codes % ALIGNMENT == 0 and width == block_d and whole
     name = kernel if even else f"{kernel}_tails"
     settings = launch.settings_for(name, launch.architecture(device), 8 * dtype.itemsize, width)
-    constants = {"BLOCK_D": block_d, "EVEN": even, "PRECISION": precision(dtype), "enable_fp_fusion": True}
-    return MappingProxyType({**settings, **constants})
+    shapes = {"BLOCK_D": block_d, "EVEN": even, "PRECISION": precision(dtype), "enable_fp_fusion": True}
+    return MappingProxyType({**settings, **shapes})
 
 
 def refuse(call: Call) -> str | None:
@@ -433,7 +433,7 @@ def forward(inputs: Inputs) -> Outputs:
     kl, maximum, log_noisy, log_clean = (logits.new_empty(rows, dtype=torch.float32) for _ in range(4))
     mixture = logits.new_empty((rows, width) if hard else (0,), dtype=torch.float32)
     if rows:
-        settings = plan("gumbel_forward", logits.device, logits.dtype, codes, width)
+        settings = constants("gumbel_forward", logits.device, logits.dtype, codes, width)
         gumbel_forward_kernel[(ceil_div(rows, settings["BLOCK_N"]),)](
             logits, codebook, temperature, key, latents, indices, kl, maximum, log_noisy, log_clean, mixture,
             rows, codes, ceil_div(codes, 4), width, logits.stride(0), HARD=hard, NOISE=noise, **settings,
@@ -454,7 +454,7 @@ def backward(grads: Grads, kept: Kept, needs: Needs) -> tuple[torch.Tensor | Non
         return dlogits, torch.zeros_like(codebook)
     piece = piece_width(logits.dtype)
     whole = width <= piece or width % piece == 0
-    settings = dict(plan("gumbel_backward", logits.device, logits.dtype, codes, min(width, piece), whole))
+    settings = dict(constants("gumbel_backward", logits.device, logits.dtype, codes, min(width, piece), whole))
     quarter = ceil_div(codes, 4)
     tiles = ceil_div(quarter, settings["BLOCK_Q"])
     # Rows are split until there are programs enough, each with a whole number of tiles.

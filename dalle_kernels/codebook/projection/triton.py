@@ -25,12 +25,12 @@ from dalle_kernels.codebook.gumbel.triton import (
     backward_step,
     code_places,
     codes_of,
+    constants,
     enter,
     load_codes,
     load_row_gradients,
     piece_width,
     pieces,
-    plan,
     slice_piece,
     store_rows,
     sum_parts,
@@ -184,7 +184,7 @@ def forward(inputs: Inputs) -> Outputs:
     kl, maximum, log_noisy, log_clean = (features.new_empty(rows, dtype=torch.float32) for _ in range(4))
     mixture = features.new_empty((rows, width) if hard else (0,), dtype=torch.float32)
     if rows:
-        settings = plan("projection_forward", features.device, features.dtype, codes, width)
+        settings = constants("projection_forward", features.device, features.dtype, codes, width)
         projection_forward_kernel[(ceil_div(rows, settings["BLOCK_N"]),)](
             features, weight, bias, codebook, temperature, key, latents, indices, kl, maximum, log_noisy, log_clean,
             mixture, rows, channels, codes, ceil_div(codes, 4), width, features.stride(0),
@@ -207,7 +207,9 @@ def backward(grads: Grads, kept: Kept, needs: Needs) -> tuple[torch.Tensor | Non
     if rows:
         piece = piece_width(features.dtype)
         whole = width <= piece or width % piece == 0
-        settings = dict(plan("projection_backward", features.device, features.dtype, codes, min(width, piece), whole))
+        settings = dict(
+            constants("projection_backward", features.device, features.dtype, codes, min(width, piece), whole)
+        )
         block = settings["BLOCK_N"]
         quarter = ceil_div(codes, 4)
         tiles = ceil_div(quarter, settings["BLOCK_Q"])

@@ -156,7 +156,7 @@ def vq_heads_kernel(
 
 
 @functools.lru_cache(maxsize=256)
-def _plan(device: torch.device, dtype: torch.dtype, width: int) -> dict[str, Any]:
+def _constants(device: torch.device, dtype: torch.dtype, width: int) -> dict[str, Any]:
     settings = dict(launch.settings_for("vq_forward", launch.architecture(device), 8 * dtype.itemsize, width))
     block = _block(width)
     settings["BLOCK_C"] = min(settings["BLOCK_C"], block)
@@ -182,17 +182,17 @@ def forward(inputs: Inputs) -> Outputs:
     distances = features.new_empty(heads, rows, 1, dtype=torch.float32)
     metric = METRICS[inputs.metric]
     if rows:
-        plan = _plan(features.device, features.dtype, width)
+        constants = _constants(features.device, features.dtype, width)
         norms = features.new_empty(codes, dtype=torch.float32)
         for head in range(heads):
             if metric != METRICS["dot"]:
                 norm_kernel[(ceil_div(codes, 32),)](
                     codebook[head], norms, codes, width, COSINE=metric == METRICS["cosine"], BLOCK_K=32,
-                    BLOCK_D=plan["BLOCK_D"], num_warps=4, enable_fp_fusion=True,
+                    BLOCK_D=constants["BLOCK_D"], num_warps=4, enable_fp_fusion=True,
                 )  # fmt: skip
-            vq_forward_kernel[(ceil_div(rows, plan["BLOCK_N"]),)](
+            vq_forward_kernel[(ceil_div(rows, constants["BLOCK_N"]),)](
                 features[head], codebook[head], norms, indices[head], distances[head],
-                rows, codes, width, features.stride(1), METRIC=metric, **plan,
+                rows, codes, width, features.stride(1), METRIC=metric, **constants,
             )  # fmt: skip
     # In the kernel, the store of these rows would make it spill.
     first = torch.arange(0, heads * codes, codes, device=indices.device)[:, None, None]
