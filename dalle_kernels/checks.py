@@ -118,7 +118,7 @@ def _int64(name: str, value: object, least: int, wanted: str, device: torch.devi
         if value.numel() != 1 or value.dtype != torch.int64:
             raise ValueError(f"{name}: got {value.dtype} of shape {tuple(value.shape)}, wanted one int64")
         return _scalar(value).to(device)
-    if not isinstance(value, (int, numbers.Integral)) or not least <= value < 2**63:  # int: an ABC is slow to ask
+    if not isinstance(value, (int, numbers.Integral)) or not least <= int(value) < 2**63:  # ABCs are slow
         raise ValueError(f"{name}: got {value!r}, wanted {wanted}")
     return int(value) if device.type == "cpu" else torch.full((), int(value), dtype=torch.int64, device=device)
 

@@ -68,10 +68,9 @@ def pairs() -> dict[str, Pair]:
     cache = KVCache(PATTERN, 1, 2, 64, dtype=torch.bfloat16)
     cache.lengths = None  # as on a GPU, where nobody looks at them
     position, seed = torch.zeros((), dtype=torch.int64), torch.zeros((), dtype=torch.int64)
-    key = torch.zeros(2, dtype=torch.int64)
     logits, codebook = torch.zeros(64, 512, dtype=torch.bfloat16), torch.zeros(512, 128, dtype=torch.bfloat16)
     temperature = torch.ones(())
-    settings = logits, codebook, temperature, False, True, key
+    settings = logits, codebook, temperature, False, True, seed, seed
     out, lse = triton_backend.forward(attention_contract.Inputs(q, k, v, None, 0.125, PATTERN))
     outputs = triton_gumbel.forward(gumbel_contract.Inputs(*settings))
     grads = outputs[0], outputs[2]
@@ -110,7 +109,7 @@ def pairs() -> dict[str, Pair]:
             lambda: torch.autograd.grad((latents, kl), looked, grads, retain_graph=True),
         ),
         "sampling (1 kernel)": (
-            lambda: sampling.forward(sampling_contract.Inputs(logits, None, 1.0, 1.0, 0, 1.0, key)).tokens,
+            lambda: sampling.forward(sampling_contract.Inputs(logits, None, 1.0, 1.0, 0, 1.0, seed, seed)).tokens,
             lambda: sample_tokens(logits, seed=seed, backend="triton"),
         ),
     }

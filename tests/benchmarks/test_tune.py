@@ -303,7 +303,7 @@ def test_no_call_of_the_table_changes_with_any_row_tuned() -> None:
                     assert row["settings"] == launch.settings_for(task.kernel, arch, bits, width)
 
 
-def test_candidates_reach_every_plan() -> None:
+def test_candidates_reach_every_launch() -> None:
     seen = []
 
     def prepare():  # type: ignore[no-untyped-def]
@@ -311,7 +311,7 @@ def test_candidates_reach_every_plan() -> None:
         return lambda: seen.append(
             (
                 triton_gumbel.constants("gumbel_forward", cpu, torch.bfloat16, 256, 128)["num_warps"],
-                triton_vq._plan(cpu, torch.bfloat16, 128)["num_warps"],
+                triton_vq._constants(cpu, torch.bfloat16, 128)["num_warps"],
             )
         )
 

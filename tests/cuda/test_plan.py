@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dalle_kernels import TokenLayout
-from dalle_kernels.attention.cuda import _one_pass_plan
+from dalle_kernels.attention.cuda import _one_pass_walk
 from dalle_kernels.attention.cuda_plan import AHEAD, START, makespan, parts_for, sums_walk_for, walk_for
 from dalle_kernels.backends import cuda_library
 from dalle_kernels.patterns.patterns import Causal, Column, Convolution, MaskPattern, Pattern, Row
@@ -131,4 +131,4 @@ def test_the_rule_of_the_one_pass_backward(
     monkeypatch.setattr(cuda_library, "multiprocessors", lambda device: 132)
     monkeypatch.setattr(cuda_library, "shared_memory", lambda device, blocks: shared // blocks)
     q = torch.empty(1, heads, 1280, width, dtype=torch.bfloat16)
-    assert (_one_pass_plan(q, pattern) is not None) == served
+    assert (_one_pass_walk(q, pattern) is not None) == served

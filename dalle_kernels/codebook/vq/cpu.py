@@ -24,7 +24,9 @@ def describe() -> str:
 
 def forward(inputs: Inputs) -> Outputs:
     features, codebook, _, metric, k, temperature, seed, row_offset = inputs
-    noise: tuple[Any, ...] = (None, 0, 0) if temperature is None else (float(temperature), int(seed), int(row_offset))
+    noise: tuple[Any, ...] = None, 0, 0
+    if temperature is not None and seed is not None and row_offset is not None:
+        noise = float(temperature), int(seed), int(row_offset)
     return Outputs(*_ops.vq_forward(features, codebook, _METRICS.index(metric), k, *noise))
 
 
