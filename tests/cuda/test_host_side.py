@@ -21,7 +21,7 @@ from dalle_kernels.sampling import cuda as sampling
 from tests.cuda.elsewhere import Elsewhere
 
 PATTERN = Row(TokenLayout(70, (9, 11)))
-SEED = 7, 0
+SEED = torch.tensor(7), torch.tensor(0)  # each call puts them into one tensor
 
 
 class Recorder(TorchDispatchMode):
@@ -49,7 +49,7 @@ def _attention() -> None:
 def _decode() -> None:
     q = torch.ones(1, 2, 1, 32)
     cache = KVCache(PATTERN, 1, 2, 32, dtype=q.dtype)
-    decode.forward(cache.inputs(q, q, q, 5, 0.1))
+    decode.forward(cache.inputs(q, q, q, torch.tensor(5), 0.1))
 
 
 def _gumbel_forward() -> None:
@@ -78,15 +78,15 @@ def _sampling() -> None:
     [
         (_attention, attention, ("forward", "backward"), {"aten::empty", "aten::empty_like"}),
         (_decode, decode, ("forward",), {"aten::empty"}),
-        (_gumbel_forward, codebook, ("forward",), {"aten::empty", "aten::unbind", "aten::unsqueeze"}),
+        (_gumbel_forward, codebook, ("forward",), {"aten::empty", "aten::stack", "aten::unbind", "aten::unsqueeze"}),
         (
             _gumbel_backward,
             codebook,
             ("backward",),
             # And what makes delta, and adds up shares of the codebook's gradient, in a fixed order.
-            {"aten::empty", "aten::unsqueeze", "aten::_to_copy", "aten::mul", "aten::sum"},
+            {"aten::empty", "aten::stack", "aten::unsqueeze", "aten::_to_copy", "aten::mul", "aten::sum"},
         ),
-        (_sampling, sampling, ("forward",), {"aten::empty"}),
+        (_sampling, sampling, ("forward",), {"aten::empty", "aten::stack"}),
     ],
     ids=["attention", "decode", "gumbel", "gumbel-backward", "sampling"],
 )
@@ -122,6 +122,6 @@ def test_operations_run_elsewhere_give_what_they_give_here(emulated_operations: 
     here, elsewhere = torch.zeros(2, 6, dtype=torch.int64)
     operations = Elsewhere(emulated_operations, torch.device("cpu"))
     for run, tokens in ((emulated_operations, here), (operations, elsewhere)):
-        run.sample_tokens(logits, None, 1.0, 1.0, 40, 0.9, torch.tensor(SEED), tokens)
+        run.sample_tokens(logits, None, 1.0, 1.0, 40, 0.9, torch.stack(SEED), tokens)
     assert here.equal(elsewhere)
     assert here.any()
