@@ -172,7 +172,7 @@ def _check_shapes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
     groups, tokens = k.shape[1:3]
     if not 1 <= queries <= tokens:
         raise ValueError(f"q: got {queries} tokens, wanted 1 to {tokens}, as many as k has or a run of them")
-    if not groups or heads % groups or k.shape != (batch, groups, tokens, width):
+    if not groups or not heads or heads % groups or k.shape != (batch, groups, tokens, width):
         wanted = f"({batch}, G, {tokens}, {width}), G a divisor of {heads}"
         raise ValueError(f"k: got shape {tuple(k.shape)}, wanted {wanted}")
     if v.shape[:3] != k.shape[:3] or not v.shape[3]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 
-from dalle_kernels.checks import check_number, check_temperature, check_tensor
+from dalle_kernels.checks import as_int, check_number, check_temperature, check_tensor
 from dalle_kernels.codebook.checks import refuse_nan
 from dalle_kernels.codebook.entropy import CodebookEntropy, entropy, masked_rows
 
@@ -62,14 +62,17 @@ def binary_latents(indices: torch.Tensor, bits: int, scale: float = 1.0) -> torc
         float32 [..., bits].
 
     Raises:
-        ValueError: on the CPU, for an index outside of the codebook.
+        TypeError, ValueError: for what is no such tensor or number, or, on the CPU, an index outside of the codebook.
 
     Example:
         >>> binary_latents(torch.tensor([5]), bits=3).tolist()
         [[1.0, -1.0, 1.0]]
     """
+    bits = as_int("bits", bits)
     if not 1 <= bits <= 62:
         raise ValueError(f"bits: got {bits!r}, wanted an int from 1 to 62")
+    if not isinstance(indices, torch.Tensor):
+        raise TypeError(f"indices: got {type(indices).__name__}, wanted a torch.Tensor")
     if indices.dtype != torch.int64:
         raise TypeError(f"indices: got {indices.dtype}, wanted int64")
     if indices.device.type == "cpu" and indices.numel() and not 0 <= indices.min() <= indices.max() < 2**bits:

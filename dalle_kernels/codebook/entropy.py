@@ -85,7 +85,7 @@ def codebook_entropy(
     if native.refuse_cpu(rows.device, wide) is None:
         row_entropy, distribution = _looked_up(rows, codebook, temperature, euclidean)
     else:
-        row_entropy, distribution = _Streamed.apply(rows, codebook, temperature, euclidean)
+        row_entropy, distribution, *_ = _Streamed.apply(rows, codebook, temperature, euclidean)
     return CodebookEntropy(row_entropy, entropy(distribution), distribution)
 
 
@@ -140,12 +140,15 @@ class _Scores:
 
 
 class _Streamed(torch.autograd.Function):
-    """(rows [N, D], codebook [K, D]) -> the mean of the rows' entropies, the mean distribution [K]."""
+    """(rows [N, D], codebook [K, D]) -> the mean of the rows' entropies, the mean distribution [K].
+
+    And, for the backward, each row's log-sum-exp and entropy [N].
+    """
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, rows: torch.Tensor, codebook: torch.Tensor, temperature: float, euclidean: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        rows: torch.Tensor, codebook: torch.Tensor, temperature: float, euclidean: bool
+    ) -> tuple[torch.Tensor, ...]:
         scores = _Scores(rows, codebook, temperature, euclidean)
         lse, row_entropy = rows.new_empty(len(rows)), rows.new_empty(len(rows))
         distribution = rows.new_zeros(len(codebook))
@@ -167,13 +170,17 @@ class _Streamed(torch.autograd.Function):
             row_entropy[part] = total.log() - weighted / total
             for codes in scores.code_slices():
                 distribution[codes] += scores.tile(part, codes).sub_(lse[part, None]).exp_().sum(0)
-        ctx.save_for_backward(rows, codebook, lse, row_entropy)
-        ctx.temperature, ctx.euclidean = temperature, euclidean
-        return row_entropy.mean(), distribution.div_(len(rows))
+        return row_entropy.mean(), distribution.div_(len(rows)), lse, row_entropy
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+        rows, codebook, ctx.temperature, ctx.euclidean = inputs
+        ctx.mark_non_differentiable(*output[2:])
+        ctx.save_for_backward(rows, codebook, *output[2:])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_rows: torch.Tensor, grad_distribution: torch.Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad_rows: torch.Tensor, grad_distribution: torch.Tensor, *_: Any) -> tuple[Any, ...]:
         rows, codebook, lse, row_entropy = ctx.saved_tensors
         scores = _Scores(rows, codebook, ctx.temperature, ctx.euclidean)
         drows, dcodebook = torch.zeros_like(rows), torch.zeros_like(codebook)

@@ -57,7 +57,7 @@ class Neighborhood(Pattern):
         causal: bool | Sequence[bool] = False,
     ) -> None:
         text_length, cells = (shape.text_length, shape.grid) if isinstance(shape, TokenLayout) else (0, shape)
-        if isinstance(cells, int) or not 1 <= len(cells) <= 3:
+        if not hasattr(cells, "__len__") or not 1 <= len(cells) <= 3:
             raise ValueError(f"shape: got {shape!r}, wanted the lengths of one to three axes, or a TokenLayout")
         cells = _whole("shape", cells, len(cells))
         windows, strides, dilations = (

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import json
+import operator
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -166,7 +167,7 @@ class Pattern:
         for field in fields(self):  # type: ignore[arg-type]
             value = getattr(self, field.name)
             arguments[field.name] = [value.text_length, *value.grid] if isinstance(value, TokenLayout) else value
-        object.__setattr__(self, "spec", json.dumps(arguments))
+        object.__setattr__(self, "spec", json.dumps(arguments, default=operator.index))  # NumPy's integers too
 
 
 def by_turn(query: np.ndarray, key: np.ndarray, length: int) -> Iterator[tuple[IntArray, IntArray]]:

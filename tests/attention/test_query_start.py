@@ -196,6 +196,7 @@ Q = torch.zeros(2, 3, 29, 16)
             {"query_start": 21},
             "query_start: got 21, wanted a token from 0 to 20, so that 9 queries",
         ),
+        ((Q[:, :0], Q, Q), {}, r"k: got shape \(2, 3, 29, 16\), wanted \(2, G, 29, 16\), G a divisor of 0"),
         ((Q[:, :, :9], Q, Q), {"query_start": -1}, "query_start: got -1, wanted a token from 0 to 20"),
         ((Q, Q, Q), {"query_start": 1}, "query_start: got 1, wanted a token from 0 to 0"),
         ((Q, Q, Q), {"query_start": 0.0}, r"query_start: got 0\.0, wanted an int"),

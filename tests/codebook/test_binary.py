@@ -113,6 +113,10 @@ def test_what_is_refused() -> None:
         binary_quantize(torch.randn(3, 4), 0)
     with pytest.raises(ValueError, match="temperature"):
         binary_entropy(torch.randn(3, 4), temperature=-1)
+    with pytest.raises(TypeError, match="indices: got list, wanted"):
+        binary_latents([5], 3)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"bits: got 3\.5, wanted an int"):
+        binary_latents(torch.tensor([5]), 3.5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="indices: got 3 to 8"):
         binary_latents(torch.tensor([3, 8]), 3)
     with pytest.raises(TypeError, match="indices"):

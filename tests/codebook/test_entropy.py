@@ -137,3 +137,20 @@ def test_what_is_refused() -> None:
         codebook_entropy(z, e, row_mask=torch.zeros(3, dtype=torch.bool))
     with pytest.raises(TypeError, match=r"codebook: got torch\.float64"):
         codebook_entropy(z, e.double())
+
+
+@pytest.mark.parametrize("metric", ["dot", "euclidean"])
+def test_functional_gradients_in_double_precision(metric: Any) -> None:
+    torch.manual_seed(0)
+    features, codebook = torch.randn(7, 4, dtype=torch.float64), torch.randn(9, 4, dtype=torch.float64)
+
+    def loss(features: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
+        rows, mean, distribution = codebook_entropy(features, codebook, 0.7, metric)
+        return rows - 0.5 * mean + distribution[3]
+
+    leaves = features.requires_grad_(), codebook.requires_grad_()
+    wanted = torch.autograd.grad(loss(*leaves), leaves)
+    got = torch.func.grad(loss, argnums=(0, 1))(features.detach(), codebook.detach())
+    torch.testing.assert_close(got, wanted)
+    with pytest.raises(RuntimeError, match="jvp"):
+        torch.func.jvp(loss, (features.detach(), codebook.detach()), (features.detach(), codebook.detach()))

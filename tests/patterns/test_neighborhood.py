@@ -144,6 +144,7 @@ def test_those_that_look_ahead_cannot_be_decoded() -> None:
         (((), 3), "shape"),
         (((4, 4, 4, 4), 3), "shape"),
         ((5, 3), "shape"),
+        ((None, 3), "shape: got None"),
         (((4, 0), 1), "shape"),
         (((4, 4), 5), "window: got 5"),
         (((4, 4), 0), "window"),

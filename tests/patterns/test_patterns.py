@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -153,3 +154,9 @@ def test_a_pickled_mask_is_found() -> None:
     copy = pickle.loads(pickled)
     assert torch.equal(copy.mask(), mask)
     assert Pattern.parse(copy.spec) == copy
+
+
+def test_numbers_may_be_numpys() -> None:
+    layout = TokenLayout(1, (3, 3))
+    assert Convolution(layout, np.int64(3)) == Convolution(layout, 3)  # type: ignore[arg-type]
+    assert Convolution(layout, np.int64(3)).spec == Convolution(layout, 3).spec  # type: ignore[arg-type]
