@@ -126,6 +126,8 @@ class _Model:
 
     def sampling(self, tokens: int, candidates: int = 1) -> Iterable[Contender]:
         """Greedy `generate`; reading the prompt is part of the time. Candidates are rows of one prompt."""
+        from dalle_kernels.integrations.transformers_cache import ARGUMENT
+
         begin = self.layout.text_length + (self.layout.image_length - tokens) // 2
 
         def draw(name: str, kind: str) -> Tensor:
@@ -137,8 +139,8 @@ class _Model:
                     attention_mask=torch.ones_like(prompt),
                     max_new_tokens=tokens,
                     do_sample=False,
-                    past_key_values=self.new_cache(kind, candidates),
                     disable_compile=True,
+                    **{ARGUMENT: self.new_cache(kind, candidates)},
                 )
             return drawn[:, begin:]
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.masking_utils import create_causal_mask
 
 from dalle_kernels.attention.op import sparse_attention
 from dalle_kernels.decode.cache import KVCache
@@ -14,16 +16,20 @@ from dalle_kernels.decode.op import decode_attention
 from dalle_kernels.integrations.transformers import CachedLength
 from dalle_kernels.patterns import Pattern
 
-__all__ = ["PatternCache"]
+__all__ = ["ARGUMENT", "PatternCache"]
+
+ARGUMENT = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
+"""What the installed transformers calls a cache among a model's arguments: `cache` in 5.24, where `past_key_values`
+still goes, with a warning, until 5.40."""
 
 
 class PatternCache(Cache):
     """A `Cache` whose layers are `KVCache`s: for models that attend by the names of `register`.
 
     Outputs are those of a DynamicCache, to rounding; a row pattern over 256 text tokens and 32 x 32 cells keeps 289
-    keys in the place of 1,280. Models and `generate` take it as `past_key_values` (in the newest versions `cache`):
-    greedy and sampled, with beams, several sequences, assisted decoding, padding on either side of the prompt, and a
-    prompt in chunks. `reset()` empties it.
+    keys in the place of 1,280. Models and `generate` take it as `cache` (`past_key_values` before
+    transformers 5.24): greedy and sampled, with beams, several sequences, assisted decoding, padding on either side of
+    the prompt, and a prompt in chunks. `reset()` empties it.
 
     Args:
         copies: so many rows in a row have one prompt, as `num_return_sequences` (or `num_beams`, whichever is more)
@@ -43,7 +49,7 @@ class PatternCache(Cache):
         >>> register(TokenLayout(256, (32, 32)))                                           # doctest: +SKIP
         >>> model = AutoModelForCausalLM.from_config(config, attn_implementation="dalle")  # doctest: +SKIP
         >>> cache = PatternCache(copies=4)                                                 # doctest: +SKIP
-        >>> model.generate(ids, do_sample=True, num_return_sequences=4, past_key_values=cache)  # doctest: +SKIP
+        >>> model.generate(ids, do_sample=True, num_return_sequences=4, cache=cache)  # doctest: +SKIP
     """
 
     def __init__(self, *, copies: int = 1, rewind: int = 0, dtype: torch.dtype | None = None) -> None:
@@ -95,7 +101,7 @@ class PatternCache(Cache):
         layer.updated = False
         if v.shape[3] != k.shape[3]:
             raise ValueError(
-                f"past_key_values: got values of width {v.shape[3]} and keys of {k.shape[3]}, wanted equal ones in a "
+                f"{ARGUMENT}: got values of width {v.shape[3]} and keys of {k.shape[3]}, wanted equal ones in a "
                 "PatternCache; a DynamicCache takes any"
             )
         if position == 0:
@@ -132,7 +138,7 @@ class _Layer(CacheLayerMixin):
         """Counts the new tokens, and hands their keys and values back for `attend` to keep."""
         if self.updated:
             raise ValueError(
-                "past_key_values: got a PatternCache in a model whose attention does not go by a name of "
+                f"{ARGUMENT}: got a PatternCache in a model whose attention does not go by a name of "
                 "dalle_kernels, and that alone reads it"
             )
         self.updated = self.is_initialized = True

@@ -36,6 +36,7 @@ from dalle_kernels import (
     dalle_pattern_schedule,
 )
 from dalle_kernels.integrations.transformers import register, register_patterns
+from dalle_kernels.integrations.transformers_cache import ARGUMENT
 
 TEXT, VOCABULARY, LAYERS = 8, 40, 4
 LAYOUT = TokenLayout(TEXT, (5, 5))
@@ -188,7 +189,7 @@ def test_prompt_and_steps_are_the_whole(kind, side, chunk, monkeypatch):
         for start, stop in zip([0, *stops], stops, strict=False):
             places = None if mask is None else (mask.cumsum(-1) - 1).clamp(min=0)[:, start:stop]
             seen = None if mask is None else mask[:, :stop]
-            got = model(ids[:, start:stop], attention_mask=seen, position_ids=places, past_key_values=cache).logits
+            got = model(ids[:, start:stop], attention_mask=seen, position_ids=places, **{ARGUMENT: cache}).logits
             real = slice(None) if seen is None else seen[:, start:].bool()
             torch.testing.assert_close(got[real], whole[:, start:stop][real], rtol=1e-10, atol=1e-10)
 
@@ -392,9 +393,9 @@ def test_no_more_tokens_than_the_layout_has() -> None:
     with pytest.raises(ValueError, match="dalle_row: got 34 tokens, wanted at most 33"):
         model.generate(ids, max_new_tokens=most + 1, **named)
     cache = DynamicCache(config=llama())
-    model(tokens(1, LENGTH - 2), past_key_values=cache)
+    model(tokens(1, LENGTH - 2), **{ARGUMENT: cache})
     with pytest.warns(UserWarning, match="dalle_row: 35 tokens"):
-        logits = model(tokens(1, 4), past_key_values=cache).logits
+        logits = model(tokens(1, 4), **{ARGUMENT: cache}).logits
     assert logits[:, :2].isfinite().all()
     assert logits[:, 2:].isnan().all()
 
@@ -404,10 +405,10 @@ def test_a_cache_goes_on_in_the_next_call(kind: str) -> None:
     model, ids, cache = make(llama(), "dalle", torch.float32), tokens(length=TEXT), new_cache(kind, llama())
     named = {"do_sample": False, "disable_compile": True}
     wanted = model.generate(ids, max_new_tokens=11, **named)
-    begun = model.generate(ids, max_new_tokens=5, past_key_values=cache, **named)
-    assert torch.equal(model.generate(begun, max_new_tokens=6, past_key_values=cache, **named), wanted)
+    begun = model.generate(ids, max_new_tokens=5, **{ARGUMENT: cache}, **named)
+    assert torch.equal(model.generate(begun, max_new_tokens=6, **{ARGUMENT: cache}, **named), wanted)
     cache.reset()
-    assert torch.equal(model.generate(ids.flip(0), max_new_tokens=5, past_key_values=cache, **named), begun.flip(0))
+    assert torch.equal(model.generate(ids.flip(0), max_new_tokens=5, **{ARGUMENT: cache}, **named), begun.flip(0))
 
 
 # --- Windows, compilers, weights --------------------------------------------------------------------------------------
@@ -495,9 +496,9 @@ def test_tokens_at_a_position_that_the_host_does_not_know() -> None:
         whole = model(ids, use_cache=False).logits
         step = torch.compile(model, backend=Graphs(), fullgraph=True)
         cache = new_cache("static", llama())
-        model(ids[:, : TEXT + 3], past_key_values=cache)
+        model(ids[:, : TEXT + 3], **{ARGUMENT: cache})
         for start, stop in ((TEXT + 3, TEXT + 8), (TEXT + 8, TEXT + 13), (TEXT + 13, TEXT + 14)):
-            got = step(ids[:, start:stop], past_key_values=cache).logits
+            got = step(ids[:, start:stop], **{ARGUMENT: cache}).logits
             torch.testing.assert_close(got, whole[:, start:stop], rtol=1e-10, atol=1e-10)
 
 
