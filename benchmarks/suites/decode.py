@@ -13,6 +13,7 @@ from benchmarks.competitors.decode import Decode, decode_competitors
 from benchmarks.harness import Cell, Check, Contender, Trial, Work, copies_beyond_cache, dtype_name
 from benchmarks.suites.choice import Choice, pattern_of
 from dalle_kernels import Causal, KVCache, decode_attention
+from dalle_kernels.decode.eight_bit import quantize, widen
 
 YARDSTICK = "copying the visible keys and values"
 
@@ -42,7 +43,8 @@ def cells(choice: Choice) -> list[Cell]:
 def candidates_cell(
     device: torch.device, name: str, text: int, grid: int, dtype: torch.dtype, candidates: int, heads: int = 8
 ) -> Cell:
-    """A step of many candidates of one caption, in the middle of the picture: its keys kept once, and for each."""
+    """A step of many candidates of one caption, in the middle of the picture: its keys kept once, and for each,
+    and once in eight bits."""
     width = 64
     case = {
         "pattern": name,
@@ -54,18 +56,19 @@ def candidates_cell(
         "dtype": dtype_name(dtype),
     }
 
-    def prepare(shares: bool) -> Trial:
+    def prepare(shares: bool, cache_dtype: torch.dtype = dtype) -> Trial:
         problem = Problem(pattern_of(name, text, grid), candidates, heads, width, dtype, device)
-        return _candidates(problem, text, text + grid * grid // 2, shares)
+        return _candidates(problem, text, text + grid * grid // 2, shares, cache_dtype)
 
     def contenders() -> Iterable[Contender]:
         yield Contender("dalle_kernels, the prompt once", partial(prepare, True))
         yield Contender("dalle_kernels, a cache for each", partial(prepare, False))
+        yield Contender("dalle_kernels, the prompt once, eight bits", partial(prepare, True, torch.int8))
 
     return Cell("decode", case, dtype, Work, contenders, f"{name} {text} {candidates} candidates {dtype_name(dtype)}")
 
 
-def _candidates(problem: Problem, text: int, position: int, shares: bool) -> Trial:
+def _candidates(problem: Problem, text: int, position: int, shares: bool, cache_dtype: torch.dtype) -> Trial:
     generator = torch.Generator(problem.device).manual_seed(0)
 
     def normal(batch: int, tokens: int) -> list[Tensor]:
@@ -79,7 +82,7 @@ def _candidates(problem: Problem, text: int, position: int, shares: bool) -> Tri
         problem.batch // copies,
         problem.heads,
         problem.width,
-        dtype=problem.dtype,
+        dtype=cache_dtype,
         device=problem.device,
         copies=copies,
     )
@@ -96,9 +99,11 @@ def _candidates(problem: Problem, text: int, position: int, shares: bool) -> Tri
             torch.cat([one.expand(problem.batch, -1, -1, -1), own], 2)[:, :, visible]
             for one, own in zip(prompt, cells, strict=True)
         )
+        if cache.scales is not None:
+            keys, values = (widen(*quantize(tensor), torch.float32) for tensor in (keys, values))
         true, rounded = (
             (wide(q) @ wide(keys).mT * problem.width**-0.5).softmax(-1) @ wide(values)
-            for wide in (Tensor.double, lambda tensor: tensor)
+            for wide in (Tensor.double, lambda tensor: tensor.to(problem.dtype))
         )
         slack = 4 * torch.finfo(problem.dtype).eps * true.abs().max().item()
         with torch.no_grad():

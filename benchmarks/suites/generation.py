@@ -31,7 +31,13 @@ def cells(choice: Choice) -> list[Cell]:
         for batch in batches
     ] + [
         # On a CPU, 512 whole pictures on SDPA take minutes: the last cells of them alone.
-        candidates_cell(choice.device, dtype, number, tokens=None if choice.gpu else 8 if choice.quick else 32)
+        candidates_cell(
+            choice.device,
+            dtype,
+            number,
+            tokens=None if choice.gpu else 8 if choice.quick else 32,
+            preset="demo" if choice.quick else "small",  # whose twelve blocks take a minute or more to compile
+        )
         for dtype in dtypes
         for number in candidates
     ]
