@@ -335,7 +335,14 @@ def test_cases_put_what_a_call_has_beside_the_plain_one(operation: str) -> None:
     if operation == "sparse_attention":
         extras = ("logit soft cap", "queries for a part of the tokens")
     else:
-        extras = ("logit soft cap", "padding", "shared prompts", "positions that differ by row")
+        extras = (
+            "logit soft cap",
+            "padding",
+            "shared prompts",
+            "positions that differ by row",
+            "eight-bit caches",
+            "grouped heads",
+        )
     plain = cases_for(operation)[0]
     for wanted in (*((extra,) for extra in extras), extras):
         case = cases_for(operation, wanted)[0]

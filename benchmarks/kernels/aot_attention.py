@@ -28,13 +28,21 @@ def cases(arch: int) -> Iterator[Case]:
         yield f"decode/{bits}-bit/{width}", _decode(bits, width, heads=16)
     yield "decode/16-bit/64/softcap", _decode(16, 64, heads=16, softcap=50.0)
     yield "decode/16-bit/64/one-split", _decode(16, 64, heads=256)
+    yield "decode/8-bit/64/everything", _decode(8, 64, heads=16, softcap=50.0, copies=2)
 
 
-def _decode(bits: int, width: int, heads: int, softcap: float | None = None):
+def _decode(bits: int, width: int, heads: int, softcap: float | None = None, copies: int = 1):
+    """With copies: after a padded prompt that they share, each at a position of its own, two query heads a key head."""
+    groups, dtype = min(copies, 2), DTYPES[16 if bits == 8 else bits]
+
     def call() -> None:
-        q, k, v = (torch.empty(1, heads, 1, width, dtype=DTYPES[bits]) for _ in range(3))
-        cache = KVCache(Row(LAYOUT), 1, heads, width, dtype=DTYPES[bits])
+        q, k, v = (torch.empty(copies, count, 1, width, dtype=dtype) for count in (heads, *(heads // groups,) * 2))
+        cache = KVCache(Row(LAYOUT), 1, heads // groups, width, torch.int8 if bits == 8 else dtype, copies=copies)
         position = torch.zeros((), dtype=torch.int64)
+        if copies > 1:
+            prompt = torch.empty(1, heads // groups, LAYOUT.text_length, width, dtype=dtype)
+            cache.prefill(prompt, prompt, torch.zeros(1, LAYOUT.text_length, dtype=torch.bool))
+            position = torch.zeros(copies, dtype=torch.int64)
         triton_kernel.forward(cache.inputs(q, k, v, position, softcap=softcap))
 
     return call

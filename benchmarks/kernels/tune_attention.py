@@ -53,9 +53,10 @@ def _backward(bits: int, width: int) -> Callable[[], object]:
 
 
 def _decode(bits: int, width: int) -> Callable[[], object]:
-    q, k, v = (torch.randn(1, 62, 1, width, device="cuda", dtype=DTYPES[bits]) for _ in range(3))
-    cache = KVCache(PATTERN, 1, 62, width, dtype=DTYPES[bits], device="cuda")
-    for held in (cache.keys, cache.values):  # zeros would hide what a wrong kernel makes of earlier tokens
-        held.normal_()
+    dtype = DTYPES[16 if bits == 8 else bits]
+    q, k, v = (torch.randn(1, 62, 1, width, device="cuda", dtype=dtype) for _ in range(3))
+    cache = KVCache(PATTERN, 1, 62, width, dtype=torch.int8 if bits == 8 else dtype, device="cuda")
+    # Zeros would hide what a wrong kernel makes of earlier tokens.
+    cache.prefill(*(torch.randn(1, 62, PATTERN.length - 1, width, device="cuda", dtype=dtype) for _ in range(2)))
     position = torch.full((), PATTERN.length - 1, dtype=torch.int64, device="cuda")
     return lambda: triton_kernel.forward(cache.inputs(q, k, v, position)).out

@@ -130,15 +130,25 @@ def _attention(pattern: Pattern, padded: bool, extras: tuple[str, ...]) -> Calla
     return run
 
 
+def _new_cache(q: torch.Tensor, extras: tuple[str, ...]) -> KVCache:
+    """For queries [B, H, n, D]; with grouped heads all of them see one head of keys."""
+    batch, heads, _, width = q.shape
+    copies = 2 if "shared prompts" in extras else 1
+    heads = 1 if "grouped heads" in extras else heads
+    dtype = torch.int8 if "eight-bit caches" in extras else q.dtype
+    return KVCache(_ROW, batch // copies, heads, width, dtype, q.device, copies)
+
+
 def _decoding(extras: tuple[str, ...]) -> Callable[[Tensors, str], Tensors]:
     softcap = _SOFTCAP if "logit soft cap" in extras else None
-    copies = 2 if "shared prompts" in extras else 1
     prompt = 7 if extras else 0
 
     def run(inputs: Tensors, backend: str) -> Tensors:
         q, k, v = inputs
-        batch, heads, length, width = q.shape
-        cache = KVCache(_ROW, batch // copies, heads, width, dtype=q.dtype, device=q.device, copies=copies)
+        batch, _, length, _ = q.shape
+        cache = _new_cache(q, extras)
+        copies, heads = cache.copies, cache.keys.shape[1]
+        k, v = k[:, :heads], v[:, :heads]
         steps = []
         with torch.no_grad():
             if prompt:
@@ -259,7 +269,7 @@ def decoding(extras: tuple[str, ...] = ()) -> Case:
             x[0][:, :, :1],
             x[1][:, :, :1],
             x[2][:, :, :1],
-            KVCache(_ROW, len(x[0]), x[0].shape[1], x[0].shape[3], x[0].dtype, x[0].device),
+            _new_cache(x[0], extras),
             0,
         ),
         extras=extras,
@@ -313,6 +323,7 @@ def all_cases() -> list[Case]:
         attention(("logit soft cap",))[0],
         attention(("queries for a part of the tokens",))[0],
         decoding(),
+        decoding(("eight-bit caches", "grouped heads")),
         Case("Gumbel lookup, soft", gumbel_lookup, 40, table, _gumbel(hard=False), lambda x: (*x, 0.9)),
         Case("Gumbel lookup, hard", gumbel_lookup, 40, table, _gumbel(hard=True), lambda x: (*x, 0.9)),
         Case("Gumbel lookup, indices", gumbel_lookup, 40, table, _indices, lambda x: (*x, 0.9), exact=True),

@@ -53,7 +53,7 @@ def settings_for(kernel: str, arch: int, bits: int, width: int) -> Mapping[str, 
     Args:
         kernel: name in the table, such as "attention_forward".
         arch: compute capability, such as 90.
-        bits: size of an element of the inputs, 16 or 32.
+        bits: size of an element of the inputs, 16 or 32; of decoding over an eight-bit cache, 8.
         width: head dimension or codebook width.
 
     Raises:

@@ -3,7 +3,9 @@
 The slots that position i sees, prefix[i] leading ones and then its list, are numbered 0 .. n - 1 and shared out among
 `splits` programs a head. Position, and with it n, is read from memory, so that one CUDA graph serves every step. No
 program waits for the write: each takes the new row from k and v themselves wherever it meets the slot they belong in.
-Where a prompt is shared, its visible slots are numbered before the row's own, and read for each row anew.
+Where a prompt is shared, its visible slots are numbered before the row's own, and read for each row anew. Query heads
+that see one head of keys write its slot alike, each its own program. Eight-bit keys and values are multiplied by their
+scales once a key: the score by one, the weight by the other.
 With one split a program ends with the output; with more, each leaves its maximum, sum and weighted values, and
 `decode_combine` adds them in ascending order.
 """
@@ -20,6 +22,7 @@ import triton.language as tl
 from dalle_kernels.backends import launch
 from dalle_kernels.backends.contract import Call
 from dalle_kernels.backends.triton_common import ceil_div, obstacle, steepness, tanh
+from dalle_kernels.decode import eight_bit
 from dalle_kernels.decode.contract import Inputs, Outputs, one_by_one
 from dalle_kernels.device import remembered
 from dalle_kernels.patterns.decode_table import DecodeTable, decode_table_for
@@ -27,30 +30,45 @@ from dalle_kernels.patterns.patterns import Pattern
 
 WIDEST = 256  # head dimension
 NOTHING = tl.constexpr(-1e30)  # the largest exponent where all is padding
+MOST = tl.constexpr(eight_bit.MOST)
+LEAST_SCALE = tl.constexpr(eight_bit.LEAST_SCALE)
+ROUNDING = tl.constexpr(1.5 * 2**23)  # added and taken away, it leaves whole numbers, to nearest even
 
 
 def refuse(call: Call) -> str | None:
     if call.width > WIDEST:
         return f"head dimension {call.width} is more than {WIDEST}"
-    if missing := [extra for extra in call.extras if extra in ("eight-bit caches", "grouped heads")]:
-        return f"it has no {missing[0]}"
     return obstacle(call.device, call.dtype)
+
+
+@triton.jit
+def quantized(row):
+    """`eight_bit.quantize` of a float32 row: whole numbers in float32, and their scale [1]."""
+    strange = tl.max((row != row).to(tl.int32), 0) > 0  # maxima drop NaN
+    scale = tl.div_rn(tl.max(tl.abs(row), 0), MOST * 1.0)
+    scale = tl.where(scale < LEAST_SCALE, 0.0, scale)
+    scale = tl.where(strange | (scale == float("inf")), float("nan"), scale)
+    steps = tl.div_rn(row, tl.where(scale > 0.0, scale, 1.0))
+    return tl.where(scale > 0.0, (steps + ROUNDING) - ROUNDING, 0.0), scale
 
 
 @triton.jit
 def decode_forward(
     Q, K, V, Keys, Values, Out, Partial, position, slot_of, prefix, offsets, slots,
-    SharedKeys, SharedValues, shared_prefix, shared_offsets, shared_slots, Hidden, SharedHidden,
+    SharedKeys, SharedValues, shared_prefix, shared_offsets, shared_slots, Hidden, SharedHidden, Scales, SharedScales,
     stride_qb, stride_qh, stride_kb, stride_kh, stride_vb, stride_vh, stride_ob, stride_oh,
     stride_keys_b, stride_keys_h, stride_keys_s, stride_values_b, stride_values_h, stride_values_s,
-    HEADS, LENGTH, COPIES, SHARED_LENGTH, exponent_scale, steepness,
+    HEADS, GROUP, LENGTH, COPIES, SHARED_LENGTH, exponent_scale, steepness,
     D: tl.constexpr, BLOCK_D: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr, BY_ROW: tl.constexpr,
-    SHARED: tl.constexpr, PADDED: tl.constexpr, CAPPED: tl.constexpr,
+    SHARED: tl.constexpr, PADDED: tl.constexpr, CAPPED: tl.constexpr, EIGHT_BIT: tl.constexpr,
 ):  # fmt: skip
-    """Q, K, V, Out [B, H, 1, D]; Keys, Values [B, H, L, D]; Partial fp32 [B H, SPLITS, BLOCK_D + 2].
+    """Q, Out [B, H, 1, D]; K, V [B, H / GROUP, 1, D]; Keys, Values [B, H / GROUP, L, D]; Partial fp32
+    [B H, SPLITS, BLOCK_D + 2].
 
-    With SHARED, SharedKeys and SharedValues [B / COPIES, H, M, D], contiguous; with PADDED, Hidden int8 [B, L] and,
-    with both, SharedHidden [B / COPIES, M]. L is LENGTH, M SHARED_LENGTH. `position` is one number, with BY_ROW [B].
+    With SHARED, SharedKeys and SharedValues [B / COPIES, H / GROUP, M, D], contiguous; with PADDED, Hidden int8 [B, L]
+    and, with both, SharedHidden [B / COPIES, M]. With EIGHT_BIT keys and values are int8, and Scales fp32
+    [B, H / GROUP, L, 2], SharedScales [B / COPIES, H / GROUP, M, 2] theirs. L is LENGTH, M SHARED_LENGTH. `position` is
+    one number, with BY_ROW [B].
 
     Grid: (B H, SPLITS). A row of Partial: the values' weighted sum, then the sum of weights and their largest exponent.
     """
@@ -61,18 +79,26 @@ def decode_forward(
     column = tl.arange(0, BLOCK_D)
     inside = column < D
     q = tl.load(Q + batch * stride_qb + head_in_batch * stride_qh + column, mask=inside, other=0.0).to(tl.float32)
-    new_key = tl.load(K + batch * stride_kb + head_in_batch * stride_kh + column, mask=inside, other=0.0)
-    new_value = tl.load(V + batch * stride_vb + head_in_batch * stride_vh + column, mask=inside, other=0.0)
-    Keys += batch * stride_keys_b + head_in_batch * stride_keys_h
-    Values += batch * stride_values_b + head_in_batch * stride_values_h
+    own_head = head_in_batch // GROUP
+    new_key = tl.load(K + batch * stride_kb + own_head * stride_kh + column, mask=inside, other=0.0).to(tl.float32)
+    new_value = tl.load(V + batch * stride_vb + own_head * stride_vh + column, mask=inside, other=0.0).to(tl.float32)
+    Keys += batch * stride_keys_b + own_head * stride_keys_h
+    Values += batch * stride_values_b + own_head * stride_values_h
+    if EIGHT_BIT:
+        new_key, new_key_scale = quantized(new_key)
+        new_value, new_value_scale = quantized(new_value)
+        Scales += (batch * (HEADS // GROUP) + own_head) * LENGTH * 2
 
     if BY_ROW:
         position += batch
     here = tl.load(position)
     own_slot = tl.load(slot_of + here).to(tl.int64)
     if split == 0:
-        tl.store(Keys + own_slot * stride_keys_s + column, new_key, mask=inside)
-        tl.store(Values + own_slot * stride_values_s + column, new_value, mask=inside)
+        tl.store(Keys + own_slot * stride_keys_s + column, new_key.to(Keys.dtype.element_ty), mask=inside)
+        tl.store(Values + own_slot * stride_values_s + column, new_value.to(Values.dtype.element_ty), mask=inside)
+        if EIGHT_BIT:
+            tl.store(Scales + own_slot * 2, new_key_scale)
+            tl.store(Scales + own_slot * 2 + 1, new_value_scale)
         if PADDED:  # what is new is not padding; nobody else looks at its slot
             tl.store(Hidden + batch * LENGTH + own_slot, tl.zeros([], tl.int8), mask=head_in_batch == 0)
 
@@ -86,8 +112,11 @@ def decode_forward(
         shared_from = tl.load(shared_offsets + here)
         before = shared_leading + (tl.load(shared_offsets + here + 1) - shared_from).to(tl.int32)
         count += before
-        SharedKeys += (prompt * HEADS + head_in_batch) * SHARED_LENGTH * D
-        SharedValues += (prompt * HEADS + head_in_batch) * SHARED_LENGTH * D
+        prompt_head = prompt * (HEADS // GROUP) + own_head
+        SharedKeys += prompt_head * SHARED_LENGTH * D
+        SharedValues += prompt_head * SHARED_LENGTH * D
+        if EIGHT_BIT:
+            SharedScales += prompt_head * SHARED_LENGTH * 2
     share = tl.cdiv(tl.cdiv(count, SPLITS), KEYS) * KEYS
     start = split * share
     stop = tl.minimum(start + share, count)
@@ -109,12 +138,16 @@ def decode_forward(
             number -= before
         listed = tl.load(slots + listed_from + number - leading, mask=mine & (number >= leading), other=0)
         slot = tl.where(number < leading, number, listed).to(tl.int64)
-        own = (slot == own_slot)[:, None]
+        own = slot == own_slot
         keep = mine[:, None] & inside[None, :]
         k = tl.load(Keys + slot[:, None] * stride_keys_s + column[None, :], mask=keep, other=0.0)
         v = tl.load(Values + slot[:, None] * stride_values_s + column[None, :], mask=keep, other=0.0)
-        k = tl.where(own, new_key[None, :].to(tl.float32), k.to(tl.float32))
-        v = tl.where(own & mine[:, None], new_value[None, :].to(tl.float32), v.to(tl.float32))
+        k = tl.where(own[:, None], new_key[None, :], k.to(tl.float32))
+        v = tl.where((own & mine)[:, None], new_value[None, :], v.to(tl.float32))
+        if EIGHT_BIT:
+            key_scale = tl.where(own, new_key_scale, tl.load(Scales + slot * 2, mask=mine, other=0.0))
+            value_scale = tl.load(Scales + slot * 2 + 1, mask=mine, other=0.0)
+            value_scale = tl.where(own & mine, new_value_scale, value_scale)
         seen = exists
         if PADDED:
             hidden = tl.load(Hidden + batch * LENGTH + slot, mask=mine & (slot != own_slot), other=0) != 0
@@ -126,10 +159,16 @@ def decode_forward(
             shared_v = tl.load(SharedValues + row, mask=keep, other=0.0).to(tl.float32)
             k = tl.where(shared[:, None], shared_k, k)
             v = tl.where(shared[:, None], shared_v, v)
+            if EIGHT_BIT:
+                scale = SharedScales + shared_slot * 2
+                key_scale = tl.where(shared, tl.load(scale, mask=shared, other=0.0), key_scale)
+                value_scale = tl.where(shared, tl.load(scale + 1, mask=shared, other=0.0), value_scale)
             if PADDED:
                 hidden = tl.load(SharedHidden + prompt * SHARED_LENGTH + shared_slot, mask=shared, other=0) != 0
                 seen = seen & ~hidden
         score = tl.sum(k * q[None, :], 1)
+        if EIGHT_BIT:
+            score *= key_scale
         if CAPPED:
             score = tanh(score * steepness)
         score = tl.where(seen, score * exponent_scale, float("-inf"))
@@ -140,6 +179,8 @@ def decode_forward(
         weight = tl.exp2(score - new_maximum)
         decay = tl.exp2(maximum - new_maximum)
         total = total * decay + tl.sum(weight, 0)
+        if EIGHT_BIT:
+            weight *= tl.where(seen, value_scale, 0.0)  # that of padding may be NaN
         accumulator = accumulator * decay + tl.sum(weight[:, None] * v, 0)
         maximum = new_maximum
 
@@ -189,7 +230,7 @@ def decode_combine(
 
 
 class Launch(NamedTuple):
-    """What a step needs besides its tensors: found once per pattern, device, dtype, width and number of heads."""
+    """What a step needs besides its tensors: found once per pattern, device, dtype of the cache, width and heads."""
 
     table: DecodeTable
     splits: int
@@ -228,7 +269,7 @@ def _step(inputs: Inputs) -> torch.Tensor:
     q, k, v, keys, values, position, pattern, _, softcap = inputs[:9]
     position = torch.as_tensor(position, dtype=torch.int64, device=q.device)
     batch, heads, _, width = q.shape
-    its = launch_for(pattern, q.device, q.dtype, width, batch * heads, inputs.prompt, inputs.rewind)
+    its = launch_for(pattern, q.device, keys.dtype, width, batch * heads, inputs.prompt, inputs.rewind)
     out = torch.empty_like(q)
     # With one split no partial result is written, and any tensor stands for them.
     partial = out
@@ -252,10 +293,12 @@ def _step(inputs: Inputs) -> torch.Tensor:
     decode_forward[(batch * heads, its.splits)](
         q, k, v, keys, values, out, partial, position, table.slot, table.prefix, table.offsets, table.slots,
         *shared, *lists, *(None if mask is None else mask.view(torch.int8) for mask in (hidden, shared_hidden)),
+        inputs.scales, inputs.shared_scales if shared_length else None,
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *out.stride()[:2], *keys.stride()[:3], *values.stride()[:3],
-        heads, keys.shape[2], copies, shared_length, height * math.log2(math.e), steepness(scale, softcap),
+        heads, heads // keys.shape[1], keys.shape[2], copies, shared_length,
+        height * math.log2(math.e), steepness(scale, softcap),
         BY_ROW=position.dim() > 0, SHARED=shared_length > 0, PADDED=padded, CAPPED=softcap is not None,
-        enable_fp_fusion=True, **its.constants,
+        EIGHT_BIT=inputs.scales is not None, enable_fp_fusion=True, **its.constants,
     )  # fmt: skip
     if its.splits > 1:
         decode_combine[(batch * heads,)](

@@ -24,6 +24,7 @@ from dalle_kernels import (
 )
 from dalle_kernels.backends.contract import Call
 from dalle_kernels.decode import triton as triton_kernel
+from dalle_kernels.decode.eight_bit import quantize, widen
 from tests.oracles import attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -96,28 +97,47 @@ def test_a_query_that_sees_no_key_gets_zeros(blind: int, splits: int, monkeypatc
     assert not decode_attention(*now, cache, blind, backend="triton").any()
 
 
-@pytest.mark.parametrize("splits", [1, 3])
-@pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize(
-    ("pattern", "prompt"), [(Row(LAYOUT), 38), (Convolution(LAYOUT, 3), 35), (Strided(42, 6), 9)], ids=str
+    ("pattern", "prompt", "padded", "splits", "eight_bit", "groups", "softcap"),
+    [
+        *(
+            (pattern, prompt, padded, splits, False, 1, None)
+            for pattern, prompt in ((Row(LAYOUT), 38), (Convolution(LAYOUT, 3), 35), (Strided(42, 6), 9))
+            for padded in (False, True)
+            for splits in (1, 3)
+        ),
+        (Row(LAYOUT), 38, False, 1, True, 1, None),
+        (Row(LAYOUT), 38, True, 3, True, 2, 2.0),
+        (Convolution(LAYOUT, 3), 35, True, 1, True, 2, None),
+        (Strided(42, 6), 9, True, 3, True, 1, 2.0),
+        (Strided(42, 6), 9, False, 3, False, 2, 2.0),
+    ],
+    ids=str,
 )
 def test_shared_prompts_padding_and_positions_by_row(
-    pattern: Pattern, prompt: int, padded: bool, splits: int, monkeypatch: pytest.MonkeyPatch
+    pattern: Pattern,
+    prompt: int,
+    padded: bool,
+    splits: int,
+    eight_bit: bool,
+    groups: int,
+    softcap: float | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     force_splits(monkeypatch, splits, heads=12)
     torch.manual_seed(1)
     prompts, copies = 2, 3
-    q, k, v = (torch.randn(prompts * copies, 2, pattern.length, 16, device=DEVICE) for _ in range(3))
+    heads, dtype = 2 // groups, torch.int8 if eight_bit else torch.float32
+    q, k, v = (torch.randn(prompts * copies, count, pattern.length, 16, device=DEVICE) for count in (2, heads, heads))
     for tensor in (k, v):
         tensor[:, :, :prompt] = tensor[::copies, :, :prompt].repeat_interleave(copies, 0)
     padding = torch.zeros(prompts, pattern.length, dtype=torch.bool, device=DEVICE)
     padding[1, 2:prompt:2] = padding[0, : prompt - 1] = padded
     hidden = padding.repeat_interleave(copies, 0)
-    wide = q.double(), k.double(), v.double()
-    whole = sparse_attention(*wide, pattern, key_padding_mask=hidden, backend="reference").float()
+    whole = truth(q, k, v, pattern, eight_bit, softcap, hidden)
     caches = [
-        KVCache(pattern, prompts, 2, 16, device=DEVICE, copies=copies),
-        KVCache(pattern, prompts * copies, 2, 16, device=DEVICE),
+        KVCache(pattern, prompts, heads, 16, dtype, DEVICE, copies),
+        KVCache(pattern, prompts * copies, heads, 16, dtype, DEVICE),
     ]
     for cache, step in zip(caches, (copies, 1), strict=True):
         mask = padding.repeat_interleave(copies // step, 0)[:, :prompt] if padded else None
@@ -125,7 +145,8 @@ def test_shared_prompts_padding_and_positions_by_row(
         rows, positions = torch.arange(prompts * copies, device=DEVICE), torch.full((6,), prompt, device=DEVICE)
         for turn in range(4):
             now = [tensor[rows, :, positions][:, :, None] for tensor in (q, k, v)]
-            got = decode_attention(*now, cache, positions if turn else positions[:1], backend="triton")
+            where = positions if turn else positions[:1]
+            got = decode_attention(*now, cache, where, backend="triton", softcap=softcap)
             torch.testing.assert_close(got, whole[rows, :, positions][:, :, None], atol=2e-6, rtol=2e-6)
             positions = positions + 1
             if turn == 1:
@@ -152,6 +173,46 @@ def test_a_query_whose_keys_are_all_padding_gets_zeros(splits: int, monkeypatch:
         assert not out[0].any()
         wanted = kv[1][1, :, 38:] if copies == 1 else torch.zeros(1, 1, 16, device=DEVICE)
         torch.testing.assert_close(out[1], wanted)
+
+
+@pytest.mark.parametrize(
+    ("width", "dtype"), [(16, torch.float32), (80, torch.bfloat16), (80, torch.float32), (128, torch.float16)], ids=str
+)
+def test_eight_bits_of_several_widths_and_dtypes(width: int, dtype: torch.dtype) -> None:
+    """The same bits in the cache as the reference's, zeros, halves of steps and all magnitudes among them."""
+    torch.manual_seed(4)
+    pattern = Row(LAYOUT)
+    q, k, v = (torch.randn(2, heads, pattern.length, width, device=DEVICE) for heads in (4, 2, 2))
+    for tensor in (k, v):
+        tensor *= torch.randn_like(tensor[..., :1]).exp()
+        tensor[0, 0, 36] = 0
+        tensor[1, 0, 37, :8] = torch.tensor([127, -126.5, 0.5, 1.5, -2.5, 0.49, -0.51, 3], device=DEVICE)
+        tensor[1, 0, 37, 8:] = 0
+        tensor[0, 1, 38] *= 1e-38  # counts as zeros in bfloat16 and float32
+    q, k, v = (tensor.to(dtype) for tensor in (q, k, v))
+    got, wanted = (KVCache(pattern, 2, 2, width, torch.int8, DEVICE) for _ in range(2))
+    for cache, backend in ((got, "triton"), (wanted, "reference")):
+        cache.prefill(k[:, :, :35], v[:, :, :35])
+        now = (tensor[:, :, 35:41] for tensor in (q, k, v))
+        out = decode_attention(*now, cache, 35, backend=backend)
+        whole = truth(q, k, v, pattern, eight_bit=True)[:, :, 35:41]
+        torch.testing.assert_close(out, whole.to(dtype), atol=2e-5, rtol=max(2e-5, torch.finfo(dtype).eps))
+    for name in ("keys", "values", "scales"):
+        assert torch.equal(getattr(got, name), getattr(wanted, name)), name
+
+
+def test_nan_and_infinity_in_eight_bits_reach_the_queries_that_see_them() -> None:
+    pattern = Row(LAYOUT)
+    for which, strange in ((1, torch.nan), (2, -torch.inf)):
+        qkv = [torch.randn(1, 2, pattern.length, 16, device=DEVICE) for _ in range(3)]
+        qkv[which][0, 1, 38, 4] = strange
+        cache = KVCache(pattern, 1, 2, 16, torch.int8, DEVICE)
+        cache.prefill(*(tensor[:, :, :38] for tensor in qkv[1:]))
+        got = decode_attention(*(tensor[:, :, 38:46] for tensor in qkv), cache, 38, backend="triton")
+        sees = pattern.mask()[38:46, 38]
+        assert got[0, 1, sees].isnan().all()
+        assert got[0, 1, ~sees].isfinite().all()
+        assert got[0, 0].isfinite().all()
 
 
 def test_several_tokens_a_step() -> None:
@@ -184,6 +245,23 @@ def test_refusals() -> None:
     assert triton_kernel.refuse(Call(device, torch.bfloat16, 64)) is None
     assert "float64" in str(triton_kernel.refuse(Call(device, torch.float64, 64)))
     assert "512" in str(triton_kernel.refuse(Call(device, torch.float32, 512)))
+
+
+def truth(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pattern: Pattern,
+    eight_bit: bool,
+    softcap: float | None = None,
+    padding: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """In float64, of keys and values as eight bits have them where they are kept so; rounded to float32 in the end."""
+    if eight_bit:
+        k, v = (widen(*quantize(tensor), torch.float64) for tensor in (k, v))
+    k, v = (tensor.double().repeat_interleave(q.shape[1] // k.shape[1], 1) for tensor in (k, v))
+    out = sparse_attention(q.double(), k, v, pattern, key_padding_mask=padding, softcap=softcap, backend="reference")
+    return out.float()
 
 
 def force_splits(monkeypatch: pytest.MonkeyPatch, splits: int, heads: int) -> None:
