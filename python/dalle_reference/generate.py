@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Literal, NamedTuple
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dalle_kernels import sample_tokens
+from dalle_kernels import KVCache, sample_tokens
 from dalle_kernels.patterns import Diagonal
 from dalle_reference.transformer import NO_TOKEN, DalleTransformer, TransformerConfig, check_tokens
 
@@ -102,37 +103,101 @@ def generate(
 
     image = text_tokens.new_zeros(batch * number, cells)
     image[:, :known] = image_prefix.repeat_interleave(number, 0)
-    caches = model.new_caches(len(text_tokens), number, cache_dtype, patterns) if use_cache else None
+    caches = model.new_caches(len(text_tokens), number, cache_dtype, patterns) if use_cache else []
     if not use_cache:
         text_tokens = text_tokens.repeat_interleave(number, 0)
         latents = None if latents is None else latents.repeat_interleave(number, 0)
+    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance_scale": guidance_scale}
     seeds = _step_seeds(seed, cells, text_tokens.device)
+    drawing = _Drawing(model, caches, image, seeds, guided, sampling)
+    advance = replayed(drawing.advance) if image.is_cuda else drawing.advance
     with torch.no_grad():
         for step in _steps(config, window, known):
-            stream = torch.cat([image, image]) if guided else image
-            if caches is None:
-                hidden = model.hidden(text_tokens, stream[:, : step.draws[0]], latents=latents)[:, -1:]
-            elif not step.cells:
-                prompts = model.hidden(text_tokens, stream[::number, :known], caches, latents)
-                hidden = prompts[:, -1:].repeat_interleave(number, 0)
+            if use_cache and step.cells:
+                places = [step.position, *step.cells, *step.tokens, *step.predicting, *step.draws]
+                advance(torch.tensor(places, device=image.device), len(step.cells), len(step.draws))
             else:
-                hidden = model.step(stream[:, step.tokens], step.cells, step.position, caches)[:, step.predicting]
-            logits = model.image_head(hidden).float()
-            conditional, unconditional = logits.chunk(2) if guided else (logits, None)
-            for turn, cell in enumerate(step.draws):
-                image[:, cell] = sample_tokens(
-                    conditional[:, turn],
-                    temperature=temperature,
-                    top_k=top_k,
-                    top_p=top_p,
-                    seed=seeds[cell],
-                    unconditional_logits=None if unconditional is None else unconditional[:, turn],
-                    guidance_scale=guidance_scale,
-                )
+                stream = drawing.stream()
+                if use_cache:
+                    hidden = model.hidden(text_tokens, stream[::number, :known], caches, latents)
+                    hidden = hidden[:, -1:].repeat_interleave(number, 0)
+                else:
+                    hidden = model.hidden(text_tokens, stream[:, : step.draws[0]], latents=latents)[:, -1:]
+                drawing.draw(hidden, torch.tensor(step.draws, device=image.device))
             known += len(step.draws)
             if progress is not None:
                 progress(known, image)
     return image
+
+
+class _Drawing(NamedTuple):
+    """What steps read and write; all of it stays where it is, so that a CUDA graph may hold it."""
+
+    model: DalleTransformer
+    caches: list[KVCache]
+    image: Tensor
+    """int64 [B, H * W]"""
+    seeds: Tensor
+    """int64 [H * W]"""
+    guided: bool
+    sampling: dict[str, Any]
+
+    def stream(self) -> Tensor:
+        """The pictures as the model takes them: under guidance a second time, for the empty captions."""
+        return torch.cat([self.image, self.image]) if self.guided else self.image
+
+    def advance(self, places: Tensor, taken: int, drawn: int) -> None:
+        """One step, of which all that changes is in `places`, int64: the fields of `_Step` one after the other."""
+        position, cells, tokens, predicting, draws = places.split([1, taken, taken, drawn, drawn])
+        hidden = self.model.step(self.stream().index_select(1, tokens), cells, position, self.caches)
+        self.draw(hidden.index_select(1, predicting), draws)
+
+    def draw(self, hidden: Tensor, cells: Tensor) -> None:
+        """Draws `cells`, int64 [n], from `hidden` [B, n, width]."""
+        logits = self.model.image_head(hidden).float()
+        conditional, unconditional = logits.chunk(2) if self.guided else (logits, None)
+        for turn, cell in enumerate(cells.split(1)):
+            drawn = sample_tokens(
+                conditional[:, turn],
+                seed=self.seeds.index_select(0, cell),
+                unconditional_logits=None if unconditional is None else unconditional[:, turn],
+                **self.sampling,
+            )
+            self.image.index_copy_(1, cell, drawn[:, None])
+
+
+Advance = Callable[[Tensor, int, int], None]
+
+
+def replayed(advance: Advance) -> Advance:
+    """`advance` as CUDA graphs, one for each pair of its ints: the whole step is then one launch.
+
+    The first step of a kind is a plain call, which makes the tables that it reads; the second is captured. The graphs
+    live as long as the function that is returned. No GPU was at hand when this was written: it has never run on one.
+    """
+    held: dict[tuple[int, int], tuple[Tensor, Callable[[], None]] | None] = {}
+
+    def run(places: Tensor, taken: int, drawn: int) -> None:
+        kind = taken, drawn
+        if kind not in held:
+            held[kind] = None
+            advance(places, taken, drawn)
+            return
+        if (kept := held[kind]) is None:
+            own = places.clone()
+            kept = held[kind] = own, captured(partial(advance, own, taken, drawn))
+        kept[0].copy_(places)
+        kept[1]()
+
+    return run
+
+
+def captured(work: Callable[[], None]) -> Callable[[], None]:
+    """What replays the kernels that `work` launches, as one CUDA graph; `work` itself is not carried out."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph.replay
 
 
 class _Step(NamedTuple):

@@ -332,15 +332,15 @@ class DalleTransformer(nn.Module):
             for block, order in zip(self.layers, orders, strict=True)
         ]
 
-    def step(self, image_tokens: Tensor, cells: Sequence[int], position: int, caches: Sequence[KVCache]) -> Tensor:
-        """Go on by image tokens, int64 [B, G], of `cells`, where the caches hold `position` tokens -> [B, G, width].
+    def step(self, image_tokens: Tensor, cells: Tensor, position: Tensor, caches: Sequence[KVCache]) -> Tensor:
+        """Go on by image tokens, int64 [B, G], of `cells`, int64 [G], where the caches hold `position` tokens, int64 of
+        one element -> [B, G, width].
 
         In raster order that is text_length + cells[0], and each predicts the next.
         """
-        where = torch.full((), position, device=image_tokens.device)
-        x = self.embed_image(image_tokens, torch.tensor(cells, device=image_tokens.device))
+        x = self.embed_image(image_tokens, cells)
         for block, cache in zip(self.layers, caches, strict=True):
-            x = block.step(x, cache, where)
+            x = block.step(x, cache, position)
         return self.head_norm(self.final_norm(x))
 
     def forward(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from dalle_reference import generate as generation
 from dalle_reference.generate import _step_seeds, generate
 from dalle_reference.transformer import NO_TOKEN, DalleTransformer, TransformerConfig
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from dalle_kernels import Column, Convolution, Row, sample_tokens
 from dalle_kernels.nn import SparseSelfAttention
@@ -201,6 +207,70 @@ def test_eight_bits_between_steps_move_logits_by_little(model: DalleTransformer,
     moved = [(one - other).abs().max() / one.std() for one, other in zip(*logits, strict=True)]
     assert 0 < moved[1] < 0.2
     assert generate(model, text, seed=3, cache_dtype=torch.int8, order="diagonal").shape == (3, 30)
+
+
+class Capturable(TorchDispatchMode):
+    """Lets pass what a CUDA graph can hold: of the host's tensors nothing but numbers. It goes under a FakeTensorMode,
+    which refuses whatever the host would wait for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.met: list[Any] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.met.append(func)
+        made = func(*args, **(kwargs or {}))
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        strange = [tensor for tensor in given if tensor.device.type != "cuda"]
+        assert all(tensor.dim() == 0 for tensor in strange), func
+        copies = func in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
+        assert not (copies and strange and made.device.type == "cuda"), func
+        return made
+
+
+@pytest.mark.parametrize(("guided", "cache_dtype"), [(False, None), (True, torch.int8)])
+def test_a_step_can_be_captured(guided: bool, cache_dtype: torch.dtype | None) -> None:
+    with FakeTensorMode(), torch.device("cuda"), torch.no_grad():
+        model = DalleTransformer(CONFIG)
+        rows, number = 2 + 2 * guided, 3
+        caches = model.new_caches(rows, number, cache_dtype)
+        for cache in caches:
+            cache.lengths = None  # the host's own count, here a fake one
+        model.hidden(torch.zeros(rows, 5, dtype=torch.int64), torch.zeros(rows, 0, dtype=torch.int64), caches)
+        image, seeds = torch.zeros(2 * number, 30, dtype=torch.int64), torch.zeros(30, dtype=torch.int64)
+        sampling = {"temperature": 0.7, "top_k": 9, "top_p": 0.9, "guidance_scale": 2.0 if guided else 1.0}
+        drawing = generation._Drawing(model, caches, image, seeds, guided, sampling)
+        for taken, drawn in ((1, 1), (3, 2)):
+            places = torch.zeros(1 + 2 * taken + 2 * drawn, dtype=torch.int64)
+            with Capturable() as mode:
+                drawing.advance(places, taken, drawn)
+            for name, count in (("decode_forward", CONFIG.layers), ("sample_tokens", drawn)):
+                assert sum(name in str(func) for func in mode.met) == count
+        with Capturable(), pytest.raises(DataDependentOutputException):
+            places.tolist()
+        with Capturable(), pytest.raises(AssertionError):
+            torch.zeros(2, device="cpu").to("cuda")
+
+
+def test_replays_of_a_traced_step_draw_the_same(
+    model: DalleTransformer, text: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A trace stands for a CUDA graph: it holds tensors and the numbers of its one pass, and carries nothing out."""
+    traced: list[int] = []
+
+    def captured(work: Callable[[], None]) -> Callable[[], None]:
+        graph = make_fx(work, tracing_mode="fake", _allow_non_fake_inputs=True)()
+        traced.append(sum(node.op == "call_function" for node in graph.graph.nodes))
+        return graph
+
+    monkeypatch.setattr(generation, "captured", captured)
+    for way in (*WAYS.values(), {"order": "diagonal", "window": 2}, {"cache_dtype": torch.int8}):
+        wanted = generate(model, text, seed=2, number=2, **way)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "is_cuda", True)
+            assert torch.equal(generate(model, text, seed=2, number=2, **way), wanted)
+    assert len(traced) >= len(WAYS)
+    assert min(traced) > 4 * CONFIG.layers
 
 
 def test_the_seed_decides_and_rows_differ(model: DalleTransformer) -> None:
