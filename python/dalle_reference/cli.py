@@ -24,9 +24,10 @@ from dalle_reference.config import (
     PIXELS_PRESETS,
     PRIOR_PRESETS,
     TRANSFORMER_PRESETS,
+    TokenizeConfig,
 )
 from dalle_reference.convert import KINDS, convert
-from dalle_reference.data import MOST_PICTURE_BYTES, decode_picture
+from dalle_reference.data import MOST_PICTURE_BYTES, decode_picture, open_pictures
 from dalle_reference.errors import UserError, require, require_amount, require_positive, require_seed
 from dalle_reference.evaluate import psnr
 from dalle_reference.files import read_bounded, require_output
@@ -42,7 +43,8 @@ from dalle_reference.load import (
     require_same_clip,
 )
 from dalle_reference.loop import Interrupted, step_generator
-from dalle_reference.parallel import Elsewhere, resolve_device
+from dalle_reference.parallel import Elsewhere, joined, resolve_device
+from dalle_reference.picture_tokens import tokenize
 from dalle_reference.tokenizer import CaptionTokenizer
 from dalle_reference.unclip import between
 
@@ -69,6 +71,15 @@ _Kind: Any = Literal[KINDS]
 def _train_dvae(config: _DVAEChoice) -> None:
     """Stage 1: learn to turn pictures into tokens and back."""
     _say(f"dVAE in {train.train_dvae(config)}")
+
+
+def _tokenize(config: Annotated[TokenizeConfig, tyro.conf.arg(name="")]) -> None:
+    """Between the stages: turn pictures into tokens once, into a folder that train-transformer takes as its source."""
+    with joined(config.device) as world:
+        dvae = world.main_first(lambda: load_dvae(config.dvae, world.device))
+        pictures = world.main_first(lambda: open_pictures(config.data, dvae.config.resolution, config.cache))
+        tokenize(dvae, pictures, config.out, world)
+    _say(f"tokens in {config.out}")
 
 
 def _train_transformer(config: _TransformerChoice) -> None:
@@ -639,6 +650,7 @@ def _family(config: Annotated[family.FamilyConfig, tyro.conf.arg(name="")]) -> N
 
 _COMMANDS = {
     "train-dvae": _train_dvae,
+    "tokenize": _tokenize,
     "train-transformer": _train_transformer,
     "train-clip": _train_clip,
     "train-pixels": _train_pixels,

@@ -87,16 +87,25 @@ class RunConfig:
 # These change nothing in the sequence of losses (but for rounding), so a run may go on with others than it began with.
 _FREE = (
     *("out", "dvae", "clip_run", "log_every", "save_every", "draw_every", "resume", "cache"),
-    *("parallel", "accumulate", "recompute"),
+    *("parallel", "accumulate", "recompute", "workers", "broken"),
 )
 
 
 @dataclass(frozen=True)
-class DataConfig:
-    """Which pictures."""
+class SourceConfig:
+    """Where pictures are."""
 
     source: str = "openmoji"
-    """openmoji, a folder of pictures with .txt captions beside them, or WebDataset shards ("shards/*.tar")."""
+    """openmoji, a folder of pictures with .txt captions beside them, or WebDataset shards: "shards/*.tar",
+    "shards/{000..127}.tar", several with :: between them. For train-transformer also a folder that tokenize wrote."""
+    caption_field: str | None = None
+    """Field of the .json beside a picture that has its caption, or a list of them; the .txt's lines where not given."""
+
+
+@dataclass(frozen=True)
+class DataConfig(SourceConfig):
+    """Which pictures."""
+
     held_out: float = 0.05
     """Share of the concepts that is kept out of training."""
 
@@ -105,12 +114,50 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class StreamedSourceConfig(SourceConfig):
+    """Where pictures are, and how shards of them are read when their turn comes."""
+
+    workers: int = 2
+    """Processes that decode shards for each that trains; 0: it does so itself."""
+    broken: float = 0.01
+    """Share of the shards' pictures that may be unreadable: they are named, and left out."""
+
+    def __post_init__(self) -> None:
+        require_amount(self, "workers")
+        require(self, "at least 0 and below 1", lambda value: 0 <= value < 1, "broken")
+
+
+@dataclass(frozen=True)
+class StreamedDataConfig(DataConfig, StreamedSourceConfig):
+    """Which pictures, where shards are read as training goes on."""
+
+    def __post_init__(self) -> None:
+        DataConfig.__post_init__(self)
+        StreamedSourceConfig.__post_init__(self)
+
+
+@dataclass(frozen=True)
+class TokenizeConfig:
+    """Pictures to tokens, once."""
+
+    dvae: Path
+    """Folder of a finished stage 1, or a file of converted weights."""
+    data: StreamedSourceConfig = field(default_factory=StreamedSourceConfig)
+    out: Path = Path("tokens")
+    """The folder of token shards; shards that are there already stay. train-transformer takes it as its --source."""
+    cache: Path | None = None
+    """As for training."""
+    device: str = "auto"
+    """cpu, cuda, or auto."""
+
+
+@dataclass(frozen=True)
 class TrainDVAEConfig:
     """Stage 1."""
 
     run: RunConfig
     model: dvae.DVAEConfig = dvae.PRESETS["demo"]
-    data: DataConfig = field(default_factory=DataConfig)
+    data: StreamedDataConfig = field(default_factory=StreamedDataConfig)
     fitted: bool = False
     """Begin with codes that k-means finds on training pictures, rather than with random ones; for dvae and vq."""
     temperature: float = 1 / 16
@@ -144,7 +191,7 @@ class TrainTransformerConfig:
     dvae: Path
     """Folder of a finished stage 1, or a file of converted weights."""
     model: transformer.TransformerConfig = transformer.PRESETS["demo"]
-    data: DataConfig = field(default_factory=DataConfig)
+    data: StreamedDataConfig = field(default_factory=StreamedDataConfig)
     one_per_concept: bool = False
     """Keep only the first picture of each concept (for OpenMoji: leave out the variants by skin tone)."""
     pictures: int | None = None
@@ -168,6 +215,7 @@ class TrainTransformerConfig:
     def __post_init__(self) -> None:
         require_positive(self, "pictures")
         require(self.model, "at least 256, one for each byte", lambda value: value >= 256, "vocab_text")
+        require(self.model, "0: what is told vectors is a train-decoder", lambda value: value == 0, "latent")
         require_share(self, "bpe_dropout", "caption_dropout", "cell_dropout")
         require(self, "a finite number", math.isfinite, "guidance_scale")
 

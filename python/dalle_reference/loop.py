@@ -48,6 +48,8 @@ class Trains(Protocol):
 C = TypeVar("C", bound=Trains)
 _UNCOMPRESSED = 2
 """Steps before gradients are compressed; no fewer have the hook."""
+_BLOCK, _MIXED = 1 << 10, 1 << 6
+"""Pictures that stand together, and how many such blocks are mixed at a time."""
 
 Prepare = Callable[[int, list[range]], list[tuple[Any, ...]]]
 Objective = Callable[..., tuple[torch.Tensor, Any]]
@@ -70,19 +72,37 @@ def _is_bf16(precision: str, device: torch.device) -> bool:
 
 def batch_indices(step: int, batch: int, count: int, seed: int) -> np.ndarray:
     """The pictures of step `step`: epochs of shuffled order, one after the other, cut in batches."""
-    places = np.arange(step * batch, (step + 1) * batch)
-    return np.array([_shuffled(count, seed, int(place // count))[place % count] for place in places])
+    return _pictures_at(range(step * batch, (step + 1) * batch), count, seed)
 
 
 def distinct_indices(step: int, batch: int, count: int, seed: int) -> np.ndarray:
     """As `batch_indices`, but no batch reaches into the next epoch, so that none holds anything twice."""
     epoch, number = divmod(step, count // batch)
-    return _shuffled(count, seed, epoch)[number * batch : (number + 1) * batch]
+    first = epoch * count + number * batch
+    return _pictures_at(range(first, first + batch), count, seed)
+
+
+def _pictures_at(places: range, count: int, seed: int) -> np.ndarray:
+    """The pictures at `places` of an endless row of epochs."""
+    window = _BLOCK * _MIXED
+    at = ((*divmod(place % count, window), place // count) for place in places)
+    return np.array([_shuffled(count, seed, epoch, number)[rest] for number, rest, epoch in at])
 
 
 @lru_cache(maxsize=4)
-def _shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch]).permutation(count)
+def _shuffled(count: int, seed: int, epoch: int, window: int) -> np.ndarray:
+    """The pictures of one window of an epoch's order: all, if it has room for them.
+
+    Else blocks of pictures that stand together come in any order, and those of a window are mixed. So a window is all
+    that is ever held, and what is read of a disk lies together. Blocks are cut elsewhere in each epoch.
+    """
+    chance = np.random.default_rng([seed, epoch])
+    if count <= _BLOCK * _MIXED:
+        return chance.permutation(count)
+    shift = chance.integers(count)
+    blocks = np.append(chance.permutation(count // _BLOCK), count // _BLOCK)  # the last one is shorter
+    mixed = blocks[window * _MIXED : (window + 1) * _MIXED, None] * _BLOCK + np.arange(_BLOCK)
+    return (np.random.default_rng([seed, epoch, window]).permutation(mixed[mixed < count]) + shift) % count
 
 
 def step_generator(seed: int, step: int) -> np.random.Generator:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sized
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -20,7 +21,8 @@ from dalle_reference.config import (
     TrainTransformerConfig,
     to_json,
 )
-from dalle_reference.data import PictureSet, load_pictures, pairs
+from dalle_reference.data import PictureSet, load_pictures, open_pictures, pairs
+from dalle_reference.data.sources import find_shards
 from dalle_reference.dvae import DiscreteVAE, DVAEOutput
 from dalle_reference.errors import UserError
 from dalle_reference.evaluate import codebook_use, psnr
@@ -35,11 +37,14 @@ from dalle_reference.loop import (
     step_generator,
 )
 from dalle_reference.parallel import World
+from dalle_reference.picture_tokens import TokenSet, TokenShards, is_tokens, tokenize, tokenize_pictures
 from dalle_reference.tokenizer import PADDING, CaptionTokenizer
 from dalle_reference.transformer import NO_TOKEN, DalleTransformer, TransformerLoss
 
+S = TypeVar("S", PictureSet, TokenShards)
 _SHOWN, _FITTED = 16, 400
-_ENCODE_BATCH = 128
+_READ_BATCH = 128
+"""Pictures that CLIP reads at a time."""
 
 
 @alone_in_its_folder
@@ -56,21 +61,21 @@ def train_dvae(config: TrainDVAEConfig, world: World) -> Path:
         raise UserError(
             f"accumulate: got {run_config.accumulate}, wanted 1: {kind} goes by a batch's features as a whole"
         )
-    pictures = world.main_first(lambda: load_pictures(config.data.source, config.model.resolution, run_config.cache))
+    pictures = world.main_first(lambda: open_pictures(config.data, config.model.resolution, run_config.cache))
     training, held_out = pictures.split(config.data.held_out)
     require_pictures(training, config.data.source)
-    images = training.images
-    shown = (held_out if len(held_out) else training).images[:_SHOWN].to(device).float() / 255.0
+    kept = held_out if len(held_out) else training
+    shown = world.first(lambda: kept.pictures(range(min(_SHOWN, len(kept))))).to(device).float() / 255.0
     torch.manual_seed(run_config.seed)
     model = DiscreteVAE(config.model).to(device)
     if config.fitted and not run_config.resume:
-        some = torch.linspace(0, len(images) - 1, min(_FITTED, len(images))).long()
-        model.begin_with(images[some].to(device).float() / 255.0, run_config.seed)
+        some = torch.linspace(0, len(training) - 1, min(_FITTED, len(training))).long().tolist()
+        model.begin_with(world.first(lambda: training.pictures(some)).to(device).float() / 255.0, run_config.seed)
+    feed = training.feed(lambda step: batch_indices(step, run_config.batch, len(training), run_config.seed))
 
     def prepare(step: int, parts: list[range]) -> list[tuple[Any, ...]]:
-        chosen = torch.from_numpy(batch_indices(step, run_config.batch, len(images), run_config.seed))
         seed = int(step_generator(run_config.seed, step).integers(2**63))
-        return [(step, images[chosen[part.start : part.stop]], seed, part.start) for part in parts]
+        return [(step, images, seed, part.start) for part, images in zip(parts, feed(step, parts), strict=True)]
 
     def objective(
         model: DiscreteVAE, step: int, pictures: torch.Tensor, seed: int, first: int
@@ -122,12 +127,11 @@ def train_transformer(config: TrainTransformerConfig, world: World) -> Path:
     dvae_source = kept_dvae if run_config.resume else config.dvae
     dvae = world.main_first(lambda: load_dvae(dvae_source, device))
     require_grid(config.model, dvae.config, dvae_source, panels=1 + config.panels)
-    training = world.main_first(lambda: select_training(config, dvae.config.resolution))
-    tokens = tokenize_pictures(dvae, training.images, world)
-    captions = [list(record.captions.values()) for record in training.records]
+    training = _training_tokens(config, dvae, world)
 
     def begin() -> None:
-        _learn_tokens(captions, config.model.vocab_text, kept_tokenizer)
+        said = (text for index in range(len(training)) for text in training.captions(index))
+        CaptionTokenizer.train(said, config.model.vocab_text).save(kept_tokenizer)
         keep_checkpoint(config.dvae, kept_dvae, "dvae")
 
     if not run_config.resume:
@@ -145,11 +149,12 @@ def train_transformer(config: TrainTransformerConfig, world: World) -> Path:
             chance = sample_generator(run_config.seed, step, place)
             picture = int(chosen[place])
             epoch = (step * run_config.batch + place) // len(training)
-            caption = captions[picture][(picture + epoch) % len(captions[picture])]  # each as often as the others
+            captions = training.captions(picture)
+            caption = captions[(picture + epoch) % len(captions)]  # each as often as the others
             text = tokenizer.encode([caption], length, config.bpe_dropout, chance)
             if chance.random() < config.caption_dropout:
                 text.fill_(PADDING)
-            cells = tokens[picture : picture + 1]
+            cells = training.cells(picture)
             return text, cells, hide_cells(cells, config.cell_dropout, chance)
 
         shares = [[torch.cat(rows) for rows in zip(*map(sample, part), strict=True)] for part in parts]
@@ -169,7 +174,8 @@ def train_transformer(config: TrainTransformerConfig, world: World) -> Path:
 
     def draw(mean: DalleTransformer, step: int, board: Any) -> None:
         chosen = np.linspace(0, len(training) - 1, min(_SHOWN, len(training))).astype(int)
-        texts = [captions[i][number % len(captions[i])] for number, i in enumerate(chosen)]
+        captions = [training.captions(i) for i in chosen]
+        texts = [said[number % len(said)] for number, said in enumerate(captions)]
         text = tokenizer.encode(texts, length).to(device)
         sampled = generate(mean, text, seed=run_config.seed, guidance_scale=config.guidance_scale)
         decoded = dvae.decode(sampled.unflatten(1, config.model.grid))
@@ -194,7 +200,8 @@ def train_clip(config: TrainCLIPConfig, world: World) -> Path:
     device = world.device
     if run_config.accumulate > 1:
         raise UserError(f"accumulate: got {run_config.accumulate}, wanted 1: CLIP compares all pictures of a batch")
-    pictures = world.main_first(lambda: load_pictures(config.data.source, model_config.resolution, run_config.cache))
+    data, side = config.data, model_config.resolution
+    pictures = world.main_first(lambda: load_pictures(data.source, side, run_config.cache, data.caption_field))
     pictures = pictures.captioned()
     training, held_out = pictures.split(config.data.held_out)
     variants: dict[str, list[int]] = {}
@@ -208,7 +215,8 @@ def train_clip(config: TrainCLIPConfig, world: World) -> Path:
     captions = [list(record.captions.values()) for record in training.records]
     kept_tokenizer = run_config.out / "tokenizer.json"
     if not run_config.resume:
-        world.first(lambda: _learn_tokens(captions, model_config.vocab_text - 1, kept_tokenizer))
+        said = (text for texts in captions for text in texts)
+        world.first(lambda: CaptionTokenizer.train(said, model_config.vocab_text - 1).save(kept_tokenizer))
     tokenizer = CaptionTokenizer.load(kept_tokenizer)
     torch.manual_seed(run_config.seed)
     model = CLIP(model_config).to(device)
@@ -253,47 +261,54 @@ def name_pictures(model: CLIP, tokenizer: CaptionTokenizer, pictures: PictureSet
         vectors = model.encode_captions(caption_tokens(names, tokenizer, model.config).to(device))
         guesses = [
             (model.encode_pictures(part.to(device).float() / 255.0) @ vectors.T).argmax(dim=1)
-            for part in chosen.images.split(_ENCODE_BATCH)
+            for part in chosen.images.split(_READ_BATCH)
         ]
         shares[language] = float((torch.cat(guesses).cpu() == torch.arange(len(chosen))).double().mean())
     return shares
+
+
+def _training_tokens(config: TrainTransformerConfig, dvae: DiscreteVAE, world: World) -> TokenSet | TokenShards:
+    """The pictures' tokens that stage 2 trains on. Those of pictures that do not fit memory are kept with the run."""
+    source, resolution = Path(config.data.source), dvae.config.resolution
+
+    def in_memory() -> bool:
+        if not is_tokens(source) and not find_shards(config.data.source):
+            return True
+        if config.panels:
+            raise UserError(f"panels: got {config.panels} with shards, wanted pictures that fit memory")
+        return False
+
+    if world.first(in_memory):
+        training = world.main_first(lambda: select_training(config, resolution))
+        return TokenSet(tokenize_pictures(dvae, training.images, world), training)
+    if not is_tokens(source):
+        pictures = world.main_first(lambda: open_pictures(config.data, resolution, config.run.cache))
+        source = config.run.out / "tokens"
+        tokenize(dvae, pictures, source, world)
+    with world.together():
+        shards = TokenShards.open(source, dvae)
+    return _select(shards, config)
 
 
 def select_training(
     config: TrainTransformerConfig | TrainDecoderConfig | TrainPixelDecoderConfig, resolution: int
 ) -> PictureSet:
     """The captioned pictures that stage 2, or a decoder, trains on."""
-    pictures = load_pictures(config.data.source, resolution, config.run.cache)
-    training, _ = pictures.captioned().split(config.data.held_out)
-    require_pictures(training, f"{config.data.source}, with captions")
-    if config.one_per_concept:
-        training = training.one_per_concept()
-    if config.pictures is not None and config.pictures < len(training):
-        training = training.take([i * len(training) // config.pictures for i in range(config.pictures)])
+    pictures = load_pictures(config.data.source, resolution, config.run.cache, config.data.caption_field)
+    training = _select(pictures.captioned(), config)
     if isinstance(config, TrainTransformerConfig) and config.panels:
         training, _ = pairs(training)
     return training
 
 
-@torch.no_grad()
-def tokenize_pictures(dvae: DiscreteVAE, images: torch.Tensor, world: World | None = None) -> torch.Tensor:
-    """Tokens of uint8 pictures [N, 3, S, S]: int64 [N, h * w], on the CPU; of n panels [N, 3, n S, S] n times as many.
-
-    The processes of `world` share the work, in batches that are the same however many they are.
-    """
-    device = next(dvae.parameters()).device
-    world = world or World(device)
-    panels = images.unflatten(2, (-1, dvae.config.resolution)).transpose(1, 2)  # [N, n, 3, S, S]
-    batches = panels.flatten(0, 1).split(_ENCODE_BATCH)
-    own = batches[len(batches) * world.rank // world.size : len(batches) * (world.rank + 1) // world.size]
-    parts = [dvae.encode(part.to(device).float() / 255.0).flatten(1).cpu() for part in own]
-    cells = dvae.config.grid[0] * dvae.config.grid[1]
-    every = world.gather(torch.cat(parts) if parts else torch.empty(0, cells, dtype=torch.int64))
-    return every.reshape(len(images), -1)
-
-
-def _learn_tokens(captions: list[list[str]], vocab_size: int, path: Path) -> None:
-    CaptionTokenizer.train((text for texts in captions for text in texts), vocab_size).save(path)
+def _select(captioned: S, config: TrainTransformerConfig | TrainDecoderConfig | TrainPixelDecoderConfig) -> S:
+    training, _ = captioned.split(config.data.held_out)
+    require_pictures(training, f"{config.data.source}, with captions")
+    if config.one_per_concept:
+        training = training.one_per_concept()
+    if config.pictures is not None and config.pictures < len(training):
+        training = training.take([i * len(training) // config.pictures for i in range(config.pictures)])
+    return training
 
 
 def hide_cells(tokens: torch.Tensor, most: float, chance: np.random.Generator) -> torch.Tensor:
@@ -302,7 +317,7 @@ def hide_cells(tokens: torch.Tensor, most: float, chance: np.random.Generator) -
     return tokens.masked_fill(torch.from_numpy(chance.random(tokens.shape) < share), NO_TOKEN)
 
 
-def require_pictures(pictures: PictureSet, source: str) -> None:
+def require_pictures(pictures: Sized, source: str) -> None:
     """Raises UserError where there are none."""
     if not len(pictures):
         raise UserError(f"{source}: no pictures to train on")

@@ -152,7 +152,8 @@ def train_prior(config: TrainPriorConfig, world: World) -> Path:
             f"{source}: this CLIP has --embedding {wanted[0]} --vocab-text {wanted[1]} --text-length {wanted[2]},"
             f" the prior {config.model.embedding}, {config.model.vocab_text} and {config.model.text_length}"
         )
-    pictures = world.main_first(lambda: load_pictures(config.data.source, clip.config.resolution, run_config.cache))
+    data, side = config.data, clip.config.resolution
+    pictures = world.main_first(lambda: load_pictures(data.source, side, run_config.cache, data.caption_field))
     training, held_out = pictures.captioned().split(config.data.held_out)
     require_pictures(training, f"{config.data.source}, with captions")
     captions = [list(record.captions.values()) for record in training.records]

@@ -1,19 +1,36 @@
 """Pictures from a folder, from shards and from OpenMoji; damaged input; the cache; the split."""
 
+import collections
 import io
+import multiprocessing
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import webdataset
-from dalle_reference.data import CHANGES, PictureSet, decode_picture, load_pictures, pairs
+from dalle_reference import loop
+from dalle_reference.config import StreamedDataConfig
+from dalle_reference.data import (
+    CHANGES,
+    PictureSet,
+    ShardedPictures,
+    decode_picture,
+    load_pictures,
+    open_pictures,
+    pairs,
+)
 from dalle_reference.data.openmoji import LANGUAGES
 from dalle_reference.data.pictures import Record
+from dalle_reference.data.shards import captions_of
+from dalle_reference.data.sources import find_shards
 from dalle_reference.errors import UserError
+from dalle_reference.loop import batch_indices
+from dalle_reference.parallel import World
 from PIL import Image
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -276,3 +293,173 @@ def test_openmoji(tmp_path: Path) -> None:
     complete = [record for record in pictures.records if set(LANGUAGES) <= record.captions.keys()]
     assert len(complete) > 3900
     assert pictures.images.flatten(1).float().std(dim=1).min() > 0  # nothing was drawn blank
+
+
+def write_shards(folder: Path, samples: list[dict[str, bytes | str]], each: int = 3) -> str:
+    """Samples by suffix, in shards of `each`; gives the pattern that names them."""
+    folder.mkdir()
+    for first in range(0, len(samples), each):
+        with webdataset.TarWriter(str(folder / f"{first // each:03d}.tar")) as writer:
+            for number, sample in enumerate(samples[first : first + each], first):
+                writer.write({"__key__": f"deep/er/{number:04d}", **sample})
+    return str(folder / "*.tar")
+
+
+def streamed(source: str, tmp_path: Path, **options: Any) -> ShardedPictures:
+    pictures = open_pictures(StreamedDataConfig(source, **options), 8, tmp_path / "cache")
+    assert isinstance(pictures, ShardedPictures)
+    return pictures
+
+
+@pytest.fixture
+def many(tmp_path: Path) -> str:
+    """20 pictures of a grey each, of several sizes and formats."""
+    samples = []
+    for number in range(20):
+        buffer = io.BytesIO()
+        kind = ("png", "jpeg", "webp", "tiff", "bmp")[number % 5]
+        Image.new("RGB", (8 + number, 30 - number), (10 * number,) * 3).save(buffer, kind)
+        samples.append({kind: buffer.getvalue(), "txt": f"number {number}\nn{number}"})
+    return write_shards(tmp_path / "many", samples)
+
+
+def shades(images: torch.Tensor) -> list[int]:
+    return [round(value / 10) for value in images.float().mean(dim=(1, 2, 3)).tolist()]
+
+
+def test_shards_are_read_where_they_lie(many: str, tmp_path: Path) -> None:
+    pictures = streamed(many, tmp_path)
+    whole = load_pictures(many, 8, tmp_path / "cache")
+    assert torch.equal(pictures.pictures(range(20)), whole.images)
+    assert shades(pictures.pictures([3, 17])) == [3, 17]
+    sides, sides_in_memory = pictures.split(0.4), whole.split(0.4)
+    for side, in_memory in zip(sides, sides_in_memory, strict=True):
+        assert 3 < len(side) < 17
+        assert torch.equal(side.pictures(range(len(side))), in_memory.images)
+    (batch,) = pictures.batches([range(20)])
+    assert batch.captions[7] == ["number 7", "n7"]
+    assert batch.captions == [list(record.captions.values()) for record in whole.records]
+
+
+def test_the_index_is_made_once_and_anew_for_other_shards(
+    many: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = streamed(many, tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr("dalle_reference.data.shards.samples", lambda *_: pytest.fail("looked through again"))
+        assert np.array_equal(streamed(many, tmp_path).index, first.index)
+    (tmp_path / "many" / "006.tar").unlink()
+    assert len(streamed(many, tmp_path)) == 18
+    for file in (tmp_path / "cache").iterdir():
+        file.write_bytes(file.read_bytes()[:40])
+    assert len(streamed(many, tmp_path)) == 18
+
+
+def order(step: int) -> np.ndarray:
+    return batch_indices(step, 8, 20, 3)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_are_the_same_for_any_number_of_processes_and_from_any_step(
+    many: str, tmp_path: Path, workers: int
+) -> None:
+    pictures = streamed(many, tmp_path, workers=workers)
+    feeds = {(rank, size): pictures.feed(order) for size in ((1, 2) if workers else (1, 2, 4)) for rank in range(size)}
+    for step in range(6):
+        for (rank, size), feed in feeds.items():
+            accumulate = 2 if size == 2 else 1
+            parts = World(torch.device("cpu"), rank, size).parts(8, accumulate)
+            wanted = [order(step)[part.start : part.stop].tolist() for part in parts]
+            assert [shades(images) for images in feed(step, parts)] == wanted
+    assert [shades(images) for images in pictures.feed(order)(4, [range(8)])] == [order(4).tolist()]  # gone on with
+    assert sorted(np.concatenate([order(step) for step in range(5)]).tolist()) == sorted([*range(20)] * 2)
+
+
+def test_an_order_of_many_pictures_mixes_some_blocks_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dalle_reference.loop._BLOCK", 4)
+    monkeypatch.setattr("dalle_reference.loop._MIXED", 3)
+    loop._shuffled.cache_clear()
+    epochs = [batch_indices(epoch, 50, 50, seed=1) for epoch in range(3)]
+    loop._shuffled.cache_clear()
+    for epoch in epochs:
+        assert sorted(epoch.tolist()) == list(range(50))
+        for start in range(0, 48, 12):  # three blocks, which the epoch's shift may have put about the end
+            blocks = (np.diff(np.sort(epoch[start : start + 12]), append=0) != 1).sum()
+            assert blocks <= 4
+            assert (np.diff(epoch[start : start + 12]) != 1).sum() > 4
+    assert not np.array_equal(epochs[0], epochs[1])
+
+
+def test_broken_samples_are_left_out_up_to_a_share(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    samples = [{"png": png(f"rgb({10 * number}, {10 * number}, {10 * number})")} for number in range(20)]
+    samples[4]["png"] = samples[4]["png"][:40]
+    samples[5]["png"] = b"no picture"
+    source = write_shards(tmp_path / "shards", samples)
+    for workers in (0, 1):
+        pictures = streamed(source, tmp_path, workers=workers)
+        feed = pictures.feed(lambda step: np.arange(8) + 8 * (step % 2))
+        assert [shades(feed(step, [range(8)])[0])[:7] for step in range(3)] == [
+            [0, 1, 2, 3, 6, 6, 6],
+            [8, 9, 10, 11, 12, 13, 14],
+            [0, 1, 2, 3, 6, 6, 6],
+        ]
+        said = capsys.readouterr().err
+        assert said.count("left out: ") == 2  # each once
+        assert "001.tar: deep/er/0004.png: cannot be read as a picture" in said
+    batch, last = pictures.batches([range(10), range(10, 20)])
+    assert shades(batch.images) == [0, 1, 2, 3, 6, 7, 8, 9]
+    assert len(batch.captions) == len(batch.concepts) == 8
+    assert len(last.images) == 10
+    with pytest.raises(UserError, match=r"broken: 1 of 8 pictures, wanted 0\.00%; .*0004\.png: cannot be read"):
+        streamed(source, tmp_path, workers=0, broken=0.0).feed(np.arange)(8, [range(8)])
+    feed = streamed(source, tmp_path, workers=0, broken=0.005).feed(lambda step: np.arange(8))
+    feed(0, [range(8)])
+    with pytest.raises(UserError, match=r"broken: 6 of \d+ pictures, wanted 0\.50%"):
+        feed(1, [range(8)])
+
+
+def test_captions_in_a_field_of_a_json(tmp_path: Path) -> None:
+    said = ['{"caption": "one", "other": 3}', '{"caption": ["two", " "]}', '{"other": 1}', '{"caption": 5}', "[1]"]
+    samples = [{"png": png("red"), "json": text, "txt": "not this"} for text in said[:3]]
+    source = write_shards(tmp_path / "shards", samples)
+    (batch,) = streamed(source, tmp_path, caption_field="caption", workers=0).batches([range(3)])
+    assert batch.captions == [["one"], ["two"], []]
+    in_memory = load_pictures(source, 8, tmp_path / "cache", "caption").captioned()
+    assert [record.captions["0"] for record in in_memory.records] == ["one", "two"]
+    for text, reason in ((said[3], "caption is '5', wanted a text or a list"), (said[4], "wanted a JSON object")):
+        with pytest.raises(UserError, match=reason):
+            captions_of(text.encode(), "caption", "here")
+    with pytest.raises(UserError, match="caption_field: got caption with openmoji"):
+        load_pictures("openmoji", 8, tmp_path / "cache", "caption")
+
+
+def test_shards_by_braces_and_lists(many: str, tmp_path: Path) -> None:
+    folder = tmp_path / "many"
+    assert [path.name for path in find_shards(f"{folder}/{{000..002}}.tar")] == ["000.tar", "001.tar", "002.tar"]
+    assert len(find_shards(f"{folder}/00[12].tar::{folder}/000.tar::{folder}/001.tar")) == 3
+    assert find_shards("openmoji") == find_shards("a.tar.d/folder") == []
+    with pytest.raises(UserError, match=r"007\.tar: no such shards"):
+        find_shards(f"{folder}/{{000..009}}.tar")
+
+
+def test_shards_that_were_cut_or_have_gone(many: str, tmp_path: Path) -> None:
+    shard = tmp_path / "many" / "000.tar"
+    streamed(many, tmp_path)
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[: len(whole) // 3 // 512 * 512 + 100])
+    with pytest.raises(UserError, match=r"000\.tar"):
+        streamed(many, tmp_path)
+    shard.write_bytes(whole)
+    pictures = streamed(many, tmp_path, broken=0.0, workers=0)
+    shard.unlink()
+    with pytest.raises(UserError, match=r"broken: 3 of 4 pictures|broken: 1 of 4 pictures"):
+        pictures.pictures([0, 1, 2, 3])
+
+
+def test_a_decoding_process_that_ends_is_one_error(many: str, tmp_path: Path) -> None:
+    feed = streamed(many, tmp_path, workers=1).feed(order)
+    feed(0, [range(8)])
+    for process in multiprocessing.active_children():
+        process.kill()
+    with pytest.raises(UserError, match="what decodes its pictures has failed"):
+        collections.deque((feed(step, [range(8)]) for step in range(1, 9)), maxlen=0)

@@ -15,12 +15,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+import webdataset
 from dalle_reference import cli
 from dalle_reference.load import load_dvae, load_transformer_alone
 from dalle_reference.loop import sample_generator, step_generator
 from dalle_reference.parallel import World, _of_this_start
+from dalle_reference.picture_tokens import tokenize_pictures
 from dalle_reference.render import read_metrics
-from dalle_reference.train import tokenize_pictures
 from PIL import Image
 
 CPU = torch.device("cpu")
@@ -42,12 +43,16 @@ COMPRESSED = ["--powersgd-rank", "1", "--steps", "8", "--save-every", "4"]
 LONG = [*DVAE, "--steps", "80", "--save-every", "3", "--draw-every", "0"]
 
 PROGRAM = """
-import json, sys
-from dalle_reference import cli
+import json, os, resource, sys
+from dalle_reference import cli, picture_tokens
 from dalle_reference.parallel import joined
-with joined("cpu"):
-    for arguments in json.loads(sys.argv[1]):
-        cli.main(arguments)
+if __name__ == "__main__":  # and not in processes that decode
+    picture_tokens._ENCODE_BATCH, picture_tokens._PER_SHARD = 2, 4
+    if os.environ.get("FULL_DISK_OF") == os.environ["RANK"]:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 12, 1 << 12))
+    with joined("cpu"):
+        for arguments in json.loads(sys.argv[1]):
+            cli.main(arguments)
 """
 
 
@@ -60,6 +65,19 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         picture.save(folder / f"{number}.png")
         (folder / f"{number}.txt").write_text(f"picture of the number {number}\n{number}\n")
     return ["--source", str(folder), "--cache", str(tmp_path_factory.mktemp("cache"))]
+
+
+@pytest.fixture(scope="module")
+def shards(source: list[str], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The same pictures in tar files."""
+    folder = tmp_path_factory.mktemp("shards")
+    files = sorted(Path(source[1]).glob("*.png"))
+    for first in range(0, len(files), 5):
+        with webdataset.TarWriter(str(folder / f"{first:02d}.tar")) as writer:
+            for path in files[first : first + 5]:
+                text = path.with_suffix(".txt").read_text()
+                writer.write({"__key__": path.stem, "png": path.read_bytes(), "txt": text})
+    return ["--source", str(folder / "*.tar"), *source[2:]]
 
 
 Done = subprocess.CompletedProcess[str]
@@ -105,7 +123,7 @@ def assert_same_run(run: Path, other: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def runs(source: list[str], launch: Launch, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def runs(source: list[str], shards: list[str], launch: Launch, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs of one process ("one"), of two that have all weights each ("two"), of two that share them ("sharded")."""
     folder = tmp_path_factory.mktemp("runs")
 
@@ -126,10 +144,17 @@ def runs(source: list[str], launch: Launch, tmp_path_factory: pytest.TempPathFac
     for command in commands("one"):
         cli.main(command)
     compressed = [*TRANSFORMER, *source, "--dvae", str(folder / "one" / "dvae"), "--out", str(folder / "compressed")]
-    long = [*LONG, *source, "--out", str(folder / "long")]
-    done = launch(2, *commands("two"), *commands("sharded", "--parallel", "fsdp"), [*compressed, *COMPRESSED], long)
+    dvae, tokens = ["--dvae", str(folder / "one" / "dvae")], str(folder / "tokens")
+    more = [
+        [*compressed, *COMPRESSED],
+        [*LONG, *source, "--out", str(folder / "long")],
+        [*DVAE, *shards, "--out", str(folder / "streamed" / "dvae"), "--workers", "1"],
+        ["tokenize", *dvae, *shards, "--out", tokens],
+        [*TRANSFORMER, *dvae, "--source", tokens, "--out", str(folder / "streamed" / "transformer")],
+    ]
+    done = launch(2, *commands("two"), *commands("sharded", "--parallel", "fsdp"), *more)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("transformer in") == 5  # one process says so, of each run
+    assert done.stdout.count("transformer in") == 6  # one process says so, of each run
     return folder
 
 
@@ -139,6 +164,8 @@ def test_two_processes_make_the_run_of_one(runs: Path) -> None:
             if (way, name) != ("sharded", "clip"):  # which has a weight that is one number
                 assert_same_run(runs / way / name, runs / "one" / name)
     assert_same_run(runs / "one" / "parts", runs / "one" / "transformer")
+    for name in ("dvae", "transformer"):
+        assert_same_run(runs / "streamed" / name, runs / "one" / name)
     idle = [load_dvae(runs / way / "vq", CPU).quantizer.idle for way in ("one", "two", "sharded")]
     assert torch.equal(idle[0], idle[1])
     assert torch.equal(idle[0], idle[2])
@@ -190,7 +217,7 @@ def test_a_run_is_exported_as_one_file(runs: Path, tmp_path: Path) -> None:
 
 def test_tokens_do_not_depend_on_the_number_of_processes(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dvae = load_dvae(runs / "one" / "dvae", CPU)
-    monkeypatch.setattr("dalle_reference.train._ENCODE_BATCH", 3)
+    monkeypatch.setattr("dalle_reference.picture_tokens._ENCODE_BATCH", 3)
     monkeypatch.setattr(World, "gather", lambda self, rows: rows)
     images = torch.randint(256, (11, 3, 16, 16), dtype=torch.uint8)
     whole = tokenize_pictures(dvae, images)
@@ -222,6 +249,38 @@ def test_what_fails_on_one_process_is_said_once_and_ends_all(source: list[str], 
     done = launch(2, [*DVAE, *source, *out, "--learning-rate", "1e30"])
     assert done.returncode != 0
     assert 1 <= done.stderr.count("try a smaller step size") <= 2  # each process that has it says so
+
+
+def test_a_broken_picture_ends_all_by_the_word_of_who_read_it(
+    shards: list[str], launch: Launch, tmp_path: Path
+) -> None:
+    folder = tmp_path / "shards"
+    shutil.copytree(Path(shards[1]).parent, folder)
+    with webdataset.TarWriter(str(folder / "10.tar")) as writer:
+        writer.write({"__key__": "broken", "png": b"no picture"})
+    broken = ["--source", str(folder / "*.tar"), *shards[2:], "--broken", "0", "--workers", "1"]
+    done = launch(2, [*DVAE, *broken, "--out", str(tmp_path / "run")])
+    assert done.returncode != 0
+    assert done.stderr.count("dalle-reference: broken: 1 of ") == 1
+    assert "broken.png: cannot be read as a picture" in done.stderr
+    assert "Error: " not in done.stderr.split("torch/distributed/run")[0]
+
+
+def test_a_full_disk_ends_all_and_the_last_checkpoint_stands(
+    source: list[str], launch: Launch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    command = [*DVAE, *source, "--out", str(run), "--parallel", "fsdp"]
+    assert launch(2, command).returncode == 0
+    shutil.rmtree(run / "checkpoints" / "step-00000004")
+    monkeypatch.setenv("FULL_DISK_OF", "1")
+    done = launch(2, [*command, "--resume"])
+    assert done.returncode != 0
+    assert done.stderr.count("dalle-reference: ") == done.stderr.count("what was saved before stands") == 1, done.stderr
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000002"]
+    monkeypatch.delenv("FULL_DISK_OF")
+    assert launch(2, [*command, "--resume"]).returncode == 0
+    assert len(losses(run)) == 4
 
 
 def workers(agent: int) -> dict[int, int]:

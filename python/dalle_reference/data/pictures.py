@@ -7,7 +7,7 @@ import io
 import json
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,11 +68,62 @@ class PictureSet:
 
         The side depends on the concept's name alone, so it stays the same when pictures are added.
         """
-        sides: tuple[list[int], list[int]] = ([], [])
-        for index, record in enumerate(self.records):
-            digest = hashlib.blake2b(record.concept.encode(), digest_size=8).digest()
-            sides[int.from_bytes(digest, "big") < held_out * 2.0**64].append(index)
-        return self.take(sides[0]), self.take(sides[1])
+        out = on_held_out_side(
+            np.array([concept_number(record.concept) for record in self.records], np.int64), held_out
+        )
+        return self.take(np.flatnonzero(~out).tolist()), self.take(np.flatnonzero(out).tolist())
+
+    def pictures(self, indices: Sequence[int]) -> torch.Tensor:
+        """uint8 [n, 3, S, S]."""
+        return self.images[list(indices)]
+
+    def feed(self, order: Callable[[int], np.ndarray]) -> Callable[[int, list[range]], list[torch.Tensor]]:
+        """A function from (step, ranges of places in its batch) to uint8 pictures [n, 3, S, S] for each range.
+
+        Args:
+            order: the pictures of a step's whole batch.
+        """
+        return lambda step, parts: [self.images[order(step)[part.start : part.stop]] for part in parts]
+
+    def batches(self, groups: Sequence[range]) -> Iterator[Batch]:
+        """The pictures of each group, in order."""
+        for group in groups:
+            captions = [list(self.records[index].captions.values()) for index in group]
+            yield Batch(self.pictures(group), captions, self._concepts(group))
+
+    def digest(self) -> str:
+        """Of the pictures and what is known of them."""
+        digest = hashlib.blake2b(repr(self.records).encode(), digest_size=16)
+        digest.update(self.images.numpy().data)
+        return digest.hexdigest()
+
+    def _concepts(self, indices: Sequence[int]) -> np.ndarray:
+        return np.array([concept_number(self.records[index].concept) for index in indices], np.int64)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Pictures beside one another in a set.
+
+    Attributes:
+        images: uint8 [n, 3, S, S].
+        captions: of each; none is fine.
+        concepts: int64 [n], a number for what each shows.
+    """
+
+    images: torch.Tensor
+    captions: list[list[str]]
+    concepts: np.ndarray
+
+
+def concept_number(concept: str) -> int:
+    """63 bits that stand for a concept's name."""
+    return int.from_bytes(hashlib.blake2b(concept.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def on_held_out_side(concepts: np.ndarray, share: float) -> np.ndarray:
+    """Which of `concepts`, int64 [N], are kept out of training."""
+    return concepts < int(share * 2.0**63)
 
 
 def decode_picture(data: bytes, resolution: int, name: str) -> torch.Tensor:
@@ -168,5 +219,5 @@ def collect(pictures: Iterator[tuple[torch.Tensor, Record]], credit: str, where:
         images.append(image)
         records.append(record)
     if not images:
-        raise UserError(f"{where}: no pictures found there (wanted .png, .jpg, .jpeg, .webp, .bmp or .gif)")
+        raise UserError(f"{where}: no pictures found there (wanted .png, .jpg, .webp or what else Pillow reads)")
     return PictureSet(torch.stack(images), tuple(records), credit)
