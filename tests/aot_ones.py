@@ -73,6 +73,8 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
     )
     table = matrix[None]
     yield "vq", lambda: triton_vq.forward(vq_contract.Inputs(table, table, 1, "euclidean", 1, None, None, None)).nearest
+    drawn = vq_contract.Inputs(table, table, 1, "cosine", 1, 1.0, 1, 0)
+    yield "vq_drawn", lambda: triton_vq.forward(drawn).nearest
     kept = vq_contract.Kept(table, table[:, :, None], codes[None, :, None], 1)
     yield (
         "vq_backward",

@@ -39,6 +39,8 @@ def cases(arch: int) -> Iterator[Case]:
         yield f"vq/{bits}-bit/{width}", vq(bits, width)
     for metric in ("dot", "cosine"):
         yield f"vq/16-bit/128/{metric}", vq(16, 128, metric)
+    for bits, width in launch.served("vq_best"):
+        yield f"vq-best/{bits}-bit/{width}", vq(bits, width, "distance", k=8, drawn=True)
     yield "statistics/16-bit/128", statistics(16, 128)
 
 
@@ -95,14 +97,15 @@ def projection_backward(bits: int, width: int, codes: int, strip_bytes: int | No
     return call
 
 
-def vq(bits: int, width: int, metric: str = "euclidean") -> Callable[[], object]:
+def vq(bits: int, width: int, metric: str = "euclidean", k: int = 1, drawn: bool = False) -> Callable[[], object]:
     def call() -> None:
         features, codebook = (torch.empty(1, rows, width, dtype=DTYPES[bits]) for rows in (ROWS, CODES))
-        triton_vq.forward(vq_contract.Inputs(features, codebook, CODES, metric, 1, None, None, None))
-        indices = torch.zeros(1, ROWS, 1, dtype=torch.int64)
+        noise = (1.0, 1, 0) if drawn else (None, None, None)
+        triton_vq.forward(vq_contract.Inputs(features, codebook, CODES, metric, k, *noise))
+        nearest, indices = features[:, :, None].expand(-1, -1, k, -1), torch.zeros(1, ROWS, k, dtype=torch.int64)
         triton_vq.backward(
-            vq_contract.Grads(torch.empty(1, ROWS, 1)),
-            vq_contract.Kept(features, features[:, :, None], indices, CODES),
+            vq_contract.Grads(torch.empty(1, ROWS, k)),
+            vq_contract.Kept(features, nearest, indices, CODES),
             vq_contract.Needs(True, True),
         )
 

@@ -27,6 +27,7 @@ CANDIDATES = {
     "vq_forward": product(
         BLOCK_N=(64, 128), BLOCK_K=(32, 64, 128), BLOCK_C=(32, 256), num_warps=(4, 8), num_stages=(1, 2, 3)
     ),
+    "vq_best": product(**TILES, BLOCK_C=(32, 256)),
 }
 
 
@@ -50,9 +51,12 @@ def prepare(kernel: str, bits: int, width: int, tails: bool) -> Callable[[], obj
         return torch.randn(shape, device="cuda", dtype=DTYPES[bits])
 
     codebook = randn(codes, width)
-    if kernel == "vq_forward":
+    if kernel.startswith("vq"):
         features = randn(ROWS, width)
-        inputs = vq_contract.Inputs(features[None], codebook[None], len(codebook), "euclidean", 1, None, None, None)
+        noise: tuple[Any, ...] = (None, None, None)
+        if kernel == "vq_best":  # of one drawn row: what several rows cost depends on the codebook
+            noise = 1.0, 1, 0
+        inputs = vq_contract.Inputs(features[None], codebook[None], len(codebook), "euclidean", 1, *noise)
         return lambda: triton_vq.forward(inputs)
     settings: tuple[Any, ...] = torch.ones((), device="cuda"), False, True, 1, 0
     grads: tuple[torch.Tensor | None, ...] = randn(ROWS, width), torch.ones(ROWS, device="cuda")

@@ -39,8 +39,8 @@ def _multiply_wide(x, factor: tl.constexpr):
 
 
 @triton.jit
-def philox(column, row, seed, STREAM: tl.constexpr):
-    """The four words of counter (column, row low, row high, STREAM) under the key `seed`.
+def philox(column, row, seed, stream):
+    """The four words of counter (column, row low, row high, stream) under the key `seed`.
 
     column: uint32 [1, n]; row: int64 [m, 1]; seed: int64 scalar. Returns four uint32 [m, n].
 
@@ -56,7 +56,7 @@ def philox(column, row, seed, STREAM: tl.constexpr):
     word_0 = column
     word_1 = row.to(tl.uint32)
     word_2 = (row >> 32).to(tl.uint32)
-    word_3 = tl.full([1, 1], STREAM, tl.uint32)
+    word_3 = tl.full([1, 1], stream, tl.uint32)
     for _ in tl.static_range(10):
         high_0, low_0 = _multiply_wide(word_0, 0xD2511F53)
         high_1, low_1 = _multiply_wide(word_2, 0xCD9E8D57)

@@ -82,10 +82,13 @@ def test_gradients_against_float64(backend: str, metric: str) -> None:
 
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("k", [1, 3, 8])
-@pytest.mark.parametrize("backend", ON_CPU)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.usefixtures("poisoned_memory")
 def test_several_rows_best_first(backend: str, k: int, metric: str) -> None:
     features, codebook = draw(70, 12).requires_grad_(), draw(133, 12, seed=1).requires_grad_()
-    latents, indices, distance = vq_lookup(features, codebook, backend, k=k, metric=metric)
+    here = device_of(backend)
+    found = vq_lookup(features.to(here), codebook.to(here), backend, k=k, metric=metric)
+    latents, indices, distance = (tensor.cpu() for tensor in found)
     order = scores(features, codebook, metric).topk(k).indices
     assert torch.equal(indices, order)
     assert torch.equal(latents, codebook[indices])
@@ -98,9 +101,10 @@ def test_several_rows_best_first(backend: str, k: int, metric: str) -> None:
         torch.testing.assert_close(one, true, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("backend", ON_CPU)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_equal_rows_come_in_their_order(backend: str) -> None:
     table = torch.randint(-3, 4, (3, 16), generator=torch.Generator().manual_seed(0)).float().repeat(60, 1)
+    table = table.to(device_of(backend))
     indices = vq_lookup(table[100:103], table, backend, k=8)[1]
     assert indices.tolist() == [[first + 3 * place for place in range(8)] for first in (1, 2, 0)]
     # Noise that is lost beside the scores leaves only the order.
@@ -123,6 +127,35 @@ def test_draws_are_those_of_the_noise(isa: str, codes: int, metric: str, dtype: 
         assert torch.equal(got, want.topk(k).indices)
         exact = vq_lookup(features.double(), codebook.double(), **settings)[1]  # type: ignore[call-overload]
         assert torch.equal(got, exact)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize(("codes", "k"), [(1, 1), (3, 3), (30, 1), (103, 1), (103, 5), (333, 8)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.usefixtures("poisoned_memory")
+def test_triton_draws_what_the_reference_draws(codes: int, k: int, metric: str, dtype: torch.dtype) -> None:
+    features, codebook = draw(2, 70, 20, dtype=dtype), draw(2, codes, 20, dtype=dtype, seed=1)
+    settings: dict[str, Any] = {"metric": metric, "temperature": 0.7, "seed": -(2**62) - 5, "k": k, "row_offset": 2**32}
+    latents, indices, distance = vq_lookup(features.to(DEVICE), codebook.to(DEVICE), "triton", **settings)
+    exact = vq_lookup(features.double(), codebook.double(), "reference", **settings)
+    assert torch.equal(indices.cpu(), exact[1])
+    assert torch.equal(latents.cpu(), exact[0].to(dtype))
+    torch.testing.assert_close(distance.cpu().double(), exact[2], rtol=1e-5, atol=1e-5)
+
+
+def test_triton_ends_with_codes_where_scores_are_no_numbers() -> None:
+    """A GPU does not look for NaN, and its indices are read by others: they must be codes, each once."""
+    from dalle_kernels.codebook.vq import triton
+    from dalle_kernels.codebook.vq.contract import Inputs
+
+    features, codebook = draw(1, 3, 16), draw(1, 9, 16, seed=1)
+    features[0, 1] = torch.nan
+    codebook[0, :5, 0], codebook[0, 5] = torch.inf, torch.nan
+    for noise in ((None, None, None), (1.0, 1, 0)):
+        found = triton.forward(Inputs(features.to(DEVICE), codebook.to(DEVICE), 9, "euclidean", 8, *noise))
+        for indices in found.indices[0].tolist():
+            assert set(indices) <= set(range(9))
+            assert len(set(indices)) == 8
 
 
 def test_draws_follow_the_temperature() -> None:
@@ -348,13 +381,3 @@ def test_bad_statistics_are_refused(change: dict[str, Any], error: type[Exceptio
     arguments = {"features": torch.zeros(3, 4), "indices": torch.zeros(3, dtype=torch.int64), "codes": 5} | change
     with pytest.raises(error, match=message):
         code_statistics(**arguments, backend=backend)
-
-
-def test_what_triton_lacks_is_said() -> None:
-    features, codebook = draw(3, 16).to(DEVICE), draw(5, 16).to(DEVICE)
-    with pytest.raises(
-        ValueError, match="'triton' cannot serve this vq_lookup call: it does not do several nearest rows"
-    ):
-        vq_lookup(features, codebook, "triton", k=2)
-    with pytest.raises(ValueError, match="it does not do several nearest rows and a temperature"):
-        vq_lookup(features, codebook, "triton", k=2, temperature=1.0)
