@@ -276,6 +276,8 @@ def forward(inputs: Inputs) -> Outputs:
     distances = features.new_empty(heads, rows, k, dtype=torch.float32)
     drawn, key = temperature is not None, None
     if drawn:
+        assert seed is not None
+        assert row_offset is not None
         temperature = torch.as_tensor(temperature, dtype=torch.float32, device=features.device)
         key = packed(seed, row_offset, features.device)
     if metric == "distance" and not drawn:
