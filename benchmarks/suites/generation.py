@@ -24,7 +24,7 @@ def cells(choice: Choice) -> list[Cell]:
     candidates = (16,) if choice.quick else (1, 16, 64, 512)
     grids, texts = choice.grids or (32,), choice.texts or (256,)
     return [
-        cell(choice.device, text, grid, dtype, batch, tokens=8 if choice.quick and not choice.gpu else None)
+        cell(choice.device, text, grid, dtype, batch, tokens=2 if choice.quick and not choice.gpu else None)
         for grid in grids
         for text in texts
         for dtype in dtypes
