@@ -58,10 +58,10 @@ def measure(
     drawn: dict[str, Tensor] = {}
     for _ in range(1 if quick else 5):
         for way, options in asked.items():
-            calls: list[tuple[int, int]] = []
+            calls: list[int] = []
             began = time.perf_counter()
             drawn[way] = generate(
-                model, text, seed=seed, progress=lambda *done, calls=calls: calls.append(done), **sampling, **options
+                model, text, seed=seed, progress=lambda done, _, calls=calls: calls.append(done), **sampling, **options
             )
             if text.device.type == "cuda":
                 torch.cuda.synchronize()

@@ -218,8 +218,8 @@ def _draw(config: GenerateConfig, device: torch.device) -> torch.Tensor:
     text = tokenizer.encode(config.captions, model.config.caption_length).to(device)
     prefix = None
     if config.complete is not None:
-        rows, columns = model.config.grid
-        keep = rows // 2 if config.rows is None else config.rows
+        rows, columns = dvae.config.grid
+        keep = model.config.grid[0] // 2 if config.rows is None else config.rows  # of two panels the upper one
         if not 0 <= keep <= rows:
             raise UserError(f"rows: got {keep}, wanted 0 to {rows}, the rows of tokens in a picture")
         picture = _read_picture(config.complete, dvae.config.resolution).to(device)

@@ -54,7 +54,9 @@ class Muon(torch.optim.Optimizer):
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
-                mean = self.state[parameter].setdefault("mean", torch.zeros_like(parameter))
+                if parameter not in self.state:
+                    self.state[parameter] = {"mean": torch.zeros_like(parameter)}
+                mean = self.state[parameter]["mean"]
                 mean.lerp_(parameter.grad, 1.0 - group["momentum"])
                 change = orthogonal(whole(parameter.grad.lerp(mean, group["momentum"])))
                 rows, columns = parameter.shape

@@ -141,7 +141,8 @@ def _on(event: Callable[..., Any], function: Callable[..., Any], inputs: Any, ou
 
 
 def _drawing_tab(painter: Painter, judge: Judge | None, completes: bool) -> None:
-    rows = painter.model.config.grid[0]
+    rows = painter.dvae.config.grid[0]
+    kept = painter.model.config.grid[0] // 2 or 1  # half of what is drawn, which of two panels is the upper one
     name = "Complete" if completes else "Draw"
     with gr.Row():
         with gr.Column(scale=1):
@@ -150,7 +151,7 @@ def _drawing_tab(painter: Painter, judge: Judge | None, completes: bool) -> None
             if completes:
                 given = [
                     gr.File(label="Picture", elem_id="complete-picture"),
-                    gr.Slider(1, rows, rows // 2 or 1, step=1, label=f"Rows of {rows} that are kept"),
+                    gr.Slider(1, rows, kept, step=1, label=f"Rows of {rows} that are kept"),
                 ]
             number = gr.Slider(1, _MOST_PICTURES, 8, step=1, label="Pictures")
             temperature = gr.Slider(0.0, 2.0, 0.4, step=0.05, label="Temperature")
@@ -210,11 +211,17 @@ def draw(
 
 
 def _by_rows(model: DalleTransformer, text: Tensor, **settings: Any) -> Iterator[tuple[int, Tensor]]:
-    """What `generate` draws, whenever a row is done: how many are, and the tokens [B * number, H * W] so far."""
+    """What `generate` draws, whenever a row is done: how many are, and the tokens [B * number, H * W] so far.
+
+    Whoever closes the iterator, as is done when somebody leaves the page, ends the drawing too.
+    """
     news: queue.SimpleQueue[tuple[int, Tensor] | BaseException | None] = queue.SimpleQueue()
     rows, columns = model.config.grid
+    left = threading.Event()
 
     def tell(done: int, tokens: Tensor) -> None:
+        if left.is_set():
+            raise GeneratorExit
         if done % columns == 0 and done < rows * columns:
             news.put((done // columns, tokens.clone()))
 
@@ -226,10 +233,13 @@ def _by_rows(model: DalleTransformer, text: Tensor, **settings: Any) -> Iterator
             news.put(error)
 
     threading.Thread(target=work, daemon=True).start()
-    while (item := news.get()) is not None:
-        if isinstance(item, BaseException):
-            raise item
-        yield item
+    try:
+        while (item := news.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        left.set()
 
 
 def _naming_tab(judge: Judge) -> None:
@@ -270,7 +280,10 @@ def _picture(file: str | None, resolution: int) -> Tensor:
     if file is None:
         raise UserError("picture: got none, wanted a file")
     path = Path(file)
-    data = read_bounded(path, _MOST_BYTES)
+    try:
+        data = read_bounded(path, _MOST_BYTES)
+    except UserError as error:  # where uploads lie is no business of those who send them
+        raise UserError(str(error).removeprefix(f"{path.parent}/")) from error
     try:
         with Image.open(io.BytesIO(data)) as opened:
             pixels = opened.width * opened.height

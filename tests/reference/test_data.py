@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -353,6 +354,22 @@ def test_the_index_is_made_once_and_anew_for_other_shards(
     for file in (tmp_path / "cache").iterdir():
         file.write_bytes(file.read_bytes()[:40])
     assert len(streamed(many, tmp_path)) == 18
+
+
+def test_names_need_not_be_utf_8(tmp_path: Path) -> None:
+    old = os.fsdecode("été".encode("latin-1"))
+    (tmp_path / old).mkdir()
+    (tmp_path / old / f"{old}.png").write_bytes(png("red"))
+    with tarfile.open(tmp_path / old / f"{old}.tar", "w") as archive:
+        archive.add(tmp_path / old / f"{old}.png", f"{old}.png")
+    for _ in range(2):  # made, and from the cache
+        in_memory = load_pictures(str(tmp_path / old), 8, tmp_path / "cache")
+        assert in_memory.records[0].concept == old
+        shards = streamed(str(tmp_path / old / "*.tar"), tmp_path, workers=0)
+        assert torch.equal(shards.pictures([0]), in_memory.images)
+        assert [len(side) for side in shards.split(0.5)] == [len(side) for side in in_memory.split(0.5)]
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+    assert [len(side) for side in pairs(in_memory)] == [3, 1]
 
 
 def order(step: int) -> np.ndarray:

@@ -8,9 +8,12 @@ import shutil
 import signal
 import socket
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -68,6 +71,40 @@ def test_pictures_come_row_by_row_and_the_best_first(painter: serve.Painter, jud
     assert sorted(sources.findall(ranked)) == sorted(sources.findall(pages[-1]))
 
 
+def test_nothing_is_drawn_for_who_has_gone(painter: serve.Painter, monkeypatch: pytest.MonkeyPatch) -> None:
+    gone, ended, columns = threading.Event(), threading.Event(), painter.model.config.grid[1]
+    steps: list[int] = []
+
+    def waiting(*args: Any, progress: Callable[[int, torch.Tensor], None], **settings: Any) -> torch.Tensor:
+        def step(done: int, tokens: torch.Tensor) -> None:
+            steps.append(done)
+            progress(done, tokens)
+            assert done != columns or gone.wait(60)
+
+        try:
+            return generate(*args, progress=step, **settings)
+        finally:
+            ended.set()
+
+    monkeypatch.setattr(serve, "generate", waiting)
+    pages = serve.draw(painter, None, "red", 1, 1.0, 1.0, 0)
+    assert "row 1 of" in next(pages)
+    pages.close()  # type: ignore[attr-defined]
+    gone.set()
+    assert ended.wait(60)
+    assert max(steps) == columns + 1
+
+
+def test_of_two_panels_the_upper_one_is_what_is_kept(painter: serve.Painter) -> None:
+    rows, columns = painter.dvae.config.grid
+    config = replace(painter.model.config, grid=(2 * rows, columns))
+    page = serve.make_page(replace(painter, model=DalleTransformer(config)), None)
+    labels = [block for block in page.blocks.values() if str(getattr(block, "label", "")).startswith("Rows of")]
+    assert [(block.label, block.maximum, block.value) for block in labels] == [
+        (f"Rows of {rows} that are kept", rows, rows)
+    ]
+
+
 def test_a_picture_s_top_is_kept(painter: serve.Painter, pictures: Path) -> None:
     red = str(pictures / "red.png")
     *_, page = serve.draw(painter, None, "blue", 2, 1.0, 1.0, 0, red, 5)
@@ -90,7 +127,8 @@ def test_what_cannot_be_drawn_is_said(painter: serve.Painter, judge: serve.Judge
     for file, message in (
         (rubbish, r"^rubbish.png: cannot be read as a picture"),
         (large, "large.png: has 25,000,000 pixels, wanted at most 16,777,216"),
-        (heavy, "wanted at most 8388608"),
+        (heavy, "^heavy.png: has 9437184 bytes, wanted at most 8388608"),
+        (tmp_path / "gone.png", "^gone.png: No such file"),
     ):
         with pytest.raises(UserError, match=message):
             serve.classify(judge, str(file), "cat")

@@ -143,6 +143,8 @@ def test_a_picture_s_change_is_learnt_from_pairs_of_panels(
     cli.main(["generate", "in grey", "--model", str(run), "--complete", str(pictures / "red.png"), "--out", str(sheet)])
     with Image.open(sheet) as picture:
         assert picture.height > 2 * 96
+    asked = ["generate", "in grey", "--model", str(run), "--complete", str(pictures / "red.png"), "--rows", "9"]
+    assert "rows: got 9, wanted 0 to 8" in refused(asked, capsys)
     refusal = refused([*command, "--grid", "8", "8", "--out", str(tmp_path / "other")], capsys)
     assert "its pictures are --grid 16 8 of --vocab-image 32, the transformer's 8 8 of 32" in refusal
 

@@ -37,7 +37,8 @@ def pairs(pictures: PictureSet) -> tuple[PictureSet, PictureSet]:
     sides: tuple[list[int], list[int]] = ([], [])
     records = []
     for index, record in enumerate(pictures.records):
-        digest = hashlib.blake2b(record.concept.encode(), digest_size=8, person=b"panels").digest()
+        name = record.concept.encode(errors="surrogateescape")
+        digest = hashlib.blake2b(name, digest_size=8, person=b"panels").digest()
         held_out = int.from_bytes(digest, "big") % len(CHANGES)
         for number, caption in enumerate(CHANGES):
             sides[number == held_out].append(len(CHANGES) * index + number)

@@ -117,8 +117,9 @@ class Batch:
 
 
 def concept_number(concept: str) -> int:
-    """63 bits that stand for a concept's name."""
-    return int.from_bytes(hashlib.blake2b(concept.encode(), digest_size=8).digest(), "big") >> 1
+    """63 bits that stand for a concept's name, which as a file's name may be no text."""
+    name = concept.encode(errors="surrogateescape")
+    return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "big") >> 1
 
 
 def on_held_out_side(concepts: np.ndarray, share: float) -> np.ndarray:
@@ -188,7 +189,7 @@ def cached(path: Path, make: Callable[[], PictureSet]) -> PictureSet:
         return _read(path)
     pictures = make()
     document = [[record.key, record.concept, dict(record.captions)] for record in pictures.records]
-    metadata = {"records": json.dumps(document, ensure_ascii=False), "credit": pictures.credit}
+    metadata = {"records": json.dumps(document), "credit": pictures.credit}
     try:
         with replacing(path) as draft:
             save_tensors({"images": pictures.images}, draft, metadata)

@@ -126,7 +126,8 @@ def open_shards(
     Raises:
         UserError: if a shard cannot be read, or none has a picture.
     """
-    name = hashlib.blake2b(f"{_ENTRY}\n{field}\n{stamp}".encode(), digest_size=10).hexdigest()
+    said = f"{_ENTRY}\n{field}\n{stamp}".encode(errors="surrogateescape")
+    name = hashlib.blake2b(said, digest_size=10).hexdigest()
     path = cache / f"{name}-index.npy"
     # A cache is never worth an error.
     with suppress(OSError, ValueError, EOFError):

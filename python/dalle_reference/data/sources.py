@@ -74,7 +74,8 @@ def load_pictures(
         files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (*picture_suffixes(), text))
         stamp = _stamp(files)
         make, credit = (lambda: _folder(files, resolution, caption_field)), ""
-    digest = hashlib.blake2b(f"{_CACHE_VERSION}\n{source}\n{caption_field}\n{stamp}".encode(), digest_size=10)
+    said = f"{_CACHE_VERSION}\n{source}\n{caption_field}\n{stamp}".encode(errors="surrogateescape")
+    digest = hashlib.blake2b(said, digest_size=10)
     path = (cache or default_cache()) / f"{digest.hexdigest()}-{resolution}.safetensors"
     return cached(path, lambda: collect(make(), credit, source))
 
