@@ -260,7 +260,7 @@ class Run(Generic[M]):
                 for optimizer in self.optimizers:
                     for group in optimizer.param_groups:
                         group["lr"] = rate
-                value, seen, stopping = self._gradients(prepare, detailed, bool(stop))
+                value, seen, stopping = self._gradients(prepare, detailed, stop)
                 norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
                 for optimizer in self.optimizers:
                     optimizer.step()
@@ -289,15 +289,32 @@ class Run(Generic[M]):
                         if world.main:
                             draw(mean, self.step, board)
                 if stopping and not last:
-                    raise Interrupted(
-                        f"{config.out}: stopped at step {self.step} of {config.steps}, saved; --resume goes on"
-                    )
+                    raise self._stopped()
 
-    def _gradients(self, prepare: Prepare, detailed: bool, stop: bool) -> tuple[float, list[Any], bool]:
+    def _arguments(self, prepare: Prepare, stop: _Stop) -> list[tuple[Any, ...]]:
+        """What `prepare` gives for the next step.
+
+        Who asks a run to stop often asks all of its processes, those too that decode pictures, which just end. Then
+        the step cannot be made, but those before it can be saved.
+        """
+        config, world = self.config, self.world
+        try:
+            with world.together():
+                return prepare(self.step, world.parts(config.batch, config.accumulate))
+        except (UserError, OSError, ValueError, Elsewhere) as error:  # on every process, if on one
+            if not int(world.total(torch.tensor(int(bool(stop))))) or not self.step:
+                raise
+            self.save()
+            raise self._stopped() from error
+
+    def _stopped(self) -> Interrupted:
+        config = self.config
+        return Interrupted(f"{config.out}: stopped at step {self.step} of {config.steps}, saved; --resume goes on")
+
+    def _gradients(self, prepare: Prepare, detailed: bool, stop: _Stop) -> tuple[float, list[Any], bool]:
         """Adds up a step's gradients: its loss, what `describe` is to see where `detailed`, whether to stop."""
         config, world = self.config, self.world
-        with world.together():
-            parts = prepare(self.step, world.parts(config.batch, config.accumulate))
+        parts = self._arguments(prepare, stop)
         total, seen = 0.0, []
         for number, arguments in enumerate(parts, 1):
             waits = isinstance(self._pass, DistributedDataParallel) and number < len(parts)
@@ -315,7 +332,7 @@ class Run(Generic[M]):
                     trouble = self._not_a_number(f"the loss is {value}")
                 # One question for all that a step must know of the others.
                 losses, troubled, asked = world.total(
-                    torch.tensor([value, trouble is not None, stop]).double()
+                    torch.tensor([value, trouble is not None, bool(stop)]).double()
                 ).tolist()
                 if trouble is not None:
                     raise trouble
@@ -415,7 +432,7 @@ class Run(Generic[M]):
         nothing, and what is read then meets the groups that it was saved for.
         """
         assert self._compression is not None
-        self._gradients(prepare, False, False)
+        self._gradients(prepare, False, _Stop())
         self.model.zero_grad(set_to_none=True)
         saved = checkpoint.load(self.config.out, self.kind, self.world)
         saved.read(self._state(), self.world)

@@ -6,8 +6,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -63,13 +65,14 @@ def weights(run: Path) -> dict[str, bytes]:
     return {name: tensor.numpy().tobytes() for name, tensor in load_file(shard).items()}
 
 
-def start(arguments: list[str]) -> subprocess.Popen[str]:
+def start(arguments: list[str], **options: Any) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "dalle_reference", *arguments],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        **options,
     )
 
 
@@ -144,6 +147,24 @@ def test_interrupt_saves_and_resume_reaches_the_same_weights(common: list[str], 
     cli.main([*command, "--out", str(tmp_path / "whole")])
     assert losses(stopped) == losses(tmp_path / "whole")
     assert weights(stopped) == weights(tmp_path / "whole")
+
+
+def test_a_signal_that_ends_who_decodes_saves_the_run(pictures: Path, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "pictures.tar", "w") as archive:
+        for path in sorted(pictures.iterdir()):
+            archive.add(path, path.name)
+    source = ["--source", str(tmp_path / "pictures.tar"), "--cache", str(tmp_path / "cache"), "--workers", "1"]
+    run = tmp_path / "run"
+    command = ["train-dvae", "demo", *TINY_DVAE, *source, "--steps", "90000", "--save-every", "90000"]
+    process = start([*command, "--out", str(run)], start_new_session=True)
+    wait_for_step(run, 5, process)
+    os.killpg(process.pid, signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, output
+    assert "saved; --resume goes on" in output
+    newest = latest(run)
+    assert newest is not None
+    assert int(newest.name.removeprefix("step-")) == len(losses(run)) >= 5
 
 
 def test_clip_resumes_names_pictures_and_judges_candidates(

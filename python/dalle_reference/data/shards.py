@@ -336,7 +336,7 @@ class _Reader(Dataset[Read]):
         return Read(torch.stack(images) if images else empty, captions, failures)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=256)  # a run's order reads in some 64 places at a time, each perhaps in several shards
 def _opened(path: Path) -> BinaryIO:
     return path.open("rb", buffering=0)
 
