@@ -49,6 +49,23 @@ def divided(values: Iterable[Any]) -> bool:
     return module is not None and any(isinstance(value, module.DTensor) for value in values)
 
 
+def flattened(tensor: torch.Tensor, *shape: int) -> torch.Tensor:
+    """`tensor.reshape(shape)`, of no more dimensions. What a DTensor cannot do in parts it does whole."""
+    if tensor.dim() == len(shape):
+        return tensor
+    if divided((tensor,)):
+        from torch.distributed.tensor import Replicate
+
+        its: Any = tensor
+        mesh, parts = its.device_mesh, [1] * its.dim()
+        for at, placement in enumerate(its.placements):
+            if placement.is_shard():
+                parts[placement.dim] *= mesh.size(at)
+        if any(size % count for size, count in zip(its.shape[:-1], parts, strict=False)):
+            tensor = its.redistribute(placements=[Replicate()] * mesh.ndim)
+    return tensor.reshape(shape)
+
+
 def locally(call: Callable[[In, str], Out], axes: Sequence[Axis], inputs: In, backend: str) -> Out:
     """`call(inputs, backend)` of DTensors, each process on its own part.
 
@@ -109,11 +126,13 @@ def locally(call: Callable[[In, str], Out], axes: Sequence[Axis], inputs: In, ba
     def whole(name: str, result: torch.Tensor) -> torch.Tensor:
         shape = list(result.shape)
         for axis in (axis for place, axis in enumerate(chosen) if axis is not None and axis not in chosen[:place]):
-            if name in axis.outputs and result.numel():
+            if name in axis.outputs:
                 shape[axis.outputs[name]] = tensors[leader].shape[axis.inputs[leader]]
             elif name in axis.means:
                 _, count = _share(chosen, axis, tensors[leader], mesh)
-                result = result * (count / tensors[leader].shape[axis.inputs[leader]])
+                if not count:  # the mean of nothing; other processes wait for this one's part of the gradient
+                    result = result.nan_to_num(0.0)
+                result = result * (count / max(tensors[leader].shape[axis.inputs[leader]], 1))
         laid = placed(lambda axis: axis.outputs, name, Partial())
         stride = _stride(result, shape)
         joined = DTensor.from_local(result, mesh, laid, run_check=False, shape=torch.Size(shape), stride=stride)

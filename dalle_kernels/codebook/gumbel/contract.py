@@ -58,7 +58,7 @@ class Needs(NamedTuple):
     codebook: bool
 
 
-AXES = (Axis({"logits": 0}, dict.fromkeys(Outputs._fields, 0), draws=True),)
+AXES = (Axis({"logits": 0}, {"latents": 0, "indices": 0, "kl": 0}, draws=True),)
 
 Backend: TypeAlias = Differentiable[Inputs, Outputs, Grads, Kept, Needs]
 

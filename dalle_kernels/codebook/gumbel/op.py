@@ -8,6 +8,7 @@ import torch
 
 from dalle_kernels.backends.choice import Operation, register
 from dalle_kernels.backends.library import Derivative, Entry
+from dalle_kernels.backends.sharding import flattened
 from dalle_kernels.checks import positive_temperature, positive_there, rows_contiguous, seed_and_row
 from dalle_kernels.codebook.checks import check_pair, contiguous, describe, gradient_like, refuse_nan
 from dalle_kernels.codebook.gumbel import reference
@@ -79,11 +80,9 @@ def gumbel_lookup(
         raise ValueError(
             f"codebook: got {codebook.shape[0]} rows, wanted {logits.shape[-1]}, one for each of the logits' codes"
         )
-    table = rows_contiguous(logits)
-    table = table if table.dim() == 2 else table.reshape(-1, table.shape[-1])
     latents, indices, kl, *_ = _ENTRY(
         Inputs(
-            table,
+            flattened(rows_contiguous(logits), -1, logits.shape[-1]),
             codebook.contiguous(),
             positive_temperature(temperature, logits.device),
             hard or not noise,

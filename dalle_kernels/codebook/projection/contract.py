@@ -77,7 +77,7 @@ class Needs(NamedTuple):
 AXES = (
     Axis(
         {"features": 0},
-        {name: 0 for name in Outputs._fields if name != "distribution"},
+        {"latents": 0, "indices": 0, "kl": 0},
         means=("distribution",),
         draws=True,
     ),

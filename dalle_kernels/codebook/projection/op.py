@@ -9,6 +9,7 @@ import torch
 from dalle_kernels.backends.choice import Operation, register
 from dalle_kernels.backends.contract import Call
 from dalle_kernels.backends.library import Derivative, Entry
+from dalle_kernels.backends.sharding import flattened
 from dalle_kernels.checks import (
     autocast,
     check_alike,
@@ -176,7 +177,7 @@ def gumbel_projection_lookup(
     rows, weight = features.shape[:-1], weight.contiguous()
     latents, indices, kl, *_, mean = _ENTRY(
         Inputs(
-            rows_contiguous(features).reshape(-1, features.shape[-1]),
+            flattened(rows_contiguous(features), -1, features.shape[-1]),
             weight,
             None if bias is None else bias.contiguous(),
             weight.detach() if tied else codebook.contiguous(),

@@ -11,6 +11,7 @@ import torch
 from dalle_kernels.backends.choice import Operation, register
 from dalle_kernels.backends.contract import Call
 from dalle_kernels.backends.library import Derivative, Entry, plain
+from dalle_kernels.backends.sharding import flattened
 from dalle_kernels.checks import (
     autocast,
     check_alike,
@@ -176,9 +177,10 @@ def vq_lookup(
     if temperature is not None:
         its = positive_temperature(temperature, features.device)
         noise = its, *seed_and_row(seed, row_offset, features.device)
+    table = flattened(rows_contiguous(features), *heads, -1, width)
     outputs = _ENTRY(
         Inputs(
-            rows_contiguous(features).reshape(*(heads or (1,)), -1, width),
+            table if heads else table.unsqueeze(0),
             codebook.contiguous().view(*(heads or (1,)), codes, width),
             codes,
             metric,
