@@ -385,6 +385,7 @@ class KVCache:
             tensor.copy_(taken)
         else:
             setattr(self, name, taken)
+            self._checked = (None,)  # which would keep the old ones in memory
 
     def lengths_to_check(self) -> torch.Tensor | None:
         """`lengths` where an operation checks and counts them: on a CPU, where looking at them waits for nothing."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from random import Random
 
@@ -329,7 +330,9 @@ def test_reorder_takes_rows_of_every_kind() -> None:
     whole = sparse_attention(*chosen, pattern, key_padding_mask=hidden, backend="reference")  # type: ignore[misc]
     step = cut(chosen, 8, 9)  # type: ignore[arg-type]
     torch.testing.assert_close(decode_attention(*step, cache, 8), whole[:, :, 8:9])
+    before = weakref.ref(cache.keys)
     cache.reorder(torch.tensor([1, 1, 0, 2]))
+    assert before() is None
     assert cache.lengths is not None
     assert cache.lengths.tolist() == [9, 9, 9, 9]
     step = cut(tuple(tensor[[1, 1, 0, 2]] for tensor in chosen), 9, 10)  # type: ignore[arg-type]
