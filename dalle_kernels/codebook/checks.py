@@ -54,13 +54,21 @@ def gradient_like(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.new_empty(tensor.shape)
 
 
-def refuse_nan(name: str, inputs: torch.Tensor, row_results: torch.Tensor) -> None:
+def refuse_nan(name: str, inputs: torch.Tensor, row_results: torch.Tensor, *, or_infinite: bool = False) -> None:
     """On the CPU, a NaN in a row's results is traced to the row; on a GPU the host does not wait to look.
 
-    No result is -inf, so their sum is NaN where one of them is.
+    Where `or_infinite`, so is an infinity. A sum is no number wherever one of its terms is none, and costs no table of
+    flags; as results may overflow where the row is finite, the row has the last word.
     """
-    if row_results.is_cpu and math.isnan(row_results.sum().item()):
-        rows = inputs.reshape(-1, inputs.shape[-1])
-        for row in row_results.reshape(len(rows), -1).isnan().any(1).nonzero().flatten().tolist():
-            if rows[row].isnan().any():
-                raise ValueError(f"{name}: row {row} holds NaN, wanted numbers")
+    if not row_results.is_cpu:
+        return
+    total = row_results.sum().item()
+    if math.isfinite(total) or (math.isinf(total) and not or_infinite):
+        return
+    rows = inputs.reshape(-1, inputs.shape[-1])
+    suspects = ~row_results.isfinite() if or_infinite else row_results.isnan()
+    for row in suspects.reshape(len(rows), -1).any(1).nonzero().flatten().tolist():
+        if rows[row].isnan().any():
+            raise ValueError(f"{name}: row {row} holds NaN, wanted numbers")
+        if or_infinite and rows[row].isinf().any():
+            raise ValueError(f"{name}: row {row} holds infinity, wanted finite numbers")

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dalle_kernels.codebook.binary import binary_entropy, binary_latents, binary_quantize
 
@@ -98,6 +99,16 @@ def test_nan_is_refused_with_its_row(function: Callable[[torch.Tensor], tuple[to
     with pytest.raises(ValueError, match="features: row 5 holds NaN, wanted numbers"):
         function(features)
     assert compiled(features)[0].isnan().any()
+
+
+def test_without_numbers_to_look_at() -> None:
+    with FakeTensorMode():
+        features, indices = torch.randn(2, 3, 4), torch.zeros(2, 3, dtype=torch.int64)
+        assert binary_quantize(features)[1].shape == (2, 3)
+        assert binary_entropy(features).distribution.shape == (16,)
+        assert binary_latents(indices, 4).shape == (2, 3, 4)
+    compiled = torch.compile(binary_latents, backend="eager", fullgraph=True)
+    assert compiled(torch.tensor([5]), 3).tolist() == [[1.0, -1.0, 1.0]]
 
 
 def test_what_is_refused() -> None:

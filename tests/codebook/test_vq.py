@@ -351,6 +351,44 @@ def test_bad_input_is_refused(change: dict[str, Any], error: type[Exception], me
         vq_lookup(**arguments, backend=backend)
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_features_that_are_not_finite_are_treated_alike_on_every_path(backend: str, value: float) -> None:
+    """On the CPU they are refused; a GPU does not look, and gives NaN."""
+    here = device_of(backend)
+    features, codebook = draw(4, 16).to(here), draw(9, 16, seed=1).to(here)
+    features[2, 3] = value
+
+    def latents(features: torch.Tensor) -> torch.Tensor:
+        return vq_lookup(features, codebook, backend)[0]
+
+    compiled = torch.compile(latents, backend="eager", fullgraph=True)
+    for path in (latents, compiled, torch.func.vmap(latents)):
+        for needs in (False, True):
+            given = (features if path in (latents, compiled) else features[None]).clone().requires_grad_(needs)
+            if features.is_cuda:
+                assert path(given).isnan().any()
+                continue
+            with pytest.raises(ValueError, match=r"features: row 2 holds (NaN|infinity), wanted (finite )?numbers"):
+                path(given)
+
+
+def test_a_distance_past_the_largest_number_is_infinite() -> None:
+    features, codebook = draw(4, 16), draw(9, 16, seed=1)
+    features[2] *= 1e25
+    latents, indices, distance = vq_lookup(features, codebook)
+    assert torch.equal(latents, codebook[indices])
+    assert distance.isinf().tolist() == [False, False, True, False]
+
+
+def test_latents_may_be_changed_in_place_before_the_backward() -> None:
+    features, codebook = draw(7, 16), draw(9, 16, seed=1).requires_grad_()
+    wanted = torch.autograd.grad(vq_lookup(features, codebook)[2].sum(), codebook)
+    latents, _, distance = vq_lookup(features, codebook)
+    latents.zero_()
+    assert torch.equal(torch.autograd.grad(distance.sum(), codebook)[0], wanted[0])
+
+
 def test_nan_in_rows_that_do_not_count_is_not_looked_at() -> None:
     features = draw(4, 3)
     features[1] = torch.nan

@@ -130,7 +130,7 @@ def vq_lookup(
             either is zero). It decides on the index alone: latents and squared distance are of features and codebook as
             they are.
         row_mask: bool [...], False at rows that do not count: their index is -1, their latents and squared distance are
-            0 and take no gradient, NaN in them is not looked at.
+            0 and take no gradient, what they hold is not looked at.
         k: as many rows, 1 to 8, best first; None for the nearest without a dimension of its own.
         temperature: draws from softmax(scores / temperature), by the Gumbel noise that `dalle_kernels.noise` defines,
             the same on every backend; k draws are without replacement. None takes the nearest.
@@ -148,7 +148,8 @@ def vq_lookup(
         statistics: a `CodeStatistics`, where asked for.
 
     Raises:
-        TypeError, ValueError: for wrong shapes, dtypes, devices or settings, or, on the CPU, NaN among the features.
+        TypeError, ValueError: for wrong shapes, dtypes, devices or settings, or, on the CPU, NaN or infinity among the
+            features. On a GPU the latents of such a row are NaN.
 
     Example:
         >>> latents, indices, squared_distance = vq_lookup(torch.randn(2, 16, 32), torch.randn(512, 32))
@@ -197,7 +198,8 @@ def vq_lookup(
         latents = torch.where(here[..., None], latents, 0.0)
         indices = torch.where(here, indices, -1)
         squared_distance = torch.where(here, squared_distance, 0.0)
-    if features.requires_grad or not plain((features,)):
+    # What the backward keeps is not handed out; without one, `through` would be zeros.
+    if outputs.squared_distance.requires_grad or not plain((features,)):
         through = features - features.detach()
         # The value is the codebook's row to the last bit, which features + (latents - features) would not be.
         latents = latents + (through if k is None else through[..., None, :])
@@ -231,7 +233,7 @@ def _forward(backend: Backend, inputs: Inputs) -> Outputs:
     if inputs.temperature is not None:
         positive_there(inputs.temperature)
     outputs = backend.forward(inputs)
-    refuse_nan("features", inputs.features, outputs.squared_distance)
+    refuse_nan("features", inputs.features, outputs.squared_distance, or_infinite=True)
     return outputs
 
 
