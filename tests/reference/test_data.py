@@ -443,7 +443,16 @@ def test_captions_in_a_field_of_a_json(tmp_path: Path) -> None:
     assert batch.captions == [["one"], ["two"], []]
     in_memory = load_pictures(source, 8, tmp_path / "cache", "caption").captioned()
     assert [record.captions["0"] for record in in_memory.records] == ["one", "two"]
-    for text, reason in ((said[3], "caption is '5', wanted a text or a list"), (said[4], "wanted a JSON object")):
+    (tmp_path / "folder").mkdir()
+    for suffix, data in samples[1].items():
+        (tmp_path / "folder" / f"two.{suffix}").write_bytes(data if isinstance(data, bytes) else data.encode())
+    of_folder = load_pictures(str(tmp_path / "folder"), 8, tmp_path / "cache", "caption")
+    assert [list(record.captions.values()) for record in of_folder.records] == [["two"]]
+    for text, reason in (
+        (said[3], "caption is '5', wanted a text or a list"),
+        (said[4], "wanted a JSON object"),
+        ('{"caption": ["cut \\ud83d"]}', "here: the caption is not UTF-8 text"),
+    ):
         with pytest.raises(UserError, match=reason):
             captions_of(text.encode(), "caption", "here")
     with pytest.raises(UserError, match="caption_field: got caption with openmoji"):

@@ -69,6 +69,10 @@ def captions_of(data: bytes, field: str | None, name: str) -> list[str]:
     texts = [said] if isinstance(said, str) else said
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise UserError(f"{name}: {field} is {str(said)[:60]!r}, wanted a text or a list of texts")
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError as error:  # JSON can name half of a letter, as where a caption was cut
+        raise UserError(f"{name}: the caption is not UTF-8 text ({error})") from error
     return [line.strip() for line in texts if line.strip()]
 
 
