@@ -70,7 +70,7 @@ def generate(
         TypeError, ValueError: when an argument has another type, shape or range than said here.
 
     Example:
-        >>> text = tokenizer.encode(["a red apple"])                     # [1, caption_length]
+        >>> text = tokenizer.encode(["a red apple"], model.config.caption_length)
         >>> tokens = generate(model, text, seed=0, number=4, top_k=64, guidance_scale=3.0)
         >>> pictures = dvae.decode(tokens.unflatten(1, model.config.grid))
     """

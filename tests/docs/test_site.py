@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
+import shlex
 import sys
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from dalle_reference import cli
 
 import dalle_kernels
 from dalle_kernels import Causal, Row, Schedule, TokenLayout, nn
@@ -31,6 +35,30 @@ def test_the_code_of_a_page_runs(path: Path) -> None:
     ran = snippets.run(path.read_text(), path.name)
     assert "```sh run" not in ran
     assert ran.count("```") >= path.read_text().count("```")
+
+
+def test_the_command_line_takes_what_the_pages_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[str] = []
+
+    def noted(name: str, command: Callable[..., None]) -> Callable[..., None]:
+        return functools.wraps(command)(lambda **arguments: taken.append(name))
+
+    monkeypatch.setattr(cli, "_COMMANDS", {name: noted(name, command) for name, command in cli._COMMANDS.items()})
+    asked = []
+    for path in (snippets.ROOT / "README.md", *PAGES):
+        text = path.read_text().replace("\\\n", " ")
+        for line in re.findall(r"(?:^|`|-m )dalle[-_]reference ([^`\n]+)", text, re.MULTILINE):
+            arguments = shlex.split(line, comments=True)
+            if arguments[-1] == "--help":
+                assert arguments[0] in cli._COMMANDS, f"{path.name}: {line}"
+                continue
+            try:
+                cli.main(arguments)
+            except SystemExit:
+                pytest.fail(f"{path.name}: {line}")
+            asked.append(arguments[0])
+    assert taken == asked
+    assert {"generate", "plan", "tokenize", "train-dvae", "train-transformer"} <= set(asked)
 
 
 def test_what_a_block_prints_stands_beneath_it() -> None:
