@@ -84,6 +84,8 @@ CASES: dict[str, tuple[Callable[..., Any], list[Any], list[Any], Any]] = {
     "vq, rows of two dimensions drawn": (drawn, [randn(4, 3, 6), FEATURES[1]], [(S0, R), (R, R)], (S0, R)),
     "vq, drawn unevenly": (drawn, [randn(3, 5, 6), FEATURES[1]], [(S0, R), (R, R)], (S0, R)),
     "vq, heads drawn": (drawn, HEADS, [(S0, S1), (S0, R)], None),
+    "codebook entropy": (dk.codebook_entropy, [randn(8, 6), FEATURES[1]], [(S0, S0), (R, R)], None),
+    "binary entropy": (dk.binary_entropy, [randn(8, 6)], [(S0, R)], None),
     "likelihood": (dk.logit_laplace_nll, [torch.sigmoid(Q[0]), *Q[1:]], [(S0, S2)] * 3, (S0, S2)),
     "sampling": (sampled, [LOGITS[0], LOGITS[0] * 0.5], [(S0, S0)] * 2, (S0, S0)),
     "sampling, codes": (sampled, [LOGITS[0], LOGITS[0] * 0.5], [(S1, R)] * 2, (R, R)),
@@ -169,6 +171,10 @@ def check_refusals(mesh: Any) -> None:
     cache = dk.KVCache(ROW, 3, 4, 8, dtype=torch.float64)
     with torch.no_grad(), pytest.raises(TypeError, match="each process decodes its heads"):
         dk.decode_attention(*(distribute_tensor(value[:, :, :1], mesh, (S1, R)) for value in Q), cache, 0)
+    with pytest.raises(TypeError, match=r"features: got a DTensor, wanted .*: rows are independent"):
+        dk.binary_quantize(q)
+    with pytest.raises(TypeError, match="indices: got a DTensor"):
+        dk.binary_latents(q, 4)
     other = init_device_mesh("cpu", (PROCESSES,))
     with pytest.raises(ValueError, match="v: got a DTensor on"):
         attention(q, q, distribute_tensor(Q[2], other, (R,)))

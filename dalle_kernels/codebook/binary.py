@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 
 from dalle_kernels.backends.library import plain
+from dalle_kernels.backends.sharding import divided
 from dalle_kernels.checks import as_int, check_number, check_temperature, check_tensor
 from dalle_kernels.codebook.checks import refuse_nan
 from dalle_kernels.codebook.entropy import CodebookEntropy, entropy, masked_rows
@@ -41,10 +42,11 @@ def binary_quantize(features: torch.Tensor, scale: float = 1.0) -> tuple[torch.T
         >>> latents.tolist(), indices.tolist()
         ([[1.0, -1.0, 1.0]], [5])
     """
+    _refuse_divided("features", features)
     bits = _check(features, 62)
     scale = _check_scale(scale)
-    flat = features.detach().reshape(-1, bits)
-    _refuse_nan(flat, flat.sum(-1))
+    if plain((features,)):  # a compiler, torch.func and fake tensors have no numbers to look at
+        refuse_nan("features", features, features.detach().sum(-1))
     positive = features > 0
     signs = torch.where(positive, scale, -scale).to(features.dtype)
     place = 2 ** torch.arange(bits - 1, -1, -1, device=features.device)
@@ -72,6 +74,7 @@ def binary_latents(indices: torch.Tensor, bits: int, scale: float = 1.0) -> torc
     bits = as_int("bits", bits)
     if not 1 <= bits <= 62:
         raise ValueError(f"bits: got {bits!r}, wanted an int from 1 to 62")
+    _refuse_divided("indices", indices)
     if not isinstance(indices, torch.Tensor):
         raise TypeError(f"indices: got {type(indices).__name__}, wanted a torch.Tensor")
     if indices.dtype != torch.int64:
@@ -117,7 +120,8 @@ def binary_entropy(
     distance = logit.abs()
     # The entropy of sigmoid(t), without a difference of large numbers.
     row_entropies = (torch.log1p((-distance).exp()) + distance * (-distance).sigmoid()).sum(-1)
-    _refuse_nan(rows, row_entropies)
+    if plain((rows,)):
+        refuse_nan("features", rows, row_entropies)
     first = _products(logit[:, : bits // 2])
     last = _products(logit[:, bits // 2 :])
     distribution = (first.mT @ (last / len(rows))).reshape(-1)
@@ -140,10 +144,9 @@ def _check(features: torch.Tensor, most: int) -> int:
     return features.shape[-1]
 
 
-def _refuse_nan(rows: torch.Tensor, results: torch.Tensor) -> None:
-    """Where there are numbers to look at: a compiler has none, nor have torch.func and fake tensors."""
-    if plain((rows,)):
-        refuse_nan("features", rows, results)
+def _refuse_divided(name: str, tensor: object) -> None:
+    if divided((tensor,)):
+        raise TypeError(f"{name}: got a DTensor, wanted a torch.Tensor: rows are independent, each process has its own")
 
 
 def _check_scale(scale: float) -> float:
