@@ -50,7 +50,8 @@ class KVCache:
         shared_keys, shared_values: [batch, H, M, D], the prompt's, where copies share it, else None.
         scales, shared_scales: float32 [B, H, L, 2] and [batch, H, M, 2], of keys and of values, where dtype is int8.
         lengths: int64 [B] on the CPU, the tokens that each row holds; None where a GPU cache does not know. Whoever
-            writes keys and values by hand sets it.
+            writes keys and values by hand sets it, after `truncate(0)` where tokens were there: `truncate` refuses what
+            it does not know to be there.
 
     Raises:
         ValueError: for sizes below 1, a dtype that is neither floating point nor int8, or a pattern that is not causal.
