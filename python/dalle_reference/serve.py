@@ -12,6 +12,7 @@ import io
 import math
 import queue
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -84,7 +85,14 @@ def serve(page: gr.Blocks, host: str, port: int) -> None:
     """Serves the page until the process is asked to stop, which is a KeyboardInterrupt.
 
     Nothing is asked of other machines: no analytics, no fonts.
+
+    Raises:
+        UserError: where nobody can listen at that address, or somebody does.
     """
+    try:  # Gradio would say that it found no free port, whatever was amiss
+        socket.create_server((host, port)).close()
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"{host}:{port}: cannot be listened at ({error})") from error
     page.launch(
         server_name=host,
         server_port=port,

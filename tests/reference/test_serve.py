@@ -207,6 +207,15 @@ def test_without_gradio_one_line_says_what_brings_it(
     assert "port: got 0" in refused(["serve", "--port", "0"], capsys)
 
 
+def test_an_address_that_is_taken_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        said = refused(["serve", "--port", str(port)], capsys)
+    assert f"127.0.0.1:{port}: cannot be listened at" in said
+    assert "Address already in use" in said
+    assert "cannot be listened at" in refused(["serve", "--host", "256.0.0.1.", "--port", str(port)], capsys)
+
+
 @pytest.fixture(scope="module")
 def address(common: list[str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Where `dalle-reference serve` serves models of a few steps."""
