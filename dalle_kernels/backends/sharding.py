@@ -50,7 +50,7 @@ def divided(values: Iterable[Any]) -> bool:
 
 
 def flattened(tensor: torch.Tensor, *shape: int) -> torch.Tensor:
-    """`tensor.reshape(shape)`, of no more dimensions. What a DTensor cannot do in parts it does whole."""
+    """`tensor.reshape(shape)`, rows of any dimensions as a table. What a DTensor cannot do in parts it does whole."""
     if tensor.dim() == len(shape):
         return tensor
     if divided((tensor,)):
