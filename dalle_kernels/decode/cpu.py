@@ -24,18 +24,19 @@ def describe() -> str:
 
 def forward(inputs: Inputs) -> Outputs:
     table, position = inputs.table(), inputs.position
+    shared: tuple[torch.Tensor | None, ...] = (None, None)
     lists: tuple[torch.Tensor | None, ...] = (None, None, None)
-    if table.shared is not None:
+    if table.shared is not None:  # of a prompt without tokens nothing is shared
+        shared = inputs.shared_keys, inputs.shared_values
         lists = table.shared.prefix, table.shared.offsets, table.shared.slots
     one, by_row = (0, position) if isinstance(position, torch.Tensor) else (position, None)
     out = torch.ops.dalle_kernels_cpu.decode_forward(
         *inputs[:5],
-        inputs.shared_keys,
-        inputs.shared_values,
+        *shared,
         inputs.hidden,
-        inputs.shared_hidden,
+        None if table.shared is None else inputs.shared_hidden,
         inputs.scales,
-        inputs.shared_scales,
+        None if table.shared is None else inputs.shared_scales,
         one,
         by_row,
         inputs.factor,
