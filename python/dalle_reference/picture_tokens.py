@@ -155,7 +155,7 @@ def tokenize_pictures(dvae: DiscreteVAE, images: torch.Tensor, world: World | No
     own = batches[len(batches) * world.rank // world.size : len(batches) * (world.rank + 1) // world.size]
     cells = dvae.config.grid[0] * dvae.config.grid[1]
     every = world.gather(torch.cat([encode(dvae, part) for part in own] or [torch.empty(0, cells, dtype=torch.int64)]))
-    return every.reshape(len(images), -1)
+    return every.reshape(-1, panels.shape[1] * cells)
 
 
 def tokenize(dvae: DiscreteVAE, pictures: PictureSet | ShardedPictures, folder: Path, world: World) -> None:

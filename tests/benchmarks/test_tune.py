@@ -311,7 +311,7 @@ def test_candidates_reach_every_launch() -> None:
         return lambda: seen.append(
             (
                 triton_gumbel.constants("gumbel_forward", cpu, torch.bfloat16, 256, 128)["num_warps"],
-                triton_vq._constants(cpu, torch.bfloat16, 128)["num_warps"],
+                triton_vq._constants("vq_forward", cpu, torch.bfloat16, 128)["num_warps"],
             )
         )
 

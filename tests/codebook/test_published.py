@@ -152,8 +152,7 @@ class GumbelSoftmax(nn.Module):
         logits = F.conv2d(picture, weight, bias)
         rows = logits[0, :, :, 0].T
         noisy = rows + gumbel_noise(torch.tensor(seed), *rows.shape, GUMBEL_STREAM)
-        # As kernels do, temperature is a float32.
-        soft = (noisy / torch.tensor(tau)).softmax(1)
+        soft = (noisy / tau).softmax(1)
         indices = noisy.argmax(1)
         chosen = one_hot(indices, len(codebook)) - soft.detach() + soft if hard else soft
         q = rows.softmax(1)
