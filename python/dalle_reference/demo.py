@@ -48,7 +48,7 @@ class DemoConfig:
 
     out: Path = Path("runs/demo")
     """Folder for pictures and models; must not hold a demo yet."""
-    minutes: float = 9.0
+    minutes: float = 8.0
     """What training may take, both stages together: the steps are chosen so, on the speed of a short trial."""
     device: str = "auto"
     """cpu, cuda, or auto: a GPU where there is one, with larger models."""
