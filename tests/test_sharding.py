@@ -164,10 +164,26 @@ def check_compiled(mesh: Any) -> None:
         torch.testing.assert_close(mine.grad.full_tensor(), theirs.grad)
 
 
+def check_row_entropy_alone(mesh: Any) -> None:
+    alone = leaves(FEATURES[:2])
+    ours = [
+        distribute_tensor(value.detach(), mesh, at).requires_grad_()
+        for value, at in zip(alone, [(S0, R), (R, R)], strict=True)
+    ]
+    for inputs in (alone, ours):
+        dk.codebook_entropy(*inputs)[0].backward()
+    for mine, theirs in zip(ours, alone, strict=True):
+        torch.testing.assert_close(mine.grad.full_tensor(), theirs.grad)
+
+
 def check_refusals(mesh: Any) -> None:
     q = distribute_tensor(Q[0], mesh, (S1, R))
     with pytest.raises(TypeError, match=r"k: got a torch\.Tensor, wanted a DTensor as q is"):
         attention(q, Q[1], Q[2])
+    features = distribute_tensor(FEATURES[0], mesh, (S0, R))
+    codebook = distribute_tensor(FEATURES[1], mesh, (R, R))
+    with pytest.raises(TypeError, match=r"row_mask: got a torch\.Tensor, wanted a DTensor as features are"):
+        dk.vq_lookup(features, codebook, row_mask=torch.ones(10, dtype=torch.bool))
     cache = dk.KVCache(ROW, 3, 4, 8, dtype=torch.float64)
     with torch.no_grad(), pytest.raises(TypeError, match="each process decodes its heads"):
         dk.decode_attention(*(distribute_tensor(value[:, :, :1], mesh, (S1, R)) for value in Q), cache, 0)
@@ -181,7 +197,15 @@ def check_refusals(mesh: Any) -> None:
 
 
 CHECKS = {
-    check.__name__: check for check in (check_statistics, check_one_seed, check_strides, check_compiled, check_refusals)
+    check.__name__: check
+    for check in (
+        check_statistics,
+        check_one_seed,
+        check_strides,
+        check_compiled,
+        check_row_entropy_alone,
+        check_refusals,
+    )
 }
 
 

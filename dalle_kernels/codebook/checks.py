@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from dalle_kernels.backends.contract import Call
+from dalle_kernels.backends.sharding import divided
 from dalle_kernels.checks import autocast, check_alike, check_tensor
 
 
@@ -41,6 +42,8 @@ def check_row_mask(row_mask: object, features: torch.Tensor) -> torch.Tensor | N
         return None
     if not isinstance(row_mask, torch.Tensor):
         raise TypeError(f"row_mask: got {type(row_mask).__name__}, wanted a torch.Tensor")
+    if divided([features]) and not divided([row_mask]):
+        raise TypeError("row_mask: got a torch.Tensor, wanted a DTensor as features are")
     if row_mask.dtype != torch.bool or row_mask.shape != features.shape[:-1]:
         came = f"{row_mask.dtype} of shape {tuple(row_mask.shape)}"
         raise ValueError(f"row_mask: got {came}, wanted torch.bool of shape {tuple(features.shape[:-1])}")

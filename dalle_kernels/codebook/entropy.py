@@ -176,12 +176,18 @@ class _Streamed(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
         rows, codebook, ctx.temperature, ctx.euclidean = inputs
         ctx.mark_non_differentiable(*output[2:])
+        ctx.set_materialize_grads(False)  # zeros in place of a DTensor's gradient would be no DTensor
         ctx.save_for_backward(rows, codebook, *output[2:])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_rows: torch.Tensor, grad_distribution: torch.Tensor, *_: Any) -> tuple[Any, ...]:
+    def backward(
+        ctx: Any, grad_rows: torch.Tensor | None, grad_distribution: torch.Tensor | None, *_: Any
+    ) -> tuple[Any, ...]:
         rows, codebook, lse, row_entropy = ctx.saved_tensors
+        pull_rows = 0.0 if grad_rows is None else grad_rows
+        if grad_distribution is None:
+            grad_distribution = torch.zeros_like(codebook[:, 0])
         scores = _Scores(rows, codebook, ctx.temperature, ctx.euclidean)
         drows, dcodebook = torch.zeros_like(rows), torch.zeros_like(codebook)
         pull = torch.zeros_like(codebook[:, 0])  # sum over rows of the scores' derivatives: what the offset receives
@@ -193,7 +199,7 @@ class _Streamed(torch.autograd.Function):
                 log_p = scores.tile(part, codes).sub_(lse[part, None])
                 p = log_p.exp()
                 log_p += row_entropy[part, None]
-                log_p *= -grad_rows
+                log_p *= -pull_rows
                 log_p += grad_distribution[codes]
                 log_p -= mixed[:, None]
                 dscores = log_p.mul_(p)
