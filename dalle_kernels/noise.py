@@ -93,3 +93,10 @@ def packed(seed: int | torch.Tensor, row_offset: int | torch.Tensor, device: tor
     """int64 [2] on `device`: what its kernels read of both."""
     both = (torch.as_tensor(number, dtype=torch.int64, device=device) for number in (seed, row_offset))
     return torch.stack(tuple(both))
+
+
+def on_device(
+    temperature: float | torch.Tensor, seed: int | torch.Tensor, row_offset: int | torch.Tensor, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a kernel on `device` that draws reads: the temperature as float32 of 0 dimensions, the rest `packed`."""
+    return torch.as_tensor(temperature, dtype=torch.float32, device=device), packed(seed, row_offset, device)

@@ -184,6 +184,12 @@ def _close(got: Sequence[Tensor], truth: Sequence[Tensor], plain: Sequence[Tenso
 # --- vq_lookup --------------------------------------------------------------------------------------------------------
 
 
+def _vq_problem(rows: int, codes: int, width: int, dtype: torch.dtype) -> tuple[dict[str, Any], Work]:
+    """What a cell says of it, and the work of its product."""
+    case = {"operation": "vq_lookup", "rows": rows, "codes": codes, "width": width, "dtype": dtype_name(dtype)}
+    return case, Work(2.0 * rows * codes * width, (rows + codes) * width * dtype.itemsize)
+
+
 def vq_cell(
     device: torch.device,
     rows: int,
@@ -194,15 +200,8 @@ def vq_cell(
     competitors: Sequence[Lookup] | None = None,
 ) -> Cell:
     """The nearest of the codes; `backward`: with the gradients of latents and squared distance."""
-    case = {
-        "operation": "vq_lookup",
-        "rows": rows,
-        "codes": codes,
-        "width": width,
-        "dtype": dtype_name(dtype),
-        "pass": "forward + backward" if backward else "forward",
-    }
-    work = Work(2.0 * rows * codes * width, (rows + codes) * width * dtype.itemsize)
+    case, work = _vq_problem(rows, codes, width, dtype)
+    case["pass"] = "forward + backward" if backward else "forward"
 
     def contenders() -> Iterable[Contender]:
         @lru_cache(maxsize=1)
@@ -264,16 +263,8 @@ def vq_best_cell(
     competitors: Sequence[Lookup] | None = None,
 ) -> Cell:
     """The k nearest of the codes, or k that are drawn."""
-    case = {
-        "operation": "vq_lookup",
-        "rows": rows,
-        "codes": codes,
-        "width": width,
-        "dtype": dtype_name(dtype),
-        "mode": f"{'nearest' if temperature is None else 'drawn'} {k}",
-        "pass": "forward",
-    }
-    work = Work(2.0 * rows * codes * width, (rows + codes) * width * dtype.itemsize)
+    case, work = _vq_problem(rows, codes, width, dtype)
+    case |= {"mode": f"{'nearest' if temperature is None else 'drawn'} {k}", "pass": "forward"}
 
     def ours(features: Tensor, codebook: Tensor, k: int, temperature: float | None, noise: Tensor | None) -> Tensor:
         return vq_lookup(features, codebook, k=k, temperature=temperature, seed=SEED)[1]

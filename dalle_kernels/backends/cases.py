@@ -140,7 +140,7 @@ def _new_cache(q: torch.Tensor, extras: tuple[str, ...]) -> KVCache:
 
 
 def _decoding(extras: tuple[str, ...]) -> Callable[[Tensors, str], Tensors]:
-    softcap = _SOFTCAP if "logit soft cap" in extras else None
+    named: dict[str, Any] = _named(extras)
     prompt = 7 if extras else 0
 
     def run(inputs: Tensors, backend: str) -> Tensors:
@@ -166,7 +166,7 @@ def _decoding(extras: tuple[str, ...]) -> Callable[[Tensors, str], Tensors]:
                         position[-1] -= 1
                         cache.truncate(position)
                 token = q[:, :, here], k[:, :, here], v[:, :, here]
-                steps.append(decode_attention(*token, cache, position, backend=backend, softcap=softcap))
+                steps.append(decode_attention(*token, cache, position, backend=backend, **named))
         return (torch.cat(steps, 2),)
 
     return run

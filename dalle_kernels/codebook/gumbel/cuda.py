@@ -7,7 +7,7 @@ import torch
 from dalle_kernels.backends import cuda_library
 from dalle_kernels.backends.contract import Call
 from dalle_kernels.codebook.gumbel.contract import Grads, Inputs, Kept, Needs, Outputs
-from dalle_kernels.noise import packed
+from dalle_kernels.noise import on_device
 
 _WIDTHS = (32, 64, 128, 256)  # as csrc/codebook/gumbel_forward_kernel.cuh has them
 _ROWS = 256  # of the table; fewer are not worth another block of the backward
@@ -49,8 +49,7 @@ def _terms(tensor: torch.Tensor) -> torch.Tensor:
 
 def forward(inputs: Inputs) -> Outputs:
     logits, codebook, temperature, hard, noise, seed, row_offset = inputs
-    temperature = torch.as_tensor(temperature, dtype=torch.float32, device=logits.device)
-    key = packed(seed, row_offset, logits.device)
+    temperature, key = on_device(temperature, seed, row_offset, logits.device)
     rows, width = logits.shape[0], codebook.shape[1]
     latents = torch.empty((rows, width), dtype=logits.dtype, device=logits.device)
     indices = torch.empty(rows, dtype=torch.int64, device=logits.device)
@@ -81,8 +80,7 @@ def backward(grads: Grads, kept: Kept, needs: Needs) -> tuple[torch.Tensor | Non
     grad_latents, grad_kl = grads
     logits, codebook, temperature, hard, noise, seed, row_offset, *made = kept
     latents, indices, kl, maximum, log_noisy, log_clean, mixture = made
-    temperature = torch.as_tensor(temperature, dtype=torch.float32, device=logits.device)
-    key = packed(seed, row_offset, logits.device)
+    temperature, key = on_device(temperature, seed, row_offset, logits.device)
     rows, codes = logits.shape
     delta = partial = None
     # A block walks over its codes' column of the logits, or a share of its rows where columns are few.

@@ -38,7 +38,7 @@ from dalle_kernels.backends.contract import Call
 from dalle_kernels.backends.triton_common import ceil_div, dot, obstacle, precision
 from dalle_kernels.backends.triton_noise import LN_2, LOG2_E, fast_log2, gumbel2, philox
 from dalle_kernels.codebook.gumbel.contract import Grads, Inputs, Kept, Needs, Outputs
-from dalle_kernels.noise import GUMBEL_STREAM, packed
+from dalle_kernels.noise import GUMBEL_STREAM, on_device
 
 STREAM = tl.constexpr(GUMBEL_STREAM)
 WIDEST = 256
@@ -425,8 +425,7 @@ def refuse(call: Call) -> str | None:
 
 def forward(inputs: Inputs) -> Outputs:
     logits, codebook, temperature, hard, noise, seed, row_offset = inputs
-    temperature = torch.as_tensor(temperature, dtype=torch.float32, device=logits.device)
-    key = packed(seed, row_offset, logits.device)
+    temperature, key = on_device(temperature, seed, row_offset, logits.device)
     (rows, codes), width = logits.shape, codebook.shape[1]
     latents = logits.new_empty(rows, width)
     indices = logits.new_empty(rows, dtype=torch.int64)
@@ -446,8 +445,7 @@ def backward(grads: Grads, kept: Kept, needs: Needs) -> tuple[torch.Tensor | Non
     grad_latents, grad_kl = grads
     logits, codebook, temperature, hard, noise, seed, row_offset, *made = kept
     latents, indices, kl, maximum, log_noisy, log_clean, mixture = made
-    temperature = torch.as_tensor(temperature, dtype=torch.float32, device=logits.device)
-    key = packed(seed, row_offset, logits.device)
+    temperature, key = on_device(temperature, seed, row_offset, logits.device)
     (rows, codes), width = logits.shape, codebook.shape[1]
     dlogits = logits.new_empty(rows, codes)
     if not rows:

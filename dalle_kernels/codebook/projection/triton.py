@@ -37,7 +37,7 @@ from dalle_kernels.codebook.gumbel.triton import (
     unkept,
 )
 from dalle_kernels.codebook.projection.contract import Grads, Inputs, Kept, Needs, Outputs
-from dalle_kernels.noise import packed
+from dalle_kernels.noise import on_device
 
 WIDEST = 256
 STRIP_BYTES = 64 * 1024 * 1024
@@ -176,8 +176,7 @@ def refuse(call: Call) -> str | None:
 
 def forward(inputs: Inputs) -> Outputs:
     features, weight, bias, codebook, temperature, hard, noise, seed, row_offset, *_ = inputs
-    temperature = torch.as_tensor(temperature, dtype=torch.float32, device=features.device)
-    key = packed(seed, row_offset, features.device)
+    temperature, key = on_device(temperature, seed, row_offset, features.device)
     (rows, channels), (codes, width) = features.shape, codebook.shape
     latents = features.new_empty(rows, width)
     indices = features.new_empty(rows, dtype=torch.int64)
@@ -197,8 +196,7 @@ def backward(grads: Grads, kept: Kept, needs: Needs) -> tuple[torch.Tensor | Non
     grad_latents, grad_kl, _ = grads
     features, weight, bias, codebook, temperature, hard, noise, seed, row_offset, _, tied, *made = kept
     latents, indices, kl, maximum, log_noisy, log_clean, mixture, _ = made
-    temperature = torch.as_tensor(temperature, dtype=torch.float32, device=features.device)
-    key = packed(seed, row_offset, features.device)
+    temperature, key = on_device(temperature, seed, row_offset, features.device)
     (rows, channels), (codes, width) = features.shape, codebook.shape
     dfeatures = features.new_empty(rows, channels)
     dweight = weight.new_zeros(weight.shape, dtype=torch.float32)

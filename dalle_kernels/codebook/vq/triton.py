@@ -29,7 +29,7 @@ from dalle_kernels.backends.triton_common import ceil_div, dot, obstacle, precis
 from dalle_kernels.backends.triton_noise import LN_2, gumbel2, philox
 from dalle_kernels.codebook.gumbel.triton import LOWEST, apart, codes_of, together
 from dalle_kernels.codebook.vq.contract import Grads, Inputs, Kept, Needs, Outputs
-from dalle_kernels.noise import HEAD_STEP, VQ_STREAM, packed
+from dalle_kernels.noise import HEAD_STEP, VQ_STREAM, on_device
 
 WIDEST = 256
 CHUNK = 32  # sorted rows a program
@@ -275,11 +275,10 @@ def forward(inputs: Inputs) -> Outputs:
     indices = features.new_zeros(heads, rows, k, dtype=torch.int64)  # in range where nothing runs, but compiles
     distances = features.new_empty(heads, rows, k, dtype=torch.float32)
     drawn, key = temperature is not None, None
-    if drawn:
+    if temperature is not None:
         assert seed is not None
         assert row_offset is not None
-        temperature = torch.as_tensor(temperature, dtype=torch.float32, device=features.device)
-        key = packed(seed, row_offset, features.device)
+        temperature, key = on_device(temperature, seed, row_offset, features.device)
     if metric == "distance" and not drawn:
         metric = "euclidean"  # as good as its root
     listed = drawn or k > 1
