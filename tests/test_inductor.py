@@ -30,9 +30,9 @@ def attention(x: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
     return (out + dq + dk + dv).relu()
 
 
-def codebook(x: torch.Tensor, temperature: torch.Tensor, seed: torch.Tensor) -> torch.Tensor:
+def codebook(x: torch.Tensor, temperature: torch.Tensor, seed: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
     logits, table = x * 3, x + 1
-    settings = logits, table, temperature, False, True, seed
+    settings = logits, table, temperature, False, True, seed, row
     outputs = OPS.gumbel_forward(*settings, "triton")
     dlogits, _ = OPS.gumbel_backward(outputs[0], outputs[2], *settings, *outputs, [True] * 2, "triton")
     return dlogits.relu()
@@ -42,7 +42,7 @@ def codebook(x: torch.Tensor, temperature: torch.Tensor, seed: torch.Tensor) -> 
 def test_graphs_for_a_gpu_are_lowered(graph: Callable[..., torch.Tensor], shape: tuple[int, int]) -> None:
     mode = FakeTensorMode()
     with mode, V.set_fake_mode(mode):
-        kinds = (torch.bfloat16, shape), (torch.float32, ()), (torch.int64, (2,))
+        kinds = (torch.bfloat16, shape), (torch.float32, ()), (torch.int64, ()), (torch.int64, ())
         inputs = [torch.empty(size, device="cuda", dtype=dtype) for dtype, size in kinds]
         lowering = GraphLowering(make_fx(graph)(*inputs))
         with V.set_graph_handler(lowering):

@@ -231,7 +231,8 @@ class ShardedPictures:
             yield from loader
         except UserError:
             raise
-        except RuntimeError as error:  # how a DataLoader says that a process of its own is no more
+        # How a DataLoader says that a process of its own is no more: by what it notices first.
+        except (RuntimeError, OSError, EOFError) as error:
             raise UserError(f"{self.shards[0].parent}: what decodes its pictures has failed ({error})") from error
 
     def _whole(self, tally: Tally, read: Read, indices: Sequence[int]) -> torch.Tensor:
