@@ -9,7 +9,10 @@ P_first^T P_last / N, of two tables N x sqrt(K), exactly, where a softmax would 
 
 from __future__ import annotations
 
+import math
+
 import torch
+import torch.nn.functional as F
 
 from dalle_kernels.backends.library import plain
 from dalle_kernels.backends.sharding import divided
@@ -122,19 +125,24 @@ def binary_entropy(
     row_entropies = (torch.log1p((-distance).exp()) + distance * (-distance).sigmoid()).sum(-1)
     if plain((rows,)):
         refuse_nan("features", rows, row_entropies)
-    first = _products(logit[:, : bits // 2])
-    last = _products(logit[:, bits // 2 :])
-    distribution = (first.mT @ (last / len(rows))).reshape(-1)
+    with torch.autocast(features.device.type, enabled=False):
+        first = _products(logit[:, : bits // 2])
+        last = _products(logit[:, bits // 2 :])
+        distribution = (first.mT @ (last / len(rows))).reshape(-1)
     return CodebookEntropy(row_entropies.mean(), entropy(distribution), distribution)
 
 
 def _products(logit: torch.Tensor) -> torch.Tensor:
-    """[N, b] -> [N, 2^b]: the probability of each choice of b signs, the first the most significant."""
-    table = logit.new_ones(len(logit), 1)
-    for bit in logit.unbind(-1):
-        both = torch.stack([(-bit).sigmoid(), bit.sigmoid()], -1)  # of -scale and of +scale
-        table = (table[:, :, None] * both[:, None]).flatten(1)
-    return table
+    """[N, b] -> [N, 2^b]: the probability of each choice of b signs, the first the most significant.
+
+    Its logarithm is a sum of log-probabilities of signs, none above 0, so that nothing cancels; one small product makes
+    all of them, and one their gradient. In powers of two, for torch's exp is ten times as slow where it underflows.
+    """
+    bits = logit.shape[1]
+    place = torch.arange(bits - 1, -1, -1, device=logit.device)
+    positive = (torch.arange(2**bits, device=logit.device) >> place[:, None] & 1).to(logit.dtype)  # [b, 2^b]
+    of_signs = torch.cat([F.logsigmoid(logit), F.logsigmoid(-logit)], 1) * math.log2(math.e)
+    return (of_signs @ torch.cat([positive, 1 - positive])).exp2()
 
 
 def _check(features: torch.Tensor, most: int) -> int:

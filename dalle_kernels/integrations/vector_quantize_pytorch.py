@@ -25,6 +25,7 @@ import contextlib
 import sys
 import warnings
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any, TypeVar
 
 import torch
@@ -274,7 +275,16 @@ class _Codebook(Extension):
 
 
 class _VectorQuantize(Extension):
-    """In front of `VectorQuantize`: tells its codebook when a loss is made of the distances."""
+    """In front of `VectorQuantize`: tells its codebook when a loss is made of the distances; rotates by `_rotate_to`."""
+
+    _theirs: Callable[..., Any]
+
+    def __init_subclass__(cls, **named: Any) -> None:
+        super().__init_subclass__(**named)
+        # Their function once more, with another `rotate_to` to call: modules that nobody accelerated keep theirs.
+        forward: Any = cls._parts[1].forward  # type: ignore[attr-defined]
+        names = forward.__globals__ | {"rotate_to": _rotate_to}
+        cls._theirs = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
 
     def forward(self: Any, x: Tensor, indices: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         why = None
@@ -285,14 +295,27 @@ class _VectorQuantize(Extension):
         elif self.training and self.has_commitment_loss and self.commitment_use_cross_entropy_loss:
             why = "commitment_use_cross_entropy_loss"
         if why is None:
-            return super().forward(x, indices, *args, **kwargs)  # type: ignore[misc]
+            return self._theirs(x, indices, *args, **kwargs)
         codebook = self._codebook
         plain = codebook.forward
         codebook.forward = lambda *inputs, **named: plain(*inputs, **named, distances=why)
         try:
-            return super().forward(x, indices, *args, **kwargs)  # type: ignore[misc]
+            return self._theirs(x, indices, *args, **kwargs)
         finally:
             del codebook.forward
+
+
+def _rotate_to(src: Tensor, tgt: Tensor) -> Tensor:
+    """Rows of `tgt`, of which `src` learns by the rotation that takes its own direction to theirs (Fifty et al. 2024,
+    section 4.2). Theirs makes each row a matrix of its own; these are dot products of rows."""
+    theirs = sys.modules[f"{_PACKAGE}.vector_quantize_pytorch"]
+    with torch.no_grad():
+        length, wanted = (torch.linalg.vector_norm(rows, dim=-1, keepdim=True) for rows in (src, tgt))
+        old, new = theirs.safe_div(src, length), theirs.safe_div(tgt, wanted)
+        between = theirs.l2norm(old + new)
+        stretch = theirs.safe_div(wanted, length)
+    along_between, along_old = ((src * rows).sum(-1, keepdim=True) for rows in (between, old))
+    return torch.addcmul(torch.addcmul(src, along_between, between, value=-2), along_old, new, value=2) * stretch
 
 
 def _spread(mask: Tensor | None, rows: Tensor) -> Tensor | None:
@@ -341,7 +364,7 @@ class _SimVQ(Extension):
         quantized = F.embedding(indices, codes)
         loss = F.mse_loss(rows.detach(), quantized)
         loss = loss + F.mse_loss(rows, quantized.detach()) * self.input_to_quantize_commit_loss_weight
-        through = theirs.rotate_to if self.rotation_trick else _straight_through
+        through = _rotate_to if self.rotation_trick else _straight_through
         quantized = through(rows, quantized)
         quantized, indices = quantized.view(x.shape), indices.view(x.shape[:-1])
         if self.channel_first:

@@ -69,6 +69,14 @@ def test_probabilities_that_underflow_leave_finite_gradients() -> None:
     assert gradient.isfinite().all()
 
 
+def test_autocast_leaves_the_entropies_in_float32() -> None:
+    features = torch.randn(50, 9)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = binary_entropy(features, 0.5, 2.0)
+    for one, other in zip(got, binary_entropy(features, 0.5, 2.0), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
 def test_masked_rows_do_not_count() -> None:
     torch.manual_seed(3)
     features = torch.randn(2, 7, 6)
