@@ -58,6 +58,9 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--dtype", default="", metavar="fp32,bf16,fp16")
     run.add_argument("--pattern", default="", metavar=",".join(PATTERNS))
     run.add_argument("--only", default="", metavar="NAME;...", help="these contenders beside ours")
+    run.add_argument(
+        "--match", default="", metavar="TEXT", help="only the cells whose title, as --dry-run prints it, holds this"
+    )
     run.add_argument("--quick", action="store_true", help="a few cells: under two minutes on a CPU")
     run.add_argument("--dry-run", action="store_true", help="list the cells and stop")
     run.add_argument("--seconds", type=float, help="how long the rounds of one cell may take together")
@@ -104,7 +107,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         tuple(DTYPES[name] for name in filter(None, asked.dtype.split(","))),
         tuple(filter(None, asked.pattern.split(","))),
     )
-    cells = cells_of(asked.suite, choice)
+    cells = [cell for cell in cells_of(asked.suite, choice) if asked.match in str(cell)]
+    if not cells:
+        parser.error(f"--match: got {asked.match!r}, wanted part of a title that --dry-run prints")
     if asked.dry_run:
         print("\n".join(str(cell) for cell in cells))
         return 0

@@ -275,7 +275,7 @@ class _Codebook(Extension):
 
 
 class _VectorQuantize(Extension):
-    """In front of `VectorQuantize`: tells its codebook when a loss is made of the distances; rotates by `_rotate_to`."""
+    """In front of `VectorQuantize`: tells its codebook when a loss is made of distances, and has our `_rotate_to`."""
 
     _theirs: Callable[..., Any]
 
@@ -354,7 +354,6 @@ class _SimVQ(Extension):
     """In front of `SimVQ`."""
 
     def forward(self: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        theirs = sys.modules[f"{_PACKAGE}.sim_vq"]
         if self.channel_first:
             x = x.movedim(1, -1)
         rows = x.flatten(1, -2)

@@ -165,9 +165,22 @@ def test_the_grid_of_cells_follows_the_options(capsys: pytest.CaptureFixture[str
     assert all("pattern row" in line and "dtype bf16" in line for line in lines)
 
 
+def test_cells_are_matched_by_their_titles(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "quantizers", "--match", "codes 65536, width 16", "--dry-run"]) == 0
+    titles = capsys.readouterr().out.splitlines()
+    assert len(titles) == 2
+    assert all(title.endswith("rows 1024, codes 65536, width 16") for title in titles)
+
+
 @pytest.mark.parametrize(
     "words",
-    [["run", "attention", "--dtype", "fp8"], ["run", "attention", "--pattern", "spiral"], ["run", "chess"], ["chess"]],
+    [
+        ["run", "attention", "--dtype", "fp8"],
+        ["run", "quantizers", "--match", "dice"],
+        ["run", "attention", "--pattern", "spiral"],
+        ["run", "chess"],
+        ["chess"],
+    ],
 )
 def test_bad_options_are_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
