@@ -46,7 +46,7 @@ def sheet(
         captions: N texts in any of Latin, Cyrillic, Chinese and Korean; None for none.
         columns: pictures in a row.
         side: width of a picture on the sheet, in pixels.
-        heading, footer: a line above and below.
+        heading, footer: what stands above and below, in as many lines as it takes.
     """
     size = 13
     captions = [" ".join(caption[:_MOST_SHOWN].split()) for caption in captions or ()]
@@ -54,14 +54,16 @@ def sheet(
     line = size + 4
     text_height = max((len(lines) for lines in wrapped), default=0) * line + (4 if wrapped else 0)
     rows = math.ceil(len(images) / columns)
-    top = line + _GAP if heading else 0
+    width = columns * (side + _GAP) + _GAP
+    above = _wrap(heading, size + 1, width - 2 * _GAP) if heading else []
+    below = _wrap(footer, size - 3, width - 2 * _GAP) if footer else []
+    top = len(above) * line + _GAP if above else 0
     height = round(side * images[0].shape[1] / images[0].shape[2])
     cell = height + text_height + _GAP
-    width = columns * (side + _GAP) + _GAP
-    canvas = Image.new("RGB", (width, top + rows * cell + _GAP + (line if footer else 0)), "white")
+    canvas = Image.new("RGB", (width, top + rows * cell + _GAP + len(below) * line), "white")
     draw = ImageDraw.Draw(canvas)
-    if heading:
-        draw.text((_GAP, _GAP // 2), heading, fill="black", font=_font(heading, size + 1))
+    for number, text in enumerate(above):
+        draw.text((_GAP, _GAP // 2 + number * line), text, fill="black", font=_font(heading, size + 1))
     for index, image in enumerate(images):
         left, upper = _GAP + index % columns * (side + _GAP), top + _GAP + index // columns * cell
         canvas.paste(to_picture(image, side), (left, upper))
@@ -69,8 +71,8 @@ def sheet(
             font = _font(text, size)
             middle = left + (side - draw.textlength(text, font=font)) / 2
             draw.text((middle, upper + height + 2 + number * line), text, fill="black", font=font)
-    if footer:
-        draw.text((_GAP, canvas.height - line - 2), footer, fill="#666666", font=_font(footer, size - 3))
+    for number, text in enumerate(below, -len(below)):
+        draw.text((_GAP, canvas.height + number * line - 2), text, fill="#666666", font=_font(footer, size - 3))
     with replacing(path) as draft:
         canvas.save(draft, "png")
 

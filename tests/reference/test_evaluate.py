@@ -77,6 +77,16 @@ def test_sheet(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["sheet.png"]
 
 
+def test_headings_take_the_lines_that_they_need(tmp_path: Path) -> None:
+    heights = []
+    for heading in ("", "short", "what was given, what was made of it, and the picture"):
+        render.sheet(tmp_path / "sheet.png", torch.rand(2, 3, 12, 12), columns=2, side=48, heading=heading)
+        with Image.open(tmp_path / "sheet.png") as sheet:
+            heights.append(sheet.height)
+    none, one, several = heights
+    assert none < one < several
+
+
 def test_curves_skip_a_line_cut_short(tmp_path: Path) -> None:
     metrics = tmp_path / "metrics.jsonl"
     metrics.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n{"step": 3, "lo')
