@@ -108,9 +108,14 @@ class DataConfig(SourceConfig):
 
     held_out: float = 0.05
     """Share of the concepts that is kept out of training."""
+    one_per_concept: bool = False
+    """Train on the first picture of each concept only (for OpenMoji: leave out the variants by skin tone)."""
+    pictures: int | None = None
+    """Train on this many pictures, taken evenly; all where not given. Models of captions: of those that have one."""
 
     def __post_init__(self) -> None:
         require(self, "at least 0 and below 1", lambda value: 0 <= value < 1, "held_out")
+        require_positive(self, "pictures")
 
 
 @dataclass(frozen=True)
@@ -192,10 +197,6 @@ class TrainTransformerConfig:
     """Folder of a finished stage 1, or a file of converted weights."""
     model: transformer.TransformerConfig = transformer.PRESETS["demo"]
     data: StreamedDataConfig = field(default_factory=StreamedDataConfig)
-    one_per_concept: bool = False
-    """Keep only the first picture of each concept (for OpenMoji: leave out the variants by skin tone)."""
-    pictures: int | None = None
-    """Train on this many captioned pictures, taken evenly; all where not given."""
     bpe_dropout: float = 0.1
     """Probability with which a merge of the byte-pair encoding is left out, in training."""
     caption_dropout: float = 0.1
@@ -213,7 +214,6 @@ class TrainTransformerConfig:
     """What the backward pass computes anew, instead of having kept it, where memory is short."""
 
     def __post_init__(self) -> None:
-        require_positive(self, "pictures")
         require(self.model, "at least 256, one for each byte", lambda value: value >= 256, "vocab_text")
         require(self.model, "0: what is told vectors is a train-decoder", lambda value: value == 0, "latent")
         require_share(self, "bpe_dropout", "caption_dropout", "cell_dropout")
@@ -274,17 +274,12 @@ class TrainDecoderConfig:
     """Folder of a finished stage 1, or a file of converted weights."""
     model: transformer.TransformerConfig = unclip.TOKEN_DECODER
     data: DataConfig = field(default_factory=DataConfig)
-    one_per_concept: bool = False
-    """Keep only the first picture of each concept (for OpenMoji: leave out the variants by skin tone)."""
-    pictures: int | None = None
-    """Train on this many captioned pictures, taken evenly; all where not given."""
     vector_dropout: float = 0.1
     """Probability with which the vector is replaced by none, for classifier-free guidance."""
     cell_dropout: float = 0.0
     """Largest share of a picture's tokens that are hidden from the stream, and predicted all the same."""
 
     def __post_init__(self) -> None:
-        require_positive(self, "pictures")
         require_share(self, "vector_dropout", "cell_dropout")
 
 
@@ -297,15 +292,10 @@ class TrainPixelDecoderConfig:
     """Folder of a train-clip."""
     model: unclip.PixelDecoderConfig = unclip.PIXEL_DECODERS["demo"]
     data: DataConfig = field(default_factory=DataConfig)
-    one_per_concept: bool = False
-    """Keep only the first picture of each concept (for OpenMoji: leave out the variants by skin tone)."""
-    pictures: int | None = None
-    """Train on this many captioned pictures, taken evenly; all where not given."""
     vector_dropout: float = 0.1
     """Probability with which the vector is replaced by none, for classifier-free guidance."""
 
     def __post_init__(self) -> None:
-        require_positive(self, "pictures")
         require_share(self, "vector_dropout")
 
 
@@ -390,8 +380,7 @@ TRANSFORMER_PRESETS: dict[str, tuple[str, TrainTransformerConfig]] = {
             ),
             Path("runs/dvae"),
             transformer.PRESETS["demo"],
-            one_per_concept=True,
-            pictures=1024,
+            data=StreamedDataConfig(one_per_concept=True, pictures=1024),
             bpe_dropout=0.0,
         ),
     ),
@@ -405,8 +394,7 @@ TRANSFORMER_PRESETS: dict[str, tuple[str, TrainTransformerConfig]] = {
             transformer.TransformerConfig(
                 vocab_text=300, text_length=8, grid=(16, 8), layers=4, schedule="causal", text_weight=0.005
             ),
-            one_per_concept=True,
-            pictures=1024,
+            data=StreamedDataConfig(one_per_concept=True, pictures=1024),
             panels=True,
         ),
     ),
@@ -545,8 +533,7 @@ DECODER_PRESETS: dict[str, tuple[str, TrainDecoderConfig | TrainPixelDecoderConf
             _run("runs/decoder", steps=3000, batch=16, learning_rate=3e-3, beta2=0.96, weight_decay=4.5e-2),
             Path("runs/clip"),
             Path("runs/dvae"),
-            one_per_concept=True,
-            pictures=300,
+            data=DataConfig(one_per_concept=True, pictures=300),
             cell_dropout=1.0,
         ),
     ),

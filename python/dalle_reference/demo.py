@@ -145,7 +145,7 @@ def _configs(config: DemoConfig, device: torch.device) -> tuple[TrainDVAEConfig,
             stage_2,
             run=replace(stage_2.run, out=config.out / "transformer", **often, **places),
             dvae=config.out / "dvae",
-            one_per_concept=True,
+            data=replace(stage_2.data, one_per_concept=True),
         ),
     )
 
@@ -220,7 +220,7 @@ def asked(config: DemoConfig) -> Asked:
     device = resolve_device(config.device)
     _, stage_2 = _configs(config, device)
     model, tokenizer, dvae = load_transformer(stage_2.run.out, device)
-    training = train.select_training(stage_2, dvae.config.resolution)
+    training = train.captioned_training(stage_2.data, dvae.config.resolution, config.cache)
     chosen, captions = _choose(training)
     text = tokenizer.encode(captions, model.config.caption_length).to(device)
     gallery = train.tokenize_pictures(dvae, training.images)
@@ -236,7 +236,7 @@ def _samples(
 ) -> dict[str, Any]:
     """Draws pictures of 64 captions, a quarter in each language; writes samples.png; measures the retrieval."""
     device = next(model.parameters()).device
-    training = train.select_training(stage_2, dvae.config.resolution)
+    training = train.captioned_training(stage_2.data, dvae.config.resolution, config.cache)
     gallery = train.tokenize_pictures(dvae, training.images)
     chosen, captions = _choose(training)
     text = tokenizer.encode(captions, model.config.caption_length).to(device)

@@ -165,8 +165,8 @@ def _best_of(config: FamilyConfig, clip: CLIP, judge_tokenizer: CaptionTokenizer
     """
     device = clip.log_scale.device
     model, tokenizer, dvae = load_transformer(config.demo / "transformer", device)
-    settings = replace(TRANSFORMER_PRESETS["demo"][1], run=_cached(config))
-    training = train.select_training(settings, dvae.config.resolution)
+    data = TRANSFORMER_PRESETS["demo"][1].data
+    training = train.captioned_training(data, dvae.config.resolution, config.cache)
     gallery = train.tokenize_pictures(dvae, training.images)
     chosen = _some(len(training))[:_JUDGED]
     texts = _captions(training.records, chosen)
@@ -198,7 +198,7 @@ def _best_of(config: FamilyConfig, clip: CLIP, judge_tokenizer: CaptionTokenizer
 def _panels(config: FamilyConfig, stage: TrainTransformerConfig, device: torch.device) -> dict[str, str]:
     """Pictures that were seen, changed in ways that were seen, but not of these pictures: how often that was done."""
     model, tokenizer, dvae = load_transformer(stage.run.out, device)
-    _, held_out = pairs(train.select_training(replace(stage, panels=False), dvae.config.resolution))
+    _, held_out = pairs(train.captioned_training(stage.data, dvae.config.resolution, config.cache))
     held_out = held_out.take(_some(len(held_out)).tolist())
     above = held_out.images[:, :, : dvae.config.resolution]
     given = train.tokenize_pictures(dvae, above)
@@ -255,11 +255,11 @@ def _decoder(config: FamilyConfig, stage: Any, device: torch.device) -> dict[str
     decoder, clip = load_decoder(stage.run.out, device)
     prior, _, tokenizer = load_prior(config.out / "prior", device)
     assert isinstance(decoder, TokenDecoder)
-    training = train.select_training(stage, decoder.dvae.config.resolution)
+    training = train.captioned_training(stage.data, decoder.dvae.config.resolution, config.cache)
     gallery = train.tokenize_pictures(decoder.dvae, training.images)
     chosen = _some(len(training))
     texts = _captions(training.records, chosen)
-    seen = train.select_training(stage, clip.config.resolution).images[torch.from_numpy(chosen)]
+    seen = train.captioned_training(stage.data, clip.config.resolution, config.cache).take(chosen.tolist()).images
     tokens = caption_tokens(texts, tokenizer, clip.config).to(device)
     said, shown = caption_vectors(clip, tokenizer, texts), picture_vectors(clip, seen)
     table = {}
@@ -283,10 +283,6 @@ def _decoder(config: FamilyConfig, stage: Any, device: torch.device) -> dict[str
         footer=OPENMOJI_CREDIT,
     )
     return table
-
-
-def _cached(config: FamilyConfig) -> Any:
-    return replace(TRANSFORMER_PRESETS["demo"][1].run, cache=config.cache)
 
 
 def _some(count: int) -> np.ndarray:

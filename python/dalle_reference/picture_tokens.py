@@ -23,7 +23,7 @@ from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from dalle_reference.data import PictureSet, ShardedPictures
-from dalle_reference.data.pictures import on_held_out_side
+from dalle_reference.data.pictures import first_of_each, on_held_out_side
 from dalle_reference.dvae import DiscreteVAE
 from dalle_reference.errors import UserError
 from dalle_reference.files import replacing
@@ -114,7 +114,7 @@ class TokenShards:
 
     def one_per_concept(self) -> TokenShards:
         """The first picture of each concept."""
-        return self.take(np.sort(np.unique(self.concepts[self.chosen], return_index=True)[1]))
+        return self.take(first_of_each(self.concepts[self.chosen]))
 
     def split(self, held_out: float) -> tuple[TokenShards, TokenShards]:
         """(training, held out), as `PictureSet.split`."""

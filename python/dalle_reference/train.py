@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sized
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,15 +12,8 @@ import torch
 from dalle_kernels.nn import VectorQuantizer
 from dalle_reference import checkpoint, render, schedules
 from dalle_reference.clip import CLIP, CLIPLoss, caption_tokens
-from dalle_reference.config import (
-    TrainCLIPConfig,
-    TrainDecoderConfig,
-    TrainDVAEConfig,
-    TrainPixelDecoderConfig,
-    TrainTransformerConfig,
-    to_json,
-)
-from dalle_reference.data import PictureSet, load_pictures, open_pictures, pairs
+from dalle_reference.config import DataConfig, TrainCLIPConfig, TrainDVAEConfig, TrainTransformerConfig, to_json
+from dalle_reference.data import PictureSet, load_pictures, open_pictures, pairs, split_pictures
 from dalle_reference.data.sources import find_shards
 from dalle_reference.dvae import DiscreteVAE, DVAEOutput
 from dalle_reference.errors import UserError
@@ -41,7 +33,6 @@ from dalle_reference.picture_tokens import TokenSet, TokenShards, is_tokens, tok
 from dalle_reference.tokenizer import PADDING, CaptionTokenizer
 from dalle_reference.transformer import NO_TOKEN, DalleTransformer, TransformerLoss
 
-S = TypeVar("S", PictureSet, TokenShards)
 _SHOWN, _FITTED = 16, 400
 _READ_BATCH = 128
 """Pictures that CLIP reads at a time."""
@@ -62,8 +53,7 @@ def train_dvae(config: TrainDVAEConfig, world: World) -> Path:
             f"accumulate: got {run_config.accumulate}, wanted 1: {kind} goes by a batch's features as a whole"
         )
     pictures = world.main_first(lambda: open_pictures(config.data, config.model.resolution, run_config.cache))
-    training, held_out = pictures.split(config.data.held_out)
-    require_pictures(training, config.data.source)
+    training, held_out = split_pictures(pictures, config.data)
     kept = held_out if len(held_out) else training
     shown = world.first(lambda: kept.pictures(range(min(_SHOWN, len(kept))))).to(device).float() / 255.0
     torch.manual_seed(run_config.seed)
@@ -202,8 +192,7 @@ def train_clip(config: TrainCLIPConfig, world: World) -> Path:
         raise UserError(f"accumulate: got {run_config.accumulate}, wanted 1: CLIP compares all pictures of a batch")
     data, side = config.data, model_config.resolution
     pictures = world.main_first(lambda: load_pictures(data.source, side, run_config.cache, data.caption_field))
-    pictures = pictures.captioned()
-    training, held_out = pictures.split(config.data.held_out)
+    training, held_out = split_pictures(pictures.captioned(), data, "captioned pictures")
     variants: dict[str, list[int]] = {}
     for index, record in enumerate(training.records):
         variants.setdefault(record.concept, []).append(index)
@@ -279,7 +268,9 @@ def _training_tokens(config: TrainTransformerConfig, dvae: DiscreteVAE, world: W
         return False
 
     if world.first(in_memory):
-        training = world.main_first(lambda: select_training(config, resolution))
+        training = world.main_first(lambda: captioned_training(config.data, resolution, config.run.cache))
+        if config.panels:
+            training, _ = pairs(training)
         return TokenSet(tokenize_pictures(dvae, training.images, world), training)
     if not is_tokens(source):
         pictures = world.main_first(lambda: open_pictures(config.data, resolution, config.run.cache))
@@ -287,40 +278,19 @@ def _training_tokens(config: TrainTransformerConfig, dvae: DiscreteVAE, world: W
         tokenize(dvae, pictures, source, world)
     with world.together():
         shards = TokenShards.open(source, dvae)
-    return _select(shards, config)
+    return split_pictures(shards, config.data, "captioned pictures")[0]
 
 
-def select_training(
-    config: TrainTransformerConfig | TrainDecoderConfig | TrainPixelDecoderConfig, resolution: int
-) -> PictureSet:
+def captioned_training(data: DataConfig, resolution: int, cache: Path | None) -> PictureSet:
     """The captioned pictures that stage 2, or a decoder, trains on."""
-    pictures = load_pictures(config.data.source, resolution, config.run.cache, config.data.caption_field)
-    training = _select(pictures.captioned(), config)
-    if isinstance(config, TrainTransformerConfig) and config.panels:
-        training, _ = pairs(training)
-    return training
-
-
-def _select(captioned: S, config: TrainTransformerConfig | TrainDecoderConfig | TrainPixelDecoderConfig) -> S:
-    training, _ = captioned.split(config.data.held_out)
-    require_pictures(training, f"{config.data.source}, with captions")
-    if config.one_per_concept:
-        training = training.one_per_concept()
-    if config.pictures is not None and config.pictures < len(training):
-        training = training.take([i * len(training) // config.pictures for i in range(config.pictures)])
-    return training
+    pictures = load_pictures(data.source, resolution, cache, data.caption_field)
+    return split_pictures(pictures.captioned(), data, "captioned pictures")[0]
 
 
 def hide_cells(tokens: torch.Tensor, most: float, chance: np.random.Generator) -> torch.Tensor:
     """Tokens of pictures, int64 [B, L], with `NO_TOKEN` in place of a share of each one's, drawn from 0 to `most`."""
     share = most * chance.random((len(tokens), 1))
     return tokens.masked_fill(torch.from_numpy(chance.random(tokens.shape) < share), NO_TOKEN)
-
-
-def require_pictures(pictures: Sized, source: str) -> None:
-    """Raises UserError where there are none."""
-    if not len(pictures):
-        raise UserError(f"{source}: no pictures to train on")
 
 
 def keep_checkpoint(source: Path, target: Path, kind: str) -> None:

@@ -20,7 +20,7 @@ from dalle_reference.config import (
     TrainPriorConfig,
     to_json,
 )
-from dalle_reference.data import PictureSet, load_pictures
+from dalle_reference.data import PictureSet, load_pictures, split_pictures
 from dalle_reference.errors import UserError
 from dalle_reference.judge import caption_vectors, picture_vectors
 from dalle_reference.load import load_clip, load_dvae, require_grid
@@ -28,7 +28,7 @@ from dalle_reference.loop import Run, alone_in_its_folder, batch_indices, sample
 from dalle_reference.parallel import World
 from dalle_reference.pixels import PixelTransformer, bits_per_dimension, fit_palette
 from dalle_reference.tokenizer import CaptionTokenizer
-from dalle_reference.train import hide_cells, keep_checkpoint, require_pictures, select_training, tokenize_pictures
+from dalle_reference.train import captioned_training, hide_cells, keep_checkpoint, tokenize_pictures
 from dalle_reference.transformer import NO_TOKEN, DalleTransformer
 from dalle_reference.unclip import PixelDecoder, Prior, TokenDecoder, make_prior
 
@@ -47,8 +47,7 @@ def train_pixels(config: TrainPixelsConfig, world: World) -> Path:
     run_config = config.run
     device = world.device
     pictures = world.main_first(lambda: load_pictures(config.data.source, config.model.resolution, run_config.cache))
-    training, held_out = pictures.split(config.data.held_out)
-    require_pictures(training, config.data.source)
+    training, held_out = split_pictures(pictures, config.data)
     images = training.images
     shown = (held_out if len(held_out) else training).one_per_concept()
     torch.manual_seed(run_config.seed)
@@ -154,8 +153,7 @@ def train_prior(config: TrainPriorConfig, world: World) -> Path:
         )
     data, side = config.data, clip.config.resolution
     pictures = world.main_first(lambda: load_pictures(data.source, side, run_config.cache, data.caption_field))
-    training, held_out = pictures.captioned().split(config.data.held_out)
-    require_pictures(training, f"{config.data.source}, with captions")
+    training, held_out = split_pictures(pictures.captioned(), data, "captioned pictures")
     captions = [list(record.captions.values()) for record in training.records]
     first = np.cumsum([0, *map(len, captions[:-1])])
     said = caption_vectors(clip, tokenizer, [text for texts in captions for text in texts])
@@ -320,8 +318,9 @@ def _vectors_to_decode(
     if embedding != clip.config.embedding:
         option = "--latent" if isinstance(config, TrainDecoderConfig) else "--embedding"
         raise UserError(f"{source}: its vectors are {option} {clip.config.embedding}, the decoder's {embedding}")
-    training = world.main_first(lambda: select_training(config, resolution))
-    seen = world.main_first(lambda: select_training(config, clip.config.resolution))
+    data, cache = config.data, config.run.cache
+    training = world.main_first(lambda: captioned_training(data, resolution, cache))
+    seen = world.main_first(lambda: captioned_training(data, clip.config.resolution, cache))
     if not config.run.resume:
         world.first(lambda: keep_clip(config.clip_run, kept))
     return training, picture_vectors(clip, seen.images)

@@ -4,6 +4,7 @@ import collections
 import io
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -24,6 +25,7 @@ from dalle_reference.data import (
     load_pictures,
     open_pictures,
     pairs,
+    split_pictures,
 )
 from dalle_reference.data.openmoji import LANGUAGES
 from dalle_reference.data.pictures import Record
@@ -340,6 +342,20 @@ def test_shards_are_read_where_they_lie(many: str, tmp_path: Path) -> None:
     (batch,) = pictures.batches([range(20)])
     assert batch.captions[7] == ["number 7", "n7"]
     assert batch.captions == [list(record.captions.values()) for record in whole.records]
+
+
+def test_what_to_train_on_is_chosen_alike_in_memory_and_in_shards(many: str, tmp_path: Path) -> None:
+    shutil.copytree(tmp_path / "many", tmp_path / "variants")
+    data = StreamedDataConfig(f"{many}::{tmp_path}/variants/*.tar", held_out=0.4, one_per_concept=True, pictures=5)
+    every, _ = load_pictures(many, 8, tmp_path / "cache").split(0.4)
+    evenly = [number * len(every) // 5 for number in range(5)]
+    for pictures in (load_pictures(data.source, 8, tmp_path / "cache"), streamed(data.source, tmp_path)):
+        assert len(pictures) == 40
+        training, held_out = split_pictures(pictures, data)
+        assert torch.equal(training.pictures(range(len(training))), every.images[evenly])
+        assert len(held_out) == 40 - 2 * len(every)
+    with pytest.raises(UserError, match="openmoji: no captioned pictures to train on"):
+        split_pictures(every.take([]), StreamedDataConfig(), "captioned pictures")
 
 
 def test_the_index_is_made_once_and_anew_for_other_shards(

@@ -26,7 +26,7 @@ def test_demo_leaves_all_it_promises(
     stage_2 = replace(
         stage_2,
         model=replace(stage_2.model, grid=(8, 8), vocab_image=32, layers=2, heads=2, head_dim=16, vocab_text=512),
-        pictures=80,
+        data=replace(stage_2.data, pictures=80),
         run=replace(stage_2.run, steps=50),
     )
     monkeypatch.setitem(demo.TRANSFORMER_PRESETS, "demo", (description, stage_2))

@@ -19,15 +19,17 @@ from tests.reference.test_train import refused
 def test_the_family_leaves_one_table_and_its_sheets(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def shrink(presets: dict[str, Any], name: str, steps: int, **changes: Any) -> None:
+    def shrink(presets: dict[str, Any], name: str, steps: int, few: bool = False, **changes: Any) -> None:
         description, config = presets[name]
         small = replace(config, run=replace(config.run, steps=steps), **changes)
+        if few:
+            small = replace(small, data=replace(small.data, pictures=70))
         monkeypatch.setitem(presets, name, (description, small))
 
     shape = replace(demo.TRANSFORMER_PRESETS["demo"][1].model, layers=2, head_dim=16, vocab_text=512)
     shape = replace(shape, grid=(8, 8), vocab_image=32)
     shrink(demo.DVAE_PRESETS, "demo", 2, model=dvae.PRESETS["tiny"])
-    shrink(demo.TRANSFORMER_PRESETS, "demo", 2, model=shape, pictures=70)
+    shrink(demo.TRANSFORMER_PRESETS, "demo", 2, few=True, model=shape)
     tiny_clip = replace(clip.PRESETS["tiny"], vocab_text=512)
     shrink(family.CLIP_PRESETS, "demo", 2, model=tiny_clip)
     shrink(family.PIXELS_PRESETS, "bytes", 2, model=pixels.PRESETS["tiny"])
@@ -37,9 +39,9 @@ def test_the_family_leaves_one_table_and_its_sheets(
         )
         shrink(family.PRIOR_PRESETS, kind, 2, model=small)
     small_decoder = replace(unclip.TOKEN_DECODER, latent=8, layers=2, head_dim=16)
-    shrink(family.DECODER_PRESETS, "tokens", 2, model=small_decoder, pictures=70)
+    shrink(family.DECODER_PRESETS, "tokens", 2, few=True, model=small_decoder)
     small_panels = replace(family.TRANSFORMER_PRESETS["panels"][1].model, layers=2, head_dim=16)
-    shrink(family.TRANSFORMER_PRESETS, "panels", 2, model=small_panels, pictures=70)
+    shrink(family.TRANSFORMER_PRESETS, "panels", 2, few=True, model=small_panels)
     monkeypatch.setattr(family, "_CANDIDATES", 8)
 
     cache = ["--cache", str(tmp_path / "cache"), "--device", "cpu"]

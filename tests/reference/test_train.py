@@ -333,6 +333,7 @@ def test_refusals(stage_1: Path, common: list[str], tmp_path: Path, capsys: pyte
         ("train-dvae demo --out /dev/null/run", "/dev/null/run: Not a directory"),
         ("train-dvae demo --out /proc/run", "/proc/run: No such file"),
         ("train-transformer demo --pictures 0", "pictures: got 0, wanted at least 1"),
+        ("train-clip demo --pictures 3", "batch: got 64, but openmoji shows 3 concepts to learn"),
         ("train-transformer demo --bpe-dropout 2", "bpe_dropout: got 2.0, wanted 0 to 1"),
         ("train-transformer demo --caption-dropout -0.5", "caption_dropout: got -0.5"),
         ("train-transformer demo --cell-dropout 1.5", "cell_dropout: got 1.5"),

@@ -4,7 +4,7 @@ from dalle_reference.data.openmoji import CREDIT as OPENMOJI_CREDIT
 from dalle_reference.data.panels import CHANGES, pairs
 from dalle_reference.data.pictures import PictureSet, decode_picture
 from dalle_reference.data.shards import MOST_PICTURE_BYTES, ShardedPictures
-from dalle_reference.data.sources import load_pictures, open_pictures
+from dalle_reference.data.sources import load_pictures, open_pictures, split_pictures
 
 __all__ = [
     "CHANGES",
@@ -16,4 +16,5 @@ __all__ = [
     "load_pictures",
     "open_pictures",
     "pairs",
+    "split_pictures",
 ]

@@ -122,6 +122,11 @@ def concept_number(concept: str) -> int:
     return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "big") >> 1
 
 
+def first_of_each(concepts: np.ndarray) -> np.ndarray:
+    """The places, in order, at which concepts stand for the first time."""
+    return np.sort(np.unique(concepts, return_index=True)[1])
+
+
 def on_held_out_side(concepts: np.ndarray, share: float) -> np.ndarray:
     """Which of `concepts`, int64 [N], are kept out of training."""
     return concepts < int(share * 2.0**63)

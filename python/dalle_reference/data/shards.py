@@ -27,7 +27,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from dalle_reference.data.pictures import Batch, concept_number, decode_picture, on_held_out_side
+from dalle_reference.data.pictures import Batch, concept_number, decode_picture, first_of_each, on_held_out_side
 from dalle_reference.errors import UserError
 from dalle_reference.files import replacing
 
@@ -180,10 +180,18 @@ class ShardedPictures:
     def __len__(self) -> int:
         return len(self.chosen)
 
+    def take(self, indices: list[int] | np.ndarray) -> ShardedPictures:
+        """The pictures at `indices`, in that order."""
+        return replace(self, chosen=self.chosen[indices])
+
+    def one_per_concept(self) -> ShardedPictures:
+        """The first picture of each sample's name."""
+        return self.take(first_of_each(self.index["concept"][self.chosen]))
+
     def split(self, held_out: float) -> tuple[ShardedPictures, ShardedPictures]:
         """(training, held out), by the samples' names, as `PictureSet.split`."""
         out = on_held_out_side(self.index["concept"][self.chosen], held_out)
-        return replace(self, chosen=self.chosen[~out]), replace(self, chosen=self.chosen[out])
+        return self.take(np.flatnonzero(~out)), self.take(np.flatnonzero(out))
 
     def pictures(self, indices: Sequence[int]) -> torch.Tensor:
         """uint8 [n, 3, S, S], decoded here and now; in an unreadable one's place its nearest readable successor."""

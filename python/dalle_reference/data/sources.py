@@ -7,7 +7,7 @@ import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, Self, TypeVar
 
 import torch
 from braceexpand import braceexpand
@@ -27,9 +27,21 @@ from dalle_reference.errors import UserError
 from dalle_reference.files import read_bounded
 
 if TYPE_CHECKING:
-    from dalle_reference.config import StreamedSourceConfig
+    from dalle_reference.config import DataConfig, StreamedSourceConfig
 
 _CACHE_VERSION = 3
+
+
+class _Pictures(Protocol):
+    """What all sets of pictures can be asked, those in memory, in shards, and as tokens."""
+
+    def __len__(self) -> int: ...
+    def take(self, indices: list[int]) -> Self: ...
+    def one_per_concept(self) -> Self: ...
+    def split(self, held_out: float) -> tuple[Self, Self]: ...
+
+
+P = TypeVar("P", bound=_Pictures)
 
 
 def default_cache() -> Path:
@@ -100,6 +112,25 @@ def open_pictures(
         broken=data.broken,
         stamp=_stamp(shards),
     )
+
+
+def split_pictures(pictures: P, data: DataConfig, what: str = "pictures") -> tuple[P, P]:
+    """(training, held out), as a configuration says; it may leave out some of those to train on.
+
+    Args:
+        what: they are, for the error.
+
+    Raises:
+        UserError: if there is nothing to train on.
+    """
+    training, held_out = pictures.split(data.held_out)
+    if not len(training):
+        raise UserError(f"{data.source}: no {what} to train on")
+    if data.one_per_concept:
+        training = training.one_per_concept()
+    if data.pictures is not None and data.pictures < len(training):
+        training = training.take([number * len(training) // data.pictures for number in range(data.pictures)])
+    return training, held_out
 
 
 def find_shards(source: str) -> list[Path]:
