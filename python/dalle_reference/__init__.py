@@ -2,5 +2,6 @@
 
 To read it from picture to picture: `dvae` (pictures to tokens and back), `transformer` (captions and tokens as one
 stream), `train` (both stages, on `loop`), `generate` (tokens drawn one after the other), `clip` (the judge of what was
-drawn). Then the relatives: `pixels` (Sparse Transformers and Image GPT), `unclip` (DALL-E 2), on `train_family`.
+drawn). Then the relatives: `pixels` (Sparse Transformers and Image GPT), `unclip` and `prior` (DALL-E 2), on
+`train_family`.
 """

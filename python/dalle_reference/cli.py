@@ -15,7 +15,7 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from dalle_reference import checkpoint, demo, family, plan, render, train, train_family, weights
+from dalle_reference import checkpoint, demo, family, plan, render, sheets, train, train_family, weights
 from dalle_reference.clip import caption_tokens
 from dalle_reference.config import (
     CLIP_PRESETS,
@@ -47,6 +47,7 @@ from dalle_reference.parallel import Elsewhere, joined, resolve_device
 from dalle_reference.picture_tokens import tokenize
 from dalle_reference.tokenizer import CaptionTokenizer
 from dalle_reference.unclip import between
+from dalle_reference.views import Judge, Painter
 
 _AT_ONCE, _DECODED_AT_ONCE = 256, 16
 """Pictures that are drawn, or judged, at a time; and those that the dVAE decodes, which takes more memory for each."""
@@ -373,7 +374,7 @@ def _complete(config: Annotated[CompleteConfig, tyro.conf.arg(name="")]) -> None
     if rows > side:
         raise UserError(f"rows: got {rows}, wanted 0 to {side}, the rows of pixels in a picture")
     pictures = _read_pictures(config.pictures, side).to(model.palette.device)
-    train_family.completion_sheet(
+    sheets.completion_sheet(
         config.out, model, pictures, rows, number=config.number, seed=config.seed, temperature=config.temperature
     )
     print(f"wrote {config.out}")
@@ -413,7 +414,7 @@ def _variations(config: Annotated[VariationsConfig, tyro.conf.arg(name="")]) -> 
     require_output(config.out, ".png")
     decoder, clip = load_decoder(config.model, resolve_device(config.device), config.temperature)
     pictures = _read_pictures(config.pictures, clip.config.resolution)
-    train_family.variation_sheet(
+    sheets.variation_sheet(
         config.out,
         decoder,
         pictures,
@@ -633,8 +634,8 @@ def _serve(config: Annotated[ServeConfig, tyro.conf.arg(name="")]) -> None:
     except ModuleNotFoundError as error:
         raise UserError(f"{error.name} is not installed; pip install 'dalle_kernels[serve]' brings it") from error
     device = resolve_device(config.device)
-    painter = None if config.model is None else serve.Painter(*load_transformer(config.model, device))
-    judge = None if config.clip is None else serve.Judge(*load_clip(config.clip, device))
+    painter = None if config.model is None else Painter(*load_transformer(config.model, device))
+    judge = None if config.clip is None else Judge(*load_clip(config.clip, device))
     serve.serve(serve.make_page(painter, judge), config.host, config.port)
 
 

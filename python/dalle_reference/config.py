@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from dalle_reference import clip, dvae, pixels, transformer, unclip
+from dalle_reference import clip, dvae, pixels, prior, transformer, unclip
 from dalle_reference.errors import require, require_amount, require_positive, require_seed, require_share
 
 
@@ -252,7 +252,7 @@ class TrainPriorConfig:
     run: RunConfig
     clip_run: Path
     """Folder of a train-clip."""
-    model: unclip.PriorConfig = unclip.PRIORS["diffusion"]
+    model: prior.PriorConfig = prior.PRIORS["diffusion"]
     data: DataConfig = field(default_factory=DataConfig)
     bpe_dropout: float = 0.1
     """Probability with which a merge of the byte-pair encoding is left out, in training."""
@@ -517,7 +517,7 @@ PRIOR_PRESETS: dict[str, tuple[str, TrainPriorConfig]] = {
                 weight_decay=6e-2,
             ),
             Path("runs/clip"),
-            unclip.PRIORS[name],
+            prior.PRIORS[name],
         ),
     )
     for name, description in (

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
+import torch.nn.functional as F
+
+from dalle_reference.clip import CLIP, caption_tokens
+from dalle_reference.data import PictureSet
+from dalle_reference.judge import caption_vectors, picture_vectors
+from dalle_reference.pixels import PixelConfig, PixelTransformer, bits_per_dimension
+from dalle_reference.prior import Prior
+from dalle_reference.tokenizer import CaptionTokenizer
 
 
 class Retrieval(NamedTuple):
@@ -69,3 +78,43 @@ def codebook_use(indices: torch.Tensor, vocab: int) -> dict[str, float]:
     share = torch.bincount(indices.flatten(), minlength=vocab).double() / indices.numel()
     entropy = -torch.special.xlogy(share, share).sum()
     return {"codebook_usage": float((share > 0).double().mean()), "codebook_perplexity": float(entropy.exp())}
+
+
+@torch.no_grad()
+def pixel_loss(model: PixelTransformer, pictures: PictureSet, batch: int = 16) -> float:
+    """Nats a token of pictures; one picture a concept, or copies would be counted that differ in a tone."""
+    device, chance = model.palette.device, np.random.default_rng(0)
+    total, count = 0.0, 0
+    for part in pictures.one_per_concept().images.split(batch):
+        hidden = model.hide([chance] * len(part))
+        total += len(part) * float(model.loss(part.to(device), None if hidden is None else hidden.to(device)))
+        count += len(part)
+    return total / count
+
+
+def likelihood(config: PixelConfig, nats: float) -> str:
+    """A loss as its literature states it."""
+    return f"{nats:.3f} nats a pixel" if config.colours else f"{bits_per_dimension(nats):.3f} bits a dimension"
+
+
+@torch.no_grad()
+def prior_cosines(
+    prior: Prior, clip: CLIP, tokenizer: CaptionTokenizer, pictures: PictureSet, mean: torch.Tensor, seed: int
+) -> dict[str, float]:
+    """Mean cosine to CLIP's vectors of pictures, one a concept, of what may stand for them.
+
+    That is: what the prior draws for a caption, in each language in turn; the better of two of its draws by the
+    caption; the caption's own vector; and `mean`, that of the training pictures' vectors.
+    """
+    pictures = pictures.one_per_concept()
+    captions = [list(record.captions.values()) for record in pictures.records]
+    texts = [some[number % len(some)] for number, some in enumerate(captions)]
+    tokens = caption_tokens(texts, tokenizer, clip.config).to(mean.device)
+    said, shown = caption_vectors(clip, tokenizer, texts), picture_vectors(clip, pictures.images)
+    guesses = {
+        "one draw": prior.draw(tokens, said, seed=seed, among=1),
+        "best of two": prior.draw(tokens, said, seed=seed, among=2),
+        "caption": said,
+        "mean": F.normalize(mean, dim=0).expand_as(shown),
+    }
+    return {name: float((guess * shown).sum(dim=-1).mean()) for name, guess in guesses.items()}

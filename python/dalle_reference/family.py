@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dalle_reference import render, train, train_family
+from dalle_reference import render, sheets, train, train_family
 from dalle_reference.clip import CLIP, caption_tokens
 from dalle_reference.config import (
     CLIP_PRESETS,
@@ -25,10 +25,10 @@ from dalle_reference.data import CHANGES, OPENMOJI_CREDIT, PictureSet, load_pict
 from dalle_reference.data.openmoji import LANGUAGES
 from dalle_reference.demo import SAMPLING, plan, timed
 from dalle_reference.errors import UserError, require
-from dalle_reference.evaluate import retrieval, right_shares
+from dalle_reference.evaluate import likelihood, pixel_loss, prior_cosines, retrieval, right_shares
 from dalle_reference.files import exclusive, replacing
 from dalle_reference.generate import generate
-from dalle_reference.judge import agreement, caption_vectors, picture_vectors
+from dalle_reference.judge import agreement, caption_vectors, name_pictures, picture_vectors
 from dalle_reference.load import load_clip, load_decoder, load_dvae, load_pixels, load_prior, load_transformer
 from dalle_reference.loop import Interrupted
 from dalle_reference.parallel import World, resolve_device
@@ -137,7 +137,7 @@ def _names(config: FamilyConfig, clip: CLIP, tokenizer: CaptionTokenizer) -> dic
     chance = 1 / len(held_out.one_per_concept())
     names = {
         f"CLIP, held-out names, {language}": f"{share:.1%} right at first guess, {share / chance:.0f} times chance"
-        for language, share in train.name_pictures(clip, tokenizer, held_out).items()
+        for language, share in name_pictures(clip, tokenizer, held_out).items()
     }
     return names | {"CLIP, held-out concepts, one of five skin tones": f"{_tones(clip, tokenizer, held_out):.1%} right"}
 
@@ -225,9 +225,9 @@ def _pixels(config: FamilyConfig, stage: Any, device: torch.device) -> dict[str,
     model = load_pixels(stage.run.out, device)
     pictures = load_pictures(stage.data.source, model.config.resolution, config.cache)
     held_out = pictures.split(stage.data.held_out)[1].one_per_concept()
-    nats = train_family.pixel_loss(model, held_out)
+    nats = pixel_loss(model, held_out)
     which = torch.linspace(0, len(held_out) - 1, min(6, len(held_out))).long()
-    train_family.completion_sheet(
+    sheets.completion_sheet(
         config.out / "completions.png",
         model,
         held_out.images[which].to(device),
@@ -237,7 +237,7 @@ def _pixels(config: FamilyConfig, stage: Any, device: torch.device) -> dict[str,
         heading="Held-out pictures: what was given, what the transformer of pixels makes of it, and the picture",
         footer=pictures.credit,
     )
-    return {"pixels, held-out pictures": train_family.likelihood(stage, nats)}
+    return {"pixels, held-out pictures": likelihood(stage.model, nats)}
 
 
 def _prior(config: FamilyConfig, name: str, folder: Path, device: torch.device) -> dict[str, str]:
@@ -246,7 +246,7 @@ def _prior(config: FamilyConfig, name: str, folder: Path, device: torch.device) 
     pictures = load_pictures(data.source, clip.config.resolution, config.cache).captioned()
     training, held_out = pictures.split(data.held_out)
     mean = picture_vectors(clip, training.images).mean(dim=0)
-    cosines = train_family.prior_cosines(prior, clip, tokenizer, held_out, mean, _SEED)
+    cosines = prior_cosines(prior, clip, tokenizer, held_out, mean, _SEED)
     return {f"{name} prior, held-out cosine": ", ".join(f"{what} {value:.3f}" for what, value in cosines.items())}
 
 
@@ -271,7 +271,7 @@ def _decoder(config: FamilyConfig, stage: Any, device: torch.device) -> dict[str
         drawn = decoder.draw_tokens(vectors, seed=_SEED, guidance_scale=1.5).cpu()
         found = retrieval(drawn, torch.from_numpy(chosen), gallery)
         table[f"unCLIP's decoder of {name}"] = f"{found.right:.1%} right of {found.candidates}"
-    train_family.variation_sheet(
+    sheets.variation_sheet(
         config.out / "variations.png",
         decoder,
         training.images[torch.from_numpy(chosen[:6])],

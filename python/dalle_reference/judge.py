@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from dalle_reference.clip import CLIP, caption_tokens
+from dalle_reference.data import PictureSet
 from dalle_reference.tokenizer import CaptionTokenizer
 
 _AT_ONCE = 128
@@ -59,3 +60,16 @@ def name_shares(
     said = caption_vectors(clip, tokenizer, captions).unflatten(0, (len(names), -1))
     wanted = F.normalize(said.mean(dim=1), dim=-1)
     return (clip.scale * picture_vectors(clip, pictures) @ wanted.T).softmax(dim=1)
+
+
+@torch.no_grad()
+def name_pictures(clip: CLIP, tokenizer: CaptionTokenizer, pictures: PictureSet) -> dict[str, float]:
+    """How often the nearest of all concepts' captions is a picture's own, by language; one picture a concept."""
+    shares = {}
+    for language in sorted({language for record in pictures.records for language in record.captions}):
+        named = [index for index, record in enumerate(pictures.records) if language in record.captions]
+        chosen = pictures.take(named).one_per_concept()
+        names = [record.captions[language] for record in chosen.records]
+        guesses = (picture_vectors(clip, chosen.images) @ caption_vectors(clip, tokenizer, names).T).argmax(dim=1)
+        shares[language] = float((guesses.cpu() == torch.arange(len(chosen))).double().mean())
+    return shares

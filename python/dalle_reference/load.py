@@ -13,9 +13,10 @@ from dalle_reference.clip import CLIP, CLIPConfig
 from dalle_reference.dvae import DiscreteVAE, DVAEConfig
 from dalle_reference.errors import UserError
 from dalle_reference.pixels import PixelConfig, PixelTransformer
+from dalle_reference.prior import Prior, PriorConfig, make_prior
 from dalle_reference.tokenizer import CaptionTokenizer
 from dalle_reference.transformer import DalleTransformer, TransformerConfig
-from dalle_reference.unclip import PixelDecoder, PixelDecoderConfig, Prior, PriorConfig, TokenDecoder, make_prior
+from dalle_reference.unclip import PixelDecoder, PixelDecoderConfig, TokenDecoder
 
 
 def load_dvae(run: Path, device: torch.device) -> DiscreteVAE:

@@ -19,6 +19,7 @@ from dalle_reference.dvae import DiscreteVAE, DVAEOutput
 from dalle_reference.errors import UserError
 from dalle_reference.evaluate import codebook_use, psnr
 from dalle_reference.generate import generate
+from dalle_reference.judge import name_pictures
 from dalle_reference.load import load_dvae, require_grid
 from dalle_reference.loop import (
     Run,
@@ -34,8 +35,6 @@ from dalle_reference.tokenizer import PADDING, CaptionTokenizer
 from dalle_reference.transformer import NO_TOKEN, DalleTransformer, TransformerLoss
 
 _SHOWN, _FITTED = 16, 400
-_READ_BATCH = 128
-"""Pictures that CLIP reads at a time."""
 
 
 @alone_in_its_folder
@@ -236,24 +235,6 @@ def train_clip(config: TrainCLIPConfig, world: World) -> Path:
     run = Run(run_config, "clip", model, objective, to_json(config), world)
     run.train(prepare, describe, draw)
     return run_config.out
-
-
-@torch.no_grad()
-def name_pictures(model: CLIP, tokenizer: CaptionTokenizer, pictures: PictureSet) -> dict[str, float]:
-    """How often the nearest of all concepts' captions is a picture's own, by language; one picture a concept."""
-    device = next(model.parameters()).device
-    shares = {}
-    for language in sorted({language for record in pictures.records for language in record.captions}):
-        named = [index for index, record in enumerate(pictures.records) if language in record.captions]
-        chosen = pictures.take(named).one_per_concept()
-        names = [record.captions[language] for record in chosen.records]
-        vectors = model.encode_captions(caption_tokens(names, tokenizer, model.config).to(device))
-        guesses = [
-            (model.encode_pictures(part.to(device).float() / 255.0) @ vectors.T).argmax(dim=1)
-            for part in chosen.images.split(_READ_BATCH)
-        ]
-        shares[language] = float((torch.cat(guesses).cpu() == torch.arange(len(chosen))).double().mean())
-    return shares
 
 
 def _training_tokens(config: TrainTransformerConfig, dvae: DiscreteVAE, world: World) -> TokenSet | TokenShards:

@@ -9,10 +9,8 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
-from dalle_reference import render
-from dalle_reference.clip import CLIP, caption_tokens
+from dalle_reference.clip import caption_tokens
 from dalle_reference.config import (
     TrainDecoderConfig,
     TrainPixelDecoderConfig,
@@ -22,15 +20,17 @@ from dalle_reference.config import (
 )
 from dalle_reference.data import PictureSet, load_pictures, split_pictures
 from dalle_reference.errors import UserError
+from dalle_reference.evaluate import likelihood, pixel_loss, prior_cosines
 from dalle_reference.judge import caption_vectors, picture_vectors
 from dalle_reference.load import load_clip, load_dvae, require_grid
 from dalle_reference.loop import Run, alone_in_its_folder, batch_indices, sample_generator
 from dalle_reference.parallel import World
-from dalle_reference.pixels import PixelTransformer, bits_per_dimension, fit_palette
-from dalle_reference.tokenizer import CaptionTokenizer
+from dalle_reference.pixels import PixelTransformer, fit_palette
+from dalle_reference.prior import Prior, make_prior
+from dalle_reference.sheets import completion_sheet, variation_sheet
 from dalle_reference.train import captioned_training, hide_cells, keep_checkpoint, tokenize_pictures
 from dalle_reference.transformer import NO_TOKEN, DalleTransformer
-from dalle_reference.unclip import PixelDecoder, Prior, TokenDecoder, make_prior
+from dalle_reference.unclip import PixelDecoder, TokenDecoder
 
 _SHOWN, _WAYS = 6, 4
 """Pictures that are completed, or varied, as a run goes on, and how often each."""
@@ -82,55 +82,13 @@ def train_pixels(config: TrainPixelsConfig, world: World) -> Path:
             config.model.resolution // 2,
             number=_WAYS,
             seed=run_config.seed,
-            heading=f"step {step}: {likelihood(config, nats)}",
+            heading=f"step {step}: {likelihood(config.model, nats)}",
             footer=pictures.credit,
         )
 
     run = Run(run_config, "pixels", model.to(device), objective, to_json(config), world)
     run.train(prepare, lambda step, outputs: {}, draw)
     return run_config.out
-
-
-@torch.no_grad()
-def pixel_loss(model: PixelTransformer, pictures: PictureSet, batch: int = 16) -> float:
-    """Nats a token of pictures; one picture a concept, or copies would be counted that differ in a tone."""
-    device, chance = model.palette.device, np.random.default_rng(0)
-    total, count = 0.0, 0
-    for part in pictures.one_per_concept().images.split(batch):
-        hidden = model.hide([chance] * len(part))
-        total += len(part) * float(model.loss(part.to(device), None if hidden is None else hidden.to(device)))
-        count += len(part)
-    return total / count
-
-
-def likelihood(config: TrainPixelsConfig, nats: float) -> str:
-    """A loss as its literature states it."""
-    return f"{nats:.3f} nats a pixel" if config.model.colours else f"{bits_per_dimension(nats):.3f} bits a dimension"
-
-
-def completion_sheet(
-    path: Path,
-    model: PixelTransformer,
-    pictures: torch.Tensor,
-    rows: int,
-    *,
-    number: int,
-    seed: int,
-    temperature: float = 1.0,
-    heading: str = "",
-    footer: str = "",
-) -> None:
-    """Writes a sheet: in each row the top `rows` of a picture, `number` completions, and the whole picture.
-
-    Args:
-        pictures: uint8 [B, 3, S, S].
-    """
-    given = pictures.clone()
-    given[:, :, rows:] = 128
-    drawn = model.complete(pictures, rows, seed=seed, number=number, temperature=temperature)
-    shown = torch.cat([given[:, None] / 255.0, drawn, pictures[:, None] / 255.0], dim=1)
-    captions = ["given", *[""] * number, "the picture"] * len(pictures)
-    render.sheet(path, shown.flatten(0, 1), captions, columns=number + 2, heading=heading, footer=footer)
 
 
 @alone_in_its_folder
@@ -205,29 +163,6 @@ def _noise(
     """What a diffusion's loss draws for one sample: the time, and noise of `shape`."""
     t = torch.tensor(chance.random(), dtype=torch.float32)
     return t.to(device), torch.from_numpy(chance.standard_normal(shape, dtype=np.float32)).to(device)
-
-
-@torch.no_grad()
-def prior_cosines(
-    prior: Prior, clip: CLIP, tokenizer: CaptionTokenizer, pictures: PictureSet, mean: torch.Tensor, seed: int
-) -> dict[str, float]:
-    """Mean cosine to CLIP's vectors of pictures, one a concept, of what may stand for them.
-
-    That is: what the prior draws for a caption, in each language in turn; the better of two of its draws by the
-    caption; the caption's own vector; and `mean`, that of the training pictures' vectors.
-    """
-    pictures = pictures.one_per_concept()
-    captions = [list(record.captions.values()) for record in pictures.records]
-    texts = [some[number % len(some)] for number, some in enumerate(captions)]
-    tokens = caption_tokens(texts, tokenizer, clip.config).to(mean.device)
-    said, shown = caption_vectors(clip, tokenizer, texts), picture_vectors(clip, pictures.images)
-    guesses = {
-        "one draw": prior.draw(tokens, said, seed=seed, among=1),
-        "best of two": prior.draw(tokens, said, seed=seed, among=2),
-        "caption": said,
-        "mean": F.normalize(mean, dim=0).expand_as(shown),
-    }
-    return {name: float((guess * shown).sum(dim=-1).mean()) for name, guess in guesses.items()}
 
 
 @alone_in_its_folder
@@ -344,31 +279,6 @@ def _draw_variations(
         heading=f"step {step}: pictures of training, and what is drawn of their vectors",
         footer=training.credit,
     )
-
-
-def variation_sheet(
-    path: Path,
-    decoder: TokenDecoder | PixelDecoder,
-    pictures: torch.Tensor,
-    vectors: torch.Tensor,
-    *,
-    number: int,
-    seed: int,
-    guidance_scale: float = 1.0,
-    heading: str = "",
-    footer: str = "",
-) -> None:
-    """Writes a sheet: in each row a picture, and `number` others that are drawn of its vector.
-
-    Args:
-        pictures: uint8 [B, 3, S, S].
-        vectors: [B, embedding], CLIP's of them.
-    """
-    drawn = decoder.draw(vectors.repeat_interleave(number, 0), seed=seed, guidance_scale=guidance_scale)
-    rows = zip(pictures, drawn.cpu().unflatten(0, (len(pictures), number)), strict=True)
-    shown = [image for picture, others in rows for image in (picture.cpu(), *others)]
-    captions = ["the picture", *[""] * number] * len(pictures)
-    render.sheet(path, shown, captions, columns=number + 1, heading=heading, footer=footer)
 
 
 def keep_clip(source: Path, target: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from dalle_reference import cli, clip, demo, dvae, family, pixels, unclip
+from dalle_reference import cli, clip, demo, dvae, family, pixels, prior, unclip
 from dalle_reference.errors import UserError
 from PIL import Image
 
@@ -34,7 +34,7 @@ def test_the_family_leaves_one_table_and_its_sheets(
     shrink(family.CLIP_PRESETS, "demo", 2, model=tiny_clip)
     shrink(family.PIXELS_PRESETS, "bytes", 2, model=pixels.PRESETS["tiny"])
     for kind in ("diffusion", "autoregressive"):
-        small = unclip.PriorConfig(
+        small = prior.PriorConfig(
             kind, 8, 512, tiny_clip.text_length, layers=1, heads=1, head_dim=16, noise_steps=2, components=4, buckets=4
         )
         shrink(family.PRIOR_PRESETS, kind, 2, model=small)

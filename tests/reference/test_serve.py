@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from dalle_reference import cli
+from dalle_reference import cli, views
 from dalle_reference.clip import CLIP
 from dalle_reference.clip import PRESETS as CLIPS
 from dalle_reference.dvae import PRESETS as DVAES
@@ -37,23 +37,23 @@ from dalle_reference import serve
 
 
 @pytest.fixture(scope="module")
-def painter() -> serve.Painter:
+def painter() -> views.Painter:
     torch.manual_seed(0)
     dvae = DiscreteVAE(DVAES["tiny"])
     shape = {"grid": dvae.config.grid, "vocab_image": dvae.config.vocab, "heads": 1, "head_dim": 16, "layers": 2}
     model = DalleTransformer(TransformerConfig(vocab_text=300, text_length=8, **shape))
-    return serve.Painter(model.eval(), CaptionTokenizer.train(["a red square"] * 9, 300), dvae.eval())
+    return views.Painter(model.eval(), CaptionTokenizer.train(["a red square"] * 9, 300), dvae.eval())
 
 
 @pytest.fixture(scope="module")
-def judge() -> serve.Judge:
+def judge() -> views.Judge:
     torch.manual_seed(0)
-    return serve.Judge(CLIP(CLIPS["tiny"]).eval(), CaptionTokenizer.train(["a red square"] * 9, 299))
+    return views.Judge(CLIP(CLIPS["tiny"]).eval(), CaptionTokenizer.train(["a red square"] * 9, 299))
 
 
-def test_pictures_come_row_by_row_and_the_best_first(painter: serve.Painter, judge: serve.Judge) -> None:
+def test_pictures_come_row_by_row_and_the_best_first(painter: views.Painter, judge: views.Judge) -> None:
     rows = painter.model.config.grid[0]
-    pages = list(serve.draw(painter, None, "a <red> square", 3, 1.0, 1.5, 7))
+    pages = list(views.draw(painter, None, "a <red> square", 3, 1.0, 1.5, 7))
     assert len(pages) == rows + 1
     for number, page in enumerate(pages[:-1], 1):
         assert page.count("<img ") == 3
@@ -62,16 +62,19 @@ def test_pictures_come_row_by_row_and_the_best_first(painter: serve.Painter, jud
     text = painter.tokenizer.encode(["a <red> square"], painter.model.config.caption_length)
     drawn = generate(painter.model, text, seed=7, number=3, guidance_scale=1.5)
     wanted = painter.dvae.decode(drawn.unflatten(1, painter.model.config.grid))
-    assert pages[-1] == serve._figures(wanted, ["a <red> square"] * 3)
-    *_, ranked = serve.draw(painter, judge, "a <red> square", 3, 1.0, 1.5, 7)
+    assert pages[-1] == views._figures(wanted, ["a <red> square"] * 3)
+    *_, ranked = views.draw(painter, judge, "a <red> square", 3, 1.0, 1.5, 7)
     values = [float(value) for value in re.findall(r"<figcaption>agreement (-?[\d.]+)", ranked)]
     assert len(values) == 3
     assert values == sorted(values, reverse=True)
+    told: list[str] = []
+    list(views.draw(painter, None, "red " * 50, 1, 1.0, 1.0, 0, warn=told.append))
+    assert told == ["The caption is long: the model reads its first 7 tokens."]
     sources = re.compile(r'src="([^"]+)"')
     assert sorted(sources.findall(ranked)) == sorted(sources.findall(pages[-1]))
 
 
-def test_nothing_is_drawn_for_who_has_gone(painter: serve.Painter, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_drawn_for_who_has_gone(painter: views.Painter, monkeypatch: pytest.MonkeyPatch) -> None:
     gone, ended, columns = threading.Event(), threading.Event(), painter.model.config.grid[1]
     steps: list[int] = []
 
@@ -86,8 +89,8 @@ def test_nothing_is_drawn_for_who_has_gone(painter: serve.Painter, monkeypatch: 
         finally:
             ended.set()
 
-    monkeypatch.setattr(serve, "generate", waiting)
-    pages = serve.draw(painter, None, "red", 1, 1.0, 1.0, 0)
+    monkeypatch.setattr(views, "generate", waiting)
+    pages = views.draw(painter, None, "red", 1, 1.0, 1.0, 0)
     assert "row 1 of" in next(pages)
     pages.close()  # type: ignore[attr-defined]
     gone.set()
@@ -95,7 +98,7 @@ def test_nothing_is_drawn_for_who_has_gone(painter: serve.Painter, monkeypatch: 
     assert max(steps) == columns + 1
 
 
-def test_of_two_panels_the_upper_one_is_what_is_kept(painter: serve.Painter) -> None:
+def test_of_two_panels_the_upper_one_is_what_is_kept(painter: views.Painter) -> None:
     rows, columns = painter.dvae.config.grid
     config = replace(painter.model.config, grid=(2 * rows, columns))
     page = serve.make_page(replace(painter, model=DalleTransformer(config)), None)
@@ -105,21 +108,21 @@ def test_of_two_panels_the_upper_one_is_what_is_kept(painter: serve.Painter) -> 
     ]
 
 
-def test_a_picture_s_top_is_kept(painter: serve.Painter, pictures: Path) -> None:
+def test_a_picture_s_top_is_kept(painter: views.Painter, pictures: Path) -> None:
     red = str(pictures / "red.png")
-    *_, page = serve.draw(painter, None, "blue", 2, 1.0, 1.0, 0, red, 5)
-    *_, whole = serve.draw(painter, None, "blue", 2, 1.0, 1.0, 0, red, painter.model.config.grid[0])
+    *_, page = views.draw(painter, None, "blue", 2, 1.0, 1.0, 0, red, 5)
+    *_, whole = views.draw(painter, None, "blue", 2, 1.0, 1.0, 0, red, painter.model.config.grid[0])
     assert page != whole
     pixels = torch.from_numpy(np.array(Image.open(red).convert("RGB"))).permute(2, 0, 1)[None] / 255.0
     kept = painter.dvae.decode(painter.dvae.encode(pixels))
-    assert whole == serve._figures(kept.expand(2, -1, -1, -1), ["blue"] * 2)
+    assert whole == views._figures(kept.expand(2, -1, -1, -1), ["blue"] * 2)
 
 
-def test_what_cannot_be_drawn_is_said(painter: serve.Painter, judge: serve.Judge, tmp_path: Path) -> None:
+def test_what_cannot_be_drawn_is_said(painter: views.Painter, judge: views.Judge, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="picture: got none"):
-        list(serve.draw(painter, None, "red", 1, 1.0, 1.0, 0, None, 3))
+        list(views.draw(painter, None, "red", 1, 1.0, 1.0, 0, None, 3))
     with pytest.raises(ValueError, match="temperature"):
-        list(serve.draw(painter, None, "red", 1, -1.0, 1.0, 0))
+        list(views.draw(painter, None, "red", 1, -1.0, 1.0, 0))
     rubbish, large, heavy = tmp_path / "rubbish.png", tmp_path / "large.png", tmp_path / "heavy.png"
     rubbish.write_bytes(b"\x89PNG no picture")
     Image.new("1", (5000, 5000)).save(large)
@@ -131,13 +134,13 @@ def test_what_cannot_be_drawn_is_said(painter: serve.Painter, judge: serve.Judge
         (tmp_path / "gone.png", "^gone.png: No such file"),
     ):
         with pytest.raises(UserError, match=message):
-            serve.classify(judge, str(file), "cat")
+            views.classify(judge, str(file), "cat")
     good = tmp_path / "good.png"
     Image.new("RGB", (20, 10), "red").save(good)
     for names in ("", " \n", "\n".join(map(str, range(51)))):
         with pytest.raises(UserError, match="names: got"):
-            serve.classify(judge, str(good), names)
-    seen, shares = serve.classify(judge, str(good), "cat\ndog\n\n cat \n" + 2000 * "x")
+            views.classify(judge, str(good), names)
+    seen, shares = views.classify(judge, str(good), "cat\ndog\n\n cat \n" + 2000 * "x")
     assert seen.count("<img ") == 1
     assert list(shares) == ["cat", "dog", 500 * "x"]
     assert sum(shares.values()) == pytest.approx(1.0)
@@ -145,30 +148,30 @@ def test_what_cannot_be_drawn_is_said(painter: serve.Painter, judge: serve.Judge
 
 def test_patterns_are_shown_as_they_are_defined() -> None:
     layout = TokenLayout(6, (4, 4))
-    places = serve.token_places(Row(layout))
+    places = views.token_places(Row(layout))
     assert places.tolist() == [
         [0, 1, 2, 3],
         [4, 5, -1, -1],
         [-1] * 4,
         *(np.arange(6, 22).reshape(4, 4).tolist()),
     ]
-    assert serve.token_places(Strided(10, 3)).shape == (3, 4)
-    layers = serve.token_places(Neighborhood((2, 3, 5), window=1))
+    assert views.token_places(Strided(10, 3)).shape == (3, 4)
+    layers = views.token_places(Neighborhood((2, 3, 5), window=1))
     assert layers.shape == (7, 5)
     assert (layers[3] == -1).all()
 
-    keys, tiles, words = serve.look(f"Row({layout})", (30, 24 * 4 + 1))  # the second column of row 4, which is token 11
+    keys, tiles, words = views.look(f"Row({layout})", (30, 24 * 4 + 1))  # the second column of row 4, which is token 11
     scale = keys.shape[0] // 7
     shades = keys[scale // 2 :: scale, scale // 2 :: scale]
     wanted = Row(layout).mask()[11].tolist()
     for token in range(layout.length):
         (y,), (x,) = np.nonzero(places == token)
         kind = 3 if token == 11 else 2 if wanted[token] else 1
-        assert (shades[y, x] == serve._SHADES[kind]).all()
+        assert (shades[y, x] == views._SHADES[kind]).all()
     assert f"query             11, which sees {sum(wanted)} keys" in words
     assert f"visible pairs     {Row(layout).visible_pairs}" in words
     assert tiles.shape == (48, 48, 3)
-    assert serve.look(f"Row({layout})", (30, 24 * 2 + 1))[2] == serve.look(f"Row({layout})")[2], "between text and grid"
+    assert views.look(f"Row({layout})", (30, 24 * 2 + 1))[2] == views.look(f"Row({layout})")[2], "between text and grid"
 
 
 @pytest.mark.parametrize(
@@ -187,12 +190,12 @@ def test_patterns_are_shown_as_they_are_defined() -> None:
 )
 def test_patterns_that_cannot_be_shown_are_refused(expression: str, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
-        serve.look(expression)
+        views.look(expression)
 
 
 @pytest.mark.parametrize("expression", serve._PATTERNS)
 def test_the_patterns_that_are_offered_can_be_shown(expression: str) -> None:
-    keys, tiles, words = serve.look(expression)
+    keys, tiles, words = views.look(expression)
     assert keys.dtype == tiles.dtype == np.uint8
     assert "executed pairs" in words
 

@@ -12,9 +12,9 @@ import torch
 from dalle_reference import cli
 from dalle_reference.checkpoint import latest
 from dalle_reference.data import load_pictures
+from dalle_reference.evaluate import pixel_loss, prior_cosines
 from dalle_reference.judge import caption_vectors, picture_vectors
 from dalle_reference.load import load_clip, load_decoder, load_pixels, load_prior
-from dalle_reference.train_family import pixel_loss, prior_cosines
 from PIL import Image
 
 from tests.reference.test_train import (

@@ -10,18 +10,9 @@ import torch
 import torch.nn.functional as F
 from dalle_reference.diffusion import add_noise, amounts, sample, time_features
 from dalle_reference.generate import generate
+from dalle_reference.prior import AutoregressivePrior, DiffusionPrior, Prior, PriorConfig, make_prior
 from dalle_reference.transformer import NO_TOKEN, DalleTransformer
-from dalle_reference.unclip import (
-    AutoregressivePrior,
-    DiffusionPrior,
-    PixelDecoder,
-    PixelDecoderConfig,
-    Prior,
-    PriorConfig,
-    between,
-    decoder_config,
-    make_prior,
-)
+from dalle_reference.unclip import PixelDecoder, PixelDecoderConfig, between, decoder_config
 
 CPU = torch.device("cpu")
 TINY = PriorConfig(
