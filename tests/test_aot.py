@@ -128,6 +128,16 @@ def test_a_kernel_without_room_in_tensor_memory_is_refused() -> None:
         aot.describe(kernel)
 
 
+def test_a_case_compiled_again_leaves_no_rows_of_kernels_that_are_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(aot, "RESULTS", tmp_path / "aot.json")
+    aot.record({"sm_90": {"a/gone": {"registers": 1}, "b/kept": {"registers": 2}}})
+    aot.record({"sm_90": {"a/new": {"registers": 3}}})
+    (table,) = aot.recorded().values()
+    assert table == {"sm_90": {"a/new": {"registers": 3}, "b/kept": {"registers": 2}}}
+
+
 def test_complaints_name_spills_and_shared_memory() -> None:
     row = {"registers": 255, "shared": 200 * 1024, "spills": 3, "instructions": 9, "mma": 1, "wgmma": 0, "tcgen05": 0}
     assert len(aot.complaints(80, {"kernel": row})) == 2

@@ -176,11 +176,13 @@ def recorded() -> dict[str, dict[str, Report]]:
 
 
 def record(tables: dict[str, Report]) -> None:
-    """Puts the rows of `tables` into the committed table, under this Triton's version; the others stay."""
+    """Puts the rows of `tables` in the place of their cases' in the committed table, under this Triton's version."""
     everything = recorded()
     of_version = everything.setdefault(triton.__version__, {})
     for arch, table in tables.items():
-        of_version.setdefault(arch, {}).update(table)
+        cases = {name.rpartition("/")[0] for name in table}
+        others = {name: row for name, row in of_version.get(arch, {}).items() if name.rpartition("/")[0] not in cases}
+        of_version[arch] = others | table
     # One kernel a line: a change of the machine code is a change of one line in review.
     versions = []
     for version, architectures in sorted(everything.items()):
