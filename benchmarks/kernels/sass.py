@@ -82,7 +82,7 @@ class Instruction(NamedTuple):
     address: int
     name: str  # with its modifiers
     operands: str
-    predicated: bool
+    predicate: str  # what it runs under; "@!PT": never, though it is issued
 
 
 _LINE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P[0-9T]+\s+)?([A-Z][A-Za-z0-9_.]*)\s*([^;]*);", re.MULTILINE)
@@ -94,7 +94,7 @@ def read(text: str) -> dict[str, list[Instruction]]:
     for part in re.split(r"^\s+Function : ", text, flags=re.MULTILINE)[1:]:
         name, _, body = part.partition("\n")
         functions[name.strip()] = [
-            Instruction(int(address, 16), code, operands, bool(predicate))
+            Instruction(int(address, 16), code, operands, predicate.strip())
             for address, predicate, code, operands in _LINE.findall(body)
         ]
     return functions
@@ -134,6 +134,8 @@ def multiply_adds(instruction: Instruction) -> int:
 def shared_bytes(instruction: Instruction) -> int:
     """What one warp's instruction moves to or from shared memory."""
     name, parts = instruction.name.partition(".")[0], instruction.name.split(".")
+    if instruction.predicate == "@!PT":
+        return 0
     if name in ("LDS", "STS", "LDGSTS"):
         return 32 * next((int(part) // 8 for part in parts if part in ("64", "128")), 4)
     if name in ("LDSM", "STSM"):
@@ -163,7 +165,7 @@ def hot_loops(instructions: list[Instruction]) -> list[Loop]:
         if target is not None and target <= instruction.address and target in place:
             spans.append((place[target], index))
     tensor = [pipe(instruction.name) == "tensor" for instruction in instructions]
-    ends = [instruction.name == "EXIT" and not instruction.predicated for instruction in instructions]
+    ends = [instruction.name == "EXIT" and not instruction.predicate for instruction in instructions]
     # Code behind an exit is what waits go to when they have to, and they come back from there: no loop.
     hot = [(first, last) for first, last in spans if any(tensor[first:last]) and not any(ends[first:last])]
     # Of the ways back to one place the longest is the loop.
@@ -197,9 +199,9 @@ def _ways(instructions: list[Instruction], first: int, last: int) -> Loop:
         if target is not None:
             to = place.get(target, -1)
             onward = (
-                [index + 1] if instruction.predicated or "P" in instruction.operands.partition("0x")[0] else []
+                [index + 1] if instruction.predicate or "P" in instruction.operands.partition("0x")[0] else []
             ) + ([to] if index < to <= last else [])
-        elif re.match(r"(EXIT|RET)\b", instruction.name) and not instruction.predicated:
+        elif re.match(r"(EXIT|RET)\b", instruction.name) and not instruction.predicate:
             onward = []
         return [to for to in onward if first < to <= last]
 

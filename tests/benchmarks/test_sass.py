@@ -85,12 +85,21 @@ def test_pipes(name: str, pipe: str) -> None:
 
 
 def test_products_and_bytes_of_a_warpgroup() -> None:
-    registers = sass.Instruction(0, "HGMMA.64x128x16.F32.BF16", "R56, R88, gdesc[UR4].tnspB, R56", False)
+    registers = sass.Instruction(0, "HGMMA.64x128x16.F32.BF16", "R56, R88, gdesc[UR4].tnspB, R56", "")
     both = registers._replace(operands="R24, gdesc[UR28], RZ, !UPT, gsb0 ")
     assert sass.multiply_adds(registers) == 64 * 128 * 16 // 4  # a warp's share
     assert sass.shared_bytes(registers) == 128 * 16 * 2 // 4
     assert sass.shared_bytes(both) == (128 + 64) * 16 * 2 // 4
     assert sass.multiply_adds(registers._replace(name="UTCHMMA")) == 0
+
+
+def test_what_never_runs_is_issued_and_moves_nothing() -> None:
+    (code,) = sass.read(
+        "\n\t\tFunction : kernel\n /*0000*/ @!PT LDS RZ, [RZ] ;\n"
+        " /*0010*/ @P0 LDS R4, [R5] ;\n /*0020*/ LDS R4, [R5] ;\n"
+    ).values()
+    assert [sass.pipe(instruction.name) for instruction in code] == ["shared"] * 3
+    assert [sass.shared_bytes(instruction) for instruction in code] == [0, 128, 128]
 
 
 def test_units_of_patterns() -> None:
