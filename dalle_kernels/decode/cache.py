@@ -135,6 +135,10 @@ class KVCache:
         softcap: float | None = None,
     ) -> Inputs:
         """What backends are given of it, with the tokens at `position`."""
+        shared: tuple[torch.Tensor | None, ...] = (None, None, None, None)
+        if self._prompt:  # of a prompt without tokens nothing is shared
+            shared = self.shared_keys, self.shared_values, self.shared_hidden, self.shared_scales
+        shared_keys, shared_values, shared_hidden, shared_scales = shared
         return Inputs(
             q,
             k,
@@ -145,12 +149,12 @@ class KVCache:
             self.pattern,
             scale,
             softcap,
-            self.shared_keys,
-            self.shared_values,
+            shared_keys,
+            shared_values,
             self.hidden,
-            self.shared_hidden,
+            shared_hidden,
             self.scales,
-            self.shared_scales,
+            shared_scales,
             self.lengths_to_check(),
             self._prompt,
             self.rewind,

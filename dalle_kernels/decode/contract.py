@@ -28,7 +28,8 @@ class Inputs(NamedTuple):
     pattern: Pattern
     scale: float | None = None  # what the scores are multiplied by; D ** -0.5 where None
     softcap: float | None = None  # scaled scores s become softcap tanh(s / softcap)
-    shared_keys: torch.Tensor | None = None  # [P, H, M, D]: what each B / P rows see of the prompt they share
+    # What each B / P rows see of the prompt they share, [P, H, M, D]; None where the table has no part for one either.
+    shared_keys: torch.Tensor | None = None
     shared_values: torch.Tensor | None = None
     hidden: torch.Tensor | None = None  # bool [B, L], True at slots whose key is padding; None where none is
     shared_hidden: torch.Tensor | None = None  # bool [P, M]

@@ -24,19 +24,18 @@ def describe() -> str:
 
 def forward(inputs: Inputs) -> Outputs:
     table, position = inputs.table(), inputs.position
-    shared: tuple[torch.Tensor | None, ...] = (None, None)
     lists: tuple[torch.Tensor | None, ...] = (None, None, None)
-    if table.shared is not None:  # of a prompt without tokens nothing is shared
-        shared = inputs.shared_keys, inputs.shared_values
+    if table.shared is not None:
         lists = table.shared.prefix, table.shared.offsets, table.shared.slots
     one, by_row = (0, position) if isinstance(position, torch.Tensor) else (position, None)
     out = torch.ops.dalle_kernels_cpu.decode_forward(
         *inputs[:5],
-        *shared,
+        inputs.shared_keys,
+        inputs.shared_values,
         inputs.hidden,
-        None if table.shared is None else inputs.shared_hidden,
+        inputs.shared_hidden,
         inputs.scales,
-        None if table.shared is None else inputs.shared_scales,
+        inputs.shared_scales,
         one,
         by_row,
         inputs.factor,

@@ -276,14 +276,12 @@ def _step(inputs: Inputs) -> torch.Tensor:
     if its.splits > 1:
         partial = torch.empty((batch * heads, its.splits, its.block + 2), dtype=torch.float32, device=q.device)
     table, hidden, shared_hidden = its.table, inputs.hidden, inputs.shared_hidden
-    shared: tuple[torch.Tensor | None, ...] = (None, None)
     lists: tuple[torch.Tensor | None, ...] = (None, None, None)
-    copies, shared_length = 1, 0
+    copies, shared_length = inputs.copies, 0
     if table.shared is not None:
-        shared = inputs.shared_keys, inputs.shared_values
         lists = table.shared.prefix, table.shared.offsets, table.shared.slots
-        copies, shared_length = inputs.copies, table.shared.cache_length
-    padded = hidden is not None or (shared_length > 0 and shared_hidden is not None)
+        shared_length = table.shared.cache_length
+    padded = hidden is not None or shared_hidden is not None
     if padded and hidden is None:
         hidden = torch.zeros(keys.shape[::2], dtype=torch.bool, device=q.device)
     if padded and shared_length and shared_hidden is None:
@@ -292,8 +290,9 @@ def _step(inputs: Inputs) -> torch.Tensor:
     height = scale if softcap is None else softcap
     decode_forward[(batch * heads, its.splits)](
         q, k, v, keys, values, out, partial, position, table.slot, table.prefix, table.offsets, table.slots,
-        *shared, *lists, *(None if mask is None else mask.view(torch.int8) for mask in (hidden, shared_hidden)),
-        inputs.scales, inputs.shared_scales if shared_length else None,
+        inputs.shared_keys, inputs.shared_values, *lists,
+        *(None if mask is None else mask.view(torch.int8) for mask in (hidden, shared_hidden)),
+        inputs.scales, inputs.shared_scales,
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *out.stride()[:2], *keys.stride()[:3], *values.stride()[:3],
         heads, heads // keys.shape[1], keys.shape[2], copies, shared_length,
         height * math.log2(math.e), steepness(scale, softcap),

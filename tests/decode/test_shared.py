@@ -19,6 +19,7 @@ from dalle_kernels import (
 )
 from dalle_kernels.backends.choice import Call
 from dalle_kernels.decode import cpu
+from dalle_kernels.decode.contract import call_of
 from dalle_kernels.nn import SparseSelfAttention
 from dalle_kernels.patterns.decode_table import DecodeTable
 from tests.decode.test_cache import cut, refused
@@ -63,6 +64,18 @@ def test_a_shared_prompt_gives_what_separate_caches_give(pattern: Pattern, promp
             stop = min(start + chunk, pattern.length)
             outs.append(decode_attention(*cut(qkv, start, stop), cache, start, backend=backend))
         torch.testing.assert_close(torch.cat(outs, 2), whole[:, :, prompt:])
+
+
+@pytest.mark.parametrize("prompt", [0, 1])
+def test_of_a_prompt_without_tokens_backends_are_handed_nothing(prompt: int) -> None:
+    """So a backend that knows no shared prompts serves it."""
+    qkv = continuations(CAUSAL[0], prompt, torch.float32)
+    cache = shared_cache(CAUSAL[0], prompt, qkv)
+    assert cache.shared_keys is not None
+    given = cache.inputs(*cut(qkv, prompt, prompt + 1), prompt)
+    for tensor in (given.shared_keys, given.shared_values):
+        assert (tensor is None) == (prompt == 0)
+    assert call_of(given).extras == (() if prompt == 0 else ("shared prompts",))
 
 
 @pytest.mark.parametrize("prompt", [0, 1, 5, 9, 28, 29])
