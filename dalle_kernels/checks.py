@@ -5,8 +5,12 @@ from __future__ import annotations
 import math
 import numbers
 import operator
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
+
+T = TypeVar("T")
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -148,6 +152,15 @@ def autocast_to_float32(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     if not torch._C._is_any_autocast_enabled() or not autocasts(tensors[0].device.type):
         return tensors
     return tuple(tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor for tensor in tensors)
+
+
+def outside_autocast(kind: str, function: Callable[..., T], *args: Any) -> T:
+    """`function(*args)` with autocast off for devices of `kind`: what backends are given is cast already, and what they
+    widen of it is not autocast's to narrow."""
+    if not torch._C._is_any_autocast_enabled() or not autocasts(kind):
+        return function(*args)
+    with torch.autocast(kind, enabled=False):
+        return function(*args)
 
 
 def rows_contiguous(tensor: torch.Tensor) -> torch.Tensor:

@@ -24,6 +24,8 @@ from dalle_kernels import (
     sparse_attention,
     vq_lookup,
 )
+from dalle_kernels.backends import cases as cases_of_backends
+from dalle_kernels.backends.cases import all_cases
 from dalle_kernels.nn import SparseSelfAttention
 
 PATTERN = Row(TokenLayout(3, (2, 3)))
@@ -324,3 +326,19 @@ def test_one_graph_serves_every_number_of_rows(name: str) -> None:
 def test_autocast_is_asked_of_devices_that_have_it() -> None:
     q = torch.empty(1, 1, PATTERN.length, 16, device="meta")
     assert sparse_attention(q, q, q, Causal(PATTERN.layout)).device.type == "meta"
+
+
+AUTOCAST = [case for case in all_cases() if case.function is not logit_laplace_nll]  # which autocast widens
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", AUTOCAST, ids=lambda case: case.name)
+def test_autocast_casts_inputs_and_nothing_within(case: cases_of_backends.Case, dtype: torch.dtype) -> None:
+    """Backends widen to float32 for a reason: with inputs of autocast's dtype, it changes no bit."""
+    inputs = tuple(tensor.to(dtype) for tensor in case.inputs(case.width))
+    outside = case.run(inputs, "reference")
+    with torch.autocast("cpu", dtype):
+        within = case.run(inputs, "reference")
+    for one, other in zip(outside, within, strict=True):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)

@@ -26,6 +26,7 @@ from torch.autograd import forward_ad
 from dalle_kernels.backends.choice import Operation
 from dalle_kernels.backends.contract import Call
 from dalle_kernels.backends.sharding import Axis, divided, locally
+from dalle_kernels.checks import outside_autocast
 from dalle_kernels.device import remembered
 from dalle_kernels.patterns.patterns import Pattern
 
@@ -215,7 +216,8 @@ class Entry(Generic[In, Out]):
         return self._outputs.record(result) if self._single else self._outputs.record(*result)
 
     def _run(self, inputs: In, backend: str) -> Out:
-        return self._forward(self._operation.choose(backend, self._call(inputs)), inputs)
+        call = self._call(inputs)
+        return outside_autocast(call.device.type, self._forward, self._operation.choose(backend, call), inputs)
 
 
 class _Derived:
@@ -258,9 +260,11 @@ class _Derived:
 
     def _run(self, grads: Iterable[Any], kept: Iterable[Any], needs: Iterable[bool], backend: str) -> tuple[Any, ...]:
         record = self._kept.decode(kept)
-        module = self._entry._operation.choose(backend, self._entry._call(record))
+        call = self._entry._call(record)
+        module = self._entry._operation.choose(backend, call)
         asked: Any = self._stated
-        gradients = asked.backward(module, asked.grads(*grads), record, asked.needs(*needs))
+        given = module, asked.grads(*grads), record, asked.needs(*needs)
+        gradients = outside_autocast(call.device.type, asked.backward, *given)
         return tuple(gradient if need else None for gradient, need in zip(gradients, needs, strict=True))
 
     def _kernel(self, *args: Any) -> tuple[torch.Tensor, ...]:
@@ -339,7 +343,8 @@ class _Derived:
             def jvp(ctx: Any, *tangents: Any) -> tuple[torch.Tensor | None, ...]:
                 outputs: list[torch.Tensor | None] = [None] * len(entry._outputs.fields)
                 wanted = tuple(tangents[2 + place] for place in derived._needs)
-                made = derived._stated.jvp(wanted, derived._kept.decode(_restored(ctx)))
+                kept = derived._kept.decode(_restored(ctx))
+                made = outside_autocast(kept[0].device.type, derived._stated.jvp, wanted, kept)
                 for place, tangent in zip(derived._differentiable, made, strict=True):
                     outputs[place] = tangent
                 return tuple(outputs)

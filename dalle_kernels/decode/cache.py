@@ -8,7 +8,7 @@ from typing import TypeAlias
 import numpy as np
 import torch
 
-from dalle_kernels.checks import FLOATS, as_int, check_alike, check_tensor
+from dalle_kernels.checks import FLOATS, as_int, autocast, check_alike, check_tensor
 from dalle_kernels.decode.contract import Inputs
 from dalle_kernels.patterns.decode_table import DecodeTable, decode_table_for
 from dalle_kernels.patterns.patterns import Pattern
@@ -226,7 +226,8 @@ class KVCache:
         """Takes the keys and values of positions 0 to n - 1: what decoding those tokens one by one would leave.
 
         Args:
-            k, v: [batch, H, n, D], dtype (one of floating point for int8) and device of the cache, which must be empty.
+            k, v: [batch, H, n, D], dtype (one of floating point for int8) and device of the cache, which must be empty;
+                autocast casts them first.
             key_padding_mask: bool [batch, n], True at keys that no later token shall see.
 
         Raises:
@@ -237,6 +238,8 @@ class KVCache:
         batch = rows // self.copies
         for name, tensor in (("k", k), ("v", v)):
             check_tensor(name, tensor, rank=4)
+        k, v = autocast(k, v)
+        for name, tensor in (("k", k), ("v", v)):
             self.check_token(name, tensor, k)
             if tensor.shape[:2] != (batch, heads) or tensor.shape[3] != width or tensor.shape[2] != k.shape[2]:
                 wanted = f"({batch}, {heads}, n, {width}), n alike for k and v"

@@ -107,6 +107,25 @@ def test_position_as_a_tensor_and_opcheck() -> None:
         )
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_casts_a_prompt_as_it_casts_the_tokens_after_it(dtype: torch.dtype) -> None:
+    """Float32 keys, as a rotation leaves them, meet a cache of autocast's dtype; float64 ones stay what they are."""
+    pattern = CAUSAL[0]
+    qkv = tokens(pattern, torch.float32)
+    whole = decode(KVCache(pattern, 2, 3, 16, dtype=dtype), [tensor.to(dtype) for tensor in qkv])
+    for eight_bit in (False, True):
+        cache = KVCache(pattern, 2, 3, 16, dtype=torch.int8 if eight_bit else dtype)
+        with torch.autocast("cpu", dtype):
+            cache.prefill(qkv[1][:, :, :7], qkv[2][:, :, :7])
+            rest = decode(cache, qkv, start=7)
+        if not eight_bit:
+            assert torch.equal(rest, whole[:, :, 7:])
+        assert rest.dtype == dtype
+    wide = KVCache(pattern, 2, 3, 16, dtype=torch.float64)
+    with torch.autocast("cpu", dtype):
+        wide.prefill(qkv[1].double(), qkv[2].double())
+
+
 def test_torch_compile_makes_one_graph() -> None:
     pattern = Row(LAYOUT)
     qkv = tokens(pattern, torch.float32)
