@@ -388,7 +388,7 @@ TRANSFORMER_PRESETS: dict[str, tuple[str, TrainTransformerConfig]] = {
         "a picture in, a picture out: 4 layers of 2 x 64 over two panels of the demo's tokens; minutes on a CPU",
         TrainTransformerConfig(
             _run(
-                "runs/panels", steps=2000, batch=16, optimizer="muon", learning_rate=2e-2, beta2=0.98, weight_decay=0.0
+                "runs/panels", steps=8000, batch=16, optimizer="muon", learning_rate=2e-2, beta2=0.98, weight_decay=0.0
             ),
             Path("runs/dvae"),
             transformer.TransformerConfig(
@@ -509,7 +509,7 @@ PRIOR_PRESETS: dict[str, tuple[str, TrainPriorConfig]] = {
         TrainPriorConfig(
             _run(
                 "runs/prior",
-                steps=3000,
+                steps=5000,
                 batch=64,
                 learning_rate=1e-3,
                 warm_up_steps=100,

@@ -61,6 +61,7 @@ def test_the_family_leaves_one_table_and_its_sheets(
     for name in (
         "CLIP, held-out names, ko",
         "CLIP, held-out concepts, one of five skin tones",
+        "DALL-E at temperature 1",
         "DALL-E at temperature 1, CLIP's best of 1",
         "DALL-E at temperature 1, CLIP's best of 8",
         "pixels, held-out pictures",
