@@ -28,8 +28,11 @@ from dalle_reference.kmeans import lloyd, some_of
 from dalle_reference.parallel import World
 
 LOGIT_LAPLACE_EPS = 0.1
-_FITTED, _ROUNDS, _SHARPNESS = 32_768, 10, 8.0
-"""What `begin_with` fits codes to, how often it moves them, and their squared distance over the logits' scale."""
+_FITTED, _PER_CODE, _ROUNDS, _SHARPNESS = 32_768, 4, 10, 8.0
+"""Squares that `begin_with` fits codes to, at least so many a code, how often it moves them, and their squared distance
+over the logits' scale."""
+_LOOKED_AT = 400
+"""Pictures that its layers are fitted to."""
 COMMITMENT = 0.25
 """Weight of the features' distance to their codes against the codes' to them (van den Oord et al. 2017)."""
 IDLE_BATCHES = 200
@@ -88,6 +91,11 @@ class DVAEConfig:
         return self.patch * 2 ** (self.groups - 1)
 
     @property
+    def fitting_pictures(self) -> int:
+        """How many training pictures `DiscreteVAE.begin_with` should have."""
+        return max(_LOOKED_AT, _PER_CODE * self.vocab // (self.grid[0] * self.grid[1]))
+
+    @property
     def scores(self) -> int:
         """Numbers that the encoder gives for each token: logits, features, or features to take the signs of."""
         return {"dvae": self.vocab, "lfq": self.vocab.bit_length() - 1}.get(self.quantizer, self.code_width)
@@ -105,7 +113,15 @@ PRESETS = {
         resolution=32, width=192, groups=1, blocks=2, patch=4, vocab=2048, code_width=64, least_log_b=-1.0
     ),
     "codes": DVAEConfig(
-        resolution=48, width=48, groups=3, blocks=1, vocab=65536, code_width=8, quantizer="vq-ema", least_log_b=-2.0
+        resolution=32,
+        width=192,
+        groups=1,
+        blocks=2,
+        patch=4,
+        vocab=65536,
+        code_width=48,
+        quantizer="vq-ema",
+        least_log_b=-1.0,
     ),
     "small": DVAEConfig(resolution=64, width=64, groups=3, blocks=2, vocab=1024, code_width=128, least_log_b=-2.0),
     "paper": DVAEConfig(resolution=256, width=256, groups=4, blocks=2, vocab=8192, code_width=128),
@@ -270,24 +286,28 @@ class DiscreteVAE(nn.Module):
         it; where pooling lies between, the beginning is as good as what that lets through.
 
         Args:
-            images: [N, 3, S, S] in 0..1, some hundreds of the training pictures.
+            images: [N, 3, S, S] in 0..1, some hundreds of the training pictures; for many codes, `fitting_pictures`.
             seed: of which squares k-means begins with.
         """
         config, chance = self.config, torch.Generator().manual_seed(seed)
-        if not isinstance(self.quantizer, (GumbelQuantizer, VectorQuantizer)):
-            raise ValueError(f"quantizer: got {config.quantizer!r}, wanted 'dvae' or 'vq', whose codes can be given")
-        squares = F.pixel_unshuffle(images, config.shrink).permute(0, 2, 3, 1).flatten(0, 2)
-        different = squares.unique(dim=0)
-        different = some_of(different, min(len(different), _FITTED), chance)
+        if isinstance(self.quantizer, BinaryQuantizer):
+            raise ValueError("quantizer: got 'lfq', wanted 'dvae', 'vq' or 'vq-ema', whose codes can be given")
+
+        def squares_of(images: torch.Tensor) -> torch.Tensor:
+            return F.pixel_unshuffle(images, config.shrink).permute(0, 2, 3, 1).flatten(0, 2)
+
+        different = squares_of(images).unique(dim=0)
+        different = some_of(different, min(len(different), max(_FITTED, _PER_CODE * config.vocab)), chance)
         codes = lloyd(different, some_of(different, config.vocab, chance), _ROUNDS)
         spread = (different - vq_lookup(different, codes)[0]).square().sum(dim=1).mean().clamp(min=1e-4) / _SHARPNESS
+        images = images[:: max(1, len(images) // _LOOKED_AT)]
         features = self.encoder(_squeeze(images).contiguous(memory_format=torch.channels_last))
-        weight, bias = _least_squares(features.permute(0, 2, 3, 1).flatten(0, 2), squares)
+        weight, bias = _least_squares(features.permute(0, 2, 3, 1).flatten(0, 2), squares_of(images))
         mean = codes.mean(dim=0)
         axes = torch.linalg.svd(codes - mean, full_matrices=False).Vh[: config.code_width]
         table = F.pad((codes - mean) @ axes.T, (0, config.code_width - len(axes)))
         scale = table.square().sum(dim=1).mean().rsqrt()
-        if isinstance(self.quantizer, VectorQuantizer):
+        if not isinstance(self.quantizer, GumbelQuantizer):
             to_table = F.pad(axes.T * scale, (0, config.code_width - len(axes))).T
             self.to_scores.weight.copy_(to_table @ weight)
             self.to_scores.bias.copy_(to_table @ (bias - mean))
@@ -295,6 +315,8 @@ class DiscreteVAE(nn.Module):
             self.to_scores.weight.copy_(codes @ weight / spread)
             self.to_scores.bias.copy_((codes @ bias - codes.square().sum(dim=1) / 2) / spread)
         self.quantizer.codebook.copy_(table * scale)
+        if isinstance(self.quantizer, EMAVectorQuantizer):
+            self.quantizer.counts.fill_(1.0)  # so that no code is dead yet, nor is the first feature's own
 
         seen: list[torch.Tensor] = []
         hook = self.decoder.head.register_forward_hook(lambda module, given, out: seen.append(given[0]))

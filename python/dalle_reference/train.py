@@ -34,7 +34,7 @@ from dalle_reference.picture_tokens import TokenSet, TokenShards, is_tokens, tok
 from dalle_reference.tokenizer import PADDING, CaptionTokenizer
 from dalle_reference.transformer import NO_TOKEN, DalleTransformer, TransformerLoss
 
-_SHOWN, _FITTED = 16, 400
+_SHOWN = 16
 
 
 @alone_in_its_folder
@@ -58,7 +58,8 @@ def train_dvae(config: TrainDVAEConfig, world: World) -> Path:
     torch.manual_seed(run_config.seed)
     model = DiscreteVAE(config.model).to(device)
     if config.fitted and not run_config.resume:
-        some = torch.linspace(0, len(training) - 1, min(_FITTED, len(training))).long().tolist()
+        count = min(config.model.fitting_pictures, len(training))
+        some = torch.linspace(0, len(training) - 1, count).long().tolist()
         model.begin_with(world.first(lambda: training.pictures(some)).to(device).float() / 255.0, run_config.seed)
     feed = training.feed(lambda step: batch_indices(step, run_config.batch, len(training), run_config.seed))
 

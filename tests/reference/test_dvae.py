@@ -1,5 +1,6 @@
 """The discrete VAE: its shape, its likelihood and gradients against plain PyTorch, all quantizers."""
 
+import copy
 import math
 from dataclasses import replace
 
@@ -206,6 +207,25 @@ def test_bf16_autocast_stays_near_float32(model: DiscreteVAE) -> None:
     torch.testing.assert_close(half.kl, whole.kl, rtol=0.1, atol=0.01)
 
 
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_has_the_same_loss_in_bf16(name: str) -> None:
+    """Up to the rounding of bfloat16: the terms of stage 1's loss, under autocast and without."""
+    config = PRESETS[name]
+    torch.manual_seed(0)
+    side = min(config.resolution, 64)  # of the paper's pictures a corner, which has all of its network
+    model = DiscreteVAE(replace(config, resolution=side))
+    images = F.interpolate(torch.rand(2, 3, side // 4, side // 4), scale_factor=4)
+    codes = copy.deepcopy(model.quantizer)
+    with torch.no_grad():
+        whole = model(images, 0.5, 3)
+        model.quantizer = codes  # before they followed the features
+        with torch.autocast("cpu", torch.bfloat16):
+            half = model(images, 0.5, 3)
+    assert (half.nll.dtype, half.kl.dtype, half.distance.dtype) == (torch.float32,) * 3
+    for term in ("nll", "kl", "distance"):
+        torch.testing.assert_close(getattr(half, term), getattr(whole, term), rtol=2**-6, atol=2**-6)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -226,7 +246,7 @@ def test_pictures_of_another_size(model: DiscreteVAE) -> None:
         model(torch.rand(1, 3, 8, 8), 1.0, 0)
 
 
-@pytest.mark.parametrize("quantizer", ["dvae", "vq"])
+@pytest.mark.parametrize("quantizer", ["dvae", "vq", "vq-ema"])
 @pytest.mark.parametrize(
     ("groups", "patch", "gain"),
     [(1, 2, 15.0), (1, 4, 3.0), (2, 1, 0.0)],  # pooling lets little of a square through
@@ -256,7 +276,12 @@ def test_it_begins_with_codes_that_mean_something(quantizer: str, groups: int, p
     again = DiscreteVAE(config)
     again.load_state_dict(model.state_dict())
     assert torch.equal(again.encode(others), tokens)
-    loss = model.train()(training, 0.5, 0)
+    codes = model.quantizer.codebook.detach().clone()
+    loss = model.train()(training[:1], 0.5, 0)
+    if quantizer == "vq-ema":  # codes that wait for their turn are not taken for dead
+        waiting = torch.bincount(loss.indices.flatten(), minlength=64) == 0
+        assert waiting.any()
+        assert torch.equal(model.quantizer.codebook[waiting], codes[waiting])
     (loss.nll + loss.kl + loss.distance).backward()
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters() if parameter.grad is not None)
 
