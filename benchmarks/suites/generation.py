@@ -1,9 +1,10 @@
 """Sampling pictures with the reference transformer: cached by ours, cached by SDPA, uncached, and 1 to 512 candidates
-of a caption. Other projects' models are drawn from in `integrations`."""
+of a caption; then so many of other projects' models."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import Cell, Check, Contender, Trial, Work, dtype_name
+from benchmarks.suites import integrations, integrations_rudalle, integrations_transformers
 from benchmarks.suites.choice import Choice
 from benchmarks.suites.models import SdpaMasked, attention_of
 from dalle_kernels.nn import SparseSelfAttention
@@ -18,33 +20,58 @@ from dalle_kernels.nn import SparseSelfAttention
 
 def cells(choice: Choice) -> list[Cell]:
     """One picture's tokens after a caption; the last cells of it alone, where the whole would take too long. Then many
-    candidates of one caption, whole pictures."""
+    candidates of one caption, whole pictures; and of other projects' models, before and after."""
     dtypes = choice.dtypes or ((torch.bfloat16,) if choice.gpu else (torch.float32,))
     batches = (1, 16) if choice.gpu else (1,) if choice.quick else (1, 4)
-    candidates = (16,) if choice.quick else (1, 16, 64, 512)
+    candidates = (1, 16, 64, 512)
     grids, texts = choice.grids or (32,), choice.texts or (256,)
+    return (
+        [
+            cell(choice.device, text, grid, dtype, batch, tokens=2 if choice.quick and not choice.gpu else None)
+            for grid in grids
+            for text in texts
+            for dtype in dtypes
+            for batch in batches
+        ]
+        + [
+            # On a CPU, 512 whole pictures on SDPA take minutes: the last cells of them alone.
+            candidates_cell(
+                choice.device,
+                dtype,
+                number,
+                tokens=None if choice.gpu else 8 if choice.quick else 32,
+                preset="demo" if choice.quick else "small",
+                compiled=number == 16 or not choice.quick,  # which takes longer than all else
+            )
+            for dtype in dtypes
+            for number in candidates
+        ]
+        + [
+            replace(cell, suite="generation")
+            for number in candidates
+            for cell in peers_cells(choice.device, number, choice.quick and not choice.gpu)
+        ]
+    )
+
+
+def peers_cells(device: torch.device, number: int, small: bool) -> list[Cell]:
+    """Cells of `number` candidates of one caption, by DALLE-pytorch, ruDALL-E and transformers, in float32."""
+    tokens, grid, text, heads = (4, 8, 16, 2) if small else (16, 32, 256, 8)
+    sizes = number, tokens, grid, text, 64 * heads
     return [
-        cell(choice.device, text, grid, dtype, batch, tokens=2 if choice.quick and not choice.gpu else None)
-        for grid in grids
-        for text in texts
-        for dtype in dtypes
-        for batch in batches
-    ] + [
-        # On a CPU, 512 whole pictures on SDPA take minutes: the last cells of them alone.
-        candidates_cell(
-            choice.device,
-            dtype,
-            number,
-            tokens=None if choice.gpu else 8 if choice.quick else 32,
-            preset="demo" if choice.quick else "small",  # whose twelve blocks take a minute or more to compile
-        )
-        for dtype in dtypes
-        for number in candidates
+        integrations.dalle_pytorch_sampling(device, 1, 1.0, tokens, grid, text, heads, number),
+        integrations_rudalle.candidates_cell(device, *sizes),
+        integrations_transformers.candidates_cell(device, *sizes),
     ]
 
 
 def candidates_cell(
-    device: torch.device, dtype: torch.dtype, number: int, tokens: int | None = None, preset: str = "small"
+    device: torch.device,
+    dtype: torch.dtype,
+    number: int,
+    tokens: int | None = None,
+    preset: str = "small",
+    compiled: bool = True,
 ) -> Cell:
     """Pictures of one caption, or their last `tokens` cells: the caption read and kept once, and as often as drawn; in
     eight bits, with compiled blocks, and on SDPA over dense caches. Against the copy of what the steps have to read:
@@ -111,7 +138,8 @@ def candidates_cell(
         yield Contender("dalle_kernels, the caption once", partial(draw, number))
         yield Contender("dalle_kernels, a caption for each", partial(draw, 1))
         yield Contender("dalle_kernels, eight bits", partial(draw, number, cache_dtype=torch.int8))
-        yield Contender("dalle_kernels, compiled blocks", partial(draw, number, compiled=True))
+        if compiled:
+            yield Contender("dalle_kernels, compiled blocks", partial(draw, number, compiled=True))
         yield Contender("SDPA mask, full cache", partial(draw, 1, SdpaMasked))
 
     return Cell("generation", case, dtype, work, contenders, f"{preset} {number} {dtype_name(dtype)}")

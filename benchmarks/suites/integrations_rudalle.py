@@ -17,28 +17,36 @@ LAYERS = {"row": 0, "column": 1, "convolution": 3}  # of four
 
 def cells(device: torch.device, quick: bool = False, grid: int = 32, text: int = 128, hidden: int = 512) -> list[Cell]:
     """Four layers in float32; sampling draws cells of the middle of a picture, where a step costs the average."""
-    size = {"grid": grid, "text": text, "layers": 4, "heads": max(1, hidden // 64), "batch": 1, "dtype": "fp32"}
     tokens = min(16 if quick else 32, grid)
-
-    def cell(setting: str, contenders: Callable[[_Models], Iterable[Contender]], rows: int = 1) -> Cell:
-        case = {"peer": "ruDALL-E", "what": setting} | size | {"batch": rows}
-        make = partial(_Models, device, grid, text, hidden)
-        return Cell("integrations", case, torch.float32, Work, lambda: when_installed(make, contenders), setting)
-
+    cell = partial(_cell, device, grid, text, hidden)
     found = [
         cell("training step", _Models.training),
         cell(f"sampling {tokens} tokens", partial(_Models.sampling, tokens=tokens)),
-        *(
-            cell(
-                f"sampling {tokens} tokens of candidates",
-                partial(_Models.sampling, tokens=tokens, candidates=candidates),
-                candidates,
-            )
-            for candidates in ((4,) if quick else (16, 64))
-        ),
+        *(candidates_cell(device, number, tokens, grid, text, hidden) for number in ((4,) if quick else (16, 64))),
     ]
     names = ["row"] if quick else LAYERS
     return [cell(f"module, {name}", partial(_Models.attention, layer=LAYERS[name])) for name in names] + found
+
+
+def candidates_cell(device: torch.device, number: int, tokens: int, grid: int, text: int, hidden: int) -> Cell:
+    """Drawing `tokens` cells of `number` candidates of one caption."""
+    contenders = partial(_Models.sampling, tokens=tokens, candidates=number)
+    return _cell(device, grid, text, hidden, f"sampling {tokens} tokens of candidates", contenders, number)
+
+
+def _cell(
+    device: torch.device,
+    grid: int,
+    text: int,
+    hidden: int,
+    setting: str,
+    contenders: Callable[[_Models], Iterable[Contender]],
+    rows: int = 1,
+) -> Cell:
+    size = {"grid": grid, "text": text, "layers": 4, "heads": max(1, hidden // 64), "batch": rows, "dtype": "fp32"}
+    case = {"peer": "ruDALL-E", "what": setting} | size
+    make = partial(_Models, device, grid, text, hidden)
+    return Cell("integrations", case, torch.float32, Work, lambda: when_installed(make, contenders), setting)
 
 
 class _Models:

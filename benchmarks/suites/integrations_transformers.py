@@ -20,30 +20,41 @@ LAYERS = 4
 def cells(device: torch.device, quick: bool = False, grid: int = 32, text: int = 256, hidden: int = 512) -> list[Cell]:
     """Four layers of the paper's schedule in float32, two query heads to a key head; tokens of a picture's middle.
     Drawing on a grid twice as wide as well, unless `quick`."""
-    heads = max(2, hidden // 64)
     tokens = min(16 if quick else 32, grid)
-
-    def cell(
-        setting: str, contenders: Callable[[_Model], Iterable[Contender]], side: int = grid, rows: int = 1
-    ) -> Cell:
-        size = {"grid": side, "text": text, "layers": LAYERS, "heads": heads, "batch": rows, "dtype": "fp32"}
-        case = {"peer": "transformers' Llama", "what": setting} | size
-        make = partial(_Model, device, TokenLayout(text, (side, side)), heads, hidden)
-        return Cell("integrations", case, torch.float32, Work, lambda: when_installed(make, contenders), setting)
-
+    cell = partial(_cell, device, text, hidden)
     sides = (grid,) if quick else (grid, 2 * grid)
     return [
-        cell("training step", _Model.training),
+        cell("training step", _Model.training, grid),
         *(cell(f"sampling {tokens} tokens", partial(_Model.sampling, tokens=tokens), side) for side in sides),
         *(
             cell("attention of a step", partial(_Model.attention, rows=rows), side, rows)
             for side in sides
             for rows in ((4,) if quick else (1, 16))
         ),
-        cell(
-            f"sampling {tokens} tokens of 4 candidates", partial(_Model.sampling, tokens=tokens, candidates=4), rows=4
-        ),
+        candidates_cell(device, 4, tokens, grid, text, hidden),
     ]
+
+
+def candidates_cell(device: torch.device, number: int, tokens: int, grid: int, text: int, hidden: int) -> Cell:
+    """Drawing `tokens` cells of `number` candidates of one prompt."""
+    contenders = partial(_Model.sampling, tokens=tokens, candidates=number)
+    return _cell(device, text, hidden, f"sampling {tokens} tokens of candidates", contenders, grid, number)
+
+
+def _cell(
+    device: torch.device,
+    text: int,
+    hidden: int,
+    setting: str,
+    contenders: Callable[[_Model], Iterable[Contender]],
+    grid: int,
+    rows: int = 1,
+) -> Cell:
+    heads = max(2, hidden // 64)
+    size = {"grid": grid, "text": text, "layers": LAYERS, "heads": heads, "batch": rows, "dtype": "fp32"}
+    case = {"peer": "transformers' Llama", "what": setting} | size
+    make = partial(_Model, device, TokenLayout(text, (grid, grid)), heads, hidden)
+    return Cell("integrations", case, torch.float32, Work, lambda: when_installed(make, contenders), setting)
 
 
 class _Model:
