@@ -11,6 +11,8 @@
 //
 // A call takes a range of query tiles of a head: dQ of those is complete. Keys that queries of several ranges see (the
 // text, and a window at each border) leave a partial dK and dV, added up later in the order of the ranges.
+//
+// A gradient whose array is null is nobody's wish: its products are left out, and without dQ and dK so is dO V^T.
 #pragma once
 
 #include "attention/tiles.h"
@@ -33,6 +35,7 @@ struct Backward {
   uint8_t *statistics_ready, *reached, *padded, *tile_padded;
   Pair* listed;
   const Problem& problem;
+  bool wants_dq, wants_dk, wants_dv;
   int width, rounded;
   float scale;  // of the score that the softmax is taken of: q . k, or tanh(steepness q . k)
 
@@ -88,6 +91,9 @@ struct Backward {
     attach(v, arrays.v);
     attach(out, arrays.out);
     attach(grad, arrays.grad_out);
+    wants_dq = arrays.dq.data != nullptr;
+    wants_dk = arrays.dk.data != nullptr;
+    wants_dv = arrays.dv.data != nullptr;
     const Plan& plan = *problem.plan;
     std::memset(reached, 0, size_t(plan.query_tiles));
     std::memset((void*)q.zeros, 0, size_t(rounded) * sizeof(float));
@@ -108,7 +114,7 @@ struct Backward {
 
   // What the walk needs of a tile of queries: log-sum-exp and delta, packed rows, dq of zero.
   void reach(const BackwardArrays& arrays, int64_t head, int tile) {
-    if (!reached[tile]) {
+    if (wants_dq && !reached[tile]) {
       reached[tile] = 1;
       std::memset(dq + int64_t(tile) * kTile * rounded, 0, size_t(kTile) * rounded * sizeof(float));
     }
@@ -124,12 +130,15 @@ struct Backward {
       const float lse = arrays.lse[row];
       if (lse == -INFINITY) continue;
       normaliser[p] = lse * kUnits<kPairs>;
+      if (!wants_slopes()) continue;
       F sums = zero();
       for (int d = 0; d < width; d += kLanes)
         sums = fma(load_row(grad.row(p), d, width), load_row(out.row(p), d, width), sums);
       delta[p] = sum(sums) - (arrays.grad_lse ? arrays.grad_lse[row] : 0.f);
     }
   }
+
+  bool wants_slopes() const { return wants_dq || wants_dk; }
 
   // out[query][key] = rows[query] . transposed[.][key] for `count` rows and kLd keys.
   template <int kLd, int M, int N, int kChains>
@@ -150,14 +159,20 @@ struct Backward {
   // Turns the products of `count` queries with kLd keys into weights and slopes; pairs is null where all is visible.
   template <bool kMasked, int kLd>
   DALLE_METHOD void weigh(int count, const int* positions, const Pair* pairs) {
+    if (!wants_slopes()) return weigh_values<kMasked, kLd>(count, positions, pairs);
     if (problem.softcap != 0) return weigh_capped<kMasked, kLd>(count, positions, pairs);
-    weigh_as<kMasked, kLd, false>(count, positions, pairs);
+    weigh_as<kMasked, kLd, false, true>(count, positions, pairs);
   }
   template <bool kMasked, int kLd>
   DALLE_APART void weigh_capped(int count, const int* positions, const Pair* pairs) {
-    weigh_as<kMasked, kLd, true>(count, positions, pairs);
+    weigh_as<kMasked, kLd, true, true>(count, positions, pairs);
   }
-  template <bool kMasked, int kLd, bool kCapped>
+  template <bool kMasked, int kLd>
+  DALLE_APART void weigh_values(int count, const int* positions, const Pair* pairs) {
+    if (problem.softcap != 0) return weigh_as<kMasked, kLd, true, false>(count, positions, pairs);
+    weigh_as<kMasked, kLd, false, false>(count, positions, pairs);
+  }
+  template <bool kMasked, int kLd, bool kCapped, bool kSlopes>
   DALLE_METHOD void weigh_as(int count, const int* positions, const Pair* pairs) {
     constexpr int N = kLd >= 2 * kLanes ? 2 : 1;
     const F slope = set(scale), rise = set(problem.steepness);
@@ -177,26 +192,26 @@ struct Backward {
             const int at = j * kLd + lane + w * kLanes;
             const F score = kCapped ? tanh(rise * load(s + at)) : load(s + at);
             p[j][w] = share<kPairs>(score, slope, lse[j]);
-            d[j][w] = p[j][w] * (load(t + at) - mean[j]);
-            if constexpr (kCapped) d[j][w] *= fnma(score, score, set(1.f));
+            if constexpr (kSlopes) d[j][w] = p[j][w] * (load(t + at) - mean[j]);
+            if constexpr (kSlopes && kCapped) d[j][w] *= fnma(score, score, set(1.f));
             if constexpr (kMasked) {
               const Mask seen = from_bits(uint32_t(pairs->bits[j]) >> (lane + w * kLanes));
               p[j][w] = select(seen, p[j][w], zero());
-              d[j][w] = select(seen, d[j][w], zero());
+              if constexpr (kSlopes) d[j][w] = select(seen, d[j][w], zero());
             }
           }
         DALLE_UNROLL for (int w = 0; w < N; w++) {
           if constexpr (kPairs) {
             store(p_to + lane + w * kLanes, as_float(Dot::pack(p[0][w], p[1][w])));
-            store(d_to + lane + w * kLanes, as_float(Dot::pack(d[0][w], d[1][w])));
+            if constexpr (kSlopes) store(d_to + lane + w * kLanes, as_float(Dot::pack(d[0][w], d[1][w])));
           } else {
             DALLE_UNROLL for (int j = 0; j < 2; j++) {
               store(p_to + j * kLd + lane + w * kLanes, p[j][w]);
-              store(d_to + j * kLd + lane + w * kLanes, d[j][w]);
+              if constexpr (kSlopes) store(d_to + j * kLd + lane + w * kLanes, d[j][w]);
             }
           }
         }
-        if constexpr (kPairs)
+        if constexpr (kPairs && kSlopes)
           DALLE_UNROLL for (int j = 0; j < 2; j++) {
             if constexpr (N == 2) store(rows_to + j * kLd + lane, d[j][0], d[j][1]);
             else store(rows_to + j * kLd + lane, d[j][0]);
@@ -219,16 +234,16 @@ struct Backward {
       dq_rows[i] = dq + int64_t(p) * rounded;
     }
     products<kTile, kTileRows, kWide, 1>(query_rows, kTile, transposed_k, scores);
-    products<kTile, kTileRows, kWide, 1>(grad_rows, kTile, transposed_v, inner);
+    if (wants_slopes()) products<kTile, kTileRows, kWide, 1>(grad_rows, kTile, transposed_v, inner);
     weigh<false, kTile>(kTile, positions, nullptr);
     constexpr int kRows = kTile / Dot::kDepth;
     for (int u = 0; u < kRows; u++) {
       query_rows[u] = q.mixed(tile * kRows + u);
       grad_rows[u] = grad.mixed(tile * kRows + u);
     }
-    mix<Dot, Start::add, kTile>(weights, grad_rows, kRows, dv, rounded, nullptr);
-    mix<Dot, Start::add, kTile>(slopes, query_rows, kRows, dk, rounded, nullptr);
-    accumulate<Dot, kRows>(slope_rows, keys, rounded, kRows, kTile, dq_rows);
+    if (wants_dv) mix<Dot, Start::add, kTile>(weights, grad_rows, kRows, dv, rounded, nullptr);
+    if (wants_dk) mix<Dot, Start::add, kTile>(slopes, query_rows, kRows, dk, rounded, nullptr);
+    if (wants_dq) accumulate<Dot, kRows>(slope_rows, keys, rounded, kRows, kTile, dq_rows);
   }
 
   // Group g of the tile of keys against n <= kListedQueries pairs of queries.
@@ -246,19 +261,20 @@ struct Backward {
     }
     const int lane = g * kGroup;
     products<kGroup, kListRows, kVectors, kListChains>(query_rows, 2 * n, transposed_k + lane, scores);
-    products<kGroup, kListRows, kVectors, kListChains>(grad_rows, 2 * n, transposed_v + lane, inner);
+    if (wants_slopes())
+      products<kGroup, kListRows, kVectors, kListChains>(grad_rows, 2 * n, transposed_v + lane, inner);
     weigh<true, kGroup>(2 * n, positions, pairs);
     for (int u = 0; u < 2 * n / Dot::kDepth; u++) {
       const int row = kPairs ? pairs[u].index : positions[u];
       query_rows[u] = q.mixed(row);
       grad_rows[u] = grad.mixed(row);
     }
-    mix<Dot, Start::add, kGroup>(weights, grad_rows, 2 * n / Dot::kDepth, dv + lane * int64_t(rounded), rounded,
-                         nullptr);
-    mix<Dot, Start::add, kGroup>(slopes, query_rows, 2 * n / Dot::kDepth, dk + lane * int64_t(rounded), rounded,
-                         nullptr);
-    accumulate<Dot, kGroup / Dot::kDepth>(slope_rows, keys + lane / Dot::kDepth * int64_t(rounded), rounded,
-                                        kGroup / Dot::kDepth, 2 * n, dq_rows);
+    const int64_t first_key = lane * int64_t(rounded);
+    if (wants_dv) mix<Dot, Start::add, kGroup>(weights, grad_rows, 2 * n / Dot::kDepth, dv + first_key, rounded, nullptr);
+    if (wants_dk) mix<Dot, Start::add, kGroup>(slopes, query_rows, 2 * n / Dot::kDepth, dk + first_key, rounded, nullptr);
+    if (wants_dq)
+      accumulate<Dot, kGroup / Dot::kDepth>(slope_rows, keys + first_key / Dot::kDepth, rounded, kGroup / Dot::kDepth,
+                                            2 * n, dq_rows);
   }
 
   // Writes dk and dv of a tile, or leaves them in `partial` [2, 64, rounded D] where it is not null.
@@ -268,8 +284,8 @@ struct Backward {
     std::memset(dk, 0, size_t(kTile) * rounded * sizeof(float));
     std::memset(dv, 0, size_t(kTile) * rounded * sizeof(float));
     k.transpose_into(tile, transposed_k);
-    v.transpose_into(tile, transposed_v);
-    k.pack_into(tile, keys);
+    if (wants_slopes()) v.transpose_into(tile, transposed_v);
+    if (wants_dq) k.pack_into(tile, keys);
     const bool holes = padded && tile_padded[tile];
     for (const int32_t* full = seen.full; full != seen.full_end && !holes; full++) full_tile(arrays, head, *full);
     for (int g = 0; g < kGroups; g++) {
@@ -300,8 +316,8 @@ struct Backward {
     }
     if (partial) {
       const size_t size = size_t(kTile) * rounded;
-      std::memcpy(partial, dk, size * sizeof(float));
-      std::memcpy(partial + size, dv, size * sizeof(float));
+      if (wants_dk) std::memcpy(partial, dk, size * sizeof(float));
+      if (wants_dv) std::memcpy(partial + size, dv, size * sizeof(float));
     } else {
       write_keys(problem, arrays, head, tile, dk, dv, 0, 1);
     }
@@ -310,24 +326,22 @@ struct Backward {
   // dk and dv of a tile of keys: the sums of `count` buffers, `stride` floats apart, in order.
   static void write_keys(const Problem& problem, const BackwardArrays& arrays, int64_t head, int tile, const float* dk,
                          const float* dv, int64_t stride, int count) {
+    write_sums(problem, arrays.dk, head, tile, dk, stride, count, problem.scale);
+    write_sums(problem, arrays.dv, head, tile, dv, stride, count, 1.f);
+  }
+  static void write_sums(const Problem& problem, const Array& to, int64_t head, int tile, const float* sums,
+                         int64_t stride, int count, float factor) {
+    if (to.data == nullptr) return;
     const Plan& plan = *problem.plan;
     const int width = int(problem.width), rounded = round_up(width, kLanes);
-    const int64_t b = head / problem.heads, h = head % problem.heads;
-    T* dk_base = (T*)arrays.dk.data + b * arrays.dk.batch + h * arrays.dk.head;
-    T* dv_base = (T*)arrays.dv.data + b * arrays.dv.batch + h * arrays.dv.head;
-    const F factor = set(problem.scale);
+    T* base = (T*)to.data + head / problem.heads * to.batch + head % problem.heads * to.head;
     for (int i = 0; i < kTile && tile * kTile + i < plan.length; i++) {
-      const int token = plan.order[tile * kTile + i];
-      T *dk_row = dk_base + token * arrays.dk.row, *dv_row = dv_base + token * arrays.dv.row;
+      T* row = base + plan.order[tile * kTile + i] * to.row;
       for (int d = 0; d < width; d += kLanes) {
         const int64_t at = int64_t(i) * rounded + d;
-        F key = load(dk + at), value = load(dv + at);
-        for (int c = 1; c < count; c++) {
-          key += load(dk + c * stride + at);
-          value += load(dv + c * stride + at);
-        }
-        store_row(dk_row, d, width, factor * key);
-        store_row(dv_row, d, width, value);
+        F total = load(sums + at);
+        for (int c = 1; c < count; c++) total += load(sums + c * stride + at);
+        store_row(row, d, width, set(factor) * total);
       }
     }
   }
@@ -354,7 +368,7 @@ struct Backward {
     for (int32_t tile = 0; tile < problem.plan->tiles; tile++)
       if (destinations[tile] != kElsewhere)
         backward.key_tile(arrays, head, tile, destinations[tile] == kHere ? nullptr : partial + destinations[tile] * slot);
-    backward.write_queries(arrays, head);
+    if (backward.wants_dq) backward.write_queries(arrays, head);
   }
 
   static void reduce(const Problem& problem, const BackwardArrays& arrays, int64_t head, int32_t tile,

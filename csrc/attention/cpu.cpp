@@ -175,18 +175,21 @@ std::tuple<Tensor, Tensor> attention_forward(const Tensor& q_in, const Tensor& k
   return {std::move(out), std::move(lse)};
 }
 
-std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad_out_in,
-                                                      const std::optional<Tensor>& grad_lse_in, const Tensor& q_in,
-                                                      const Tensor& k_in, const Tensor& v_in, const Tensor& out_in,
-                                                      const Tensor& lse_in,
-                                                      const std::optional<Tensor>& key_padding_mask, double scale,
-                                                      std::optional<double> softcap, const Tensor& plan_words) {
+// Memory for a gradient; none for one that nobody asked for.
+Tensor gradient_like(const Tensor& tensor, bool needed) {
+  return needed ? new_rows_like(tensor) : empty({0}, tensor.dtype());
+}
+
+std::tuple<Tensor, Tensor, Tensor> attention_backward(
+    const Tensor& grad_out_in, const std::optional<Tensor>& grad_lse_in, const Tensor& q_in, const Tensor& k_in,
+    const Tensor& v_in, const Tensor& out_in, const Tensor& lse_in, const std::optional<Tensor>& key_padding_mask,
+    double scale, std::optional<double> softcap, const Tensor& plan_words, bool needs_q, bool needs_k, bool needs_v) {
   const Plan plan = view(plan_words);
   check(q_in, k_in, plan, {&out_in, &grad_out_in}, {&v_in});
   const Tensor q = with_rows(q_in), k = with_rows(k_in), v = with_rows(v_in), out = with_rows(out_in);
   const Tensor grad_out = with_rows(grad_out_in);
-  Tensor dq = new_rows_like(q_in), dk = new_rows_like(k_in), dv = new_rows_like(v_in);
-  if (q.numel() == 0) return {std::move(dq), std::move(dk), std::move(dv)};
+  Tensor dq = gradient_like(q_in, needs_q), dk = gradient_like(k_in, needs_k), dv = gradient_like(v_in, needs_v);
+  if (q.numel() == 0 || !(needs_q || needs_k || needs_v)) return {std::move(dq), std::move(dk), std::move(dv)};
   const Padding padding(key_padding_mask, k);
   const Tensor lse = contiguous(lse_in);
   const Tensor grad_lse = grad_lse_in ? contiguous_float32(*grad_lse_in) : Tensor();
@@ -198,9 +201,9 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad_out_in,
                               array_of(v),
                               array_of(out),
                               array_of(grad_out),
-                              array_of(dq),
-                              array_of(dk),
-                              array_of(dv),
+                              needs_q ? array_of(dq) : Array{},
+                              needs_k ? array_of(dk) : Array{},
+                              needs_v ? array_of(dv) : Array{},
                               lse.data<const float>(),
                               grad_lse.defined() ? grad_lse.data<const float>() : nullptr};
   const Kernels& kernels = kernels_for(q.dtype());
@@ -246,7 +249,8 @@ const Operators defined(
       "Tensor plan) -> (Tensor, Tensor)",
       boxed<&attention_forward>},
      {"attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-      "Tensor? key_padding_mask, float scale, float? softcap, Tensor plan) -> (Tensor, Tensor, Tensor)",
+      "Tensor? key_padding_mask, float scale, float? softcap, Tensor plan, bool needs_q, bool needs_k, bool needs_v)"
+      " -> (Tensor, Tensor, Tensor)",
       boxed<&attention_backward>}});
 
 }  // namespace

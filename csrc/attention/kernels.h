@@ -30,8 +30,8 @@ struct ForwardArrays {
 };
 
 struct BackwardArrays {
-  Array q, k, v, out, grad_out, dq, dk, dv;
-  const float *lse, *grad_lse;  // [B, H, S]; grad_lse may be null
+  Array q, k, v, out, grad_out, dq, dk, dv;  // of dq, dk and dv those that nobody asked for have no data
+  const float *lse, *grad_lse;               // [B, H, S]; grad_lse may be null
 };
 
 // One thread's scratch memory, cache-line aligned, at least *_floats() long. `owner` is the head whose packed rows the

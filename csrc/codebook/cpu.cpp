@@ -128,13 +128,13 @@ std::tuple<Tensor, Tensor> gumbel_backward(const std::optional<Tensor>& grad_lat
                                            int64_t seed, int64_t row_offset, const Tensor& latents,
                                            const Tensor& indices, const Tensor& kl, const Tensor& maximum,
                                            const Tensor& log_noisy, const Tensor& log_clean, const Tensor& mixture,
-                                           bool needs_codebook) {
+                                           bool needs_logits, bool needs_codebook) {
   const CodebookKernels& kernels = kernels_for(logits);
   const bool has_latents = pointer<const void>(grad_latents) != nullptr;
   // Without a gradient of the latents nothing asks for the noise, and codes can be walked in their own order.
   const Gumbel problem = gumbel_problem(logits, codebook, temperature, noise && has_latents, seed, row_offset);
   const int64_t columns = padded(problem.width), rows = problem.rows;
-  Tensor grad_logits = new_tensor({rows, problem.codes}, logits.dtype());
+  Tensor grad_logits = needs_logits ? new_tensor({rows, problem.codes}, logits.dtype()) : empty({0}, logits.dtype());
   const bool through_mixture = has_latents && !hard && needs_codebook;
   Tensor grad_codebook = needs_codebook ? new_tensor_like(codebook) : empty({0}, codebook.dtype());
   if (needs_codebook && !through_mixture)
@@ -149,14 +149,14 @@ std::tuple<Tensor, Tensor> gumbel_backward(const std::optional<Tensor>& grad_lat
   backward.log_clean = log_clean.data<const float>();
   backward.mixture = hard ? mixture.data<const float>() : nullptr;
   backward.latents = latents.data<const void>();
-  backward.grad_logits = grad_logits.data<void>();
+  backward.grad_logits = needs_logits ? grad_logits.data<void>() : nullptr;
   backward.grad_codebook = through_mixture ? grad_codebook.data<void>() : nullptr;
   // A small codebook has few tiles: the rows are shared out as well, into parts of at least 256.
   backward.splits =
       std::clamp<int64_t>((64 + problem.tiles() - 1) / problem.tiles(), 1, std::max<int64_t>(rows / 256, 1));
 
   Tensor by_rows, packed, delta, partial;
-  if (has_latents) {
+  if (has_latents && (needs_logits || through_mixture)) {
     by_rows = new_tensor({rows, columns}, DType::int32);
     packed = new_tensor({rows, columns}, DType::int32);
     delta = empty({rows}, DType::float32);
@@ -170,9 +170,10 @@ std::tuple<Tensor, Tensor> gumbel_backward(const std::optional<Tensor>& grad_lat
     partial = new_tensor({backward.splits, problem.codes, columns}, DType::float32);
     backward.partial = partial.data<float>();
   }
-  parallel_for(0, problem.tiles() * backward.splits, 1, [&](int64_t task, int64_t end) {
-    kernels.gumbel_backward(backward, task, end, thread_scratch(backward.scratch()));
-  });
+  if (needs_logits || through_mixture)
+    parallel_for(0, problem.tiles() * backward.splits, 1, [&](int64_t task, int64_t end) {
+      kernels.gumbel_backward(backward, task, end, thread_scratch(backward.scratch()));
+    });
   if (backward.partial != nullptr)
     parallel_for(0, problem.codes, kCodesPerTask,
                  [&](int64_t code, int64_t end) { kernels.gumbel_collect(backward, code, end); });
@@ -490,7 +491,8 @@ const Operators defined(
       boxed<&gumbel_forward>},
      {"gumbel_backward(Tensor? grad_latents, Tensor? grad_kl, Tensor logits, Tensor codebook, float temperature,"
       " bool hard, bool noise, int seed, int row_offset, Tensor latents, Tensor indices, Tensor kl, Tensor maximum,"
-      " Tensor log_noisy, Tensor log_clean, Tensor mixture, bool needs_codebook) -> (Tensor, Tensor)",
+      " Tensor log_noisy, Tensor log_clean, Tensor mixture, bool needs_logits, bool needs_codebook)"
+      " -> (Tensor, Tensor)",
       boxed<&gumbel_backward>},
      {"projection_forward(Tensor features, Tensor weight, Tensor? bias, Tensor codebook, float temperature, bool hard,"
       " bool noise, int seed, int row_offset, bool distribution) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, "

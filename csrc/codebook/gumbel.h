@@ -155,6 +155,11 @@ void gumbel_prepare(const GumbelBackward& p, int64_t row_tile, int64_t row_tile_
   }
 }
 
+// What a walk over the rows makes: dlogits, through the latents, kl or both; the weights y where there are latents.
+struct Walk {
+  bool latents, kl, logits = true;
+};
+
 template <class T>
 struct GumbelBackwardKernel {
   using P = typename ProductOf<T>::Type;
@@ -195,25 +200,25 @@ struct GumbelBackwardKernel {
   }
 
   // The gradient of the logits for one row and tile; returns the weights in y.
-  template <bool Noise, bool Full, bool Latents, bool Kl>
+  template <bool Noise, bool Full, Walk kWalk>
   DALLE_METHOD void row_gradient(const Tile& tile, int64_t n, const float* product_row, TileRow& y) {
     TileRow clean, noisy;
     load_row<Noise, Full>((const T*)p.logits + n * p.logits_stride, tile, keys,
                           NoiseRow(keys, p.first_row + uint64_t(n), kGumbelStream), clean, noisy);
     T* out = (T*)p.grad_logits + n * p.codes;
-    const float grad_kl = Kl ? p.grad_kl[n] : 0.f;
+    const float grad_kl = kWalk.kl ? p.grad_kl[n] : 0.f;
     const RowShift row(p, n);
-    const F delta = set(Latents ? p.delta[n] : 0.f), inverse = set(1.f / p.temperature);
+    const F delta = set(kWalk.latents && kWalk.logits ? p.delta[n] : 0.f), inverse = set(1.f / p.temperature);
     const F slope = set(grad_kl * kLn2), offset = set(grad_kl * (log_codes - p.kl[n]));
     DALLE_UNROLL for (int l = 0; l < 4; l++)
       DALLE_UNROLL for (int j = 0; j < kTileVectors; j++) {
         F gradient = zero();
         y[l][j] = zero();
-        if constexpr (Latents) {
-          y[l][j] = row.weight(noisy[l][j], scale);
+        if constexpr (kWalk.latents) y[l][j] = row.weight(noisy[l][j], scale);
+        if constexpr (!kWalk.logits) continue;
+        if constexpr (kWalk.latents)
           gradient = y[l][j] * inverse * (load(product_row + l * kCounterTile + j * kLanes) - delta);
-        }
-        if constexpr (Kl) {
+        if constexpr (kWalk.kl) {
           const F exponent = row.exponent(clean[l][j]);
           gradient = fma(exp2_bounded(exponent), fma(exponent, slope, offset), gradient);
         }
@@ -224,13 +229,13 @@ struct GumbelBackwardKernel {
       }
   }
 
-  template <bool Noise, bool Full, bool Latents, bool Kl>
+  template <bool Noise, bool Full, Walk kWalk>
   void rows_gradient(const Tile& tile, int64_t row, int count) {
     for (int r = 0; r < count; r += P::kDepth) {
       TileRow y[P::kDepth];
       DALLE_UNROLL for (int i = 0; i < P::kDepth; i++) {
         if (r + i < count) {
-          row_gradient<Noise, Full, Latents, Kl>(tile, row + r + i, products + (r + i) * kCodeTile, y[i]);
+          row_gradient<Noise, Full, kWalk>(tile, row + r + i, products + (r + i) * kCodeTile, y[i]);
         } else {
           DALLE_UNROLL for (int l = 0; l < 4; l++)
             DALLE_UNROLL for (int j = 0; j < kTileVectors; j++) y[i][l][j] = zero();
@@ -245,15 +250,14 @@ struct GumbelBackwardKernel {
     }
   }
 
-  template <bool Noise, bool Latents, bool Kl>
+  template <bool Noise, Walk kWalk>
   void rows_gradient(const Tile& tile, int64_t row, int count) {
-    tile.full ? rows_gradient<Noise, true, Latents, Kl>(tile, row, count)
-              : rows_gradient<Noise, false, Latents, Kl>(tile, row, count);
+    tile.full ? rows_gradient<Noise, true, kWalk>(tile, row, count) : rows_gradient<Noise, false, kWalk>(tile, row, count);
   }
 
-  template <bool Kl>
+  template <Walk kWalk>
   void noisy_rows_gradient(const Tile& tile, int64_t row, int count) {
-    p.noise ? rows_gradient<true, true, Kl>(tile, row, count) : rows_gradient<false, true, Kl>(tile, row, count);
+    p.noise ? rows_gradient<true, kWalk>(tile, row, count) : rows_gradient<false, kWalk>(tile, row, count);
   }
 
   void task(int64_t index) {
@@ -261,16 +265,18 @@ struct GumbelBackwardKernel {
     const int64_t split = index / p.tiles(), begin = split * p.split_rows();
     const int64_t end = begin + p.split_rows() < p.rows ? begin + p.split_rows() : p.rows;
     const bool has_latents = p.grad_latents != nullptr, has_codebook = has_latents && p.grad_codebook != nullptr;
-    if (has_latents) transpose(tile);
+    const bool has_logits = p.grad_logits != nullptr;
+    if (has_latents && has_logits) transpose(tile);
     if (has_codebook) std::memset(code_gradient, 0, size_t(kCodeTile * columns) * sizeof(float));
     for (int64_t row = begin; row < end; row += kRowTile) {
       const int count = int(end - row < kRowTile ? end - row : kRowTile);
-      if (has_latents)
+      if (has_latents && has_logits)
         product<P>({p.grad_by_rows + row * (columns / P::kDepth), columns / P::kDepth, 1}, transposed, products,
                    kCodeTile, count, kCodeTile, int(columns) / P::kDepth, false);
-      if (!has_latents) rows_gradient<false, false, true>(tile, row, count);
-      else if (p.grad_kl == nullptr) noisy_rows_gradient<false>(tile, row, count);
-      else noisy_rows_gradient<true>(tile, row, count);
+      if (!has_logits) noisy_rows_gradient<Walk{true, false, false}>(tile, row, count);
+      else if (!has_latents) rows_gradient<false, Walk{false, true}>(tile, row, count);
+      else if (p.grad_kl == nullptr) noisy_rows_gradient<Walk{true, false}>(tile, row, count);
+      else noisy_rows_gradient<Walk{true, true}>(tile, row, count);
       if (has_codebook)
         product<P>({weights, 1, kCodeTile}, p.grad_packed + row / P::kDepth * columns, code_gradient, columns, kCodeTile,
                    columns, (count + P::kDepth - 1) / P::kDepth, true);

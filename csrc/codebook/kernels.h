@@ -66,9 +66,9 @@ struct GumbelBackward : Gumbel {
   const float *kl, *maximum, *log_noisy, *log_clean;  // of the forward pass
   const float* mixture;                               // [rows, width] or null: then `latents` are the mixture
   const void* latents;                                // [rows, width]
-  void* grad_logits;                                  // [rows, codes]
-  void* grad_codebook;                                // [codes, width]; null: not the mixture's business
-  int64_t splits;  // shares of the rows, each with its own table of the codebook's gradient; see `partial`
+  void* grad_logits;                                  // [rows, codes] or null: nobody asked
+  void* grad_codebook;  // [codes, width]; null: nobody asked, or it does not come from the mixture
+  int64_t splits;       // shares of the rows, each with its own table of the codebook's gradient; see `partial`
   // Workspaces: the latents' gradient in two forms, grad_latents . mixture, and where splits > 1 the shares of the
   // codebook's gradient, to be added in order.
   uint32_t *grad_by_rows, *grad_packed;  // [rows, padded width], [rows, padded width]

@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <random>
 #include <vector>
 
@@ -139,19 +140,37 @@ void attention_case(const Kernels& kernels, const char* name, int length, int wi
     {
       AlignedMemory memory(kernels.backward_floats(problem));
       Scratch scratch{memory.data, -1};
-      const BackwardArrays arrays{array(q),  array(k),  array(v),  array(out), array(grad),
-                                  array(dq), array(dk), array(dv), lse.data(), grad_lse.data()};
       const std::vector<int32_t> cuts =
           cut > 0 && cut < tiles ? std::vector<int32_t>{0, cut, tiles} : std::vector<int32_t>{0, tiles};
       const Ranges shared = share_keys(plan, cuts);
       const int64_t slot = 2 * kTile * kernels.rounded_width(width);
       std::vector<float> partial(size_t(shared.slot_offsets.back() * slot), NAN);
-      for (size_t r = 0; r + 1 < cuts.size(); r++)
-        kernels.backward(problem, arrays, 0, cuts[r], cuts[r + 1], shared.destinations.data() + r * size_t(tiles),
-                         partial.data(), scratch);
-      for (int t = 0; t < tiles; t++)
-        if (const int32_t count = shared.slot_offsets[t + 1] - shared.slot_offsets[t])
-          kernels.reduce_keys(problem, arrays, 0, t, partial.data() + shared.slot_offsets[t] * slot, count);
+      const auto backward = [&](const Array& to_q, const Array& to_k, const Array& to_v) {
+        const BackwardArrays arrays{array(q), array(k), array(v), array(out), array(grad),
+                                    to_q,     to_k,     to_v,     lse.data(), grad_lse.data()};
+        for (size_t r = 0; r + 1 < cuts.size(); r++)
+          kernels.backward(problem, arrays, 0, cuts[r], cuts[r + 1], shared.destinations.data() + r * size_t(tiles),
+                           partial.data(), scratch);
+        for (int t = 0; t < tiles; t++)
+          if (const int32_t count = shared.slot_offsets[t + 1] - shared.slot_offsets[t])
+            kernels.reduce_keys(problem, arrays, 0, t, partial.data() + shared.slot_offsets[t] * slot, count);
+      };
+      backward(array(dq), array(dk), array(dv));
+      for (int needs = 1; needs < 7; needs++) {  // some of the three: the same bits, and no other array is there
+        std::vector<T> some[3];
+        Array to[3] = {};
+        for (int i = 0; i < 3; i++)
+          if (needs >> i & 1) {
+            some[i].assign(q.size(), rounded<T>(NAN));
+            to[i] = array(some[i]);
+          }
+        backward(to[0], to[1], to[2]);
+        const std::vector<T>* all[] = {&dq, &dk, &dv};
+        for (int i = 0; i < 3; i++)
+          if (needs >> i & 1)
+            expect(std::memcmp(some[i].data(), all[i]->data(), q.size() * sizeof(T)) == 0,
+                   "a gradient depends on which others are asked for", name, length, width);
+      }
     }
 
     std::vector<double> want_dq(q.size()), want_dk(q.size()), want_dv(q.size());

@@ -146,8 +146,13 @@ void gumbel(const CodebookKernels& kernels, int64_t rows, int64_t codes, int64_t
     kernels.gumbel_backward(backward, 0, backward.tiles() * backward.splits, scratch.memory.get());
     if (backward.grad_codebook != nullptr && backward.splits > 1) kernels.gumbel_collect(backward, 0, codes);
     for (const T value : grad_logits) expect(std::isfinite(to_float(value)), name + ": dlogits");
-    if (backward.grad_codebook != nullptr)
-      for (const T value : grad_codebook) expect(std::isfinite(to_float(value)), name + ": dcodebook");
+    if (backward.grad_codebook == nullptr) continue;
+    for (const T value : grad_codebook) expect(std::isfinite(to_float(value)), name + ": dcodebook");
+    const auto whole = grad_codebook;
+    backward.grad_logits = nullptr;
+    kernels.gumbel_backward(backward, 0, backward.tiles() * backward.splits, scratch.memory.get());
+    if (backward.splits > 1) kernels.gumbel_collect(backward, 0, codes);
+    expect(std::memcmp(whole.data(), grad_codebook.data(), whole.size() * sizeof(T)) == 0, name + ": dcodebook alone");
   }
 }
 

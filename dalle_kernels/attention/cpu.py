@@ -70,7 +70,10 @@ def backward(grads: Grads, kept: Kept, needs: Needs) -> tuple[torch.Tensor | Non
     assert grad_out is not None
     run, plan = torch.ops.dalle_kernels_cpu.attention_backward, _plan(pattern, k.shape[2], rows_of(kept))
     if q.shape[-1] % 8 == 0:
-        return run(grad_out, grad_lse, q, k, v, out, lse, key_padding_mask, scale, softcap, plan)
+        made = run(grad_out, grad_lse, q, k, v, out, lse, key_padding_mask, scale, softcap, plan, *needs)
+        return tuple(gradient if need else None for gradient, need in zip(made, needs, strict=True))
     wide_grad, *wide = _filled(grad_out, q, k, v, out)
-    filled = run(wide_grad, grad_lse, *wide, lse, key_padding_mask, scale, softcap, plan)
-    return tuple(_cut(gradient, like) for gradient, like in zip(filled, (q, k, v), strict=True))
+    filled = run(wide_grad, grad_lse, *wide, lse, key_padding_mask, scale, softcap, plan, *needs)
+    return tuple(
+        _cut(gradient, like) if need else None for gradient, like, need in zip(filled, (q, k, v), needs, strict=True)
+    )

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import product
 
 import pytest
 import torch
 
+from dalle_kernels import sparse_attention
 from dalle_kernels.attention import cpu, reference
 from dalle_kernels.attention.contract import Grads, Inputs, Kept, Needs
 from dalle_kernels.backends import native
@@ -226,6 +228,41 @@ def test_no_gradient_of_the_log_sum_exp(isa: str) -> None:
         Grads(grad, torch.zeros_like(lse)), Kept(q, k, v, out, lse, None, 0.2, PATTERNS[0]), Needs(True, True, True)
     )
     assert all(torch.equal(a, b) for a, b in zip(without, zero, strict=True))
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("width", [32, 20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_that_nobody_asked_for_are_not_made(
+    isa: str, dtype: torch.dtype, width: int, softcap: float | None
+) -> None:
+    """Those asked for have the bits they have among all; v's, which needs neither v nor out, looks at neither."""
+    pattern = PATTERNS[0]
+    q, k, v, grad, grad_lse = tensors(pattern, 1, 2, width, dtype)
+    padding = torch.arange(pattern.length)[None] % 7 == 2
+    out, lse, *every = run(cpu, q, k, v, grad, grad_lse, padding, 0.3, pattern, softcap)
+    for needs in map(Needs._make, product((True, False), repeat=3)):
+        blind = needs == (False, False, True)
+        seen = [torch.full_like(t, torch.nan) if blind else t for t in (v, out)]
+        kept = Kept(q, k, *seen, lse, padding, 0.3, pattern, softcap)
+        for gradient, whole, need in zip(cpu.backward(Grads(grad, grad_lse), kept, needs), every, needs, strict=True):
+            assert (gradient is not None) == need
+            if gradient is not None:
+                assert torch.equal(gradient.view(torch.uint8), whole.view(torch.uint8))
+
+
+@pytest.mark.parametrize("frozen", ["q", "k", "v", "qk"])
+def test_what_is_frozen_is_not_asked_for(frozen: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Needs] = []
+    backward = cpu.backward
+    monkeypatch.setattr(cpu, "backward", lambda grads, kept, needs: asked.append(needs) or backward(grads, kept, needs))
+    inputs = [
+        t.requires_grad_(name not in frozen)
+        for name, t in zip("qkv", tensors(PATTERNS[0], 1, 1, 16, torch.float32)[:3], strict=True)
+    ]
+    sparse_attention(*inputs, PATTERNS[0]).sum().backward()
+    assert asked == [tuple(name not in frozen for name in "qkv")]
+    assert all((t.grad is None) == (name in frozen) for name, t in zip("qkv", inputs, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -283,19 +283,29 @@ def test_automatic_choice_is_native() -> None:
         assert (answer.backend, answer.detail) == ("cpu", native.instruction_set())
 
 
+@pytest.mark.parametrize("use", ["latents", "kl", "both"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("hard", [False, True])
 @pytest.mark.usefixtures("poisoned_memory")
-def test_a_frozen_codebook_costs_nothing(isa: str, hard: bool) -> None:
-    """What is asked for alone has the bits it has among all; what is not asked for is not made."""
-    logits, codebook, grad_latents, grad_kl = draw(70, 40, 24, torch.float32)
+def test_what_is_frozen_costs_nothing(isa: str, hard: bool, dtype: torch.dtype, use: str) -> None:
+    """What is asked for alone has the bits it has among all; the codebook's gradient alone reads no codebook."""
+    logits, codebook, grad_latents, grad_kl = draw(70, 40, 24, dtype)
     settings = (logits, codebook, 0.7, hard, True, 2, 0)
-    kept, grads = Kept(*settings, *cpu.forward(Inputs(*settings))), Grads(grad_latents, grad_kl)
-    both, alone = (cpu.backward(grads, kept, Needs(True, codebook)) for codebook in (True, False))
-    assert torch.equal(both[0], alone[0])
-    assert alone[1] is not None
-    assert alone[1].numel() == 0
-    nearest = codebook[kept.indices][None, :, None]
-    features = vq_contract.Kept(grad_latents[None], nearest, kept.indices[None, :, None], len(codebook))
+    kept = Kept(*settings, *cpu.forward(Inputs(*settings)))
+    grads = Grads(None if use == "kl" else grad_latents, None if use == "latents" else grad_kl)
+    both = cpu.backward(grads, kept, Needs(True, True))
+    unread = kept._replace(codebook=torch.full_like(codebook, torch.nan))
+    for needs, given in ((Needs(True, False), kept), (Needs(False, True), unread), (Needs(False, False), unread)):
+        for gradient, whole, need in zip(cpu.backward(grads, given, needs), both, needs, strict=True):
+            assert (gradient is not None) == need
+            assert gradient is None or torch.equal(gradient.view(torch.uint8), whole.view(torch.uint8))
+
+
+def test_a_frozen_nearest_row_costs_nothing(isa: str) -> None:
+    codebook, grad_latents = torch.randn(40, 24), torch.randn(70, 24)
+    indices, grad_kl = torch.randint(40, (70,)), torch.randn(70)
+    nearest = codebook[indices][None, :, None]
+    features = vq_contract.Kept(grad_latents[None], nearest, indices[None, :, None], len(codebook))
     distances = vq_contract.Grads(grad_kl[None, :, None])
     both = vq_cpu.backward(distances, features, vq_contract.Needs(True, True))
     for place, needs in enumerate((vq_contract.Needs(True, False), vq_contract.Needs(False, True))):

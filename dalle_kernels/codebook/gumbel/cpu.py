@@ -28,4 +28,5 @@ def backward(grads: Grads, kept: Kept, needs: Needs) -> tuple[torch.Tensor | Non
     """The same bits for any number of threads."""
     logits, codebook, temperature, hard, noise, seed, row_offset, *made = kept
     of_noise = float(temperature), hard, noise, int(seed), int(row_offset)
-    return _ops.gumbel_backward(*grads, logits, codebook, *of_noise, *made, needs.codebook)
+    gradients = _ops.gumbel_backward(*grads, logits, codebook, *of_noise, *made, *needs)
+    return tuple(gradient if need else None for gradient, need in zip(gradients, needs, strict=True))
