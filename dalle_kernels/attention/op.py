@@ -188,7 +188,7 @@ def _unlike(inputs: Inputs, backend: str) -> Outputs:
     if divided(inputs):  # a head of k and v is not repeated, and so cannot be divided afterwards
         return locally(_unlike, AXES, inputs, backend)
     q, k, v, key_padding_mask = inputs[:4]
-    batch, heads, _, width = q.shape
+    batch, heads, queries, width = q.shape
     groups, wide = k.shape[1], v.shape[3]
     common = max(width, wide)
     q, k, v = (pad(tensor, (0, common - tensor.shape[3])) for tensor in (q, k, v))
@@ -200,7 +200,7 @@ def _unlike(inputs: Inputs, backend: str) -> Outputs:
             key_padding_mask = key_padding_mask.repeat_interleave(groups, 0)
     q, k, v = map(rows_contiguous, (q, k, v))
     out, lse = _ENTRY(Inputs(q, k, v, key_padding_mask, *inputs[4:]), backend)
-    return Outputs(out[..., :wide].reshape(batch, heads, -1, wide), lse.reshape(batch, heads, -1))
+    return Outputs(out[..., :wide].reshape(batch, heads, queries, wide), lse.reshape(batch, heads, queries))
 
 
 register(sparse_attention, OPERATION)

@@ -10,6 +10,7 @@ Source: Hassani et al. 2023 and 2025; the rule of the windows is `Neighborhood`'
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
 from typing import TypeAlias
 
@@ -17,6 +18,7 @@ import torch
 from torch import nn
 
 from dalle_kernels.attention.op import sparse_attention
+from dalle_kernels.checks import autocast, check_alike, check_tensor
 from dalle_kernels.patterns.neighborhood import Neighborhood
 
 Sizes: TypeAlias = int | Sequence[int]
@@ -33,10 +35,17 @@ def _made(*arguments: object) -> bool:
     return True
 
 
-def _hashable(value: Sizes | Flags | None, usual: int | bool) -> int | tuple[int, ...]:
-    if value is None:
+def _hashable(name: str, value: Sizes | Flags | None, usual: int | bool | None) -> int | tuple[int, ...]:
+    if value is None and usual is not None:
         return usual
-    return value if isinstance(value, (int, bool)) else tuple(value)
+    if isinstance(value, (int, bool)):
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    try:
+        return tuple(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise ValueError(f"{name}: got {value!r}, wanted one value, or one for each axis") from None
 
 
 def _attend(
@@ -64,8 +73,13 @@ def _attend(
             wanted = tuple(query.shape[: axes + 1])
             raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, wanted batch and tokens {wanted} as query has")
     shape = tuple(query.shape[1 : axes + 1])
-    window, steps, spread = _hashable(kernel_size, 1), _hashable(stride, 1), _hashable(dilation, 1)
-    masks = shape, window, steps, spread, _hashable(is_causal, False)
+    masks = (
+        shape,
+        _hashable("kernel_size", kernel_size, None),
+        _hashable("stride", stride, 1),
+        _hashable("dilation", dilation, 1),
+        _hashable("is_causal", is_causal, False),
+    )
     assert _made(*masks)
     pattern = _PATTERNS[masks]
     q, k, v = (tensor.flatten(1, axes).transpose(1, 2) for tensor in (query, key, value))
@@ -85,12 +99,16 @@ def _merge(
     """Attention over the neighbourhood and over tokens that every query sees, joined by their log-sum-exps."""
     batch, heads, _, width = q.shape
     for name, tensor in (("additional_keys", keys), ("additional_values", values)):
+        check_tensor(name, tensor)
+        check_alike(name, autocast(tensor)[0], "query", autocast(q)[0])
         good = tensor.dim() == 4 and tensor.shape[0] == batch and tensor.shape[1] == keys.shape[1]
-        if not good or heads % tensor.shape[2]:
+        if not good or not tensor.shape[2] or heads % tensor.shape[2]:
             wanted = f"[{batch}, tokens, heads that divide {heads}, head_dim]"
             raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, wanted {wanted}")
     if keys.shape[-1] != width:
         raise ValueError(f"additional_keys: got head_dim {keys.shape[-1]}, wanted {width} as query has")
+    if values.shape[-1] != out.shape[-1]:
+        raise ValueError(f"additional_values: got head_dim {values.shape[-1]}, wanted {out.shape[-1]} as value has")
     k, v = (tensor.transpose(1, 2).repeat_interleave(heads // tensor.shape[2], 1) for tensor in (keys, values))
     scores = (q * scale @ k.mT).to(lse.dtype)
     others = scores.logsumexp(-1)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -145,3 +146,28 @@ def test_what_is_refused(arguments: dict[str, torch.Tensor], named: dict[str, An
         natten.NeighborhoodAttention1D(32, 3, 5)
     with pytest.raises(ValueError, match="x: got shape"):
         natten.NeighborhoodAttention1D(32, 2, 5)(torch.zeros(1, 4, 4, 32))
+
+
+def test_arguments_are_named_where_they_are_wrong() -> None:
+    q, context = torch.randn(1, 6, 7, 2, 8), torch.randn(1, 5, 2, 8)
+    assert torch.equal(natten.na2d(q, q, q, np.int64(3)), natten.na2d(q, q, q, 3))
+    for wrong in (None, 3.0):
+        with pytest.raises(ValueError, match=f"kernel_size: got {wrong}, wanted one value, or one for each axis"):
+            natten.na2d(q, q, q, wrong)
+    for keys, values, error, message in (
+        ([1], context, TypeError, "additional_keys: got list, wanted a torch.Tensor"),
+        (
+            context,
+            context.double(),
+            TypeError,
+            "additional_values: got torch.float64, wanted torch.float32 as query has",
+        ),
+        (context[:, :, :0], context, ValueError, r"additional_keys: got shape \(1, 5, 0, 8\)"),
+        (context, torch.randn(1, 5, 2, 9), ValueError, "additional_values: got head_dim 9, wanted 8 as value has"),
+    ):
+        with pytest.raises(error, match=message):
+            natten.na2d(q, q, q, 3, additional_keys=keys, additional_values=values)
+    with torch.autocast("cpu", torch.bfloat16):  # which makes them alike
+        natten.na2d(q, q, q, 3, additional_keys=context.bfloat16(), additional_values=context)
+    empty = natten.na2d(q[:0], q[:0, ..., :1, :], torch.randn(0, 6, 7, 1, 12), 3)  # fewer heads, wider values
+    assert empty.shape == (0, 6, 7, 2, 12)
