@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import torch
 
 from dalle_kernels.backends import native
-from dalle_kernels.checks import autocast, check_alike, check_temperature, check_tensor
+from dalle_kernels.checks import autocast, check_alike, check_temperature, check_tensor, outside_autocast
 from dalle_kernels.codebook.checks import check_row_mask
 from dalle_kernels.codebook.projection.op import gumbel_projection_lookup
 
@@ -82,11 +82,14 @@ def codebook_entropy(
     rows = masked_rows(features, row_mask)
     wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
     rows, codebook, euclidean = rows.to(wide), codebook.to(wide), metric == "euclidean"
-    if native.refuse_cpu(rows.device, wide) is None:
-        row_entropy, distribution = _looked_up(rows, codebook, temperature, euclidean)
-    else:
-        row_entropy, distribution, *_ = _Streamed.apply(rows, codebook, temperature, euclidean)
+    made_by = _looked_up if _has_kernels(rows.device, wide) else _Streamed.apply
+    row_entropy, distribution, *_ = outside_autocast(rows.device.type, made_by, rows, codebook, temperature, euclidean)
     return CodebookEntropy(row_entropy, entropy(distribution), distribution)
+
+
+@torch.compiler.assume_constant_result  # asks the library, which torch.compile cannot trace
+def _has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
+    return native.refuse_cpu(device, dtype) is None
 
 
 def masked_rows(features: torch.Tensor, row_mask: torch.Tensor | None) -> torch.Tensor:

@@ -154,3 +154,37 @@ def test_functional_gradients_in_double_precision(metric: Any) -> None:
     torch.testing.assert_close(got, wanted)
     with pytest.raises(RuntimeError, match="jvp"):
         torch.func.jvp(loss, (features.detach(), codebook.detach()), (features.detach(), codebook.detach()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("metric", ["dot", "euclidean"])
+@pytest.mark.parametrize("kernels", [True, False])
+def test_autocast_casts_inputs_and_nothing_within(
+    dtype: torch.dtype, metric: Any, kernels: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Entropies of what is cast are computed in float32, by the lookup's kernels and streamed alike."""
+    if not kernels:
+        monkeypatch.setattr(room, "_has_kernels", lambda *_: False)
+    leaves = [(4 * torch.randn(size, 24)).to(dtype).requires_grad_() for size in (31, 40)]
+    outside = codebook_entropy(*leaves, 0.3, metric)
+    with torch.autocast("cpu", dtype):
+        within = codebook_entropy(*leaves, 0.3, metric)
+    assert all(
+        one.dtype == torch.float32 and torch.equal(one, other) for one, other in zip(within, outside, strict=True)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_strict_export_and_one_graph(dtype: torch.dtype) -> None:
+    class Entropies(torch.nn.Module):
+        def forward(self, rows: torch.Tensor, codes: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return tuple(codebook_entropy(rows, codes, 0.7))
+
+    given = torch.randn(9, 4, dtype=dtype), torch.randn(6, 4, dtype=dtype)
+    with torch.no_grad():
+        wanted = Entropies()(*given)
+        for made in (
+            torch.export.export(Entropies(), given, strict=True).module(),
+            torch.compile(Entropies(), fullgraph=True, backend="eager"),
+        ):
+            torch.testing.assert_close(made(*given), wanted)
