@@ -34,6 +34,8 @@ def cases(arch: int) -> Iterator[Case]:
     yield "gumbel/16-bit/128/hard", gumbel_forward(16, 128, CODES, hard=True)
     yield "gumbel/16-bit/128/hard/backward", gumbel_backward(16, 128, CODES, hard=True)
     yield "gumbel/16-bit/256/backward", gumbel_backward(16, 256, CODES)  # in two pieces
+    for frozen, needs in (("codebook", (True, False)), ("logits", (False, True))):
+        yield f"gumbel/16-bit/128/frozen {frozen}/backward", gumbel_backward(16, 128, CODES, needs=needs)
     yield "projection/16-bit/128/backward/strips", projection_backward(16, 128, CODES, strip_bytes=1)
     for bits, width in launch.served("vq_forward"):
         yield f"vq/{bits}-bit/{width}", vq(bits, width)
@@ -60,14 +62,16 @@ def gumbel_forward(bits: int, width: int, codes: int, hard: bool = False) -> Cal
     return lambda: triton_gumbel.forward(gumbel_contract.Inputs(logits, codebook, *settings(hard)))
 
 
-def gumbel_backward(bits: int, width: int, codes: int, hard: bool = False) -> Callable[[], object]:
+def gumbel_backward(
+    bits: int, width: int, codes: int, hard: bool = False, needs: tuple[bool, bool] = (True, True)
+) -> Callable[[], object]:
     logits, codebook = torch.empty(ROWS, codes, dtype=DTYPES[bits]), torch.empty(codes, width, dtype=DTYPES[bits])
     latents = torch.empty(ROWS, width, dtype=DTYPES[bits])
     saved = *settings(hard), latents, *results(latents, hard)
     return lambda: triton_gumbel.backward(
         gumbel_contract.Grads(latents, torch.empty(ROWS)),
         gumbel_contract.Kept(logits, codebook, *saved),
-        gumbel_contract.Needs(True, True),
+        gumbel_contract.Needs(*needs),
     )
 
 

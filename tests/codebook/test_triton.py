@@ -14,7 +14,9 @@ pytest.importorskip("triton")
 
 from dalle_kernels import gumbel_lookup, gumbel_projection_lookup, vq_lookup
 from dalle_kernels.backends.contract import Call
+from dalle_kernels.codebook.gumbel import contract as gumbel_contract
 from dalle_kernels.codebook.gumbel import triton as triton_gumbel
+from dalle_kernels.codebook.projection import contract as projection_contract
 from dalle_kernels.codebook.projection import triton as triton_projection
 from dalle_kernels.codebook.vq import triton as triton_vq
 from dalle_kernels.noise import GUMBEL_STREAM, gumbel_noise
@@ -372,3 +374,46 @@ def test_what_is_refused(module: Any) -> None:
     assert module.refuse(Call(device, torch.bfloat16, 256)) is None
     assert "264 wide" in module.refuse(Call(device, torch.bfloat16, 264))
     assert "float64" in module.refuse(Call(device, torch.float64, 64))
+
+
+@pytest.mark.parametrize(
+    ("width", "hard", "use"),
+    [(24, False, "both"), (24, True, "both"), (24, False, "latents"), (24, True, "kl"), (72, False, "both")],
+)  # 72: in two pieces
+def test_gradients_that_nobody_asked_for_are_not_made(width: int, hard: bool, use: str) -> None:
+    """Those asked for have the bits they have among all."""
+    rows, codes = 19, 22
+    weight, bias, codebook = randn(codes, 12), randn(codes), randn(codes, width)
+    latents = None if use == "kl" else randn(rows, width)
+    kl = None if use == "latents" else randn(rows)
+    settings = (0.7, hard, True, 3, 0)
+    gumbel = gumbel_contract.Inputs(randn(rows, codes), codebook, *settings)
+    projection = projection_contract.Inputs(randn(rows, 12), weight, bias, codebook, *settings, False, False)
+    for module, contract, inputs, grads in (
+        (triton_gumbel, gumbel_contract, gumbel, (latents, kl)),
+        (triton_projection, projection_contract, projection, (latents, kl, None)),
+    ):
+        made = {**inputs._asdict(), **module.forward(inputs)._asdict()}
+        kept = contract.Kept(*(made[field] for field in contract.Kept._fields))
+        count = len(contract.Needs._fields)
+        every = module.backward(contract.Grads(*grads), kept, contract.Needs(*[True] * count))
+        alone = [[place == asked for place in range(count)] for asked in range(count)]
+        for needs in (*alone, [True] * (count - 1) + [False], [False] * count):
+            some = module.backward(contract.Grads(*grads), kept, contract.Needs(*needs))
+            for gradient, whole, need in zip(some, every, needs, strict=True):
+                assert (gradient is not None) == need
+                assert gradient is None or torch.equal(gradient, whole)
+
+
+def test_a_frozen_codebook_or_encoder_leaves_products_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The codebook's gradient reads no codebook row, and no sum of parts is made for one that is frozen."""
+    logits, codebook, grad = randn(20, 40), randn(40, 24), randn(20, 24)
+    inputs = gumbel_contract.Inputs(logits, codebook, 0.7, False, True, 3, 0)
+    made = triton_gumbel.forward(inputs)
+    grads, outside = gumbel_contract.Grads(grad, None), torch.full_like(codebook, torch.nan)
+    needs = gumbel_contract.Needs(False, True)
+    _, whole = triton_gumbel.backward(grads, gumbel_contract.Kept(*inputs, *made), needs)
+    _, alone = triton_gumbel.backward(grads, gumbel_contract.Kept(*inputs._replace(codebook=outside), *made), needs)
+    assert torch.equal(whole, alone)
+    monkeypatch.setattr(triton_gumbel, "sum_parts", None)
+    triton_gumbel.backward(grads, gumbel_contract.Kept(*inputs, *made), gumbel_contract.Needs(True, False))

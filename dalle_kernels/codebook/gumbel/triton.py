@@ -255,18 +255,19 @@ def sum_parts_kernel(parts, out, total, number, BLOCK: tl.constexpr):
 @triton.jit
 def gradient_of(
     t, dy, word, code, index, inverse, maximum, base, delta, clean, slope, offset,
-    LATENTS: tl.constexpr, KL: tl.constexpr, HARD: tl.constexpr, NOISE: tl.constexpr,
+    LOGITS: tl.constexpr, LATENTS: tl.constexpr, KL: tl.constexpr, HARD: tl.constexpr, NOISE: tl.constexpr,
 ):  # fmt: skip
-    """(dlogits, what dcodebook weighs G with) of one quarter's tile of scores t [n, BLOCK_Q].
+    """(dlogits where LOGITS, what dcodebook weighs G with) of one quarter's tile of scores t [n, BLOCK_Q].
 
     dy: the quarter's part of G codebook^T; code: its codes [1, BLOCK_Q].
     """
     chosen, gradient = None, tl.zeros(t.shape, tl.float32)
     if LATENTS:
         y = tl.exp2((add_noise(t, word, NOISE) - maximum) * (inverse * LOG2_E) - base)
-        gradient = y * (dy * inverse - delta)
+        if LOGITS:
+            gradient = y * (dy * inverse - delta)
         chosen = tl.where(index == code, 1.0, 0.0) if HARD else y
-    if KL:
+    if LOGITS and KL:
         log_p = exponent_of(t - maximum) - clean
         gradient += tl.exp2(log_p) * (slope * log_p + offset)
     return gradient, chosen
@@ -286,40 +287,48 @@ def store_gradient(dlogits_rows, gradient, column, quarter_index: tl.constexpr, 
 def backward_step(
     t_0, t_1, t_2, t_3, noise_row, inside, column, codes, dcodes, grad, dlogits_rows, index, inverse, maximum, base,
     delta, clean, slope, offset, key, K, quarter,
-    MORE: tl.constexpr, LATENTS: tl.constexpr, KL: tl.constexpr, HARD: tl.constexpr, NOISE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    LOGITS: tl.constexpr, CODEBOOK: tl.constexpr, MORE: tl.constexpr, LATENTS: tl.constexpr, KL: tl.constexpr,
+    HARD: tl.constexpr, NOISE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Stores four tiles of dlogits [n, BLOCK_Q]; returns dcodes [4 BLOCK_Q, BLOCK_D] with these rows' share added."""
+    """Stores four tiles of dlogits [n, BLOCK_Q] where LOGITS; returns dcodes [4 BLOCK_Q, BLOCK_D], with these rows'
+    share added where CODEBOOK."""
     dy_0, dy_1, dy_2, dy_3 = None, None, None, None
     word_0, word_1, word_2, word_3 = None, None, None, None
     if LATENTS:
-        dy = dot(grad, tl.trans(codes), tl.zeros([grad.shape[0], codes.shape[0]], tl.float32), PRECISION)
-        dy_0, dy_1, dy_2, dy_3 = apart(dy)
+        tie = t_0
+        if LOGITS:
+            dy = dot(grad, tl.trans(codes), tl.zeros([grad.shape[0], codes.shape[0]], tl.float32), PRECISION)
+            dy_0, dy_1, dy_2, dy_3 = apart(dy)
+            tie = dy_0
         if NOISE:
-            # No product is this large: the term only ties the noise to the tile's layout (see `philox`).
-            tied = (noise_row + (tl.max(dy_0, 1) > 3.4e38))[:, None]
+            # No product or score is this large: the term only ties the noise to the tile's layout (see `philox`).
+            tied = (noise_row + (tl.max(tie, 1) > 3.4e38))[:, None]
             word_0, word_1, word_2, word_3 = philox(column.to(tl.uint32), tied, key, STREAM)
     gradient, chosen_0 = gradient_of(
         t_0, dy_0, word_0, column, index, inverse, maximum, base, delta, clean, slope, offset,
-        LATENTS, KL, HARD, NOISE,
+        LOGITS, LATENTS, KL, HARD, NOISE,
     )  # fmt: skip
-    store_gradient(dlogits_rows, gradient, column, 0, K, quarter, inside, MORE)
+    if LOGITS:
+        store_gradient(dlogits_rows, gradient, column, 0, K, quarter, inside, MORE)
     gradient, chosen_1 = gradient_of(
         t_1, dy_1, word_1, column + quarter, index, inverse, maximum, base, delta, clean, slope, offset,
-        LATENTS, KL, HARD, NOISE,
+        LOGITS, LATENTS, KL, HARD, NOISE,
     )  # fmt: skip
-    store_gradient(dlogits_rows, gradient, column, 1, K, quarter, inside, MORE)
+    if LOGITS:
+        store_gradient(dlogits_rows, gradient, column, 1, K, quarter, inside, MORE)
     gradient, chosen_2 = gradient_of(
         t_2, dy_2, word_2, column + 2 * quarter, index, inverse, maximum, base, delta, clean, slope, offset,
-        LATENTS, KL, HARD, NOISE,
+        LOGITS, LATENTS, KL, HARD, NOISE,
     )  # fmt: skip
-    store_gradient(dlogits_rows, gradient, column, 2, K, quarter, inside, MORE)
+    if LOGITS:
+        store_gradient(dlogits_rows, gradient, column, 2, K, quarter, inside, MORE)
     gradient, chosen_3 = gradient_of(
         t_3, dy_3, word_3, column + 3 * quarter, index, inverse, maximum, base, delta, clean, slope, offset,
-        LATENTS, KL, HARD, NOISE,
+        LOGITS, LATENTS, KL, HARD, NOISE,
     )  # fmt: skip
-    store_gradient(dlogits_rows, gradient, column, 3, K, quarter, inside, MORE)
-    if LATENTS:
+    if LOGITS:
+        store_gradient(dlogits_rows, gradient, column, 3, K, quarter, inside, MORE)
+    if CODEBOOK:
         dtype = grad.dtype
         chosen = together(chosen_0.to(dtype), chosen_1.to(dtype), chosen_2.to(dtype), chosen_3.to(dtype))
         dcodes = dot(tl.trans(chosen), grad, dcodes, PRECISION)
@@ -360,8 +369,9 @@ def load_row_gradients(
 def gumbel_backward_kernel(
     grad_latents, grad_kl, logits, codebook, temperature, seed, indices, deltas, kl, maxima, log_noisy, log_clean,
     dlogits, parts, N, K, quarter, D, row_width, stride, share,
-    MORE: tl.constexpr, LATENTS: tl.constexpr, KL: tl.constexpr, HARD: tl.constexpr, NOISE: tl.constexpr,
-    EVEN: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr,
+    LOGITS: tl.constexpr, CODEBOOK: tl.constexpr, MORE: tl.constexpr, LATENTS: tl.constexpr, KL: tl.constexpr,
+    HARD: tl.constexpr, NOISE: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     inverse = 1.0 / tl.load(temperature)
     key, first_row = tl.load(seed), tl.load(seed + 1)
@@ -377,7 +387,7 @@ def gumbel_backward_kernel(
         inside = row < stop
         row = tl.minimum(row, stop - 1).to(tl.int64)
         rows = logits + row[:, None] * stride
-        dlogits_rows = dlogits + row[:, None] * K
+        dlogits_rows = dlogits + row[:, None] * K if LOGITS else None
         # Rows past the share repeat its last one with a gradient of zero: they add nothing, and are not stored.
         grad, index, maximum, base, delta, slope, offset, clean = load_row_gradients(
             grad_latents, grad_kl, indices, deltas, kl, maxima, log_noisy, log_clean, row, inside, feature, inverse,
@@ -389,14 +399,15 @@ def gumbel_backward_kernel(
         t_3 = load_scores(rows, column, 3, K, quarter, EVEN)
         # The codes come from cache each time: no registers hold them.
         codes = None
-        if LATENTS:
+        if LOGITS and LATENTS:
             codes = load_codes(codebook, unkept(code, first, EVEN), valid, D, row_width, EVEN, BLOCK_D)
         dcodes = backward_step(
             t_0, t_1, t_2, t_3, row + first_row, inside, column, codes, dcodes, grad, dlogits_rows, index, inverse,
-            maximum, base, delta, clean, slope, offset, key, K, quarter, MORE, LATENTS, KL, HARD, NOISE, PRECISION,
+            maximum, base, delta, clean, slope, offset, key, K, quarter,
+            LOGITS, CODEBOOK, MORE, LATENTS, KL, HARD, NOISE, PRECISION,
         )  # fmt: skip
 
-    if LATENTS:
+    if CODEBOOK:
         part = parts + tl.program_id(1).to(tl.int64) * K * row_width
         tl.store(part + code_places(code, row_width, BLOCK_D), dcodes, mask=valid[:, None] & (feature < D))
 
@@ -447,9 +458,10 @@ def backward(grads: Grads, kept: Kept, needs: Needs) -> tuple[torch.Tensor | Non
     latents, indices, kl, maximum, log_noisy, log_clean, mixture = made
     temperature, key = on_device(temperature, seed, row_offset, logits.device)
     (rows, codes), width = logits.shape, codebook.shape[1]
-    dlogits = logits.new_empty(rows, codes)
-    if not rows:
-        return dlogits, torch.zeros_like(codebook)
+    dlogits = logits.new_empty(rows, codes) if needs.logits else None
+    through_latents = needs.codebook and grad_latents is not None
+    if not rows or not (needs.logits or through_latents):
+        return dlogits, torch.zeros_like(codebook) if needs.codebook else None
     piece = piece_width(logits.dtype)
     whole = width <= piece or width % piece == 0
     settings = dict(constants("gumbel_backward", logits.device, logits.dtype, codes, min(width, piece), whole))
@@ -460,7 +472,7 @@ def backward(grads: Grads, kept: Kept, needs: Needs) -> tuple[torch.Tensor | Non
     parts = max(1, min(steps, settings.pop("programs") // tiles))
     share = ceil_div(steps, parts) * settings["BLOCK_N"]
     parts = ceil_div(rows, share)
-    partial = None if grad_latents is None else logits.new_empty(parts, codes, width, dtype=torch.float32)
+    partial = logits.new_empty(parts, codes, width, dtype=torch.float32) if through_latents else None
     for first, size in pieces(width, logits.dtype, grad_latents):
         grad, rest, part, deltas = slice_piece(
             first, size, grad_latents, codebook, partial, mixture if hard else latents
@@ -468,9 +480,11 @@ def backward(grads: Grads, kept: Kept, needs: Needs) -> tuple[torch.Tensor | Non
         gumbel_backward_kernel[(tiles, parts)](
             grad, grad_kl, logits, rest, temperature, key, indices, deltas, kl, maximum, log_noisy, log_clean,
             dlogits, part, rows, codes, quarter, size, width, logits.stride(0), share,
-            MORE=first > 0, LATENTS=grad_latents is not None, KL=grad_kl is not None and first == 0,
-            HARD=hard, NOISE=noise, **settings,
+            LOGITS=needs.logits, CODEBOOK=through_latents, MORE=first > 0, LATENTS=grad_latents is not None,
+            KL=grad_kl is not None and first == 0, HARD=hard, NOISE=noise, **settings,
         )  # fmt: skip
+    if not needs.codebook:
+        return dlogits, None
     return dlogits, torch.zeros_like(codebook) if partial is None else sum_parts(partial, codebook.dtype)
 
 
@@ -500,10 +514,10 @@ def slice_piece(
     mixture: torch.Tensor,
 ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """One piece of the gradient, the codebook and dcodebook's parts, and the piece's row products."""
-    if grad_latents is None or parts is None:
+    if grad_latents is None:
         return None, codebook, None, None
-    grads = grad_latents[:, first:]
-    return grads, codebook[:, first:], parts[..., first:], row_product(grads, mixture[:, first:], size)
+    grads, part = grad_latents[:, first:], None if parts is None else parts[..., first:]
+    return grads, codebook[:, first:], part, row_product(grads, mixture[:, first:], size)
 
 
 def row_product(a: torch.Tensor, b: torch.Tensor, size: int) -> torch.Tensor:

@@ -120,8 +120,9 @@ def projection_forward_kernel(
 def projection_backward_kernel(
     features, weight, bias, grad_latents, grad_kl, codebook, temperature, seed, indices, deltas, kl, maxima, log_noisy,
     log_clean, dlogits, parts, low, high, C, K, quarter, D, row_width, stride, share,
-    BIAS: tl.constexpr, ACCUMULATE: tl.constexpr, MORE: tl.constexpr, LATENTS: tl.constexpr, KL: tl.constexpr,
-    HARD: tl.constexpr, NOISE: tl.constexpr, EVEN: tl.constexpr, EVEN_C: tl.constexpr, PRECISION: tl.constexpr,
+    BIAS: tl.constexpr, ACCUMULATE: tl.constexpr, LOGITS: tl.constexpr, CODEBOOK: tl.constexpr, MORE: tl.constexpr,
+    LATENTS: tl.constexpr, KL: tl.constexpr, HARD: tl.constexpr, NOISE: tl.constexpr, EVEN: tl.constexpr,
+    EVEN_C: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """dlogits [high - low, K] of the strip of rows from `low` to `high`, and its share of dcodebook."""
@@ -132,7 +133,7 @@ def projection_backward_kernel(
     code, valid = codes_of(start, K, quarter, BLOCK_Q)
     feature = tl.arange(0, BLOCK_D)[None, :]
     dcodes = tl.zeros([4 * BLOCK_Q, BLOCK_D], tl.float32)
-    if LATENTS and ACCUMULATE:
+    if CODEBOOK and ACCUMULATE:
         part = parts + tl.program_id(1).to(tl.int64) * K * row_width
         places = code_places(code, row_width, BLOCK_D)
         dcodes = tl.load(part + places, mask=valid[:, None] & (feature < D), other=0.0)
@@ -154,13 +155,14 @@ def projection_backward_kernel(
         t_0, t_1, t_2, t_3 = project(
             rows, weight, bias, again, valid, C, BIAS, EVEN, EVEN_C, PRECISION, BLOCK_N, BLOCK_C
         )
-        codes = load_codes(codebook, again, valid, D, row_width, EVEN, BLOCK_D) if LATENTS else None
+        codes = load_codes(codebook, again, valid, D, row_width, EVEN, BLOCK_D) if LOGITS and LATENTS else None
         dcodes = backward_step(
             t_0, t_1, t_2, t_3, row + first_row, inside, column, codes, dcodes, grad, dlogits_rows, index, inverse,
-            maximum, base, delta, clean, slope, offset, key, K, quarter, MORE, LATENTS, KL, HARD, NOISE, PRECISION,
+            maximum, base, delta, clean, slope, offset, key, K, quarter,
+            LOGITS, CODEBOOK, MORE, LATENTS, KL, HARD, NOISE, PRECISION,
         )  # fmt: skip
 
-    if LATENTS:
+    if CODEBOOK:
         part = parts + tl.program_id(1).to(tl.int64) * K * row_width
         places = code_places(unkept(code, stop, EVEN), row_width, BLOCK_D)
         tl.store(part + places, dcodes, mask=valid[:, None] & (feature < D))
@@ -198,11 +200,14 @@ def backward(grads: Grads, kept: Kept, needs: Needs) -> tuple[torch.Tensor | Non
     latents, indices, kl, maximum, log_noisy, log_clean, mixture, _ = made
     temperature, key = on_device(temperature, seed, row_offset, features.device)
     (rows, channels), (codes, width) = features.shape, codebook.shape
-    dfeatures = features.new_empty(rows, channels)
-    dweight = weight.new_zeros(weight.shape, dtype=torch.float32)
-    dbias = None if bias is None else bias.new_zeros(codes, dtype=torch.float32)
+    dfeatures = features.new_empty(rows, channels) if needs.features else None
+    dweight = weight.new_zeros(weight.shape, dtype=torch.float32) if needs.weight else None
+    dbias = bias.new_zeros(codes, dtype=torch.float32) if needs.bias and bias is not None else None
+    through_logits = needs.features or needs.weight or dbias is not None
+    needs_codebook = needs.weight if tied else needs.codebook
+    through_latents = needs_codebook and grad_latents is not None
     parts = None
-    if rows:
+    if rows and (through_logits or through_latents):
         piece = piece_width(features.dtype)
         whole = width <= piece or width % piece == 0
         settings = dict(
@@ -214,7 +219,7 @@ def backward(grads: Grads, kept: Kept, needs: Needs) -> tuple[torch.Tensor | Non
         strip_steps = min(ceil_div(rows, block), max(1, STRIP_BYTES // (codes * features.element_size() * block)))
         share = ceil_div(strip_steps, max(1, settings.pop("programs") // tiles)) * block
         strip = features.new_empty(min(rows, strip_steps * block), codes)
-        if grad_latents is not None:
+        if through_latents:
             # Zeros: a short last strip does not reach every part, and the first may be it.
             parts = features.new_zeros(ceil_div(strip_steps * block, share), codes, width, dtype=torch.float32)
         sliced = [
@@ -228,17 +233,23 @@ def backward(grads: Grads, kept: Kept, needs: Needs) -> tuple[torch.Tensor | Non
                     features, weight, bias, grad, grad_kl, rest, temperature, key, indices, deltas, kl, maximum,
                     log_noisy, log_clean, strip, part, low, high, channels, codes, quarter, size, width,
                     features.stride(0), share,
-                    BIAS=bias is not None, ACCUMULATE=low > 0, MORE=first > 0, LATENTS=grad_latents is not None,
+                    BIAS=bias is not None, ACCUMULATE=low > 0, LOGITS=through_logits, CODEBOOK=through_latents,
+                    MORE=first > 0, LATENTS=grad_latents is not None,
                     KL=grad_kl is not None and first == 0, HARD=hard, NOISE=noise,
                     EVEN_C=channels % settings["BLOCK_C"] == 0, **settings,
                 )  # fmt: skip
             dlogits = strip[: high - low]
-            torch.mm(dlogits, weight, out=dfeatures[low:high])
-            # Each strip's product is rounded once; the sum of the strips is not.
-            dweight += dlogits.T @ features[low:high]
+            if dfeatures is not None:
+                torch.mm(dlogits, weight, out=dfeatures[low:high])
+            if dweight is not None:
+                # Each strip's product is rounded once; the sum of the strips is not.
+                dweight += dlogits.T @ features[low:high]
             if dbias is not None:
                 dbias += dlogits.sum(0, dtype=torch.float32)
-    dcodebook = torch.zeros_like(codebook) if parts is None else sum_parts(parts, codebook.dtype)
-    if tied:
-        dweight += dcodebook
-    return dfeatures, dweight.to(weight.dtype), None if dbias is None else dbias.to(weight.dtype), dcodebook
+    dcodebook = None
+    if needs_codebook:
+        dcodebook = torch.zeros_like(codebook) if parts is None else sum_parts(parts, codebook.dtype)
+        if tied and dweight is not None:
+            dweight += dcodebook
+    rounded = [None if total is None else total.to(weight.dtype) for total in (dweight, dbias)]
+    return dfeatures, *rounded, dcodebook
