@@ -37,8 +37,8 @@ struct GumbelBackward {
   const float* log_clean;
   const float* delta;      // [N], grad_latents . mixture, or null
   const int64_t* indices;  // [N] where hard, or null
-  void* dlogits;           // [N, K], contiguous
-  float* dcodebook;        // [parts, K, D], one for each of `parts` shares of the rows; null where grad_terms is
+  void* dlogits;           // [N, K], contiguous; null: nobody asked
+  float* dcodebook;  // [parts, K, D], one for each of `parts` shares of the rows; null likewise, or without grad_terms
   int64_t logits_stride;
   int rows, codes, width, parts;
   bool noise;

@@ -49,7 +49,7 @@ static void gumbel_forward(Tensor logits, Tensor codebook, Tensor codebook_terms
 static void gumbel_backward(std::optional<Tensor> grad_terms, std::optional<Tensor> grad_kl, Tensor logits,
                             Tensor codebook_terms, Tensor temperature, bool noise, Tensor seed, Tensor kl,
                             Tensor maximum, Tensor log_noisy, Tensor log_clean, std::optional<Tensor> delta,
-                            std::optional<Tensor> indices, int64_t parts, Tensor dlogits,
+                            std::optional<Tensor> indices, int64_t parts, std::optional<Tensor> dlogits,
                             std::optional<Tensor> dcodebook) {
   const DeviceGuard guard(logits.get_device());
   GumbelBackward p;
@@ -65,7 +65,7 @@ static void gumbel_backward(std::optional<Tensor> grad_terms, std::optional<Tens
   p.log_clean = device_pointer<const float>(log_clean);
   p.delta = optional_pointer<const float>(delta);
   p.indices = optional_pointer<const int64_t>(indices);
-  p.dlogits = device_pointer<void>(dlogits);
+  p.dlogits = optional_pointer<void>(dlogits);
   p.dcodebook = optional_pointer<float>(dcodebook);
   p.logits_stride = logits.stride(0);
   p.rows = static_cast<int>(logits.size(0));
@@ -94,7 +94,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(DALLE_LIBRARY, m) {
       "gumbel_backward(Tensor? grad_terms, Tensor? grad_kl, Tensor logits, Tensor codebook_terms, Tensor temperature,"
       " bool noise, Tensor seed, Tensor kl, Tensor maximum, Tensor log_noisy, Tensor log_clean, Tensor? delta,"
       " Tensor? indices, int parts,"
-      " Tensor(a!) dlogits, Tensor(b!)? dcodebook) -> ()");
+      " Tensor(a!)? dlogits, Tensor(b!)? dcodebook) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(DALLE_LIBRARY, DALLE_DISPATCH_KEY, m) {

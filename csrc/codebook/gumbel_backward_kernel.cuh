@@ -4,7 +4,8 @@
 // where hard with the one-hot rows of the sampled codes in the place of y in dcodebook.
 // A block owns a group of codes of every quarter, whose rows of the codebook it keeps in shared memory, and walks over
 // a share of the table's rows: y is made again from the logits, the seed and what was kept of the sums, once for both
-// gradients, so the logits are read once. Sums over rows are made in a fixed order; the host adds up the shares.
+// gradients, so the logits are read once. Sums over rows are made in a fixed order; the host adds up the shares. Of a
+// gradient that is not asked for neither product nor result is made.
 
 #pragma once
 
@@ -89,6 +90,8 @@ __global__ void __launch_bounds__(kThreads, 1) gumbel_backward_kernel(const __gr
   const float inverse = 1.0f / load(p.temperature);
   const bool whole = whole_pieces<T>(p.logits, p.logits_stride, p.codes);
   const bool with_latents = p.grad_terms != nullptr;
+  const bool with_logits = p.dlogits != nullptr;
+  const bool with_codebook = p.dcodebook != nullptr;
   char* codes = shared_memory();                         // [terms][kBlock][kPitch<kWidth>], placed for d
   char* grads = codes + kTerms * kTileBytes<T, kWidth>;  // [kStages][terms][kRows][kPitch<kWidth>]
   char* weights =
@@ -155,7 +158,7 @@ __global__ void __launch_bounds__(kThreads, 1) gumbel_backward_kernel(const __gr
 #pragma unroll
     for (int t = 0; t < kMine / 4; ++t) {
       float dot[4][2][4] = {};  // [quarter][u]: rows g, g + 8 against the lane's codes 4 t + 2 u + (0, 1)
-      if (with_latents) {
+      if (with_latents && with_logits) {
         const char* a_from = grad + (warp * 16 + lane % 16) * kPitch<kWidth> + lane / 16 * 16;
         const char* b_from = codes + (16 * t + lane / 16 * 8 + lane % 8) * kPitch<kWidth> + lane / 8 % 2 * 16;
 #pragma unroll
@@ -200,7 +203,7 @@ __global__ void __launch_bounds__(kThreads, 1) gumbel_backward_kernel(const __gr
             }
           }
         }
-        if (with_latents) {
+        if (with_codebook) {
           char* to = weights + (warp * 16 + 8 * half + g) * kPitch<kBlock> + 2 * (kMine * c + 4 * t);
 #pragma unroll
           for (int q = 0; q < 4; ++q) {
@@ -217,35 +220,38 @@ __global__ void __launch_bounds__(kThreads, 1) gumbel_backward_kernel(const __gr
         }
       }
     }
-    store_logits<T>(static_cast<T*>(p.dlogits), x, row, end, quarters, column);
+    if (with_logits) {
+      store_logits<T>(static_cast<T*>(p.dlogits), x, row, end, quarters, column);
+    }
+    if (with_codebook) {
+      __syncthreads();  // what weighs dL is whole
+      // Operand A is transposed: codes are its rows, so its matrices are read transposed.
+      const int codes_at = warp * 16 % kBlock;
+      const int columns_at = warp * 16 / kBlock * kShare;
+      const char* a_from = weights + (lane / 16 * 8 + lane % 8) * kPitch<kBlock> + 2 * (codes_at + lane / 8 % 2 * 8);
+      const char* b_from = grad + lane % 16 * kPitch<kWidth> + 2 * columns_at + lane / 16 * 16;
+#pragma unroll
+      for (int k = 0; k < kRows / 16; ++k) {
+        uint32_t a[kTerms][4];
+        load_terms_transposed<T>(a, a_from + k * 16 * kPitch<kBlock>, Shape::kWeightBytes);
+#pragma unroll
+        for (int n = 0; n < kShare / 16; ++n) {
+          uint32_t b[kTerms][4];
+          load_terms_transposed<T>(b, b_from + k * 16 * kPitch<kWidth> + n * 32, Shape::kGradBytes);
+          multiply_terms<T>(sums[2 * n], a, b, 0);
+          multiply_terms<T>(sums[2 * n + 1], a, b, 1);
+        }
+      }
+    }
     if (!with_latents) {
       continue;
-    }
-
-    __syncthreads();  // what weighs dL is whole
-    // Operand A is transposed: codes are its rows, so its matrices are read transposed.
-    const int codes_at = warp * 16 % kBlock;
-    const int columns_at = warp * 16 / kBlock * kShare;
-    const char* a_from = weights + (lane / 16 * 8 + lane % 8) * kPitch<kBlock> + 2 * (codes_at + lane / 8 % 2 * 8);
-    const char* b_from = grad + lane % 16 * kPitch<kWidth> + 2 * columns_at + lane / 16 * 16;
-#pragma unroll
-    for (int k = 0; k < kRows / 16; ++k) {
-      uint32_t a[kTerms][4];
-      load_terms_transposed<T>(a, a_from + k * 16 * kPitch<kBlock>, Shape::kWeightBytes);
-#pragma unroll
-      for (int n = 0; n < kShare / 16; ++n) {
-        uint32_t b[kTerms][4];
-        load_terms_transposed<T>(b, b_from + k * 16 * kPitch<kWidth> + n * 32, Shape::kGradBytes);
-        multiply_terms<T>(sums[2 * n], a, b, 0);
-        multiply_terms<T>(sums[2 * n + 1], a, b, 1);
-      }
     }
     if (Shape::kStages == 1 && first + kRows < end) {
       __syncthreads();  // nobody reads the rows that are overwritten
       copy_grads(first + kRows);
     }
   }
-  if (!with_latents) {
+  if (!with_codebook) {
     return;
   }
 #pragma unroll

@@ -131,6 +131,26 @@ def test_backward_in_shares_of_rows(emulated: Any, width: int, hard: bool) -> No
     _check_backward(600, 32, width, torch.float16, hard, True, latents=True, kl=False)
 
 
+@pytest.mark.parametrize("use", ["latents", "kl", "both"])
+@pytest.mark.parametrize(("width", "dtype", "hard"), [(32, torch.bfloat16, False), (64, torch.float32, True)])
+def test_gradients_that_nobody_asked_for_are_not_made(
+    emulated: Any, width: int, dtype: torch.dtype, hard: bool, use: str
+) -> None:
+    """Those asked for have the bits they have among all; the codebook's alone reads no codebook. One stage and two."""
+    logits, codebook, temperature, seed = _inputs(140, 70, width, dtype)
+    settings = (temperature, hard, True, *seed)
+    kept = Kept(logits, codebook, *settings, *cuda.forward(Inputs(logits, codebook, *settings)))
+    grads = Grads(
+        None if use == "kl" else torch.randn(140, width).to(dtype), None if use == "latents" else logits[:, 0].float()
+    )
+    both = cuda.backward(grads, kept, Needs(True, True))
+    unread = kept._replace(codebook=torch.full_like(codebook, torch.nan))
+    for needs, given in ((Needs(True, False), kept), (Needs(False, True), unread), (Needs(False, False), unread)):
+        for gradient, whole, need in zip(cuda.backward(grads, given, needs), both, needs, strict=True):
+            assert (gradient is not None) == need
+            assert gradient is None or torch.equal(gradient, whole)
+
+
 @pytest.mark.parametrize("mask", offsets.MASKS)
 @pytest.mark.parametrize(("hard", "noise"), MODES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

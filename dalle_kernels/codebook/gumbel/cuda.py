@@ -86,11 +86,13 @@ def backward(grads: Grads, kept: Kept, needs: Needs) -> tuple[torch.Tensor | Non
     # A block walks over its codes' column of the logits, or a share of its rows where columns are few.
     columns = -(-codes // _group(codebook.shape[1], codebook.dtype))
     parts = max(1, min(cuda_library.multiprocessors(logits.device) // columns, rows // _ROWS))
+    through_latents = needs.codebook and grad_latents is not None
     if grad_latents is not None:
         delta = (grad_latents.float() * (mixture if hard else latents)).sum(-1)
+    if through_latents:
         partial = torch.empty((parts, *codebook.shape), dtype=torch.float32, device=logits.device)
-    dlogits = torch.empty((rows, codes), dtype=logits.dtype, device=logits.device)
-    if rows:
+    dlogits = torch.empty((rows, codes), dtype=logits.dtype, device=logits.device) if needs.logits else None
+    if rows and (needs.logits or through_latents):
         cuda_library.operations().gumbel_backward(
             None if grad_latents is None else _terms(cuda_library.aligned(grad_latents)),
             grad_kl,
@@ -109,6 +111,8 @@ def backward(grads: Grads, kept: Kept, needs: Needs) -> tuple[torch.Tensor | Non
             dlogits,
             partial,
         )
+    if not needs.codebook:
+        return dlogits, None
     if partial is None or not rows:
         return dlogits, torch.zeros_like(codebook)
     return dlogits, partial.sum(0).to(codebook.dtype)
