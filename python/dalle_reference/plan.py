@@ -9,6 +9,7 @@ What a kernel takes inside of itself is not seen, nor is what the allocator lose
 
 from __future__ import annotations
 
+import bisect
 import functools
 import itertools
 import math
@@ -132,18 +133,22 @@ def fitting(config: TransformerConfig, gpus: int, batch: int, memory: float, bf1
     """The layouts whose peak is at most `memory` bytes: of each way to share and to compute anew, the fewest parts."""
     found = []
     ways: tuple[Literal["ddp", "fsdp"], ...] = ("ddp", "fsdp") if gpus > 1 else ("ddp",)
+    parts = [1 << power for power in range((batch // gpus & -(batch // gpus)).bit_length())]
     for way, recompute in itertools.product(ways, get_args(Recompute)):
-        accumulate = 1
-        while batch % (gpus * accumulate) == 0:
+        # Weights, moments and mean alone are soon counted.
+        if 16 * _parameters(config) / (gpus if way == "fsdp" else 1) > memory:
+            continue
+        tried: dict[int, tuple[Layout, Needs]] = {}
+
+        def fits(accumulate: int, way: Any = way, recompute: Any = recompute, tried: Any = tried) -> bool:
             layout = Layout(gpus, batch, way, accumulate, recompute, bf16)
-            # Weights, moments and mean alone are soon counted.
-            if 16 * _parameters(config) / (gpus if way == "fsdp" else 1) > memory:
-                break
-            need = needs(config, layout)
-            if need.peak <= memory:
-                found.append((layout, need))
-                break
-            accumulate *= 2
+            tried[accumulate] = layout, needs(config, layout)
+            return tried[accumulate][1].peak <= memory
+
+        # From two parts on, which keep gradients between them, more parts never need more.
+        fewest = 0 if fits(1) else bisect.bisect_left(parts, True, lo=1, key=fits)
+        if fewest < len(parts):
+            found.append(tried[parts[fewest]])
     return found
 
 

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from dalle_reference import cli
-from dalle_reference.plan import Layout, needs, sampling_bytes
+from dalle_reference import cli, plan
+from dalle_reference.plan import Layout, Needs, fitting, needs, sampling_bytes
 from dalle_reference.transformer import DalleTransformer, Recompute, TransformerConfig
 from torch.profiler import ProfilerActivity, profile
 
@@ -101,6 +101,22 @@ def test_sampling_grows_by_the_caches_of_candidates() -> None:
     logits = 4 * 3 * SMALL.vocab_image
     assert sampling_bytes(SMALL, 3, bf16=False) == kept + sum(cache.nbytes for cache in caches) + logits
     assert sum(cache.nbytes for cache in caches) > 3 * SMALL.layers * prompt.nbytes
+
+
+def test_the_fewest_parts_that_fit_are_found_in_few_tries(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[Layout] = []
+
+    def pretended(config: TransformerConfig, layout: Layout) -> Needs:
+        tried.append(layout)
+        peak = 100 + layout.batch // (layout.gpus * layout.accumulate) * (10 if layout.recompute == "none" else 1)
+        return Needs(0, 0, 0, peak * 10**9, {}, 0.0, 0)
+
+    monkeypatch.setattr(plan, "needs", pretended)
+    for memory, fewest in ((101, [256, 256]), (103, [128, 128]), (120, [128, 16, 16]), (3000, [1, 1, 1]), (90, [])):
+        tried.clear()
+        found = fitting(SMALL, 2, 512, memory * 1e9, bf16=True)
+        assert [layout.accumulate for layout, _ in found if layout.parallel == "fsdp"] == fewest
+        assert len(tried) <= 6 * 5
 
 
 def test_the_command_prints_what_fits(capsys: pytest.CaptureFixture[str]) -> None:
