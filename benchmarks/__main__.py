@@ -24,12 +24,18 @@ SUITES = (
     "generation",
     "integrations",
 )
+ON_CPU = ("scaling",)
+"""Suites of several processes, which run on CPUs alone."""
+_SECONDS = {"scaling": 30.0}
+"""How long the rounds of one cell may take together, where not four."""
 TOOLS = {
     "fit": ("benchmarks.fit", "the suites that what the doctor found leaves worth timing on a GPU"),
     "report": ("benchmarks.report", "plots and tables from the committed results"),
     "aot": ("benchmarks.kernels.aot", "compile the Triton kernels ahead of time and compare with the committed table"),
     "tune": ("benchmarks.kernels.tune", "measure launch settings on the GPU that is here"),
     "drawing": ("benchmarks.drawing", "quality beside speed of other orders of drawing, by a demo's model"),
+    "plan": ("benchmarks.planning", "what the paper's model needs of 8 to 1,024 GPUs, on tensors without memory"),
+    "streaming": ("benchmarks.streaming", "the memory of a training run through 200,000 pictures in shards"),
     "host": ("benchmarks.kernels.host", "host time of each operation on its smallest problem"),
     "triton-host": ("benchmarks.kernels.triton_host", "host time of the Triton backends, launches left out"),
     "sass": ("benchmarks.kernels.sass", "what the hot loops of the GPU kernels cost, counted from machine code"),
@@ -50,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="measure a suite")
-    run.add_argument("suite", choices=(*SUITES, "cpu"))
+    run.add_argument("suite", choices=(*SUITES, *ON_CPU, "cpu"))
     default = "cuda" if torch.cuda.is_available() else "cpu"
     run.add_argument("--device", default=default, type=torch.device)
     run.add_argument("--grid", type=_numbers, default=(), metavar="N,...", help="sides of the image grid")
@@ -90,6 +96,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 parser.error(f"{option}: got {name!r}, wanted one of {', '.join(known)}")
     if asked.device.type == "cuda" and not torch.cuda.is_available():
         parser.error("--device: got cuda, but this torch sees no CUDA device")
+    if asked.suite in ON_CPU:
+        asked.device = torch.device("cpu")
     if asked.against:
         from benchmarks import against
 
@@ -115,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if asked.device.type == "cpu":
         limit_memory()
-    seconds = asked.seconds or (0.5 if asked.quick else 4.0)
+    seconds = asked.seconds or (0.5 if asked.quick else _SECONDS.get(asked.suite, 4.0))
     only = tuple(filter(None, asked.only.split(";")))
     options = Options(asked.device, seconds, 5.0 if asked.quick else 30.0, only)
     bench = Bench(options, Recorder(output), command=asked.suite)

@@ -44,12 +44,14 @@ class Trial:
         verify: computes the answer once more, outside the timing, and compares it with the truth.
         notes: further figures of the row, such as the time that building a block mask took.
         counts: what one run makes how many of; the row says them per second.
+        elsewhere: other processes do the work, whose memory is not seen here.
     """
 
     runs: Sequence[Callable[[], object]]
     verify: Callable[[], Check]
     notes: dict[str, Any] = field(default_factory=dict)
     counts: dict[str, float] = field(default_factory=dict)
+    elsewhere: bool = False
 
 
 @dataclass(frozen=True)

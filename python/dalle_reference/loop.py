@@ -214,7 +214,7 @@ class Run(Generic[M]):
                 )
             self._pass = DistributedDataParallel(self._pass, device_ids=places, gradient_as_bucket_view=True)
             if self._compression is not None:
-                self._pass.register_comm_hook(self._compression, powerSGD_hook)
+                self._pass.register_comm_hook(self._compression, _compressed)
         if config.resume:
             self._resume()
         elif world.main:
@@ -440,6 +440,13 @@ class Run(Generic[M]):
         for name, value in saved.group(self._own).items():
             group, number = name.split(".")
             getattr(self._compression, f"{group}_dict")[int(number)] = value.to(self.world.device)
+
+
+def _compressed(state, bucket):  # without types, for annotations are strings here, which DDP refuses
+    """PowerSGD of one group of gradients after the other: what it sends for several at a time has no order on gloo."""
+    future = powerSGD_hook(state, bucket)
+    future.wait()
+    return future
 
 
 class _Stop:

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from benchmarks import against, report
-from benchmarks.__main__ import SUITES, cells_of, main
+from benchmarks.__main__ import ON_CPU, SUITES, cells_of, main
 from benchmarks.fit import NEEDS, fit
 from benchmarks.harness import (
     ROOT,
@@ -147,7 +147,7 @@ def test_peak_memory_sees_what_is_freed_again() -> None:
     assert 60e6 < peak_memory(use, CPU) < 80e6  # type: ignore[operator]
 
 
-@pytest.mark.parametrize("suite", SUITES)
+@pytest.mark.parametrize("suite", [*SUITES, *ON_CPU])
 def test_every_suite_lists_its_cells(suite: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", suite, "--dry-run", "--device", "cpu"]) == 0
     everything = capsys.readouterr().out.splitlines()
