@@ -5,8 +5,8 @@
 
 torch.distributed.checkpoint writes and reads the tensors, so what several processes saved, each its part, any other
 number of them can load. The folder is written under a hidden name, synced and renamed, so a checkpoint that can be seen
-is whole: a kill at any moment leaves the one before. What is read is checked against the digests, and every fault is
-one `UserError`.
+is whole: a kill at any moment leaves the one before. `begin` copies the tensors and leaves the writing to a thread,
+while training goes on. What is read is checked against the digests, and every fault is one `UserError`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import json
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +33,8 @@ from dalle_reference.errors import UserError
 from dalle_reference.files import sync
 from dalle_reference.parallel import ALONE, Elsewhere, World
 
+# torch warns so of a process that has no group, from whatever thread; a thread cannot silence it for itself alone.
+warnings.filterwarnings("ignore", message=".*assuming the intent is to (save|load) in a single process")
 _FORMAT = 3
 _DOCUMENT = "checkpoint.json"
 _FIELDS = {"format": int, "kind": str, "step": int, "config": dict, "files": dict, "blake2b": str}
@@ -117,17 +120,34 @@ def save(
 
     Every process calls it, with the same names; of a sharded tensor each writes its part, of others one does.
     """
+    return begin(run, kind, step, config, tensors, keep, world).result()
+
+
+def begin(
+    run: Path,
+    kind: str,
+    step: int,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, torch.Tensor],
+    keep: int = 2,
+    world: World = ALONE,
+) -> Future[Path]:
+    """As `save`, but returns when the tensors are copied; what failed later is the future's.
+
+    Args:
+        world: until the future is done its group is the writer's: no other question may be asked in it.
+    """
     folder = run / "checkpoints"
     target = folder / f"step-{step:08d}"
     draft = folder / f".{target.name}"
 
-    def begin() -> None:
+    def make_draft() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for leftover in folder.glob(".step-*"):
             shutil.rmtree(leftover)
         draft.mkdir()
 
-    def finish() -> Path:
+    def publish(written: list[dict[str, list[Any]]]) -> Path:
         files = {name: entry for some in written for name, entry in some.items()}
         document = {"format": _FORMAT, "kind": kind, "step": step, "config": config, "files": files}
         document["blake2b"] = _digest(document)
@@ -146,24 +166,41 @@ def save(
             shutil.rmtree(old)
         return target
 
-    world.first(begin)
+    def finish(tensors_written: Future[Any]) -> Path:
+        with _clean(draft, world):
+            with _torch_errors(world):
+                tensors_written.result()
+            mine: dict[str, list[Any]] = {}
+            with world.together():
+                for path in sorted(draft.iterdir())[world.rank :: world.size]:
+                    sync(path)
+                    mine[path.name] = [path.stat().st_size, _file_digest(path)]
+            written = world.collect(mine)
+            return world.first(lambda: publish(written))
+
+    world.first(make_draft)
+    with _clean(draft, world), _torch_errors(world):
+        tensors_written = dcp.async_save(
+            {name: value.detach().contiguous() for name, value in tensors.items()},
+            # which copies the tensors before it returns
+            storage_writer=dcp.HuggingFaceStorageWriter(str(draft), save_distributed=True),
+            process_group=world.group,
+            no_dist=world.size == 1,
+        )
+    thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+    finished = thread.submit(finish, cast(Future[Any], tensors_written))
+    thread.shutdown(wait=False)
+    return finished
+
+
+@contextmanager
+def _clean(draft: Path, world: World) -> Iterator[None]:
+    """Takes the draft away where writing fails: it may be what fills the disk."""
     try:
-        with _torch_errors(world):
-            dcp.save(
-                {name: value.detach().contiguous() for name, value in tensors.items()},
-                storage_writer=dcp.HuggingFaceStorageWriter(str(draft), save_distributed=True),
-                no_dist=world.size == 1,
-            )
-        mine: dict[str, list[Any]] = {}
-        with world.together():
-            for path in sorted(draft.iterdir())[world.rank :: world.size]:
-                sync(path)
-                mine[path.name] = [path.stat().st_size, _file_digest(path)]
-        written = world.collect(mine)
-        return world.first(finish)
+        yield
     except BaseException:
         if world.main:
-            shutil.rmtree(draft, ignore_errors=True)  # which may be what fills the disk
+            shutil.rmtree(draft, ignore_errors=True)
         raise
 
 
@@ -237,9 +274,7 @@ def _damages(path: Path) -> Iterator[None]:
 def _torch_errors(world: World) -> Iterator[None]:
     """torch.distributed.checkpoint collects what failed on any process; here each has its own error again."""
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*assuming the intent is to (save|load) in a single process")
-            yield
+        yield
     except CheckpointException as failed:
         if world.rank not in failed.failures:
             raise Elsewhere from failed

@@ -15,6 +15,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import lru_cache, wraps
@@ -205,6 +206,8 @@ class Run(Generic[M]):
         self.optimizers = optimizers(model, config)
         self.step = 0
         self.metrics = config.out / "metrics.jsonl"
+        self._beside = world
+        self._saving: Future[Path] | None = None
         self._compression: PowerSGDState | None = None
         if world.size > 1 and not self._sharded:
             places = [world.device] if world.device.type == "cuda" else None
@@ -239,6 +242,8 @@ class Run(Generic[M]):
             self._resume_compression(prepare)
         with ExitStack() as opened:
             stop = opened.enter_context(_stop_flag())
+            self._beside = opened.enter_context(world.beside())
+            opened.push(self._end)
             log, board = opened.enter_context(self._records()) if world.main else (None, None)
             bar = opened.enter_context(
                 tqdm(
@@ -283,6 +288,8 @@ class Run(Generic[M]):
                             self._log(log, board, {"step": self.step, "loss": value, **numbers})
                 if self.step % config.save_every == 0 or last or stopping:
                     self.save()
+                if last:
+                    self.settle()
                 if config.draw_every and (self.step % config.draw_every == 0 or last):
                     mean = self._mean()
                     with world.together():
@@ -300,6 +307,7 @@ class Run(Generic[M]):
         config, world = self.config, self.world
         try:
             with world.together():
+                self._require_saved()
                 return prepare(self.step, world.parts(config.batch, config.accumulate))
         except (UserError, OSError, ValueError, Elsewhere) as error:  # on every process, if on one
             if not int(world.total(torch.tensor(int(bool(stop))))) or not self.step:
@@ -358,9 +366,29 @@ class Run(Generic[M]):
         ):
             yield log, board
 
-    def save(self) -> Path:
-        """Writes a checkpoint of this moment."""
-        return checkpoint.save(self.config.out, self.kind, self.step, self.document, self._state(), world=self.world)
+    def save(self) -> None:
+        """Begins a checkpoint of this moment once the one before is written; steps may follow while it is written."""
+        self.settle()
+        self._saving = checkpoint.begin(
+            self.config.out, self.kind, self.step, self.document, self._state(), world=self._beside
+        )
+
+    def settle(self) -> None:
+        """Waits for the checkpoint that was begun last, and raises what went wrong with it."""
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            saving.result()
+
+    def _require_saved(self) -> None:
+        """Raises what went wrong on this process with the checkpoint that was begun last, as soon as that is known."""
+        known = self._saving is not None and self._saving.done()
+        if known and not isinstance(cast(Future[Path], self._saving).exception(), Elsewhere):  # which another says
+            self.settle()
+
+    def _end(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """Waits for the last checkpoint, however training ends; an earlier error is the one to be told."""
+        with suppress(Exception) if error is not None and not isinstance(error, Interrupted) else nullcontext():
+            self.settle()
 
     def _state(self) -> dict[str, torch.Tensor]:
         """All that a checkpoint holds, by name."""

@@ -13,8 +13,8 @@ import secrets
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -40,11 +40,13 @@ class World:
         device: where this process computes.
         rank: its number; 0 prints, and writes what is written once.
         size: how many there are.
+        group: what they ask one another in; the default one where None.
     """
 
     device: torch.device
     rank: int = 0
     size: int = 1
+    group: dist.ProcessGroup | None = None
 
     @property
     def main(self) -> bool:
@@ -63,6 +65,18 @@ class World:
     def mesh(self) -> DeviceMesh:
         """All processes in a row, as DTensors want them."""
         return init_device_mesh(self.device.type, (self.size,))
+
+    @contextmanager
+    def beside(self) -> Iterator[World]:
+        """The same processes in a group of their own (gloo), for a thread that asks while others do; all call it."""
+        if self.size == 1:
+            yield self
+            return
+        group = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
+        try:
+            yield replace(self, group=group)
+        finally:
+            dist.destroy_process_group(group)
 
     def agree(self, trouble: Exception | None = None) -> None:
         """Goes on only where no process has trouble; the same call on every process.
@@ -94,14 +108,14 @@ class World:
             if self.main:
                 result = [work()]
         if self.size > 1:
-            dist.broadcast_object_list(result, src=0)
+            dist.broadcast_object_list(result, src=0, group=self.group)
         return result[0]
 
     def collect(self, value: T) -> list[T]:
         """Every process's value."""
         values: list[Any] = [value] * self.size
         if self.size > 1:
-            dist.all_gather_object(values, value)
+            dist.all_gather_object(values, value, group=self.group)
         return values
 
     def main_first(self, load: Callable[[], T]) -> T:
@@ -118,7 +132,7 @@ class World:
         values = values.detach().cpu()
         if self.size > 1:
             values = values.clone()
-            dist.all_reduce(values)
+            dist.all_reduce(values, group=self.group)
         return values
 
     def mean(self, values: Tensor) -> Tensor:
@@ -128,7 +142,7 @@ class World:
     def least(self, values: Tensor) -> None:
         """Puts the least over processes in the place of each value."""
         if self.size > 1:
-            dist.all_reduce(values, dist.ReduceOp.MIN)
+            dist.all_reduce(values, dist.ReduceOp.MIN, group=self.group)
 
     def gather(self, rows: Tensor) -> Tensor:
         """The rows of all processes, [n, ...] of any n each, one after the other, on the CPU."""
@@ -141,7 +155,7 @@ class World:
         padded = rows.new_zeros(int(counts.max()), *rows.shape[1:])
         padded[: len(rows)] = rows
         parts = [torch.empty_like(padded) for _ in range(self.size)]
-        dist.all_gather(parts, padded)
+        dist.all_gather(parts, padded, group=self.group)
         return torch.cat([part[:count] for part, count in zip(parts, counts.tolist(), strict=True)])
 
     def gather_differentiably(self, rows: Tensor) -> Tensor:

@@ -3,12 +3,13 @@
 import json
 import os
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 from dalle_reference import checkpoint
-from dalle_reference.checkpoint import load, require_same, save
+from dalle_reference.checkpoint import begin, load, require_same, save
 from dalle_reference.errors import UserError
 
 CONFIG = {"model": {"width": 8, "grid": (4, 4)}, "seed": 1}
@@ -60,6 +61,20 @@ def test_a_write_that_fails_leaves_the_checkpoint_before(tmp_path: Path, monkeyp
     (tmp_path / "checkpoints" / ".step-00000007").mkdir()  # as a kill leaves it
     save(tmp_path, "dvae", 7, CONFIG, tensors(7))
     assert load(tmp_path, "dvae").step == 7
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, "dvae", 5, CONFIG, tensors(5))
+    disk = threading.Event()
+    monkeypatch.setattr(checkpoint, "sync", lambda path: disk.wait(60))
+    values = tensors(6)
+    saving = begin(tmp_path, "dvae", 6, CONFIG, values)
+    values["model.weight"].zero_()
+    assert load(tmp_path, "dvae").step == 5
+    assert not saving.done()
+    disk.set()
+    assert saving.result() == tmp_path / "checkpoints" / "step-00000006"
+    assert torch.equal(load(tmp_path, "dvae").group("model")["weight"], torch.full((2, 3), 6.0))
 
 
 def test_damage_is_found(tmp_path: Path) -> None:
