@@ -1,4 +1,7 @@
-"""Operations on DTensors, in four processes: the whole batch's answers, gradients and draws, however it is divided."""
+"""Operations on DTensors, in four processes: the whole batch's answers, gradients and draws, however it is divided.
+
+The reference's training on four processes is here too: starting them costs more than its steps.
+"""
 
 from __future__ import annotations
 
@@ -196,6 +199,74 @@ def check_refusals(mesh: Any) -> None:
         attention(q, q, distribute_tensor(Q[2], other, (R,)))
 
 
+def check_training(mesh: Any) -> None:
+    """Four processes make the run of one, whatever they divide, and what some layout saved another goes on from."""
+    import shutil
+    import tempfile
+    from dataclasses import replace
+    from pathlib import Path
+
+    from dalle_reference import checkpoint
+    from dalle_reference.config import RunConfig
+    from dalle_reference.loop import Run
+    from dalle_reference.parallel import World
+    from dalle_reference.render import read_metrics
+    from dalle_reference.transformer import DalleTransformer, TransformerConfig
+
+    world = World(torch.device("cpu"), dist.get_rank(), PROCESSES)
+    config = TransformerConfig(vocab_text=16, text_length=4, vocab_image=8, grid=(3, 4), layers=3, heads=4, head_dim=8)
+    place = [tempfile.mkdtemp() if world.main else ""]
+    dist.broadcast_object_list(place, src=0)
+    folder = Path(place[0])
+
+    def tokens(step: int) -> list[torch.Tensor]:
+        generator = torch.Generator().manual_seed(step)
+        return [torch.randint(8, (8, length), generator=generator) for length in (3, 12)]
+
+    def train(world: World, name: str, recompute: Any = "none", **layout: Any) -> None:
+        torch.manual_seed(0)
+        model = DalleTransformer(config)
+        model.recompute = recompute
+        run = RunConfig(
+            out=folder / name, steps=4, batch=8, log_every=1, save_every=2, draw_every=0, precision="fp32", **layout
+        )
+        run.out.mkdir(exist_ok=True)
+        world = replace(world, tensor=run.tensor)
+        training = Run(run, "transformer", model, lambda model, *batch: (model.loss(*batch).total, None), {}, world)
+        training.train(
+            lambda step, parts: [tuple(rows[part.start : part.stop] for rows in tokens(step)) for part in parts],
+            lambda *_: {},
+            lambda *_: None,
+        )
+
+    def go_on(name: str, begun: str, **layout: Any) -> None:
+        """From the last checkpoint but one of another layout's run."""
+        if world.main:
+            shutil.copytree(folder / begun, folder / name)
+            shutil.rmtree(folder / name / "checkpoints" / "step-00000004")
+        dist.barrier()
+        train(world, name, resume=True, **layout)
+
+    if world.main:
+        train(World(world.device), "alone")
+    dist.barrier()
+    train(world, "all weights")
+    train(world, "groups", parallel="fsdp", replicate=2)
+    train(world, "groups of pairs", parallel="fsdp", replicate=2, tensor=2, recompute="selective")
+    go_on("pairs", "groups of pairs", parallel="fsdp", tensor=2)
+    go_on("four together", "groups", parallel="fsdp", tensor=4)
+    if world.main:
+        numbers = {path.name: read_metrics(path / "metrics.jsonl") for path in folder.iterdir()}
+        wanted = checkpoint.load(folder / "alone", "transformer").group("ema")
+        for name, lines in numbers.items():
+            for mine, theirs in zip(lines, numbers["alone"], strict=True):
+                for number in ("loss", "gradient_norm"):
+                    assert mine[number] == pytest.approx(theirs[number], rel=2e-5), (name, mine["step"], number)
+            for key, value in checkpoint.load(folder / name, "transformer").group("ema").items():
+                torch.testing.assert_close(value, wanted[key], rtol=1e-4, atol=1e-5)
+        shutil.rmtree(folder)
+
+
 CHECKS = {
     check.__name__: check
     for check in (
@@ -205,6 +276,7 @@ CHECKS = {
         check_compiled,
         check_row_entropy_alone,
         check_refusals,
+        check_training,
     )
 }
 

@@ -61,6 +61,12 @@ class RunConfig:
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """How processes share the work. ddp: each has all weights. fsdp: each keeps its part of weights, moments and mean,
     and gathers a block's weights when its turn comes."""
+    replicate: int = 1
+    """With fsdp, groups of processes that have all weights each, of which a member keeps its part (HSDP): one a machine
+    gathers weights within the machine alone."""
+    tensor: int = 1
+    """With fsdp, processes beside one another that compute each picture together: a transformer's heads, the columns of
+    its MLPs and its codes are divided among them."""
     powersgd_rank: int = 0
     """With ddp, gradients pass between processes as products of two matrices of this rank, and what that leaves out is
     added to the next ones (PowerSGD, Vogels et al. 2019, by which the paper trained); 0: as they are."""
@@ -68,7 +74,7 @@ class RunConfig:
     """Parts that a process takes its share of a batch in, gradients added up, where memory is short."""
 
     def __post_init__(self) -> None:
-        require_positive(self, "steps", "batch", "log_every", "save_every", "accumulate")
+        require_positive(self, "steps", "batch", "log_every", "save_every", "accumulate", "replicate", "tensor")
         require_amount(self, "learning_rate", "final_learning_rate", "warm_up_steps", "weight_decay", "draw_every")
         require(self, "above 0", lambda value: value > 0, "clip", "epsilon")
         require(self, "at least 0 and below 1", lambda value: 0 <= value < 1, "beta1", "beta2", "average")
@@ -82,12 +88,17 @@ class RunConfig:
         require_amount(self, "powersgd_rank")
         if self.powersgd_rank and self.parallel != "ddp":
             raise ValueError(f"powersgd_rank: got {self.powersgd_rank} with --parallel fsdp, wanted 0")
+        for name in ("replicate", "tensor"):
+            if getattr(self, name) > 1 and self.parallel != "fsdp":
+                raise ValueError(f"{name}: got {getattr(self, name)} with --parallel ddp, wanted 1")
+        if self.tensor > 1 and self.optimizer == "muon":
+            raise ValueError(f"tensor: got {self.tensor} with --optimizer muon, wanted 1")
 
 
 # These change nothing in the sequence of losses (but for rounding), so a run may go on with others than it began with.
 _FREE = (
     *("out", "dvae", "clip_run", "log_every", "save_every", "draw_every", "resume", "cache"),
-    *("parallel", "accumulate", "recompute", "workers", "broken"),
+    *("parallel", "replicate", "tensor", "accumulate", "recompute", "workers", "broken"),
 )
 
 

@@ -25,7 +25,10 @@ from typing import Any, Generic, Protocol, TypeVar, cast
 import numpy as np
 import torch
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import loss_parallel
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
 from dalle_reference import checkpoint, schedules
@@ -34,8 +37,9 @@ from dalle_reference.ema import M, MovingAverage
 from dalle_reference.errors import UserError
 from dalle_reference.files import exclusive, replacing
 from dalle_reference.optimizers import begin_state, optimizers
-from dalle_reference.parallel import Elsewhere, World, joined, shard, whole
+from dalle_reference.parallel import Elsewhere, World, clip, joined, shard, whole
 from dalle_reference.render import read_metrics
+from dalle_reference.tensor_parallel import divide
 
 
 class Trains(Protocol):
@@ -128,14 +132,18 @@ def alone_in_its_folder(train: Callable[[C, World], Path]) -> Callable[[C], Path
     @wraps(train)
     def train_alone(config: C) -> Path:
         run = config.run
-        with joined(run.device) as world, ExitStack() as held:
+        with joined(run.device) as processes, ExitStack() as held:
+            world = replace(processes, tensor=run.tensor)
             # Where there are several machines, torchrun counts on each of them what happened there.
             restarted = bool(world.total(torch.tensor(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")))))
 
             def begin() -> bool:
                 """Whether to resume; the folder is this run's from here on."""
-                if run.batch % (world.size * run.accumulate):
-                    shares = f"{world.size} processes" + f" x {run.accumulate} parts" * (run.accumulate > 1)
+                if world.size % (run.tensor * run.replicate):
+                    asked = f"tensor {run.tensor} x replicate {run.replicate}"
+                    raise UserError(f"tensor, replicate: got {asked}, wanted a divisor of {world.size} processes")
+                if run.batch % (world.shares * run.accumulate):
+                    shares = f"{world.shares} processes" + f" x {run.accumulate} parts" * (run.accumulate > 1)
                     raise UserError(f"batch: got {run.batch}, wanted a multiple of {shares}")
                 if run.out.exists() and not run.out.is_dir():
                     raise UserError(f"{run.out}: is no folder; choose another --out")
@@ -167,7 +175,8 @@ class _Pass(torch.nn.Module):
         self.model, self.objective = model, objective
 
     def forward(self, *arguments: Any) -> tuple[torch.Tensor, Any]:
-        return self.objective(self.model, *arguments)
+        # A divided model's losses are DTensors, which every process has whole. FSDP wants what is no view.
+        return tree_map_only(DTensor, lambda loss: loss.to_local().clone(), self.objective(self.model, *arguments))
 
 
 class Run(Generic[M]):
@@ -201,8 +210,12 @@ class Run(Generic[M]):
         if self._sharded:
             self._whole = copy.deepcopy(self.average.module).to("meta")
             bf16 = _is_bf16(config.precision, world.device)
-            shard(self._pass, world.mesh(), bf16)
-            shard(self.average.module, world.mesh(), bf16)
+            grid = world.grid(config.replicate)
+            for module in (model, self.average.module):
+                if world.tensor > 1:
+                    divide(module, grid["tensor"])
+                own = grid["replicate", "shard"] if config.replicate > 1 else grid["shard"]
+                shard(self._pass if module is model else module, own, bf16)
         self.optimizers = optimizers(model, config)
         self.step = 0
         self.metrics = config.out / "metrics.jsonl"
@@ -244,6 +257,8 @@ class Run(Generic[M]):
             stop = opened.enter_context(_stop_flag())
             self._beside = opened.enter_context(world.beside())
             opened.push(self._end)
+            if world.tensor > 1:
+                opened.enter_context(loss_parallel())
             log, board = opened.enter_context(self._records()) if world.main else (None, None)
             bar = opened.enter_context(
                 tqdm(
@@ -266,7 +281,7 @@ class Run(Generic[M]):
                     for group in optimizer.param_groups:
                         group["lr"] = rate
                 value, seen, stopping = self._gradients(prepare, detailed, stop)
-                norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
+                norm = clip(self.model.parameters(), config.clip)
                 for optimizer in self.optimizers:
                     optimizer.step()
                 self.model.zero_grad(set_to_none=True)
@@ -279,7 +294,7 @@ class Run(Generic[M]):
                     speed = (self.step - since) * config.batch / (time.perf_counter() - began)
                     since, began = self.step, time.perf_counter()
                     numbers |= {
-                        "gradient_norm": float(whole(norm)),
+                        "gradient_norm": float(norm),
                         "learning_rate": rate,
                         "pictures_per_second": speed,
                     }

@@ -75,9 +75,9 @@ def optimizers(model: nn.Module, config: RunConfig) -> list[torch.optim.Optimize
     for name, value in model.named_parameters():
         muons = config.optimizer == "muon" and "blocks." in name and value.dim() == 2
         (hidden if muons else others).append(value)
-    groups: list[dict[str, Any]] = [
-        {"params": [value for value in others if value.dim() > 1]},
-        {"params": [value for value in others if value.dim() <= 1], "weight_decay": 0.0},
+    groups = [
+        *_by_mesh(value for value in others if value.dim() > 1),
+        *_by_mesh((value for value in others if value.dim() <= 1), weight_decay=0.0),
     ]
     adamw = torch.optim.AdamW(
         groups,
@@ -92,6 +92,14 @@ def optimizers(model: nn.Module, config: RunConfig) -> list[torch.optim.Optimize
     if not hidden:
         raise UserError("optimizer: got muon, wanted adamw for a model that has no blocks with matrices")
     return [adamw, Muon(hidden, config.learning_rate)]
+
+
+def _by_mesh(parameters: Iterable[nn.Parameter], **options: float) -> list[dict[str, Any]]:
+    """Groups of parameters: a fused update takes DTensors of one mesh alone."""
+    groups: dict[Any, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        groups.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
+    return [{"params": some, **options} for some in groups.values()]
 
 
 def begin_state(optimizer: torch.optim.Optimizer) -> None:

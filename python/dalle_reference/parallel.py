@@ -11,7 +11,7 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar, cast
@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Partial, Shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from dalle_reference.errors import UserError
 
@@ -41,16 +41,23 @@ class World:
         rank: its number; 0 prints, and writes what is written once.
         size: how many there are.
         group: what they ask one another in; the default one where None.
+        tensor: how many beside one another compute the same pictures together (`tensor_parallel`).
     """
 
     device: torch.device
     rank: int = 0
     size: int = 1
     group: dist.ProcessGroup | None = None
+    tensor: int = 1
 
     @property
     def main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def shares(self) -> int:
+        """How many parts a batch is divided into."""
+        return self.size // self.tensor
 
     def parts(self, batch: int, accumulate: int = 1) -> list[range]:
         """The places in a batch that this process has, one range for each time that gradients are added up.
@@ -59,12 +66,19 @@ class World:
             >>> World(torch.device("cpu"), rank=1, size=2).parts(8, accumulate=2)
             [range(2, 4), range(6, 8)]
         """
-        width = batch // (self.size * accumulate)
-        return [range(first, first + width) for first in range(self.rank * width, batch, self.size * width)]
+        width = batch // (self.shares * accumulate)
+        own = self.rank // self.tensor * width
+        return [range(first, first + width) for first in range(own, batch, self.shares * width)]
 
     def mesh(self) -> DeviceMesh:
         """All processes in a row, as DTensors want them."""
         return init_device_mesh(self.device.type, (self.size,))
+
+    def grid(self, replicate: int) -> DeviceMesh:
+        """All processes as `replicate` groups that have the same weights, whose members divide them, `tensor` of which
+        compute together."""
+        sizes = (replicate, self.shares // replicate, self.tensor)
+        return init_device_mesh(self.device.type, sizes, mesh_dim_names=("replicate", "shard", "tensor"))
 
     @contextmanager
     def beside(self) -> Iterator[World]:
@@ -268,6 +282,30 @@ def _units(module: nn.Module) -> Iterator[nn.Module]:
             yield from child
         else:
             yield from _units(child)
+
+
+def clip(parameters: Iterable[nn.Parameter], most: float) -> Tensor:
+    """Scales gradients so that their norm is `most` at the most, and returns what it was, 0-dim.
+
+    As torch's `clip_grad_norm_`, which takes gradients of one mesh alone.
+    """
+    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    meshes: dict[Any, list[Tensor]] = {}
+    for grad in grads:
+        meshes.setdefault(getattr(grad, "device_mesh", None), []).append(grad)
+    norms = torch.stack([_whole_number(nn.utils.get_total_norm(some)) for some in meshes.values()])
+    norm = norms[0] if len(norms) == 1 else norms.norm()
+    torch._foreach_mul_([*map(local, grads)], (most / (norm + 1e-6)).clamp(max=1.0))
+    return norm
+
+
+def _whole_number(value: Tensor) -> Tensor:
+    """As `whole`, by one dimension of the mesh after the other, as torch would too, but with a warning."""
+    if not isinstance(value, DTensor):
+        return value
+    for at in range(value.device_mesh.ndim):
+        value = value.redistribute(placements=[*[Replicate()] * (at + 1), *value.placements[at + 1 :]])
+    return value.to_local()
 
 
 def local(tensor: Tensor) -> Tensor:

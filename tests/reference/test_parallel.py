@@ -11,17 +11,23 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 import webdataset
 from dalle_reference import cli
+from dalle_reference.config import RunConfig
+from dalle_reference.errors import UserError
 from dalle_reference.load import load_dvae, load_transformer_alone
 from dalle_reference.loop import sample_generator, step_generator
 from dalle_reference.parallel import World, _of_this_start
 from dalle_reference.picture_tokens import tokenize_pictures
 from dalle_reference.render import read_metrics
+from dalle_reference.tensor_parallel import divide
+from dalle_reference.transformer import PRESETS, DalleTransformer
 from PIL import Image
 
 CPU = torch.device("cpu")
@@ -39,7 +45,8 @@ CLIP += ["--batch", "8"]
 PIXELS = ["train-pixels", "bytes", "--resolution", "8", "--layers", "1", "--heads", "2", "--head-dim", "16", *COMMON]
 PIXELS += ["--batch", "8"]
 
-COMPRESSED = ["--powersgd-rank", "1", "--steps", "8", "--save-every", "4"]
+WIDE = ["--head-dim", "64"]  # more weights than DistributedDataParallel sends at once
+COMPRESSED = ["--powersgd-rank", "1", "--steps", "8", "--save-every", "4", *WIDE]
 LONG = [*DVAE, "--steps", "80", "--save-every", "3", "--draw-every", "0"]
 
 PROGRAM = """
@@ -105,7 +112,8 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
 
 
 def records(run: Path) -> list[dict[str, float]]:
-    return read_metrics(run / "metrics.jsonl")  # of which a kill may have cut the last line
+    path = run / "metrics.jsonl"
+    return read_metrics(path) if path.exists() else []  # of which a kill may have cut the last line
 
 
 def losses(run: Path) -> list[float]:
@@ -147,6 +155,7 @@ def runs(source: list[str], shards: list[str], launch: Launch, tmp_path_factory:
     dvae, tokens = ["--dvae", str(folder / "one" / "dvae")], str(folder / "tokens")
     more = [
         [*compressed, *COMPRESSED],
+        [*compressed[:-1], str(folder / "wide"), *WIDE],
         [*LONG, *source, "--out", str(folder / "long")],
         [*DVAE, *shards, "--out", str(folder / "streamed" / "dvae"), "--workers", "1"],
         ["tokenize", *dvae, *shards, "--out", tokens],
@@ -154,7 +163,7 @@ def runs(source: list[str], shards: list[str], launch: Launch, tmp_path_factory:
     ]
     done = launch(2, *commands("two"), *commands("sharded", "--parallel", "fsdp"), *more)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("transformer in") == 6  # one process says so, of each run
+    assert done.stdout.count("transformer in") == 7  # one process says so, of each run
     return folder
 
 
@@ -198,7 +207,7 @@ def test_what_two_processes_saved_one_goes_on_from_and_the_other_way(
 
 
 def test_compressed_gradients_train(runs: Path) -> None:
-    whole, compressed = losses(runs / "two" / "transformer"), losses(runs / "compressed")
+    whole, compressed = losses(runs / "wide"), losses(runs / "compressed")
     assert compressed[:2] == whole[:2]
     assert compressed[3] != whole[3]
     assert compressed[-1] < compressed[0]
@@ -231,6 +240,32 @@ def test_places_of_a_batch_are_shared_out_in_order() -> None:
         worlds = [World(CPU, rank, size) for rank in range(size)]
         turns = zip(*(world.parts(8, accumulate) for world in worlds), strict=True)
         assert [place for turn in turns for part in turn for place in part] == list(range(8))
+
+
+def test_processes_that_compute_together_have_the_same_places() -> None:
+    worlds = [World(CPU, rank, size=4, tensor=2) for rank in range(4)]
+    assert [world.parts(8) for world in worlds] == [[range(4)], [range(4)], [range(4, 8)], [range(4, 8)]]
+
+
+def test_layouts_that_cannot_be_are_refused(
+    source: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for wrong, said in (
+        ({"tensor": 2}, "tensor: got 2 with --parallel ddp, wanted 1"),
+        ({"replicate": 2}, "replicate: got 2 with --parallel ddp, wanted 1"),
+        ({"tensor": 2, "parallel": "fsdp", "optimizer": "muon"}, "tensor: got 2 with --optimizer muon, wanted 1"),
+        ({"tensor": 0, "parallel": "fsdp"}, "tensor: got 0"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            RunConfig(out=tmp_path, **wrong)
+    mesh: Any = SimpleNamespace(size=lambda: 3)
+    with pytest.raises(UserError, match=r"tensor: got 3, wanted a divisor of heads \(2\)"):
+        divide(DalleTransformer(PRESETS["demo"]), mesh)
+    with pytest.raises(UserError, match="tensor: got 3 with a Linear, wanted 1"):
+        divide(torch.nn.Linear(2, 2), mesh)
+    with pytest.raises(SystemExit):
+        cli.main([*DVAE, *source, "--out", str(tmp_path / "run"), "--parallel", "fsdp", "--tensor", "2"])
+    assert "got tensor 2 x replicate 1, wanted a divisor of 1 processes" in capsys.readouterr().err
 
 
 def test_every_place_has_a_chance_of_its_own() -> None:
@@ -326,10 +361,11 @@ def test_killed_workers_are_started_anew_and_end_with_the_undisturbed_losses(
     )
     for rank, step in ((1, 8), (0, 40)):
         deadline = time.monotonic() + 300
-        while not (killed / "metrics.jsonl").exists() or len(records(killed)) < step:
+        # The second one while a checkpoint is being written.
+        while len(records(killed)) < step or (step == 40 and not list(killed.glob("checkpoints/.step-*"))):
             assert agent.poll() is None, agent.communicate()[0]
             assert time.monotonic() < deadline
-            time.sleep(0.01)
+            time.sleep(0.001)
         os.kill(workers(agent.pid)[rank], signal.SIGKILL)
     output, _ = agent.communicate(timeout=240)
     assert agent.returncode == 0, output
