@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
 
 import dalle_kernels as dk
 
@@ -82,6 +83,9 @@ CASES: dict[str, tuple[Callable[..., Any], list[Any], list[Any], Any]] = {
     ),
     "vq, rows": (dk.vq_lookup, FEATURES[:2], [(S0, S0), (R, R)], (S0, S0)),
     "vq, a divided codebook": (dk.vq_lookup, FEATURES[:2], [(R, S0), (S0, S1)], (R, S0)),
+    "vq, codes everywhere": (dk.vq_lookup, FEATURES[:2], [(R, R), (S0, S0)], (R, R)),
+    "vq, codes of heads": (dk.vq_lookup, HEADS, [(R, S0), (S1, R)], (R, S0)),
+    "vq, too few codes to divide": (dk.vq_lookup, [FEATURES[0], FEATURES[1][:6]], [(R, R), (S0, S0)], (R, R)),
     "vq, heads": (dk.vq_lookup, HEADS, [(S0, S1), (S0, R)], (S0, S1)),
     "vq, rows drawn": (drawn, FEATURES[:2], [(S0, S0), (R, R)], (S0, S0)),
     "vq, rows of two dimensions drawn": (drawn, [randn(4, 3, 6), FEATURES[1]], [(S0, R), (R, R)], (S0, R)),
@@ -134,6 +138,19 @@ def check_statistics(mesh: Any) -> None:
         for mine, theirs in zip(found, dk.code_statistics(FEATURES[0], indices, 4), strict=True):
             assert tuple(mine.placements) == laid
             torch.testing.assert_close(mine.full_tensor(), theirs)
+
+
+def check_divided_codes_stay(mesh: Any) -> None:
+    """What passes between processes that have parts of a codebook is what each found, not the codebook."""
+    features, codebook = (
+        distribute_tensor(value, mesh, at) for value, at in zip(FEATURES[:2], ((R, R), (R, S0)), strict=True)
+    )
+    with CommDebugMode() as seen:
+        dk.vq_lookup(features, codebook)
+    assert not [name for name in seen.get_comm_counts() if "gather" in str(name)], seen.get_comm_counts()
+    assert seen.get_total_counts() == 5
+    twice = distribute_tensor(FEATURES[1][:8].repeat(2, 1), mesh, (R, S0))
+    assert dk.vq_lookup(features, twice)[1].full_tensor().max() < 8  # the first of equal ones, in whatever part
 
 
 def check_one_seed(mesh: Any) -> None:
@@ -271,6 +288,7 @@ CHECKS = {
     check.__name__: check
     for check in (
         check_statistics,
+        check_divided_codes_stay,
         check_one_seed,
         check_strides,
         check_compiled,

@@ -25,7 +25,7 @@ from torch.autograd import forward_ad
 
 from dalle_kernels.backends.choice import Operation
 from dalle_kernels.backends.contract import Call
-from dalle_kernels.backends.sharding import Axis, divided, locally
+from dalle_kernels.backends.sharding import Axis, Choice, divided, locally
 from dalle_kernels.checks import outside_autocast
 from dalle_kernels.device import remembered
 from dalle_kernels.patterns.patterns import Pattern
@@ -171,6 +171,7 @@ class Entry(Generic[In, Out]):
         axes: along which DTensors are served in parts.
         derivative: None for an operation that has none.
         writes: inputs that it changes in place. vmap does not know what that means for samples that share them.
+        choice: what of DTensors it chooses among.
     """
 
     def __init__(
@@ -185,8 +186,9 @@ class Entry(Generic[In, Out]):
         axes: tuple[Axis, ...],
         derivative: Derivative | None = None,
         writes: tuple[str, ...] = (),
+        choice: Choice | None = None,
     ) -> None:
-        self._axes = axes
+        self._axes, self._choice = axes, choice
         self._operation, self._call, self._forward = operation, call, forward
         self._inputs, self._outputs = _Form(inputs), _Form(outputs)
         self._single = len(self._outputs.fields) == 1
@@ -211,7 +213,7 @@ class Entry(Generic[In, Out]):
                 return self._run(inputs, backend)
             return self._outputs.record(*self._derivative.apply_plain(inputs, backend))
         if divided(inputs):
-            return locally(self, self._axes, inputs, backend)
+            return locally(self, self._axes, inputs, backend, self._choice)
         result = self._op(*self._inputs.encode(inputs), backend)
         return self._outputs.record(result) if self._single else self._outputs.record(*result)
 

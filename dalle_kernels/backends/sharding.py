@@ -1,9 +1,11 @@
 """Operations on DTensors: the dimensions along which each falls apart, so that every process computes its own part.
 
 An operation is local where its inputs are divided along one of its axes: batch and heads of attention, the rows of a
-lookup. Inputs that an axis does not name are needed whole by every process, and their gradients are partial sums. What
-is divided otherwise is redistributed: queries, keys and values that are divided along the sequence are exchanged for
-heads, and the results exchanged back (DeepSpeed-Ulysses, Jacobs et al. 2023, section 3); all else is made whole.
+lookup. Inputs that an axis does not name are needed whole by every process, and their gradients are partial sums. Where
+an operation chooses among what is divided, such as a codebook's rows, each process chooses among its own, and then they
+compare. What is divided otherwise is redistributed: queries, keys and values that are divided along the sequence are
+exchanged for heads, and the results exchanged back (DeepSpeed-Ulysses, Jacobs et al. 2023, section 3); all else is made
+whole.
 """
 
 from __future__ import annotations
@@ -42,6 +44,24 @@ class Axis(NamedTuple):
     exchanged: bool = False
 
 
+class Choice(NamedTuple):
+    """A dimension along which an operation chooses the best, so that a part of it gives the best of that part.
+
+    Attributes:
+        axis: the inputs that have it; no output has.
+        least: the output that is smallest where the choice is best.
+        which: the output that says which was chosen, the first of equal ones.
+        among: the input that says how many there are.
+        possible: whether a call's choice is by `least`.
+    """
+
+    axis: Axis
+    least: str
+    which: str
+    among: str
+    possible: Callable[[Any], bool]
+
+
 def divided(values: Iterable[Any]) -> bool:
     """Whether a DTensor is among the values."""
     # Not imported where nobody has: it takes half a second.
@@ -66,7 +86,9 @@ def flattened(tensor: torch.Tensor, *shape: int) -> torch.Tensor:
     return tensor.reshape(shape)
 
 
-def locally(call: Callable[[In, str], Out], axes: Sequence[Axis], inputs: In, backend: str) -> Out:
+def locally(
+    call: Callable[[In, str], Out], axes: Sequence[Axis], inputs: In, backend: str, choice: Choice | None = None
+) -> Out:
     """`call(inputs, backend)` of DTensors, each process on its own part.
 
     Raises:
@@ -101,6 +123,15 @@ def locally(call: Callable[[In, str], Out], axes: Sequence[Axis], inputs: In, ba
         for axis in own
     ]
 
+    parts: dict[str, Any] = {}
+    if choice is not None and choice.possible(inputs):
+        name, at = next(iter(choice.axis.inputs.items()))
+        cuts = [axis is None and by.is_shard(at) for axis, by in zip(chosen, tensors[name].placements, strict=True)]
+        count = math.prod(mesh.size(place) for place, cut in enumerate(cuts) if cut)
+        if tensors[name].shape[at] % count == 0:
+            chosen = [choice.axis if cut else axis for axis, cut in zip(chosen, cuts, strict=True)]
+            parts[choice.among] = tensors[name].shape[at] // count
+
     def placed(places: Callable[[Axis], Mapping[str, int]], name: str, otherwise: Placement) -> list[Placement]:
         """By dimension of the mesh; `otherwise` where its axis does not name it, whole where there is no axis."""
         return [
@@ -114,7 +145,7 @@ def locally(call: Callable[[In, str], Out], axes: Sequence[Axis], inputs: In, ba
         part = wanted.to_local(grad_placements=grad)
         return part.contiguous() if tensor.is_contiguous() else rows_contiguous(part)
 
-    parts: dict[str, Any] = {name: local(name, tensor) for name, tensor in tensors.items()}
+    parts |= {name: local(name, tensor) for name, tensor in tensors.items()}
     if draws:
         # One seed for all: where the caller gave none, each process has drawn its own.
         if isinstance(given["seed"], torch.Tensor):
@@ -122,6 +153,9 @@ def locally(call: Callable[[In, str], Out], axes: Sequence[Axis], inputs: In, ba
         first, _ = _share(chosen, next(axis for axis in axes if axis.draws), tensors[leader], mesh)
         parts["row_offset"] = given["row_offset"] + first
     results = call(inputs._replace(**parts), backend)  # type: ignore[attr-defined]
+    if choice is not None and choice.axis in chosen:
+        first, _ = _share(chosen, choice.axis, tensors[next(iter(choice.axis.inputs))], mesh)
+        results = _best(results, choice, first, mesh, [at for at, axis in enumerate(chosen) if axis is choice.axis])
 
     def whole(name: str, result: torch.Tensor) -> torch.Tensor:
         shape = list(result.shape)
@@ -140,9 +174,31 @@ def locally(call: Callable[[In, str], Out], axes: Sequence[Axis], inputs: In, ba
             Shard(before.outputs[name]) if before is not None and before.exchanged and name in before.outputs else now
             for before, now in zip(own, laid, strict=True)
         ]
+        if choice is not None:
+            back = [Replicate() if axis is choice.axis else now for axis, now in zip(chosen, back, strict=True)]
         return joined.redistribute(placements=back)
 
     return type(results)(*(whole(name, result) for name, result in results._asdict().items()))  # type: ignore[attr-defined]
+
+
+def _best(results: Out, choice: Choice, first: int, mesh: DeviceMesh, dimensions: Sequence[int]) -> Out:
+    """Each process's results where its choice is the best of all, and zeros elsewhere; the first of equal ones is."""
+    from torch.distributed._functional_collectives import all_reduce
+
+    def least(values: torch.Tensor) -> torch.Tensor:
+        for dimension in dimensions:
+            values = all_reduce(values, "min", (mesh, dimension))
+        return values
+
+    values: dict[str, torch.Tensor] = results._asdict()  # type: ignore[attr-defined]
+    values[choice.which] = values[choice.which] + first
+    by = values[choice.least].detach()
+    worse = by > least(by)  # NaN is not: a row of NaN stays one
+    index = torch.where(worse, torch.iinfo(torch.int64).max, values[choice.which])
+    wins = index == least(index)
+    for name, value in values.items():
+        values[name] = torch.where(wins.view(*wins.shape, *(1,) * (value.dim() - wins.dim())), value, 0)
+    return type(results)(**values)
 
 
 _NUMBERS = ("temperature", "seed", "row_offset")  # alike in all processes, so that they may be plain tensors

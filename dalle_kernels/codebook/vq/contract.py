@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple, TypeAlias
 import torch
 
 from dalle_kernels.backends.contract import Call, Differentiable
-from dalle_kernels.backends.sharding import Axis
+from dalle_kernels.backends.sharding import Axis, Choice
 
 Metric: TypeAlias = Literal["euclidean", "distance", "dot", "cosine"]
 METRICS: tuple[Metric, ...] = ("euclidean", "distance", "dot", "cosine")
@@ -53,6 +53,13 @@ AXES = (
     Axis({"features": 1}, dict.fromkeys(Outputs._fields, 1), draws=True),
     Axis({"features": 0, "codebook": 0}, dict.fromkeys(Outputs._fields, 0)),  # heads draw from streams of their own
 )
+
+
+def _nearest_alone(inputs: Inputs) -> bool:
+    return inputs.metric in ("euclidean", "distance") and inputs.k == 1 and inputs.temperature is None
+
+
+CODES = Choice(Axis({"codebook": 1}, {}), "squared_distance", "indices", "codes", _nearest_alone)
 
 Backend: TypeAlias = Differentiable[Inputs, Outputs, Grads, Kept, Needs]
 

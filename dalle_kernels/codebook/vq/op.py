@@ -26,6 +26,7 @@ from dalle_kernels.codebook.statistics.op import CodeStatistics, code_statistics
 from dalle_kernels.codebook.vq import reference
 from dalle_kernels.codebook.vq.contract import (
     AXES,
+    CODES,
     METRICS,
     MOST,
     Backend,
@@ -268,4 +269,5 @@ _ENTRY = Entry(
     _forward_fake,
     AXES,
     Derivative("vq_backward", Grads, Kept, Needs, _backward, reference.jvp, fake=_backward_fake),
+    choice=CODES,
 )
