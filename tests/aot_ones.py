@@ -15,6 +15,7 @@ from benchmarks.kernels import aot
 from dalle_kernels import MaskPattern
 from dalle_kernels.attention import contract as attention_contract
 from dalle_kernels.attention import triton as attention
+from dalle_kernels.codebook import triton_tiles
 from dalle_kernels.codebook.gumbel import contract as gumbel_contract
 from dalle_kernels.codebook.gumbel import triton as triton_gumbel
 from dalle_kernels.codebook.projection import contract as projection_contract
@@ -98,7 +99,7 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
     )
     # Not one variant for every number of parts, which follows from the number of rows.
     many = [torch.empty(number, 4, 16) for number in (1, 2, 3, 16, 17)]
-    yield "sum_parts", lambda: [triton_gumbel.sum_parts(parts, torch.bfloat16) for parts in many]
+    yield "sum_parts", lambda: [triton_tiles.sum_parts(parts, torch.bfloat16) for parts in many]
 
 
 def main() -> None:

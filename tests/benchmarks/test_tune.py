@@ -16,7 +16,7 @@ import triton
 
 from benchmarks.kernels import tune
 from dalle_kernels.backends import launch
-from dalle_kernels.codebook.gumbel import triton as triton_gumbel
+from dalle_kernels.codebook import triton_tiles
 from dalle_kernels.codebook.vq import triton as triton_vq
 
 KERNEL = "decode_forward"
@@ -310,7 +310,7 @@ def test_candidates_reach_every_launch() -> None:
         cpu = torch.device("cpu")
         return lambda: seen.append(
             (
-                triton_gumbel.constants("gumbel_forward", cpu, torch.bfloat16, 256, 128)["num_warps"],
+                triton_tiles.constants("gumbel_forward", cpu, torch.bfloat16, 256, 128)["num_warps"],
                 triton_vq._constants("vq_forward", cpu, torch.bfloat16, 128)["num_warps"],
             )
         )

@@ -14,6 +14,7 @@ pytest.importorskip("triton")
 
 from dalle_kernels import gumbel_lookup, gumbel_projection_lookup, vq_lookup
 from dalle_kernels.backends.contract import Call
+from dalle_kernels.codebook import triton_tiles
 from dalle_kernels.codebook.gumbel import contract as gumbel_contract
 from dalle_kernels.codebook.gumbel import triton as triton_gumbel
 from dalle_kernels.codebook.projection import contract as projection_contract
@@ -211,7 +212,7 @@ def test_parts_are_added_in_order(shape: tuple[int, ...]) -> None:
     wanted = parts[0].clone()
     for part in parts[1:]:
         wanted += part
-    assert torch.equal(triton_gumbel.sum_parts(parts, torch.float32), wanted)
+    assert torch.equal(triton_tiles.sum_parts(parts, torch.float32), wanted)
 
 
 def check_vq(features: torch.Tensor, codebook: torch.Tensor) -> None:

@@ -1,9 +1,9 @@
 """Gumbel-softmax lookup from features in Triton: the logits exist one tile at a time and never leave the chip.
 
-Forward: as in triton_gumbel, with the four tiles of logits made by one matrix product.
+Forward: as in gumbel/triton.py, with the four tiles of logits made by one matrix product.
 
 Backward: rows are taken in strips. A kernel makes a strip's logits again and turns them into dlogits while they are on
-the chip; dcodebook is summed as in triton_gumbel. dfeatures and dweight are then two plain matrix products of the
+the chip; dcodebook is summed as there. dfeatures and dweight are then two plain matrix products of the
 strip, and the next strip reuses its memory. That is the least arithmetic there can be, three products of N x C x K, for
 STRIP_BYTES of memory.
 """
@@ -17,7 +17,8 @@ import triton.language as tl
 from dalle_kernels.backends.contract import Call
 from dalle_kernels.backends.triton_common import ceil_div, dot, obstacle
 from dalle_kernels.backends.triton_noise import philox
-from dalle_kernels.codebook.gumbel.triton import (
+from dalle_kernels.codebook.projection.contract import Grads, Inputs, Kept, Needs, Outputs
+from dalle_kernels.codebook.triton_tiles import (
     LOWEST,
     STREAM,
     add_noise,
@@ -36,7 +37,6 @@ from dalle_kernels.codebook.gumbel.triton import (
     sum_parts,
     unkept,
 )
-from dalle_kernels.codebook.projection.contract import Grads, Inputs, Kept, Needs, Outputs
 from dalle_kernels.noise import on_device
 
 WIDEST = 256

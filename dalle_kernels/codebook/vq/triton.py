@@ -27,7 +27,7 @@ from dalle_kernels.backends import launch
 from dalle_kernels.backends.contract import Call
 from dalle_kernels.backends.triton_common import ceil_div, dot, obstacle, precision
 from dalle_kernels.backends.triton_noise import LN_2, gumbel2, philox
-from dalle_kernels.codebook.gumbel.triton import LOWEST, apart, codes_of, together
+from dalle_kernels.codebook.triton_tiles import LOWEST, apart, codes_of, together
 from dalle_kernels.codebook.vq.contract import Grads, Inputs, Kept, Needs, Outputs
 from dalle_kernels.noise import HEAD_STEP, VQ_STREAM, on_device
 
