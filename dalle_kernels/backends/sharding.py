@@ -69,6 +69,16 @@ def divided(values: Iterable[Any]) -> bool:
     return module is not None and any(isinstance(value, module.DTensor) for value in values)
 
 
+def everywhere(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """`tensor`, which all processes have, as what a DTensor `like` can be computed with; itself beside any other."""
+    if not divided((like,)):
+        return tensor
+    from torch.distributed.tensor import DTensor
+
+    assert isinstance(like, DTensor)
+    return DTensor.from_local(tensor, like.device_mesh)
+
+
 def flattened(tensor: torch.Tensor, *shape: int) -> torch.Tensor:
     """`tensor.reshape(shape)`, rows of any dimensions as a table. What a DTensor cannot do in parts it does whole."""
     if tensor.dim() == len(shape):

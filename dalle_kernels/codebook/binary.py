@@ -12,10 +12,9 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 
 from dalle_kernels.backends.library import plain
-from dalle_kernels.backends.sharding import divided
+from dalle_kernels.backends.sharding import divided, everywhere
 from dalle_kernels.checks import as_int, check_number, check_temperature, check_tensor
 from dalle_kernels.codebook.checks import refuse_nan
 from dalle_kernels.codebook.entropy import CodebookEntropy, entropy, masked_rows
@@ -141,8 +140,9 @@ def _products(logit: torch.Tensor) -> torch.Tensor:
     bits = logit.shape[1]
     place = torch.arange(bits - 1, -1, -1, device=logit.device)
     positive = (torch.arange(2**bits, device=logit.device) >> place[:, None] & 1).to(logit.dtype)  # [b, 2^b]
-    of_signs = torch.cat([F.logsigmoid(logit), F.logsigmoid(-logit)], 1) * math.log2(math.e)
-    return (of_signs @ torch.cat([positive, 1 - positive])).exp2()
+    nothing = torch.zeros_like(logit)  # log sigmoid(x) = -log(e^0 + e^-x), which DTensors know how to differentiate
+    of_signs = torch.cat([torch.logaddexp(nothing, -logit), torch.logaddexp(nothing, logit)], 1) * -math.log2(math.e)
+    return (of_signs @ everywhere(torch.cat([positive, 1 - positive]), logit)).exp2()
 
 
 def _check(features: torch.Tensor, most: int) -> int:
