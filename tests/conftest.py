@@ -49,8 +49,13 @@ def poisoned_memory() -> Iterator[None]:
         native.NATIVE.set_kept_limit(limit)
 
 
+# Files that take a minute or more: they come first, so that no process has one left when all others are done.
+LONG = ("test_aot", "test_compilers", "test_parallel", "test_sanitizers", "test_wheel", "test_sharding", "test_demo")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Triton's tests run on the CUDA device where there is one, so there `-m gpu` takes them too."""
+    items.sort(key=lambda item: item.path.stem not in LONG)
     if torch.cuda.is_available():
         for item in items:
             if item.path.name.startswith("test_triton"):
