@@ -14,6 +14,7 @@ pytest.importorskip("triton")
 from dalle_kernels import KVCache, Row, TokenLayout
 from dalle_kernels.attention import contract as attention_contract
 from dalle_kernels.attention import triton as triton_backend
+from dalle_kernels.attention.triton_forward import far
 from dalle_kernels.codebook.gumbel import contract as gumbel_contract
 from dalle_kernels.codebook.gumbel import triton as triton_gumbel
 from dalle_kernels.codebook.projection import contract as projection_contract
@@ -31,11 +32,16 @@ PATTERN = Row(TokenLayout(20, (3, 6)))
 
 def far_apart(tensor: torch.Tensor, dimension: int) -> torch.Tensor:
     """The same elements with the last along `dimension` at least 2^31 elements from the first."""
+    return spread(tensor, dimension, (2**31 // (tensor.shape[dimension] - 1) // 16 + 1) * 16)
+
+
+def spread(tensor: torch.Tensor, dimension: int, step: int) -> torch.Tensor:
+    """The same elements with neighbours along `dimension` `step` elements apart."""
     strides = list(tensor.stride())
-    strides[dimension] = (2**31 // (tensor.shape[dimension] - 1) // 16 + 1) * 16
+    strides[dimension] = step
     size = 1 + sum((count - 1) * stride for count, stride in zip(tensor.shape, strides, strict=True))
-    spread = torch.empty(size, dtype=tensor.dtype, device=tensor.device).as_strided(tensor.shape, strides)
-    return spread.copy_(tensor)
+    apart = torch.empty(size, dtype=tensor.dtype, device=tensor.device).as_strided(tensor.shape, strides)
+    return apart.copy_(tensor)
 
 
 def halves(*shape: int) -> torch.Tensor:
@@ -48,24 +54,32 @@ def assert_same(got: object, wanted: object) -> None:
         assert one is None or torch.equal(one, other)
 
 
+def attend(q, k, v, grad):  # type: ignore[no-untyped-def]
+    """Results and gradients of attention over PATTERN."""
+    out, lse = triton_backend.forward(attention_contract.Inputs(q, k, v, None, 0.25, PATTERN))
+    gradients = triton_backend.backward(
+        attention_contract.Grads(grad, None),
+        attention_contract.Kept(q, k, v, out, lse, None, 0.25, PATTERN),
+        attention_contract.Needs(True, True, True),
+    )
+    return out, lse, *gradients
+
+
 @pytest.mark.parametrize("dimension", [0, 1, 2])
 def test_attention(dimension: int) -> None:
     torch.manual_seed(0)
     near = [halves(2, 2, PATTERN.length, 16) for _ in range(4)]
+    assert far(far_apart(near[0], dimension)) == (dimension == 2)
+    assert_same(attend(*(far_apart(tensor, dimension) for tensor in near)), attend(*near))
 
-    def run(q, k, v, grad):  # type: ignore[no-untyped-def]
-        out, lse = triton_backend.forward(attention_contract.Inputs(q, k, v, None, 0.25, PATTERN))
-        return (
-            out,
-            lse,
-            *triton_backend.backward(
-                attention_contract.Grads(grad, None),
-                attention_contract.Kept(q, k, v, out, lse, None, 0.25, PATTERN),
-                attention_contract.Needs(True, True, True),
-            ),
-        )
 
-    assert_same(run(*(far_apart(tensor, dimension) for tensor in near)), run(*near))
+def test_attention_of_the_farthest_rows_that_32_bits_reach() -> None:
+    torch.manual_seed(0)
+    near = [halves(1, 1, PATTERN.length, 16) for _ in range(4)]
+    step = (2**31 - 16) // (PATTERN.length - 1)
+    assert not far(spread(near[0], 2, step))
+    assert far(spread(near[0], 2, step + 1))
+    assert_same(attend(*(spread(tensor, 2, step) for tensor in near)), attend(*near))
 
 
 @pytest.mark.parametrize("dimension", [0, 1])

@@ -22,6 +22,7 @@ def cases(arch: int) -> Iterator[Case]:
     for bits, width in launch.served("attention_forward", "attention_backward_keys", "attention_backward_queries"):
         yield f"attention/{bits}-bit/{width}", _attention(bits, width)
     yield "attention/16-bit/64/padded-prefix", _attention(16, 64, length=LAYOUT.length - 1, padded=True)
+    yield "attention/16-bit/64/far", _attention(16, 64, far=True)
     yield "attention/16-bit/80", _attention(16, 80)
     yield "attention/16-bit/64/softcap", _attention(16, 64, softcap=50.0)
     for bits, width in launch.served("decode_forward"):
@@ -48,17 +49,27 @@ def _decode(bits: int, width: int, heads: int, softcap: float | None = None, cop
     return call
 
 
-def _attention(bits: int, width: int, length: int = LAYOUT.length, padded: bool = False, softcap: float | None = None):
+def _attention(
+    bits: int,
+    width: int,
+    length: int = LAYOUT.length,
+    padded: bool = False,
+    softcap: float | None = None,
+    far: bool = False,
+):
+    """`far`: rows whose offsets take 64 bits."""
     pattern = Row(LAYOUT)
 
     def call() -> None:
         q, k, v = (torch.empty(2, 16, length, width, dtype=DTYPES[bits]) for _ in range(3))
+        if far:  # rows that overlap, of memory that nothing touches
+            step = 2**31 // (length - 1) // 16 * 16 + 16
+            q, k, v = (x.new_empty(length * step).as_strided(x.shape, (width, width, step, 1)) for x in (q, k, v))
         padding = torch.zeros(2, length, dtype=torch.bool) if padded else None
-        out, lse = triton_backend.forward(Inputs(q, k, v, padding, width**-0.5, pattern, softcap))
+        settings = padding, width**-0.5, pattern, softcap
+        out, lse = triton_backend.forward(Inputs(q, k, v, *settings))
         triton_backend.backward(
-            Grads(out, lse if padded else None),
-            Kept(q, k, v, out, lse, padding, width**-0.5, pattern, softcap),
-            Needs(True, True, True),
+            Grads(out, lse if padded else None), Kept(q, k, v, out, lse, *settings), Needs(True, True, True)
         )
 
     return call

@@ -28,6 +28,7 @@ import triton.language as tl
 from dalle_kernels.attention.contract import Grads, Kept, Needs, rows_of
 from dalle_kernels.attention.triton_forward import (
     exponent_scale,
+    far,
     head_and_item,
     launch_for,
     load_rows,
@@ -46,20 +47,35 @@ LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def load_lse(Lse, rows, exists):
-    """Log-sum-exps in powers of two; infinite, so that every weight is 0, where a row sees no key or does not exist."""
-    lse = tl.load(Lse + rows, mask=exists, other=float("-inf"))
-    return tl.where(lse == float("-inf"), float("inf"), lse * LOG2_E)
+def load_statistics(Power, Delta, rows, exists, WHOLE: tl.constexpr):
+    """What `attention_statistics` left for these rows; an infinite power, so that every weight is 0, past the end."""
+    if WHOLE:
+        return tl.load(Power + rows), tl.load(Delta + rows)
+    return tl.load(Power + rows, mask=exists, other=float("inf")), tl.load(Delta + rows, mask=exists, other=0.0)
 
 
 @triton.jit
-def attention_delta(
-    Out, Grad, GradLse, Delta,
+def made(product, WGMMA: tl.constexpr):
+    """`product`, which under WGMMA the step that makes it waits for.
+
+    A sum that only the next step's product takes is left under way, as Triton sees that wgmma allows it; where the loop
+    may have no step at all ptxas then makes every wgmma wait for the one before (its remark C7515). This selection
+    looks like a use, and costs nothing: LLVM knows that no column lies below 0. Triton's passes for tcgen05 fail on it.
+    """
+    if WGMMA:
+        return tl.where(tl.arange(0, product.shape[1])[None, :] >= 0, product, 0.0)
+    return product
+
+
+@triton.jit
+def attention_statistics(
+    Out, Grad, Lse, GradLse, Power, Delta,
     stride_ob, stride_oh, stride_os, stride_gb, stride_gh, stride_gs, stride_lb, stride_lh, stride_ls,
     HEADS, LENGTH,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, HAS_GRAD_LSE: tl.constexpr,
 ):  # fmt: skip
-    """Delta fp32 [B, H, S] = rowsum(Grad Out) - GradLse; grid (B H, tiles of ROWS tokens)."""
+    """Fp32 [B, H, S]: Delta = rowsum(Grad Out) - GradLse; Power = Lse log2 e, or inf where a row sees no key, so that
+    every weight is 0. Grid (B H, tiles of ROWS tokens)."""
     head = tl.program_id(0)
     batch = (head // HEADS).to(tl.int64)
     head_in_batch = (head % HEADS).to(tl.int64)
@@ -71,51 +87,54 @@ def attention_delta(
     if HAS_GRAD_LSE:
         GradLse += batch * stride_lb + head_in_batch * stride_lh
         delta -= tl.load(GradLse + rows.to(tl.int64) * stride_ls, mask=exists, other=0.0)
-    tl.store(Delta + head.to(tl.int64) * LENGTH + rows, delta, mask=exists)
+    places = head.to(tl.int64) * LENGTH + rows
+    lse = tl.load(Lse + places, mask=exists, other=0.0)
+    tl.store(Power + places, tl.where(lse == float("-inf"), float("inf"), lse * LOG2_E), mask=exists)
+    tl.store(Delta + places, delta, mask=exists)
 
 
 @triton.jit
 def _accumulate_keys(
-    k, v, dk, dv, Q, Grad, Lse, Delta, order, query_tiles, mask_ids, masks, start, stop, LENGTH,
+    k, v, dk, dv, Q, Grad, Power, Delta, order, query_tiles, mask_ids, masks, start, stop, LENGTH,
     stride_q, stride_g, exponent_scale, rise,
     D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
-    MASKED: tl.constexpr, WHOLE: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr, WHOLE: tl.constexpr, FAR: tl.constexpr, WGMMA: tl.constexpr, CAPPED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The query tiles start .. stop - 1 of the transposed list, added to dk (unscaled) and dv [KEYS, BLOCK_D]."""
     rows, exists = tokens_of(order, tl.load(query_tiles + start, mask=start < stop, other=0), QUERIES, LENGTH, WHOLE)
     for entry in range(start, stop):
         next_tile = tl.load(query_tiles + entry + 1, mask=entry + 1 < stop, other=0)
         next_rows, next_exists = tokens_of(order, next_tile, QUERIES, LENGTH, WHOLE)
-        q = load_rows(Q, rows, exists, stride_q, D, BLOCK_D, WHOLE)
-        grad = load_rows(Grad, rows, exists, stride_g, D, BLOCK_D, WHOLE)
-        lse = load_lse(Lse, rows, exists)
-        delta = tl.load(Delta + rows, mask=exists, other=0.0)
+        q = load_rows(Q, rows, exists, stride_q, D, BLOCK_D, WHOLE, FAR)
+        grad = load_rows(Grad, rows, exists, stride_g, D, BLOCK_D, WHOLE, FAR)
+        power, delta = load_statistics(Power, Delta, rows, exists, WHOLE)
         score = dot(k, tl.trans(q), tl.zeros([KEYS, QUERIES], tl.float32), PRECISION)
         if CAPPED:
             score = tanh(score * rise)
-        weight = tl.exp2(score * exponent_scale - lse[None, :])
+        weight = tl.exp2(score * exponent_scale - power[None, :])
         if MASKED:
             weight = tl.where(visible(masks, tl.load(mask_ids + entry), KEYS, QUERIES), weight, 0.0)
-        dv = dot(weight.to(grad.dtype), grad, dv, PRECISION)
+        dv = made(dot(weight.to(grad.dtype), grad, dv, PRECISION), WGMMA)
         if CAPPED:
             weight *= 1.0 - score * score
         dweight = dot(v, tl.trans(grad), tl.zeros([KEYS, QUERIES], tl.float32), PRECISION)
         dscore = weight * (dweight - delta[None, :])
-        dk = dot(dscore.to(q.dtype), q, dk, PRECISION)
+        dk = made(dot(dscore.to(q.dtype), q, dk, PRECISION), WGMMA)
         rows, exists = next_rows, next_exists
     return dk, dv
 
 
 @triton.jit
 def attention_backward_keys(
-    Q, K, V, Grad, Lse, Delta, DK, DV, Partial, padding, order, query_order, work, query_tiles, mask_ids, masks,
+    Q, K, V, Grad, Power, Delta, DK, DV, Partial, padding, order, query_order, work, query_tiles, mask_ids, masks,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_gb, stride_gh, stride_gs, stride_dkb, stride_dkh, stride_dks, stride_dvb, stride_dvh, stride_dvs,
     stride_pb, stride_ps,
     HEADS, HEADS_IN_ALL, LENGTH, QUERY_LENGTH, ITEMS, SLOTS, exponent_scale, rise, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, GROUP: tl.constexpr,
-    PADDED: tl.constexpr, WHOLE: tl.constexpr, NEGATED: tl.constexpr, CAPPED: tl.constexpr, SHORT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PADDED: tl.constexpr, WHOLE: tl.constexpr, FAR: tl.constexpr, WGMMA: tl.constexpr, NEGATED: tl.constexpr,
+    CAPPED: tl.constexpr, SHORT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """DK, DV [B, H, S, D], or a piece of them in Partial fp32 [B H, SLOTS, 2, KEYS, BLOCK_D]. Grid: (B H ITEMS,).
 
@@ -130,7 +149,7 @@ def attention_backward_keys(
     head_in_batch = (head % HEADS).to(tl.int64)
     Q += batch * stride_qb + head_in_batch * stride_qh
     Grad += batch * stride_gb + head_in_batch * stride_gh
-    Lse += head.to(tl.int64) * own_length
+    Power += head.to(tl.int64) * own_length
     Delta += head.to(tl.int64) * own_length
     tile = tl.load(work + item * 5)
     start = tl.load(work + item * 5 + 1)
@@ -146,12 +165,14 @@ def attention_backward_keys(
     dk = tl.zeros([KEYS, BLOCK_D], tl.float32)
     dv = tl.zeros([KEYS, BLOCK_D], tl.float32)
     dk, dv = _accumulate_keys(
-        k, v, dk, dv, Q, Grad, Lse, Delta, own_order, query_tiles, mask_ids, masks, start, masked_from, own_length,
-        stride_qs, stride_gs, exponent_scale, rise, D, BLOCK_D, QUERIES, KEYS, False, WHOLE, CAPPED, PRECISION,
+        k, v, dk, dv, Q, Grad, Power, Delta, own_order, query_tiles, mask_ids, masks, start, masked_from, own_length,
+        stride_qs, stride_gs, exponent_scale, rise,
+        D, BLOCK_D, QUERIES, KEYS, False, WHOLE, FAR, WGMMA, CAPPED, PRECISION,
     )  # fmt: skip
     dk, dv = _accumulate_keys(
-        k, v, dk, dv, Q, Grad, Lse, Delta, own_order, query_tiles, mask_ids, masks, masked_from, stop, own_length,
-        stride_qs, stride_gs, exponent_scale, rise, D, BLOCK_D, QUERIES, KEYS, True, WHOLE, CAPPED, PRECISION,
+        k, v, dk, dv, Q, Grad, Power, Delta, own_order, query_tiles, mask_ids, masks, masked_from, stop, own_length,
+        stride_qs, stride_gs, exponent_scale, rise,
+        D, BLOCK_D, QUERIES, KEYS, True, WHOLE, FAR, WGMMA, CAPPED, PRECISION,
     )  # fmt: skip
 
     dk *= scale
@@ -203,22 +224,23 @@ def attention_backward_sum(
 
 @triton.jit
 def _accumulate_queries(
-    q, grad, lse, delta, dq, K, V, padding, order, key_tiles, mask_ids, masks, start, stop, LENGTH,
+    q, grad, power, delta, dq, K, V, padding, order, key_tiles, mask_ids, masks, start, stop, LENGTH,
     stride_k, stride_v, stride_p, exponent_scale, rise,
     D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
-    MASKED: tl.constexpr, PADDED: tl.constexpr, WHOLE: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr, PADDED: tl.constexpr, WHOLE: tl.constexpr, FAR: tl.constexpr, WGMMA: tl.constexpr,
+    CAPPED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The key tiles start .. stop - 1 of the list, added to dq [QUERIES, BLOCK_D] (unscaled)."""
     rows, exists = tokens_of(order, tl.load(key_tiles + start, mask=start < stop, other=0), KEYS, LENGTH, WHOLE)
     for entry in range(start, stop):
         next_tile = tl.load(key_tiles + entry + 1, mask=entry + 1 < stop, other=0)
         next_rows, next_exists = tokens_of(order, next_tile, KEYS, LENGTH, WHOLE)
-        k = load_rows(K, rows, exists, stride_k, D, BLOCK_D, WHOLE)
-        v = load_rows(V, rows, exists, stride_v, D, BLOCK_D, WHOLE)
+        k = load_rows(K, rows, exists, stride_k, D, BLOCK_D, WHOLE, FAR)
+        v = load_rows(V, rows, exists, stride_v, D, BLOCK_D, WHOLE, FAR)
         score = dot(q, tl.trans(k), tl.zeros([QUERIES, KEYS], tl.float32), PRECISION)
         if CAPPED:
             score = tanh(score * rise)
-        weight = tl.exp2(score * exponent_scale - lse[:, None])
+        weight = tl.exp2(score * exponent_scale - power[:, None])
         if CAPPED:  # here, so that no register holds the score any longer
             weight *= 1.0 - score * score
         if MASKED:
@@ -228,20 +250,20 @@ def _accumulate_queries(
             weight = tl.where((ignored == 0)[None, :], weight, 0.0)
         dweight = dot(grad, tl.trans(v), tl.zeros([QUERIES, KEYS], tl.float32), PRECISION)
         dscore = weight * (dweight - delta[:, None])
-        dq = dot(dscore.to(k.dtype), k, dq, PRECISION)
+        dq = made(dot(dscore.to(k.dtype), k, dq, PRECISION), WGMMA)
         rows, exists = next_rows, next_exists
     return dq
 
 
 @triton.jit
 def attention_backward_queries(
-    Q, K, V, Grad, Lse, Delta, DQ, padding, order, query_order, key_offsets, key_tiles, mask_ids, full_counts, masks,
+    Q, K, V, Grad, Power, Delta, DQ, padding, order, query_order, key_offsets, key_tiles, mask_ids, full_counts, masks,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_gb, stride_gh, stride_gs, stride_dqb, stride_dqh, stride_dqs, stride_pb, stride_ps,
     HEADS, HEADS_IN_ALL, LENGTH, QUERY_LENGTH, exponent_scale, rise, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, GROUP: tl.constexpr,
-    PADDED: tl.constexpr, WHOLE: tl.constexpr, NEGATED: tl.constexpr, CAPPED: tl.constexpr, SHORT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PADDED: tl.constexpr, WHOLE: tl.constexpr, FAR: tl.constexpr, WGMMA: tl.constexpr, NEGATED: tl.constexpr,
+    CAPPED: tl.constexpr, SHORT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """DQ [B, H, L, D]. Grid: (B H query tiles,)."""
     if SHORT:
@@ -260,8 +282,8 @@ def attention_backward_queries(
     rows, exists = tokens_of(own_order, tile, QUERIES, own_length, WHOLE)
     q = load_rows(Q + batch * stride_qb + head_in_batch * stride_qh, rows, exists, stride_qs, D, BLOCK_D, WHOLE)
     grad = load_rows(Grad + batch * stride_gb + head_in_batch * stride_gh, rows, exists, stride_gs, D, BLOCK_D, WHOLE)
-    lse = load_lse(Lse + head.to(tl.int64) * own_length, rows, exists)
-    delta = tl.load(Delta + head.to(tl.int64) * own_length + rows, mask=exists, other=0.0)
+    first = head.to(tl.int64) * own_length
+    power, delta = load_statistics(Power + first, Delta + first, rows, exists, WHOLE)
     if NEGATED:
         q = (-q.to(tl.float32)).to(q.dtype)
     dq = tl.zeros([QUERIES, BLOCK_D], tl.float32)
@@ -269,14 +291,14 @@ def attention_backward_queries(
     stop = tl.load(key_offsets + tile + 1)
     masked_from = start + tl.load(full_counts + tile)
     dq = _accumulate_queries(
-        q, grad, lse, delta, dq, K, V, padding, order, key_tiles, mask_ids, masks, start, masked_from, LENGTH,
+        q, grad, power, delta, dq, K, V, padding, order, key_tiles, mask_ids, masks, start, masked_from, LENGTH,
         stride_ks, stride_vs, stride_ps, exponent_scale, rise,
-        D, BLOCK_D, QUERIES, KEYS, False, PADDED, True, CAPPED, PRECISION,
+        D, BLOCK_D, QUERIES, KEYS, False, PADDED, True, FAR, WGMMA, CAPPED, PRECISION,
     )  # fmt: skip
     dq = _accumulate_queries(
-        q, grad, lse, delta, dq, K, V, padding, order, key_tiles, mask_ids, masks, masked_from, stop, LENGTH,
+        q, grad, power, delta, dq, K, V, padding, order, key_tiles, mask_ids, masks, masked_from, stop, LENGTH,
         stride_ks, stride_vs, stride_ps, exponent_scale, rise,
-        D, BLOCK_D, QUERIES, KEYS, True, PADDED, WHOLE, CAPPED, PRECISION,
+        D, BLOCK_D, QUERIES, KEYS, True, PADDED, WHOLE, FAR, WGMMA, CAPPED, PRECISION,
     )  # fmt: skip
     DQ += batch * stride_dqb + head_in_batch * stride_dqh
     store_rows(DQ, rows, exists, stride_dqs, dq * scale, D, BLOCK_D)
@@ -358,20 +380,21 @@ def backward(grads: Grads, kept: Kept, needs: Needs) -> tuple[torch.Tensor | Non
     call = (pattern, length, q.device, q.dtype, width)
     by_key, by_query = (launch_for(f"attention_backward_{side}", *call, rows) for side in ("keys", "queries"))
     work = work_for(*call, in_all, rows)
-    power, rise, negated = exponent_scale(scale, softcap)
+    exponent, rise, negated = exponent_scale(scale, softcap)
     padding, padding_strides = padding_bytes(key_padding_mask, q)
     flags = {"PADDED": key_padding_mask is not None, "NEGATED": negated, "CAPPED": softcap is not None}
+    flags["WGMMA"] = launch.architecture(q.device) // 10 == 9
     block, keys = max(16, triton.next_power_of_2(width)), by_key.schedule.tile[1]
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    delta = torch.empty_like(lse)
+    power, delta = torch.empty_like(lse), torch.empty_like(lse)
     delta_rows = 2048 // block  # 16 elements a thread
     # Where no tile is in pieces none is written, and any tensor stands for them.
     partial = delta
     if work.slots:
         partial = torch.empty((in_all, work.slots, 2, keys, block), dtype=torch.float32, device=q.device)
 
-    attention_delta[(in_all, ceil_div(queries, delta_rows))](
-        out, grad_out, delta if grad_lse is None else grad_lse, delta,
+    attention_statistics[(in_all, ceil_div(queries, delta_rows))](
+        out, grad_out, lse, delta if grad_lse is None else grad_lse, power, delta,
         *out.stride()[:3], *grad_out.stride()[:3], *(delta if grad_lse is None else grad_lse).stride(),
         heads, queries,
         D=width, BLOCK_D=block, ROWS=delta_rows, HAS_GRAD_LSE=grad_lse is not None, num_warps=4, enable_fp_fusion=True,
@@ -379,13 +402,13 @@ def backward(grads: Grads, kept: Kept, needs: Needs) -> tuple[torch.Tensor | Non
     if needs.k or needs.v:
         schedule = by_key.schedule
         attention_backward_keys[(in_all * work.items.shape[0],)](
-            q, k, v, grad_out, lse, delta, dk, dv, partial, padding,
+            q, k, v, grad_out, power, delta, dk, dv, partial, padding,
             schedule.order, schedule.query_order, work.items, schedule.query_tiles, schedule.query_mask_ids,
             schedule.masks_transposed,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_out.stride()[:3],
             *dk.stride()[:3], *dv.stride()[:3],
-            *padding_strides, heads, in_all, length, queries, work.items.shape[0], work.slots, power, rise, scale,
-            **flags, **by_key.constants,
+            *padding_strides, heads, in_all, length, queries, work.items.shape[0], work.slots, exponent, rise, scale,
+            FAR=far(q, grad_out), **flags, **by_key.constants,
         )  # fmt: skip
         if work.slots:
             attention_backward_sum[(in_all, work.split_tiles.numel(), keys // 16)](
@@ -396,11 +419,11 @@ def backward(grads: Grads, kept: Kept, needs: Needs) -> tuple[torch.Tensor | Non
     if needs.q:
         schedule = by_query.schedule
         attention_backward_queries[(in_all * ceil_div(queries, schedule.tile[0]),)](
-            q, k, v, grad_out, lse, delta, dq, padding,
+            q, k, v, grad_out, power, delta, dq, padding,
             schedule.order, schedule.query_order, schedule.key_offsets, schedule.key_tiles, schedule.mask_ids,
             schedule.full_counts, schedule.masks,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_out.stride()[:3], *dq.stride()[:3],
-            *padding_strides, heads, in_all, length, queries, power, rise, scale,
-            **flags, **by_query.constants,
+            *padding_strides, heads, in_all, length, queries, exponent, rise, scale,
+            FAR=far(k, v), **flags, **by_query.constants,
         )  # fmt: skip
     return dq, dk, dv

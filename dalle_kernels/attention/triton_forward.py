@@ -42,10 +42,17 @@ def tokens_of(order, tile, SIZE: tl.constexpr, LENGTH, WHOLE: tl.constexpr):
 
 
 @triton.jit
-def load_rows(base, rows, exists, stride, D: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE: tl.constexpr):
-    """Rows [len(rows), BLOCK_D] of a [S, D] matrix; rows that do not exist, and columns past D, read as 0."""
+def load_rows(
+    base, rows, exists, stride, D: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE: tl.constexpr, FAR: tl.constexpr = True
+):  # fmt: skip
+    """Rows [len(rows), BLOCK_D] of a [S, D] matrix; rows that do not exist, and columns past D, read as 0.
+
+    FAR: offsets take 64 bits, which costs a loop twice the instructions for its pointers (see `far`).
+    """
     columns = tl.arange(0, BLOCK_D)
-    pointers = base + rows.to(tl.int64)[:, None] * stride + columns[None, :]
+    if FAR:
+        rows = rows.to(tl.int64)
+    pointers = base + rows[:, None] * stride + columns[None, :]
     if WHOLE and D == BLOCK_D:
         return tl.load(pointers)
     if WHOLE:
@@ -98,7 +105,8 @@ def _accumulate(
     q, maximum, total, accumulator, K, V, padding, order, key_tiles, mask_ids, masks, start, stop, LENGTH,
     stride_k, stride_v, stride_p, exponent_scale, rise,
     D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
-    MASKED: tl.constexpr, PADDED: tl.constexpr, WHOLE: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr, PADDED: tl.constexpr, WHOLE: tl.constexpr, FAR: tl.constexpr, CAPPED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The key tiles start .. stop - 1 of the list, added to the running maximum, sum and output."""
     # Where the next tile's rows lie is found a step ahead, so that its loads wait for no other and can be pipelined.
@@ -106,7 +114,7 @@ def _accumulate(
     for entry in range(start, stop):
         next_tile = tl.load(key_tiles + entry + 1, mask=entry + 1 < stop, other=0)
         next_rows, next_exists = tokens_of(order, next_tile, KEYS, LENGTH, WHOLE)
-        k = load_rows(K, rows, exists, stride_k, D, BLOCK_D, WHOLE)
+        k = load_rows(K, rows, exists, stride_k, D, BLOCK_D, WHOLE, FAR)
         score = dot(q, tl.trans(k), tl.zeros([QUERIES, KEYS], tl.float32), PRECISION)
         if CAPPED:
             score = tanh(score * rise)
@@ -120,7 +128,7 @@ def _accumulate(
         shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum) if MASKED or PADDED else new_maximum
         weight = tl.exp2(score * exponent_scale - shift[:, None])
         decay = tl.exp2(maximum - shift)
-        v = load_rows(V, rows, exists, stride_v, D, BLOCK_D, WHOLE)
+        v = load_rows(V, rows, exists, stride_v, D, BLOCK_D, WHOLE, FAR)
         total = total * decay + tl.sum(weight, 1)
         accumulator = dot(weight.to(v.dtype), v, accumulator * decay[:, None], PRECISION)
         maximum = new_maximum
@@ -135,8 +143,8 @@ def attention_forward(
     stride_ob, stride_oh, stride_os, stride_pb, stride_ps,
     HEADS, HEADS_IN_ALL, LENGTH, QUERY_LENGTH, exponent_scale, rise,
     D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, GROUP: tl.constexpr,
-    PADDED: tl.constexpr, WHOLE: tl.constexpr, NEGATED: tl.constexpr, CAPPED: tl.constexpr, SHORT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PADDED: tl.constexpr, WHOLE: tl.constexpr, FAR: tl.constexpr, NEGATED: tl.constexpr, CAPPED: tl.constexpr,
+    SHORT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Q, Out [B, H, L, D]; K, V [B, H, S, D]; Lse fp32 [B, H, L]; padding uint8 [B, S], read if PADDED.
 
@@ -169,12 +177,12 @@ def attention_forward(
     maximum, total, accumulator = _accumulate(
         q, maximum, total, accumulator, K, V, padding, order, key_tiles, mask_ids, masks, start, masked_from, LENGTH,
         stride_ks, stride_vs, stride_ps, exponent_scale, rise,
-        D, BLOCK_D, QUERIES, KEYS, False, PADDED, True, CAPPED, PRECISION,
+        D, BLOCK_D, QUERIES, KEYS, False, PADDED, True, FAR, CAPPED, PRECISION,
     )  # fmt: skip
     maximum, total, accumulator = _accumulate(
         q, maximum, total, accumulator, K, V, padding, order, key_tiles, mask_ids, masks, masked_from, stop, LENGTH,
         stride_ks, stride_vs, stride_ps, exponent_scale, rise,
-        D, BLOCK_D, QUERIES, KEYS, True, PADDED, WHOLE, CAPPED, PRECISION,
+        D, BLOCK_D, QUERIES, KEYS, True, PADDED, WHOLE, FAR, CAPPED, PRECISION,
     )  # fmt: skip
 
     total = tl.where(total == 0.0, 1.0, total)  # a row that sees no key: out 0, lse -inf, which its maximum is
@@ -242,6 +250,11 @@ def exponent_scale(scale: float, softcap: float | None) -> tuple[float, float, b
     return max(height * math.log2(math.e), 1e-30), steepness(abs(scale), softcap), scale < 0
 
 
+def far(*tensors: torch.Tensor) -> bool:
+    """Whether elements of one head [S, D] of one of these tensors lie 2^31 or more elements apart."""
+    return any((each.shape[2] - 1) * each.stride(2) + each.shape[3] > 2**31 for each in tensors)
+
+
 def forward(inputs: Inputs) -> Outputs:
     """Output [B, H, L, D] with q's dtype and strides, and natural log-sum-exp fp32 [B, H, L]."""
     q, k, v, key_padding_mask, scale, pattern, softcap, _ = inputs
@@ -261,7 +274,8 @@ def forward(inputs: Inputs) -> Outputs:
         schedule.full_counts, schedule.masks,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], *padding_strides,
         heads, batch * heads, length, queries, power, rise,
-        PADDED=key_padding_mask is not None, NEGATED=negated, CAPPED=softcap is not None, **its.constants,
+        PADDED=key_padding_mask is not None, FAR=far(k, v), NEGATED=negated, CAPPED=softcap is not None,
+        **its.constants,
     )  # fmt: skip
     return Outputs(out, lse)
 
