@@ -404,7 +404,6 @@ TRANSFORMER_PRESETS: dict[str, tuple[str, TrainTransformerConfig]] = {
             transformer.TransformerConfig(
                 vocab_text=300, text_length=8, grid=(16, 8), layers=4, schedule="causal", text_weight=0.005
             ),
-            data=StreamedDataConfig(one_per_concept=True, pictures=1024),
             panels=True,
         ),
     ),
