@@ -220,7 +220,7 @@ def operation_table(rows: Sequence[Record]) -> list[str]:
         others = "; ".join(
             f"{row['contender']} {row['ratio']:.3g}x" for row in group if row is not ours and "ratio" in row
         )
-        share = f" (attention is {ours['attention_share']:.0%} of it)" if "attention_share" in ours else ""
+        share = f" (attention is {ours['attention_share']:.0%} of it)" if ours.get("attention_share", 0) > 0 else ""
         case = ", ".join(
             str(value) if name in ("operation", "setting", "pattern", "dtype", "pass", "mode") else f"{name} {value}"
             for name, value in ours["case"].items()

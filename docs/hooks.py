@@ -33,7 +33,10 @@ INCLUDED = {
     },
 }
 IMAGE = re.compile(r"!\[[^\]\n]*\]\(([^)\s:]+)\)")
-PICTURES = ("samples.png", "reconstructions.png", "curves.png")  # of the demo, which takes minutes
+PICTURES = [  # of the demo and the family, which take minutes
+    *(f"demo/{name}.png" for name in ("samples", "reconstructions", "curves")),
+    *(f"family/{name}.png" for name in ("best-of", "completions", "variations", "panels")),
+]
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
@@ -53,7 +56,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
             picture, place = (os.path.normpath(os.path.join(os.path.dirname(name), target)) for name in (source, page))
             files.append(File.generated(config, place, abs_src_path=str(ROOT / picture)))
     for name in PICTURES:
-        files.append(File.generated(config, f"assets/demo/{name}", abs_src_path=str(ROOT / "docs/demo" / name)))
+        files.append(File.generated(config, f"assets/{name}", abs_src_path=str(ROOT / "docs" / name)))
     with _pool() as pool:
         made = [pool.submit(work.pages, "gallery")]  # the longest first
         made += [pool.submit(work.pages, "notebook", path) for path in sorted((ROOT / "docs/notebooks").glob("*.py"))]
