@@ -281,10 +281,20 @@ class _VectorQuantize(Extension):
 
     def __init_subclass__(cls, **named: Any) -> None:
         super().__init_subclass__(**named)
-        # Their function once more, with another `rotate_to` to call: modules that nobody accelerated keep theirs.
         forward: Any = cls._parts[1].forward  # type: ignore[attr-defined]
-        names = forward.__globals__ | {"rotate_to": _rotate_to}
-        cls._theirs = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
+        cls._theirs = forward
+        module = vars(sys.modules[f"{_PACKAGE}.vector_quantize_pytorch"])
+        if getattr(forward, "__globals__", None) is module:  # else somebody's own, which calls theirs as it is
+            # Their function once more, with another `rotate_to` to call: modules that nobody accelerated keep theirs.
+            again = FunctionType(
+                forward.__code__,
+                module | {"rotate_to": _rotate_to},
+                forward.__name__,
+                forward.__defaults__,
+                forward.__closure__,
+            )
+            again.__kwdefaults__ = forward.__kwdefaults__
+            cls._theirs = again
 
     def forward(self: Any, x: Tensor, indices: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         why = None

@@ -327,6 +327,9 @@ class Run(Generic[M]):
         except (UserError, OSError, ValueError, Elsewhere) as error:  # on every process, if on one
             if not int(world.total(torch.tensor(int(bool(stop))))) or not self.step:
                 raise
+            # Where the checkpoint before failed, and on whatever process: a new one is what can be done about it.
+            with suppress(Exception):
+                self.settle()
             self.save()
             raise self._stopped() from error
 
@@ -390,9 +393,13 @@ class Run(Generic[M]):
 
     def settle(self) -> None:
         """Waits for the checkpoint that was begun last, and raises what went wrong with it."""
-        saving, self._saving = self._saving, None
-        if saving is not None:
-            saving.result()
+        if self._saving is None:
+            return
+        try:
+            self._saving.result()
+        finally:
+            if self._saving.done():  # else a signal came: it is waited for again in the end
+                self._saving = None
 
     def _require_saved(self) -> None:
         """Raises what went wrong on this process with the checkpoint that was begun last, as soon as that is known."""

@@ -426,6 +426,22 @@ def test_who_is_not_accelerated_rotates_as_before(monkeypatch: pytest.MonkeyPatc
     assert calls == ["theirs"]
 
 
+GAIN = 1.0
+
+
+def test_somebody_s_own_subclass_keeps_its_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Mine(theirs.VectorQuantize):
+        def forward(self, x: torch.Tensor, *args: Any, factor: float = 1.0, **named: Any) -> Any:
+            quantized, indices, loss = super().forward(x, *args, **named)
+            return quantized * GAIN * factor, indices, loss
+
+    before, after = pair(lambda: Mine(dim=8, codebook_size=20))
+    x = torch.randn(2, 5, 8)
+    same(after.eval()(x)[:1], before.eval()(x)[:1])
+    monkeypatch.setitem(globals(), "GAIN", 2.0)
+    same(after(x, factor=3.0)[:1], before(x, factor=3.0)[:1])
+
+
 def test_what_cannot_be_served_is_refused_by_name() -> None:
     with pytest.raises(TypeError, match="implicit_neural_codebook"):
         accelerate(theirs.ResidualVQ(dim=16, codebook_size=8, num_quantizers=2, implicit_neural_codebook=True))
