@@ -15,7 +15,7 @@ import torch
 
 from dalle_kernels.backends.library import plain
 from dalle_kernels.backends.sharding import divided, everywhere
-from dalle_kernels.checks import as_int, check_number, check_temperature, check_tensor
+from dalle_kernels.checks import as_int, check_number, check_temperature, check_tensor, outside_autocast
 from dalle_kernels.codebook.checks import refuse_nan
 from dalle_kernels.codebook.entropy import CodebookEntropy, entropy, masked_rows
 
@@ -115,7 +115,7 @@ def binary_entropy(
         >>> distribution.shape, bool(mean >= rows)
         (torch.Size([1024]), True)
     """
-    bits = _check(features, WIDEST)
+    _check(features, WIDEST)
     scale, temperature = _check_scale(scale), check_temperature(temperature)
     rows = masked_rows(features, row_mask)
     logit = (rows if rows.dtype == torch.float64 else rows.float()) * (4 * scale / temperature)
@@ -124,11 +124,15 @@ def binary_entropy(
     row_entropies = (torch.log1p((-distance).exp()) + distance * (-distance).sigmoid()).sum(-1)
     if plain((rows,)):
         refuse_nan("features", rows, row_entropies)
-    with torch.autocast(features.device.type, enabled=False):
-        first = _products(logit[:, : bits // 2])
-        last = _products(logit[:, bits // 2 :])
-        distribution = (first.mT @ (last / len(rows))).reshape(-1)
+    distribution = outside_autocast(logit.device.type, _distribution, logit)
     return CodebookEntropy(row_entropies.mean(), entropy(distribution), distribution)
+
+
+def _distribution(logit: torch.Tensor) -> torch.Tensor:
+    """[N, d] -> [2^d]: the mean over rows of the probability of each code."""
+    rows, bits = logit.shape
+    first, last = _products(logit[:, : bits // 2]), _products(logit[:, bits // 2 :])
+    return (first.mT @ (last / rows)).reshape(-1)
 
 
 def _products(logit: torch.Tensor) -> torch.Tensor:
