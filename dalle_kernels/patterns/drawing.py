@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dalle_kernels.checks import as_int
 from dalle_kernels.patterns.patterns import IntArray, Pattern
 
 
@@ -71,9 +72,10 @@ class Diagonal(Pattern):
             ("window", 1, self.columns),
             ("known", 0, cells),
         ):
-            value = getattr(self, name)
-            if not isinstance(value, int) or not least <= value <= most:
-                raise ValueError(f"{name}: got {value!r}, wanted an int from {least} to {most}")
+            value = as_int(name, getattr(self, name))
+            if not least <= value <= most:
+                raise ValueError(f"{name}: got {value}, wanted an int from {least} to {most}")
+            object.__setattr__(self, name, value)
         arguments = {"pattern": "Diagonal", "pattern_spec": self.pattern.spec}
         numbers = {name: getattr(self, name) for name in ("first", "columns", "window", "known")}
         object.__setattr__(self, "spec", json.dumps(arguments | numbers))

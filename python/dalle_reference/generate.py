@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dalle_kernels import KVCache, sample_tokens
+from dalle_kernels.checks import as_int
 from dalle_kernels.patterns import Diagonal
 from dalle_reference.transformer import NO_TOKEN, DalleTransformer, TransformerConfig, check_tokens
 
@@ -81,8 +82,11 @@ def generate(
     batch = text_tokens.shape[0]
     _check("text_tokens", text_tokens, batch, config.caption_length, NO_TOKEN, config.vocab_text)
     _check("image_prefix", image_prefix, batch, cells, 0, config.vocab_image)
+    number, seed = as_int("number", number), as_int("seed", seed)
     if number < 1:
         raise ValueError(f"number: got {number}, wanted at least 1")
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed: got {seed}, wanted an int of 64 bits")
     guided = guidance_scale != 1.0
     if guided:
         text_tokens = torch.cat([text_tokens, torch.full_like(text_tokens, NO_TOKEN)])
@@ -99,7 +103,8 @@ def generate(
     columns = config.grid[1]
     window = columns if order == "raster" else -(-columns // 2) if window is None else window
     if order == "diagonal":
-        patterns = [Diagonal(pattern, config.text_length, columns, window, known) for pattern in config.patterns]
+        placed = min(known, config.layout.length - config.text_length)  # the last cell may have no place
+        patterns = [Diagonal(pattern, config.text_length, columns, window, placed) for pattern in config.patterns]
 
     image = text_tokens.new_zeros(batch * number, cells)
     image[:, :known] = image_prefix.repeat_interleave(number, 0)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -192,6 +193,9 @@ def test_the_grid_may_begin_in_the_text_or_have_one_row_or_column() -> None:
             assert drawn.shape == (2, grid[0] * grid[1])
             if window == grid[1]:
                 assert torch.equal(drawn, generate(model, text, seed=1, number=2))
+            assert torch.equal(
+                generate(model, text, seed=1, order="diagonal", window=window, image_prefix=drawn[:1]), drawn[:1]
+            )
 
 
 def test_eight_bits_between_steps_move_logits_by_little(model: DalleTransformer, text: torch.Tensor) -> None:
@@ -371,6 +375,10 @@ def test_it_learns_captions_and_draws_them() -> None:
         (torch.tensor([[1]]), {"temperature": -1.0}, ValueError, "temperature"),
         (torch.tensor([[1]]), {"top_p": 0.0}, ValueError, "top_p"),
         (torch.tensor([[1]]), {"number": 0}, ValueError, "number: got 0, wanted at least 1"),
+        (torch.tensor([[1]]), {"number": 1.5}, ValueError, "number: got 1.5, wanted an int"),
+        (torch.tensor([[1]]), {"seed": "x"}, ValueError, "seed: got 'x', wanted an int"),
+        (torch.tensor([[1]]), {"seed": 2**63}, ValueError, "seed: got 9223372036854775808, wanted an int of 64 bits"),
+        (torch.tensor([[1]]), {"order": "diagonal", "window": 2.0}, ValueError, "window: got 2.0, wanted an int"),
         (torch.tensor([[1]]), {"order": "spiral"}, ValueError, "order: got 'spiral', wanted 'raster' or 'diagonal'"),
         (
             torch.tensor([[1]]),
@@ -402,7 +410,13 @@ def test_bad_requests_are_refused(
     message: str,
 ) -> None:
     with pytest.raises(error, match=message):
-        generate(model, text, seed=0, **options)
+        generate(model, text, **{"seed": 0, **options})
+
+
+def test_numpy_integers_are_integers(model: DalleTransformer, text: torch.Tensor) -> None:
+    seed, window, number = np.int64(3), np.int32(2), np.uint8(2)
+    drawn = generate(model, text, seed=seed, order="diagonal", window=window, number=number)
+    assert torch.equal(drawn, generate(model, text, seed=3, order="diagonal", window=2, number=2))
 
 
 def test_the_lines_of_the_page() -> None:
