@@ -20,8 +20,10 @@ from dalle_kernels import (
     KVCache,
     Row,
     TokenLayout,
+    code_statistics,
     decode_attention,
     gumbel_lookup,
+    gumbel_projection_lookup,
     logit_laplace_nll,
     sample_tokens,
     sparse_attention,
@@ -52,6 +54,7 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
     ones = torch.ones_like(q)
     logits, codebook, seed = torch.randn(1, 8), torch.randn(8, 8), torch.tensor(1)
     temperature, x = torch.tensor(0.9), torch.full((8,), 0.5)
+    indices = torch.zeros(1, dtype=torch.int64)
     cache = KVCache(PATTERN, 1, 1, 16)
     token = q[:, :, :1]
 
@@ -67,7 +70,12 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
     yield "sparse_attention, backward", lambda: torch.autograd.grad(out, trained, ones, retain_graph=True)
     yield "decode_attention", step
     yield "gumbel_lookup", lambda: gumbel_lookup(logits, codebook, temperature, seed=seed)
+    yield (
+        "gumbel_projection_lookup",
+        lambda: gumbel_projection_lookup(logits, codebook, None, codebook, temperature, seed=seed),
+    )
     yield "vq_lookup", lambda: vq_lookup(logits, codebook)
+    yield "code_statistics", lambda: code_statistics(logits, indices, 8)
     yield "sample_tokens", lambda: sample_tokens(logits, seed=seed)
     yield "logit_laplace_nll", lambda: logit_laplace_nll(x, x, x)
 
