@@ -28,7 +28,9 @@ def test_the_native_library_is_built_and_serves_cpu_tensors() -> None:
     assert answer.backend == "cpu"
     assert answer.detail == native.instruction_set()
     assert "could serve" in answer.refusals["reference"]
-    assert explain(gumbel_lookup, torch.zeros(2, 8), torch.zeros(8, 4), 1.0).backend == "cpu"
+    answer = explain(gumbel_lookup, torch.zeros(2, 8), torch.zeros(8, 4), 1.0)
+    assert answer.backend == "cpu"
+    assert answer.refusals["cuda"] == "there is no cuda kernel for gumbel_lookup"
 
 
 def test_a_named_backend_never_falls_back() -> None:

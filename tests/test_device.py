@@ -79,7 +79,7 @@ WHERE = Row(TokenLayout(6, (5, 11)))
 
 def tables() -> dict[str, Callable[[], object]]:
     """Everything that backends keep on a device."""
-    from dalle_kernels.attention import cuda_plan, cuda_sm90a, reference, triton_backward, triton_forward
+    from dalle_kernels.attention import cuda_plan, reference, triton_backward, triton_forward
     from dalle_kernels.decode import op as decode
     from dalle_kernels.decode import triton as triton_decode
 
@@ -93,8 +93,6 @@ def tables() -> dict[str, Callable[[], object]]:
         "Triton backward": lambda: triton_backward.work_for(WHERE, length, GPU, half, 64, 3),
         "Triton decode": lambda: triton_decode.launch_for(WHERE, GPU, half, 64, 3),
         "CUDA walk": lambda: cuda_plan.walk_for(WHERE, 128, 64, False, length, 4, 2, GPU),
-        "CUDA sums": lambda: cuda_plan.sums_walk_for(WHERE, 128, 32, length, 4, GPU),
-        "CUDA sm_90a": lambda: cuda_sm90a.walk_for(WHERE, 256, length, 8, 2, GPU),
     }
 
 

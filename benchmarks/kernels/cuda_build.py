@@ -24,9 +24,9 @@ sys.path.insert(0, str(ROOT / "csrc" / "cuda"))
 
 import build_cuda  # noqa: E402  (csrc/cuda/build_cuda.py, which setup.py runs too)
 
-# Tensor core products, warpgroup products, asynchronous copies, bulk tensor copies, changes of a warpgroup's registers,
-# matrix loads, wide loads; and traffic to local memory, of which there should be none.
-INSTRUCTIONS = ("HMMA", "HGMMA", "LDGSTS", "UTMALDG", "USETMAXREG", "LDSM", "LDG.128", "LDL", "STL")
+# Tensor core products, asynchronous copies, matrix loads, wide loads; and traffic to local memory, of which there
+# should be none.
+INSTRUCTIONS = ("HMMA", "LDGSTS", "LDSM", "LDG.128", "LDL", "STL")
 
 
 def find_cuobjdump() -> str:

@@ -416,9 +416,9 @@ def triton_kernels(arch: int) -> Iterator[Kernel]:
 
 
 def cuda_kernels(arch: int, library: Path) -> Iterator[Kernel]:
-    """The CUDA kernels, as the library holds them for sm_80 and sm_90a; for later GPUs its PTX, assembled as the driver
+    """The CUDA kernels, as the library holds them for sm_80 and sm_90; for later GPUs its PTX, assembled as the driver
     would."""
-    mark = {80: "sm_80", 90: "sm_90a"}.get(arch)
+    mark = {80: "sm_80", 90: "sm_90"}.get(arch)
     with tempfile.TemporaryDirectory() as folder:
         if mark is not None:
             text = aot._tool("cuobjdump", "-sass", "-arch", mark, str(library))
@@ -430,29 +430,17 @@ def cuda_kernels(arch: int, library: Path) -> Iterator[Kernel]:
         part.partition("\n")[0].strip(): "\n\tFunction : " + part
         for part in re.split(r"^\s+Function : ", text, flags=re.MULTILINE)[1:]
     }
-    # name, a part of the function's name, products, width, tile, rows that are skipped together, threads
-    known: list[tuple[str, str, int, int, tuple[int, int] | None, int, int]] = [
-        ("CUDA forward", "14forward_kernelI8Bfloat16Li64E", 2, 64, (128, 64), 16, 256),
-        ("CUDA forward, sm_90a", "20forward_sm90a_kernelI8Bfloat16Li64E", 2, 64, (256, 64), 64, 640),
-        ("CUDA backward, keys", "10key_kernelI8Bfloat16Li64E", 4, 64, (64, 128), 0, 256),
-        ("CUDA backward, queries", "12query_kernelI8Bfloat16Li64E", 3, 64, (128, 64), 16, 256),
-        ("CUDA backward, one pass", "15one_pass_kernelI8Bfloat16Li64E", 5, 64, (128, 32), 0, 256),
-        ("CUDA Gumbel forward", "21gumbel_forward_kernelI8Bfloat16Li128E", 1, 128, None, 0, 256),
-        ("CUDA Gumbel backward", "22gumbel_backward_kernelI8Bfloat16Li128E", 2, 128, None, 0, 256),
+    # name, the function's in its mangled one, products, tile, rows that are skipped together
+    known = [
+        ("CUDA forward", "14forward_kernel", 2, (128, 64), 16),
+        ("CUDA backward, keys", "10key_kernel", 4, (64, 128), 0),
+        ("CUDA backward, queries", "12query_kernel", 3, (128, 64), 16),
     ]
-    for name, mangled, products, width, tile, slab, threads in known:
+    for name, mangled, products, tile, slab in known:
         for function, code in parts.items():
-            if mangled in function:
-                yield Kernel(
-                    name,
-                    code,
-                    products,
-                    width,
-                    tile=tile,
-                    slab=slab,
-                    threads=threads,
-                    registers=registers.get(function, 0),
-                )
+            if f"{mangled}I8Bfloat16Li64E" in function:
+                used = registers.get(function, 0)
+                yield Kernel(name, code, products, 64, tile=tile, slab=slab, threads=256, registers=used)
 
 
 def _assembled(library: Path, arch: int, folder: Path) -> tuple[str, str]:
@@ -463,7 +451,7 @@ def _assembled(library: Path, arch: int, folder: Path) -> tuple[str, str]:
     assembler = aot.TOOLS / ("ptxas-blackwell" if arch >= 100 and (aot.TOOLS / "ptxas-blackwell").exists() else "ptxas")
     for ptx in sorted(folder.glob("*.ptx")):
         source = ptx.read_text()
-        if not re.search(r"8Bfloat16Li(64|128)E", source):
+        if not re.search("8Bfloat16Li64E", source):
             continue
         cubin = ptx.with_suffix(".cubin")
         subprocess.run([assembler, f"-arch=sm_{arch}", "-O3", str(ptx), "-o", str(cubin)], check=True)

@@ -1,13 +1,13 @@
 // Attention backward for sm_80 and later. With s = scale q k^T, p = exp(s - lse) and dp = dout v^T:
 //   ds = p (dp - delta),  delta = rowsum(dout out) - dlse,
 //   dq = scale ds k,  dk = scale ds^T q,  dv = p^T dout.
-// Three kernels, where one_pass_kernel.cuh cannot serve: statistics.cuh's; dq, whose rows are queries, walking over
-// keys and values; dk and dv, whose rows are keys, walking over queries and dout by the transposed lists. Nothing is
-// added up across blocks, so the result is the same every time.
+// Three kernels: statistics.cuh's; dq, whose rows are queries, walking over keys and values; dk and dv, whose rows are
+// keys, walking over queries and dout by the transposed lists. Nothing is added up across blocks, so the result is the
+// same every time.
 
 #pragma once
 
-#include "attention/one_pass_kernel.cuh"
+#include "attention/statistics.cuh"
 
 namespace {
 
@@ -163,12 +163,6 @@ void run_backward(const AttentionBackward& p, void* stream) {
   const auto heads = static_cast<unsigned>(p.batch * p.heads);
   const auto parts = [&](int count) { return dim3{heads, static_cast<unsigned>(count), 1}; };
   launch_statistics<T>(p, stream);
-  if (p.one_pass) {
-    if constexpr (kWidth <= kOnePassWidth) {
-      run_one_pass<T, kWidth>(p, stream);
-    }
-    return;
-  }
   launch(query_kernel<T, kWidth>, parts(p.by_query.parts), kThreads, p.by_query.slots * kTileBytes, stream, p);
   launch(key_kernel<T, kWidth>, parts(p.by_key.parts), kThreads,
          p.by_key.slots * (kTileBytes + 2 * kColumns * static_cast<int>(sizeof(float))), stream, p);

@@ -38,9 +38,6 @@ struct AttentionBackward {
   float* statistics;
   int padded;
   Walk by_query, by_key;  // rows are queries and columns keys; rows are keys and columns queries
-  // One walk makes all three gradients: by_query, whose slots hold sums of dk and dv and whose steps end in 1 at a key
-  // tile's first visit, 2 at its last, 3 at its only one. by_key is unused then.
-  bool one_pass;
   int batch, heads, width;
   float scale;
 };
@@ -49,16 +46,8 @@ struct AttentionBackward {
 template <int kWidth>
 constexpr int kBackwardColumns = kWidth <= 64 ? 64 : 32;
 
-// The widest rows that the one pass takes: sums of wider ones leave no room for anything else.
-constexpr int kOnePassWidth = 64;
-
 // One translation unit each, so that they compile side by side. Widths: 16, 32, 64, 80, 96, 128.
 void attention_forward_bfloat16(const AttentionForward& parameters, void* stream);
 void attention_forward_float16(const AttentionForward& parameters, void* stream);
-// The kernel for sm_90a; dalle_kernels/attention/cuda_plan.py, Sm90aPlan, makes what it takes beside the others' walk.
-// Its row tiles have 256 rows up to width 64, 128 beyond; `blocks` share the heads.
-void attention_forward_sm90a_bfloat16(const AttentionForward& parameters, const int32_t* runs, int blocks,
-                                      void* stream);
-void attention_forward_sm90a_float16(const AttentionForward& parameters, const int32_t* runs, int blocks, void* stream);
 void attention_backward_bfloat16(const AttentionBackward& parameters, void* stream);
 void attention_backward_float16(const AttentionBackward& parameters, void* stream);

@@ -29,9 +29,10 @@ static Walk walk_of(const Tensor& order, const Tensor& part_tiles, const Tensor&
   return walk;
 }
 
-static AttentionForward forward_of(const Tensor& q, const Tensor& k, const Tensor& v,
-                                   const std::optional<Tensor>& padding, const Walk& walk, double scale,
-                                   const Tensor& out, const Tensor& lse) {
+static void forward(Tensor q, Tensor k, Tensor v, std::optional<Tensor> padding, Tensor order, Tensor part_tiles,
+                    Tensor tile_steps, Tensor steps, Tensor masks, int64_t slots, double scale, Tensor out,
+                    Tensor lse) {
+  const DeviceGuard guard(q.get_device());
   AttentionForward p;
   p.q = rows_of<const void>(q);
   p.k = rows_of<const void>(k);
@@ -39,43 +40,22 @@ static AttentionForward forward_of(const Tensor& q, const Tensor& k, const Tenso
   p.out = rows_of<void>(out);
   p.lse = device_pointer<float>(lse);
   p.padding = padding.has_value() ? device_pointer<const bool>(*padding) : nullptr;
-  p.walk = walk;
+  p.walk = walk_of(order, part_tiles, tile_steps, steps, masks, slots);
   p.batch = static_cast<int>(q.size(0));
   p.heads = static_cast<int>(q.size(1));
   p.width = static_cast<int>(q.size(3));
   p.scale = static_cast<float>(scale);
-  return p;
-}
-
-static void forward(Tensor q, Tensor k, Tensor v, std::optional<Tensor> padding, Tensor order, Tensor part_tiles,
-                    Tensor tile_steps, Tensor steps, Tensor masks, int64_t slots, double scale, Tensor out,
-                    Tensor lse) {
-  const DeviceGuard guard(q.get_device());
-  const Walk walk = walk_of(order, part_tiles, tile_steps, steps, masks, slots);
-  const AttentionForward p = forward_of(q, k, v, padding, walk, scale, out, lse);
   const bool half = element_of(q) == Element::float16;
   (half ? attention_forward_float16 : attention_forward_bfloat16)(p, current_stream(q));
 }
 
-#ifdef DALLE_SM90A
-static void forward_sm90a(Tensor q, Tensor k, Tensor v, std::optional<Tensor> padding, Tensor order, Tensor part_tiles,
-                          Tensor tile_steps, Tensor steps, Tensor masks, int64_t slots, Tensor runs, int64_t blocks,
-                          double scale, Tensor out, Tensor lse) {
+static void backward(Tensor grad_out, std::optional<Tensor> grad_lse, Tensor q, Tensor k, Tensor v, Tensor out,
+                     Tensor lse, std::optional<Tensor> padding, Tensor order, Tensor query_part_tiles,
+                     Tensor query_tile_steps, Tensor query_steps, Tensor query_masks, int64_t query_slots,
+                     Tensor key_part_tiles, Tensor key_tile_steps, Tensor key_steps, Tensor key_masks,
+                     int64_t key_slots, double scale, Tensor statistics, Tensor dq, Tensor dk, Tensor dv) {
   const DeviceGuard guard(q.get_device());
-  const Walk walk = walk_of(order, part_tiles, tile_steps, steps, masks, slots);
-  const AttentionForward p = forward_of(q, k, v, padding, walk, scale, out, lse);
-  const bool half = element_of(q) == Element::float16;
-  (half ? attention_forward_sm90a_float16 : attention_forward_sm90a_bfloat16)(
-      p, device_pointer<const int32_t>(runs), static_cast<int>(blocks), current_stream(q));
-}
-#endif
-
-// All but the walks.
-static AttentionBackward backward_of(const Tensor& grad_out, const std::optional<Tensor>& grad_lse, const Tensor& q,
-                                     const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
-                                     const std::optional<Tensor>& padding, double scale, const Tensor& statistics,
-                                     const Tensor& dq, const Tensor& dk, const Tensor& dv) {
-  AttentionBackward p{};
+  AttentionBackward p;
   p.grad_out = rows_of<const void>(grad_out);
   p.q = rows_of<const void>(q);
   p.k = rows_of<const void>(k);
@@ -89,39 +69,14 @@ static AttentionBackward backward_of(const Tensor& grad_out, const std::optional
   p.padding = padding.has_value() ? device_pointer<const bool>(*padding) : nullptr;
   p.statistics = device_pointer<float>(statistics);
   p.padded = static_cast<int>(statistics.size(3));
+  p.by_query = walk_of(order, query_part_tiles, query_tile_steps, query_steps, query_masks, query_slots);
+  p.by_key = walk_of(order, key_part_tiles, key_tile_steps, key_steps, key_masks, key_slots);
   p.batch = static_cast<int>(q.size(0));
   p.heads = static_cast<int>(q.size(1));
   p.width = static_cast<int>(q.size(3));
   p.scale = static_cast<float>(scale);
-  return p;
-}
-
-static void run_backward(const AttentionBackward& p, const Tensor& q) {
   const bool half = element_of(q) == Element::float16;
   (half ? attention_backward_float16 : attention_backward_bfloat16)(p, current_stream(q));
-}
-
-static void backward(Tensor grad_out, std::optional<Tensor> grad_lse, Tensor q, Tensor k, Tensor v, Tensor out,
-                     Tensor lse, std::optional<Tensor> padding, Tensor order, Tensor query_part_tiles,
-                     Tensor query_tile_steps, Tensor query_steps, Tensor query_masks, int64_t query_slots,
-                     Tensor key_part_tiles, Tensor key_tile_steps, Tensor key_steps, Tensor key_masks,
-                     int64_t key_slots, double scale, Tensor statistics, Tensor dq, Tensor dk, Tensor dv) {
-  const DeviceGuard guard(q.get_device());
-  AttentionBackward p = backward_of(grad_out, grad_lse, q, k, v, out, lse, padding, scale, statistics, dq, dk, dv);
-  p.by_query = walk_of(order, query_part_tiles, query_tile_steps, query_steps, query_masks, query_slots);
-  p.by_key = walk_of(order, key_part_tiles, key_tile_steps, key_steps, key_masks, key_slots);
-  run_backward(p, q);
-}
-
-static void backward_one_pass(Tensor grad_out, std::optional<Tensor> grad_lse, Tensor q, Tensor k, Tensor v, Tensor out,
-                              Tensor lse, std::optional<Tensor> padding, Tensor order, Tensor part_tiles,
-                              Tensor tile_steps, Tensor steps, Tensor masks, int64_t slots, double scale,
-                              Tensor statistics, Tensor dq, Tensor dk, Tensor dv) {
-  const DeviceGuard guard(q.get_device());
-  AttentionBackward p = backward_of(grad_out, grad_lse, q, k, v, out, lse, padding, scale, statistics, dq, dk, dv);
-  p.by_query = walk_of(order, part_tiles, tile_steps, steps, masks, slots);
-  p.one_pass = true;
-  run_backward(p, q);
 }
 
 }  // namespace dalle
@@ -130,29 +85,15 @@ STABLE_TORCH_LIBRARY_FRAGMENT(DALLE_LIBRARY, m) {
   m.def(
       "attention_forward(Tensor q, Tensor k, Tensor v, Tensor? padding, Tensor order, Tensor part_tiles,"
       " Tensor tile_steps, Tensor steps, Tensor masks, int slots, float scale, Tensor(a!) out, Tensor(b!) lse) -> ()");
-#ifdef DALLE_SM90A
-  m.def(
-      "attention_forward_sm90a(Tensor q, Tensor k, Tensor v, Tensor? padding, Tensor order, Tensor part_tiles,"
-      " Tensor tile_steps, Tensor steps, Tensor masks, int slots, Tensor runs, int blocks, float scale,"
-      " Tensor(a!) out, Tensor(b!) lse) -> ()");
-#endif
   m.def(
       "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
       " Tensor? padding, Tensor order, Tensor query_part_tiles, Tensor query_tile_steps, Tensor query_steps,"
       " Tensor query_masks, int query_slots, Tensor key_part_tiles, Tensor key_tile_steps, Tensor key_steps,"
       " Tensor key_masks, int key_slots, float scale, Tensor(a!) statistics, Tensor(b!) dq, Tensor(c!) dk,"
       " Tensor(d!) dv) -> ()");
-  m.def(
-      "attention_backward_one_pass(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out,"
-      " Tensor lse, Tensor? padding, Tensor order, Tensor part_tiles, Tensor tile_steps, Tensor steps, Tensor masks,"
-      " int slots, float scale, Tensor(a!) statistics, Tensor(b!) dq, Tensor(c!) dk, Tensor(d!) dv) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(DALLE_LIBRARY, DALLE_DISPATCH_KEY, m) {
   m.impl("attention_forward", TORCH_BOX(&dalle::forward));
-#ifdef DALLE_SM90A
-  m.impl("attention_forward_sm90a", TORCH_BOX(&dalle::forward_sm90a));
-#endif
   m.impl("attention_backward", TORCH_BOX(&dalle::backward));
-  m.impl("attention_backward_one_pass", TORCH_BOX(&dalle::backward_one_pass));
 }

@@ -22,7 +22,7 @@ struct Float16 {
 #define DEVICE __device__ __forceinline__
 
 DEVICE char* shared_memory() {
-  extern __shared__ __align__(1024) char dynamic_shared_memory[];
+  extern __shared__ __align__(16) char dynamic_shared_memory[];
   return dynamic_shared_memory;
 }
 
@@ -34,15 +34,6 @@ DEVICE uint32_t shared_address(const void* shared) { return static_cast<uint32_t
 template <class T>
 DEVICE T load(const T* address) {
   return *address;
-}
-
-// 16 bytes of global memory that this kernel reads once: they need not displace what is in the first-level cache.
-DEVICE uint4 load_once(const uint4* address) {
-  uint4 value;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-               : "l"(address));
-  return value;
 }
 
 template <class T>
@@ -154,12 +145,4 @@ DEVICE float log2_fast(float x) {
   float y;
   asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
-}
-
-// ---------------------------------------------------------------------------------------------------------------
-// Threads beyond __syncthreads, __syncwarp and the warp's shuffles and votes
-
-// `threads` of the block meet at hardware barrier `name` (1 to 15; 0 is __syncthreads).
-DEVICE void named_barrier(int name, int threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(name), "r"(threads) : "memory");
 }

@@ -1,15 +1,11 @@
-"""Sparse attention by the CUDA kernels of csrc/attention: mma.sync and cp.async, for sm_80 and later.
-
-The forward of sm_90a has a kernel of its own (cuda_sm90a.py), which serves what it can there.
-"""
+"""Sparse attention by the CUDA kernels of csrc/attention: mma.sync and cp.async, for sm_80 and later."""
 
 from __future__ import annotations
 
 import torch
 
-from dalle_kernels.attention import cuda_sm90a
 from dalle_kernels.attention.contract import Grads, Inputs, Kept, Needs, Outputs
-from dalle_kernels.attention.cuda_plan import SMALLEST, Walk, parts_for, sums_walk_for, walk_for
+from dalle_kernels.attention.cuda_plan import SMALLEST, Walk, parts_for, walk_for
 from dalle_kernels.backends import cuda_library
 from dalle_kernels.backends.contract import Call
 from dalle_kernels.patterns.patterns import Pattern
@@ -17,8 +13,6 @@ from dalle_kernels.patterns.patterns import Pattern
 _WIDTHS = (16, 32, 64, 80, 96, 128)  # as csrc/attention/forward_kernel.cuh has them
 _ROWS = 128  # kRowTile of csrc/attention/tiles.cuh
 _FORWARD_COLUMNS = 64  # kColumns of csrc/attention/forward_kernel.cuh
-_ONE_PASS_WIDTH = 64  # kOnePassWidth of csrc/attention/cuda.h
-_ONE_PASS_COLUMNS = 32  # OnePass::kColumns of csrc/attention/one_pass_kernel.cuh
 
 
 def refuse(call: Call) -> str | None:
@@ -53,26 +47,6 @@ def _walk(
     return walk_for(pattern, _ROWS, columns, transposed, length, slots, parts, q.device)
 
 
-def _one_pass_walk(q: torch.Tensor, pattern: Pattern) -> Walk | None:
-    """The walk that makes all three gradients of a head at once, or None where the two passes serve. The rule:
-
-    - rows are of at most 64 elements, for their sums are kept in shared memory;
-    - the heads alone keep the GPU busy, for a block owns a whole head;
-    - the sums of all key tiles that are between their first and their last query at some time fit, beside the tiles
-      that are being multiplied (for the paper's layout and 64 elements: row and column attention in the 227 KB of an
-      H100 or H200; not the convolution, and nothing of it in the 163 KB of an A100).
-    """
-    batch, heads, length, width = q.shape
-    if width > _ONE_PASS_WIDTH or batch * heads < cuda_library.multiprocessors(q.device):
-        return None
-    # As OnePass of csrc/attention/one_pass_kernel.cuh has them: queries and dout, p and ds, two tiles of keys and
-    # values, a flag for each of 8 warps; and the sums of a key tile.
-    pitch, columns = 2 * width + 16, _ONE_PASS_COLUMNS
-    fixed = 2 * (_ROWS * (pitch + 2 * columns + 16) + 2 * columns * pitch) + 8 * 4
-    slots = (cuda_library.shared_memory(q.device, 1) - fixed) // (2 * columns * max(width, 32) * 4)
-    return sums_walk_for(pattern, _ROWS, columns, length, slots, q.device) if slots > 0 else None
-
-
 def _outputs(*likes: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Empty tensors with the given ones' strides, and for each the tensor that a kernel can write for it."""
     outputs = [torch.empty_like(like) for like in likes]
@@ -94,11 +68,8 @@ def forward(inputs: Inputs) -> Outputs:
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     q, k, v = map(cuda_library.aligned, (q, k, v))
     padding = _padding(key_padding_mask)
-    if cuda_sm90a.refuse(q, k, v) is None:
-        cuda_sm90a.forward(q, k, v, padding, scale, pattern, targets[0], lse)
-    else:
-        walk = _walk(q, pattern, _FORWARD_COLUMNS, blocks=2 if q.shape[-1] <= 64 else 1)
-        cuda_library.operations().attention_forward(q, k, v, padding, walk.order, *walk.arguments, scale, *targets, lse)
+    walk = _walk(q, pattern, _FORWARD_COLUMNS, blocks=2 if q.shape[-1] <= 64 else 1)
+    cuda_library.operations().attention_forward(q, k, v, padding, walk.order, *walk.arguments, scale, *targets, lse)
     return Outputs(_return(outputs, targets)[0], lse)
 
 
@@ -107,28 +78,21 @@ def backward(grads: Grads, kept: Kept, needs: Needs) -> tuple[torch.Tensor | Non
     assert grad_out is not None
     assert scale is not None
     columns = 64 if q.shape[-1] <= 64 else 32  # kBackwardColumns of csrc/attention/cuda.h
-    one_pass = _one_pass_walk(q, pattern)
-    walks: tuple[torch.Tensor | int, ...]
-    if one_pass is not None:
-        order, walks = one_pass.order, one_pass.arguments
-        run = cuda_library.operations().attention_backward_one_pass
-    else:
-        by_query = _walk(q, pattern, columns, blocks=1)
-        by_key = _walk(q, pattern, columns, blocks=1, transposed=True, extra=2 * columns * 4)
-        order, walks = by_query.order, (*by_query.arguments, *by_key.arguments)
-        run = cuda_library.operations().attention_backward
+    by_query = _walk(q, pattern, columns, blocks=1)
+    by_key = _walk(q, pattern, columns, blocks=1, transposed=True, extra=2 * columns * 4)
     batch, heads, length, _ = q.shape
     padded = -(-length // columns) * columns
     statistics = torch.empty((batch, heads, 2, padded), dtype=torch.float32, device=q.device)
     outputs, targets = _outputs(q, k, v)
-    run(
+    cuda_library.operations().attention_backward(
         cuda_library.aligned(grad_out),
         None if grad_lse is None else grad_lse.contiguous(),
         *map(cuda_library.aligned, (q, k, v, out)),
         lse,
         _padding(key_padding_mask),
-        order,
-        *walks,
+        by_query.order,
+        *by_query.arguments,
+        *by_key.arguments,
         scale,
         statistics,
         *targets,

@@ -131,40 +131,6 @@ def makespan(costs: list[int], at_a_time: int) -> int:
     return max(ends)
 
 
-@remembered(maxsize=256)
-def sums_walk_for(
-    pattern: Pattern, rows: int, columns: int, length: int, slots: int, device: torch.device | str = "cpu"
-) -> Walk | None:
-    """The walk of the one-pass backward, remembered; None where it cannot be had.
-
-    Its one part walks tiles of `rows` queries by `columns` keys. A slot holds the sums of a key tile's gradients from
-    the tile's first visit to its last, and the last column of `steps` says which visit a step is: 1 the first, 2 the
-    last, 3 the only one, 0 another. It cannot be had where more than `slots` tiles are between their first and last
-    visits at once, or where some tile is never visited, so that nobody would write its gradients.
-    """
-    schedule = schedule_for(pattern, (rows, columns), length)
-    tiles, mask_ids = schedule.key_tiles.tolist(), schedule.mask_ids.tolist()
-    last = {tile: step for step, tile in enumerate(tiles)}
-    if len(last) < -(-length // columns):
-        return None
-    placed = _place(tiles, slots, ahead=0)
-    if sum(first for _, first in placed) > len(last):
-        return None  # some sums had to make room before they were whole
-    steps = [
-        (tile, slot, mask, first + 2 * (last[tile] == step))
-        for step, (tile, (slot, first), mask) in enumerate(zip(tiles, placed, mask_ids, strict=True))
-    ]
-    walk = Walk(
-        order=schedule.order,
-        part_tiles=torch.tensor([0, len(schedule.key_offsets) - 1], dtype=torch.int32),
-        tile_steps=schedule.key_offsets,
-        steps=torch.tensor(steps, dtype=torch.int32),
-        masks=schedule.masks,
-        slots=1 + max(slot for slot, _ in placed),
-    )
-    return walk.to(device)
-
-
 def _share(offsets: list[int], parts: int) -> list[int]:
     """Borders between runs of row tiles with about as many steps each; every run has a row tile."""
     borders, rows = [0], len(offsets) - 1
@@ -174,8 +140,8 @@ def _share(offsets: list[int], parts: int) -> list[int]:
     return [*borders, rows]
 
 
-def _place(walk: list[int], slots: int, ahead: int = AHEAD) -> list[tuple[int, bool]]:
-    """For each tile of `walk` its slot, and whether it has to be loaded there, `ahead` steps before."""
+def _place(walk: list[int], slots: int) -> list[tuple[int, bool]]:
+    """For each tile of `walk` its slot, and whether it has to be loaded there, AHEAD steps before."""
     uses: dict[int, list[int]] = {}
     for step, tile in reversed(list(enumerate(walk))):
         uses.setdefault(tile, []).append(step)  # the next use is the last of the list
@@ -187,13 +153,11 @@ def _place(walk: list[int], slots: int, ahead: int = AHEAD) -> list[tuple[int, b
         uses[tile].pop()
         loads = tile not in where
         if loads:
-            # A load runs beside the `ahead` steps before its own, so their slots are taken. Of tiles that are done with
-            # the first that was makes room, so that loads can start early; with none ahead the first slot, so that
-            # few are used.
-            busy = {slot for slot, _ in placed[max(step - ahead, 0) : step]}
+            # A load runs beside the AHEAD steps before its own, so their slots are taken. Of tiles that are done with
+            # the first that was makes room, so that loads can start early.
+            busy = {slot for slot, _ in placed[max(step - AHEAD, 0) : step]}
             free = [slot for slot in range(slots) if slot not in busy]
-            since = idle_since if ahead else list(range(slots))
-            slot = max(free, key=lambda slot: (_next_use(uses, holds.get(slot)), -since[slot]))
+            slot = max(free, key=lambda slot: (_next_use(uses, holds.get(slot)), -idle_since[slot]))
             if slot in holds:
                 del where[holds[slot]]
             holds[slot], where[tile] = tile, slot

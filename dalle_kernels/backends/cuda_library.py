@@ -97,13 +97,6 @@ def refuse(device: torch.device, dtype: torch.dtype, dtypes: tuple[torch.dtype, 
 
 
 @lru_cache(maxsize=16)
-def has_sm90a(device: torch.device) -> bool:
-    """Whether kernels with instructions of sm_90a (wgmma, TMA) run on `device`, and the library holds them."""
-    capable = torch.cuda.get_device_capability(device) == (9, 0)
-    return capable and hasattr(operations(), "attention_forward_sm90a")
-
-
-@lru_cache(maxsize=16)
 def multiprocessors(device: torch.device) -> int:
     """How many blocks run side by side on `device`, counting one a multiprocessor."""
     return torch.cuda.get_device_properties(device).multi_processor_count

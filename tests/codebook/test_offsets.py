@@ -1,4 +1,4 @@
-"""Gumbel lookups of rows far from 0: the rule of every backend (tests/cuda has it for the CUDA kernels)."""
+"""Gumbel lookups of rows far from 0: the rule of every backend."""
 
 from __future__ import annotations
 

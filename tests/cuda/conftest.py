@@ -35,7 +35,6 @@ def emulated(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(cuda_library, "multiprocessors", lambda device: 4)
     # The least with which every kernel of attention serves, so that slots of tiles are used again soon.
     monkeypatch.setattr(cuda_library, "shared_memory", lambda device, blocks: 104_448 // blocks)
-    monkeypatch.setattr(cuda_library, "has_sm90a", lambda device: False)
     monkeypatch.setattr(cuda_library, "_refuse_device", lambda device: None)
     backends.forget_choices()
     before = torch.are_deterministic_algorithms_enabled()

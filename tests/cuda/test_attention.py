@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -23,9 +22,6 @@ from dalle_kernels.patterns.patterns import (
     Pattern,
     Row,
 )
-from tests.cuda.elsewhere import Elsewhere
-
-SHARED_MEMORY = cuda_library.shared_memory  # before a test's machine replaces it
 
 LAYOUT = TokenLayout(text_length=70, grid=(9, 11))  # 169 tokens: two row tiles, three column tiles
 PATTERNS: list[Pattern] = [
@@ -85,17 +81,14 @@ def test_forward_of_a_prefix(emulated: Any, length: int) -> None:
     _check(Column(LAYOUT), *_inputs(1, 1, length, 32, torch.float16))
 
 
-def _check_padding_and_strides_and_aliases(pattern: Pattern) -> None:
+def test_forward_with_padding_and_strides_and_aliases(emulated: Any) -> None:
+    pattern = Row(LAYOUT)
     joined = torch.randn(2, pattern.length, 3, 2, 32, generator=torch.Generator().manual_seed(1)).bfloat16()
     q, k, v = (tensor.transpose(1, 2) for tensor in joined.unbind(2))
     padding = torch.rand(2, pattern.length, generator=torch.Generator().manual_seed(2)) < 0.3
     padding[0, :40] = True  # the first queries see nothing
     _check(pattern, q, k, v, padding)
     _check(pattern, q, q, q, scale=-0.3)
-
-
-def test_forward_with_padding_and_strides_and_aliases(emulated: Any) -> None:
-    _check_padding_and_strides_and_aliases(Row(LAYOUT))
 
 
 def test_rows_that_see_nothing(emulated: Any) -> None:
@@ -183,7 +176,7 @@ def test_backward_of_a_prefix(emulated: Any, length: int) -> None:
     _check_backward(Column(LAYOUT), *_inputs(1, 1, length, 32, torch.float16), with_lse=True)
 
 
-def _check_padded_backward() -> None:
+def test_backward_with_padding_strides_and_a_gradient_of_the_log_sum_exp(emulated: Any) -> None:
     pattern = Row(LAYOUT)
     joined = torch.randn(2, pattern.length, 3, 2, 32, generator=torch.Generator().manual_seed(1)).bfloat16()
     q, k, v = (tensor.transpose(1, 2) for tensor in joined.unbind(2))
@@ -192,67 +185,7 @@ def _check_padded_backward() -> None:
     _check_backward(pattern, q, k, v, padding, with_lse=True)
 
 
-def test_backward_with_padding_strides_and_a_gradient_of_the_log_sum_exp(emulated: Any) -> None:
-    _check_padded_backward()
-
-
-@pytest.fixture
-def one_pass(emulated: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """A machine on which the one pass serves: an H200's shared memory, and a head for each of its multiprocessors.
-
-    Gives the number of slots of each call, and fails where the two passes served.
-    """
-    shared = 232_448
-    if isinstance(emulated, Elsewhere) and SHARED_MEMORY(emulated.device, 1) < shared:
-        pytest.skip(f"this GPU's blocks have less than {shared} bytes of shared memory")
-    calls: list[int] = []
-
-    class Spy:
-        def __getattr__(self, name: str) -> Any:
-            assert name != "attention_backward", "the two passes served"
-            if name == "attention_backward_one_pass":
-                return lambda *args: (calls.append(args[13]), getattr(emulated, name)(*args))
-            return getattr(emulated, name)
-
-    monkeypatch.setattr(cuda_library, "operations", Spy)
-    monkeypatch.setattr(cuda_library, "multiprocessors", lambda device: 1)
-    monkeypatch.setattr(cuda_library, "shared_memory", lambda device, blocks: shared // blocks)
-    yield calls
-    assert calls
-
-
-@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_one_pass_backward(one_pass: list[int], pattern: Pattern, dtype: torch.dtype) -> None:
-    _check_backward(pattern, *_inputs(1, 2, pattern.length, 32, dtype))
-
-
-@pytest.mark.parametrize("width", [16, 64])
-@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-def test_one_pass_backward_widths(one_pass: list[int], width: int, pattern: Pattern) -> None:
-    _check_backward(pattern, *_inputs(1, 1, pattern.length, width, torch.bfloat16))
-
-
-@pytest.mark.parametrize("length", [1, 31, 32, 33, 127, 129])
-def test_one_pass_backward_of_a_prefix(one_pass: list[int], length: int) -> None:
-    _check_backward(Column(LAYOUT), *_inputs(1, 1, length, 32, torch.float16), with_lse=True)
-
-
-def test_one_pass_backward_with_padding_strides_and_a_gradient_of_the_log_sum_exp(one_pass: list[int]) -> None:
-    _check_padded_backward()
-
-
-def test_one_pass_backward_where_slots_are_used_again(one_pass: list[int]) -> None:
-    pattern = Row(TokenLayout(33, (20, 16)))  # 353 tokens, 12 tiles of keys
-    _check_backward(pattern, *_inputs(1, 1, pattern.length, 64, torch.bfloat16))
-    assert one_pass == [3]
-
-
-def test_one_pass_gradients_are_the_same_every_time(one_pass: list[int]) -> None:
-    _check_the_same_every_time()
-
-
-def _check_the_same_every_time() -> None:
+def test_gradients_through_the_public_operation_and_every_time_the_same(emulated: Any) -> None:
     q, k, v = (tensor.requires_grad_() for tensor in _inputs(1, 2, LAYOUT.length, 32, torch.bfloat16))
     runs = []
     for _ in range(2):
@@ -261,10 +194,6 @@ def _check_the_same_every_time() -> None:
     for first, second in zip(*runs, strict=True):
         assert first.equal(second)
         assert first.isfinite().all()
-
-
-def test_gradients_through_the_public_operation_and_every_time_the_same(emulated: Any) -> None:
-    _check_the_same_every_time()
 
 
 def test_calls_that_the_kernels_do_not_serve_are_refused(emulated: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,8 +13,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dalle_kernels import KVCache, Row, TokenLayout
 from dalle_kernels.attention import contract as attention_contract
 from dalle_kernels.attention import cuda as attention
-from dalle_kernels.codebook.gumbel import contract as gumbel_contract
-from dalle_kernels.codebook.gumbel import cuda as codebook
 from dalle_kernels.decode import cuda as decode
 from dalle_kernels.sampling import contract as sampling_contract
 from dalle_kernels.sampling import cuda as sampling
@@ -52,23 +50,6 @@ def _decode() -> None:
     decode.forward(cache.inputs(q, q, q, torch.tensor(5), 0.1))
 
 
-def _gumbel_forward() -> None:
-    codebook.forward(gumbel_contract.Inputs(*_gumbel_inputs(), False, True, *SEED))
-
-
-def _gumbel_backward() -> None:
-    """Hard, so that a codebook row's gradient is a sum over the rows that drew it: not one of atomic additions."""
-    inputs = _gumbel_inputs()
-    settings = (*inputs, True, True, *SEED)
-    made = codebook.forward(gumbel_contract.Inputs(*settings))
-    kept, grads = gumbel_contract.Kept(*settings, *made), gumbel_contract.Grads(made.latents, made.kl)
-    codebook.backward(grads, kept, gumbel_contract.Needs(True, True))
-
-
-def _gumbel_inputs() -> tuple[torch.Tensor, ...]:
-    return torch.ones(4, 64).half(), torch.ones(64, 32).half(), torch.tensor(1.0)
-
-
 def _sampling() -> None:
     sampling.forward(sampling_contract.Inputs(torch.ones(4, 64), None, 1.0, 1.0, 5, 0.9, *SEED))
 
@@ -78,17 +59,9 @@ def _sampling() -> None:
     [
         (_attention, attention, ("forward", "backward"), {"aten::empty", "aten::empty_like"}),
         (_decode, decode, ("forward",), {"aten::empty"}),
-        (_gumbel_forward, codebook, ("forward",), {"aten::empty", "aten::stack", "aten::unbind", "aten::unsqueeze"}),
-        (
-            _gumbel_backward,
-            codebook,
-            ("backward",),
-            # And what makes delta, and adds up shares of the codebook's gradient, in a fixed order.
-            {"aten::empty", "aten::stack", "aten::unsqueeze", "aten::_to_copy", "aten::mul", "aten::sum"},
-        ),
         (_sampling, sampling, ("forward",), {"aten::empty", "aten::stack"}),
     ],
-    ids=["attention", "decode", "gumbel", "gumbel-backward", "sampling"],
+    ids=["attention", "decode", "sampling"],
 )
 def test_the_host_only_allocates_and_launches(
     emulated: Any,

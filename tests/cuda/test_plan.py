@@ -5,13 +5,10 @@ from __future__ import annotations
 from itertools import pairwise
 
 import pytest
-import torch
 
 from dalle_kernels import TokenLayout
-from dalle_kernels.attention.cuda import _one_pass_walk
-from dalle_kernels.attention.cuda_plan import AHEAD, START, makespan, parts_for, sums_walk_for, walk_for
-from dalle_kernels.backends import cuda_library
-from dalle_kernels.patterns.patterns import Causal, Column, Convolution, MaskPattern, Pattern, Row
+from dalle_kernels.attention.cuda_plan import AHEAD, START, makespan, parts_for, walk_for
+from dalle_kernels.patterns.patterns import Causal, Column, Convolution, Pattern, Row
 from dalle_kernels.patterns.schedule import schedule_for
 
 LAYOUT = TokenLayout()
@@ -82,53 +79,3 @@ def test_six_slots_nearly_read_each_key_once(pattern: Pattern, loads: int) -> No
 def test_too_few_slots_are_refused() -> None:
     with pytest.raises(ValueError, match="slots: got 2, wanted at least 3"):
         walk_for(Row(LAYOUT), 128, 64, False, 1280, 2, 1)
-
-
-@pytest.mark.parametrize(("pattern", "slots"), [(Row(LAYOUT), 9), (Column(LAYOUT), 9), (Convolution(LAYOUT), 14)])
-def test_a_plan_of_sums_keeps_a_tile_from_its_first_visit_to_its_last(pattern: Pattern, slots: int) -> None:
-    assert sums_walk_for(pattern, 128, 32, 1280, slots - 1) is None
-    walk = sums_walk_for(pattern, 128, 32, 1280, slots)
-    assert walk is not None
-    assert walk.slots == slots
-    holds: dict[int, int] = {}
-    begun, ended = set(), set()
-    for tile, slot, _, visit in walk.steps.tolist():
-        if visit & 1:
-            assert slot not in holds
-            assert tile not in begun
-            begun.add(tile)
-            holds[slot] = tile
-        assert holds[slot] == tile
-        if visit & 2:
-            ended.add(holds.pop(slot))
-    assert begun == ended == set(range(40))
-
-
-def test_a_tile_of_keys_that_nobody_sees_has_no_plan_of_sums() -> None:
-    mask = torch.tril(torch.ones(96, 96, dtype=torch.bool))
-    assert sums_walk_for(MaskPattern(mask), 128, 32, 96, 9) is not None
-    mask[:, 32:64] = False
-    assert sums_walk_for(MaskPattern(mask), 128, 32, 96, 9) is None
-
-
-@pytest.mark.parametrize(
-    ("pattern", "heads", "width", "shared", "served"),
-    [
-        (Row(LAYOUT), 132, 64, 232_448, True),
-        (Column(LAYOUT), 496, 64, 232_448, True),
-        (Convolution(LAYOUT), 496, 64, 232_448, False),  # 14 tiles of sums at once
-        (Convolution(LAYOUT), 496, 32, 232_448, True),
-        (Row(LAYOUT), 131, 64, 232_448, False),  # fewer heads than multiprocessors
-        (Row(LAYOUT), 496, 80, 232_448, False),
-        (Row(LAYOUT), 496, 64, 166_912, False),  # an A100
-        (Row(LAYOUT), 496, 32, 166_912, True),
-        (Row(LAYOUT), 496, 64, 50_000, False),
-    ],
-)
-def test_the_rule_of_the_one_pass_backward(
-    monkeypatch: pytest.MonkeyPatch, pattern: Pattern, heads: int, width: int, shared: int, served: bool
-) -> None:
-    monkeypatch.setattr(cuda_library, "multiprocessors", lambda device: 132)
-    monkeypatch.setattr(cuda_library, "shared_memory", lambda device, blocks: shared // blocks)
-    q = torch.empty(1, heads, 1280, width, dtype=torch.bfloat16)
-    assert (_one_pass_walk(q, pattern) is not None) == served

@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT / "csrc" / "cuda"))
 import object_cache  # noqa: E402  (csrc/cuda/object_cache.py)
 
 FLAGS = ["-O2", "-std=c++20", "-fPIC", "-Wall", "-Werror", "-Wno-unknown-pragmas"]
-FLAGS += ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DDALLE_SM90A"]
+FLAGS += ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
 INCLUDES = [HERE / "include", ROOT / "csrc", pybind11.get_include(), sysconfig.get_paths()["include"]]
 SYSTEM_INCLUDES = cpp_extension.include_paths()
 
@@ -75,16 +75,13 @@ def build(jobs: int = 2) -> Emulation:
 def _build(jobs: int) -> Emulation:
     kernels = sorted((ROOT / "csrc").rglob("*.cu"))
     glue = sorted((ROOT / "csrc").rglob("cuda_op.cpp"))
-    machine_sources = [HERE / "emulator.cpp", HERE / "hopper.cpp"]
-    test_sources = [HERE / "machine_tests.cpp", HERE / "hopper_tests.cpp"]
-    sources = [(path, False) for path in machine_sources + test_sources]
-    sources += [(path, False) for path in kernels] + [(path, True) for path in glue]
+    sources = [(path, False) for path in (HERE / "emulator.cpp", HERE / "machine_tests.cpp", *kernels)]
+    sources += [(path, True) for path in glue]
     with ThreadPoolExecutor(jobs) as pool:
         objects = list(pool.map(lambda item: _compile(*item), sources))
     library = str(Path(torch.__file__).parent / "lib")
-    emulator, rest = objects[: len(machine_sources)], objects[len(machine_sources) :]
-    tests, kernel_objects = rest[: len(test_sources)], rest[len(test_sources) :]
-    machine = _link(emulator + tests, "emulation_machine", [])
+    emulator, machine_tests, *kernel_objects = objects
+    machine = _link([emulator, machine_tests], "emulation_machine", [])
     torch_libraries = [f"-L{library}", "-ltorch", "-ltorch_cpu", "-lc10"]
-    operations = _link(emulator + kernel_objects, "emulation_operations", torch_libraries)
+    operations = _link([emulator, *kernel_objects], "emulation_operations", torch_libraries)
     return Emulation(machine, operations)

@@ -10,7 +10,7 @@ from tests.emulation.build import build
 
 @pytest.fixture(scope="session")
 def machine() -> ModuleType:
-    """The test kernels of machine_tests.cpp and hopper_tests.cpp."""
+    """The test kernels of machine_tests.cpp."""
     spec = importlib.util.spec_from_file_location("emulation_machine", build().machine)
     assert spec is not None
     assert spec.loader is not None

@@ -68,7 +68,6 @@ void Machine::fiber_main() {
     if (!self.current_->open_copies.copies.empty() || !self.current_->copy_groups.empty()) {
       self.fault("exits with asynchronous copies under way", Where::current());
     }
-    self.check_exit(Where::current());
   } catch (...) {
     self.failure_ = std::current_exception();
   }
@@ -95,7 +94,6 @@ void Machine::launch(dim3 grid, int threads, int shared_bytes, const std::functi
     throw Fault("a grid of (" + std::to_string(grid.x) + ", " + std::to_string(grid.y) + ", " + std::to_string(grid.z) +
                 ") blocks");
   }
-  grid_ = grid;
   threads_.resize(threads);
   shared_.resize(shared_bytes);
   stacks_.resize(threads * kStackBytes);
@@ -115,12 +113,8 @@ void Machine::run_block(const std::function<void()>& kernel) {
   kernel_ = &kernel;
   failure_ = nullptr;
   meetings_.assign(warps, {});
-  barriers_ = {};
-  phase_barriers_.clear();
-  transfers_.clear();
-  products_.assign(warps, {});
-  agreed_.assign((warps + 3) / 4, {});
-  clocks_.assign(warps, Clock(warps + kPhaseBarriers, 0));
+  barrier_ = {};
+  clocks_.assign(warps, Clock(warps, 0));
   for (int warp = 0; warp < warps; ++warp) {
     clocks_[warp][warp] = 1;
   }
@@ -167,7 +161,7 @@ void Machine::run_block(const std::function<void()>& kernel) {
         running -= thread.finished ? 1 : 0;
       }
     }
-    if (running > 0 && progress_ == before && !deliver()) {
+    if (running > 0 && progress_ == before) {
       const std::string waiting = describe_waiting();
       current_ = nullptr;
       throw Fault("deadlock in block (" + std::to_string(block_index_.x) + ", " + std::to_string(block_index_.y) +
@@ -217,13 +211,6 @@ void Machine::meet(uint32_t mask, const char* instruction, void* operand,
   }
 }
 
-void join(Clock& clock, const Clock& other) {
-  clock.resize(std::max(clock.size(), other.size()), 0);
-  for (size_t i = 0; i < other.size(); ++i) {
-    clock[i] = std::max(clock[i], other[i]);
-  }
-}
-
 void Machine::sync_warp(uint32_t mask, Where where) {
   meet(
       mask, "__syncwarp", nullptr,
@@ -234,40 +221,27 @@ void Machine::sync_warp(uint32_t mask, Where where) {
       where);
 }
 
-void Machine::barrier(int name, int threads, Where where) {
-  Barrier& barrier = barriers_.at(name);
-  if (threads % kLanes != 0 || threads > static_cast<int>(threads_.size())) {
-    fault("a barrier for " + std::to_string(threads) + " threads", where);
-  }
-  if (barrier.arrived == 0) {
-    barrier.expected = threads;
-  } else if (barrier.expected != threads) {
-    fault("barrier " + std::to_string(name) + " is met with different thread counts", where);
-  }
-  barrier.threads.push_back(current_->id);
-  if (++barrier.arrived == barrier.expected) {
-    Clock joined;
-    for (const int id : barrier.threads) {
-      join(joined, clocks_[id / kLanes]);
-    }
-    std::vector<bool> done(clocks_.size(), false);
-    for (const int id : barrier.threads) {
-      const int warp = id / kLanes;
-      if (!done[warp]) {
-        clocks_[warp] = joined;
-        ++clocks_[warp][warp];
-        done[warp] = true;
+void Machine::barrier() {
+  ++barrier_.arrived;
+  if (barrier_.arrived == static_cast<int>(threads_.size())) {
+    Clock joined(clocks_.size(), 0);
+    for (const Clock& clock : clocks_) {
+      for (size_t i = 0; i < clock.size(); ++i) {
+        joined[i] = std::max(joined[i], clock[i]);
       }
     }
-    barrier.threads.clear();
-    barrier.arrived = 0;
-    ++barrier.generation;
+    for (size_t warp = 0; warp < clocks_.size(); ++warp) {
+      clocks_[warp] = joined;
+      ++clocks_[warp][warp];
+    }
+    barrier_.arrived = 0;
+    ++barrier_.generation;
     ++progress_;
     return;
   }
-  const uint64_t generation = barrier.generation;
-  while (barrier.generation == generation) {
-    wait(name == 0 ? "__syncthreads" : "a named barrier");
+  const uint64_t generation = barrier_.generation;
+  while (barrier_.generation == generation) {
+    wait("__syncthreads");
   }
 }
 
@@ -351,24 +325,17 @@ char* Machine::resolve(uint64_t address, int bytes, bool writes, Where where) {
   return shared_.data() + offset;
 }
 
-// Whether what `thread` did in its warp's epoch (a bulk copy, in its barrier's phase) is over for the current thread.
+// Whether what `thread` did in its warp's epoch is over for the current thread.
 bool Machine::ordered(int thread, uint32_t epoch) const {
   if (thread == current_->id) {
     return true;
-  }
-  if (thread < 0) {
-    return epoch <= clocks_[current_->warp][clocks_.size() + by_barrier(thread)];
   }
   const int warp = thread / kLanes;
   const uint32_t known = clocks_[current_->warp][warp];
   return warp == current_->warp ? epoch < known : epoch <= known;
 }
 
-std::string Machine::writer_of(const Unit& unit) const {
-  return unit.writer < 0 ? "a bulk copy" : "thread " + std::to_string(unit.writer);
-}
-
-void Machine::check_visible(uint64_t index, Where where) {
+void Machine::check_read(uint64_t index, Where where) {
   const Unit& unit = units_[index];
   if (unit.pending) {
     fault("shared memory (byte " + std::to_string(index * kUnit) +
@@ -379,25 +346,14 @@ void Machine::check_visible(uint64_t index, Where where) {
     fault("shared memory (byte " + std::to_string(index * kUnit) + ") is read before it was written", where);
   }
   if (!ordered(unit.writer, unit.write_epoch)) {
-    fault("shared memory (byte " + std::to_string(index * kUnit) + ") was written by " + writer_of(unit) +
-              " and no barrier lies between",
+    fault("shared memory (byte " + std::to_string(index * kUnit) + ") was written by thread " +
+              std::to_string(unit.writer) + " and no barrier lies between",
           where);
   }
-}
-
-void Machine::mark_read(uint64_t index) {
   const uint32_t epoch = clocks_[current_->warp][current_->warp];
   ReadMark& mark = reads_[index * clocks_.size() + current_->warp];
   mark.lane = mark.epoch == epoch && mark.lane != current_->lane ? kLanes : current_->lane;
   mark.epoch = epoch;
-}
-
-void Machine::check_read(uint64_t index, Where where) {
-  if (units_[index].barrier >= 0) {
-    fault("an ordinary read of a barrier", where);
-  }
-  check_visible(index, where);
-  mark_read(index);
 }
 
 void Machine::check_write(uint64_t index, Where where) {
@@ -407,12 +363,9 @@ void Machine::check_write(uint64_t index, Where where) {
               ") is written while an asynchronous copy into it is under way",
           where);
   }
-  if (unit.barrier >= 0) {
-    fault("a write to where a barrier lies", where);
-  }
   if (unit.write_epoch != 0 && !ordered(unit.writer, unit.write_epoch)) {
-    fault("shared memory (byte " + std::to_string(index * kUnit) + ") was written by " + writer_of(unit) +
-              " too and no barrier lies between",
+    fault("shared memory (byte " + std::to_string(index * kUnit) + ") was written by thread " +
+              std::to_string(unit.writer) + " too and no barrier lies between",
           where);
   }
   check_readers(index, where);
@@ -437,8 +390,6 @@ void Machine::check_readers(uint64_t index, Where where) {
 void Machine::stamp_write(uint64_t index) {
   units_[index].write_epoch = clocks_[current_->warp][current_->warp];
   units_[index].writer = current_->id;
-  units_[index].fences = static_cast<uint32_t>(current_->fences.size());
-  units_[index].swizzle = kUnknown;
   units_[index].atomic = false;
 }
 
@@ -526,6 +477,3 @@ uint16_t to_half(float value) {
 }
 
 }  // namespace emulation
-
-// For whoever has loaded a library of kernels: the order of `Machine::set_order`.
-extern "C" void emulation_set_order(uint64_t seed) { emulation::machine().set_order(seed); }

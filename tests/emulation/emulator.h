@@ -15,10 +15,6 @@
 // The order of accesses is a happens-before relation kept in vector clocks, one component per warp: barriers join the
 // clocks of those who meet, __syncwarp orders the lanes of a warp. So a missing barrier faults in whichever order the
 // fibers happened to run.
-//
-// What sm_90a adds is in hopper.cpp: barriers that count arrivals and bytes, each with a component of its own in the
-// clocks; copies of boxes that arrive as late as they may, when nobody can move without them; and products by
-// warpgroups, which are computed when they are waited for, their sums holding NaN until then.
 
 #pragma once
 
@@ -44,22 +40,16 @@ using Where = std::source_location;
 
 constexpr uint64_t kSharedBase = 0x6000'0000'0000'0000;  // not canonical: a dereference is a crash
 constexpr uint64_t kGlobalBase = 0x7000'0000'0000'0000;
-constexpr uint64_t kSharedWindow = 1024;  // where the block's shared memory starts as PTX addresses it
 constexpr int kLanes = 32;
 constexpr uint32_t kFullMask = 0xffffffffu;
 constexpr int kUnit = 4;  // bytes of shared memory that one shadow entry covers, and the smallest shared access
-
-constexpr int kPhaseBarriers = 64;  // of one block
-constexpr int kUnknown = -1;
 
 struct Fault : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// Per warp, the newest of its epochs that the owner knows to be over; then per phase barrier how many of its phases.
+// Per warp, the newest of its epochs that the owner knows to be over.
 using Clock = std::vector<uint32_t>;
-
-void join(Clock& clock, const Clock& other);
 
 struct CopyGroup {
   struct Copy {
@@ -71,7 +61,6 @@ struct CopyGroup {
 
 struct Thread {
   int id = 0, warp = 0, lane = 0;
-  std::vector<uint32_t> fences;  // the epoch of each fence between its ordinary stores and asynchronous readers
   dim3 index;
   void* stack_pointer = nullptr;
   bool finished = false;
@@ -90,7 +79,6 @@ struct Meeting {
 
 struct Barrier {
   int arrived = 0;
-  int expected = 0;
   uint64_t generation = 0;
   std::vector<int> threads;
 };
@@ -104,72 +92,14 @@ struct Allocation {
 // Shadow of four bytes of shared memory.
 struct Unit {
   uint32_t write_epoch = 0;  // 0: never written
-  int writer = -1;           // thread, or by_barrier() of the phase barrier that told of a bulk copy
-  uint32_t fences = 0;       // how often the writer had fenced when it wrote
-  int swizzle = kUnknown;    // as which a bulk copy wrote it
-  int barrier = -1;          // the phase barrier that lies here
+  int writer = -1;           // thread
   bool pending = false;      // an asynchronous copy is under way
   bool atomic = false;       // the last write was an atomic operation's, which another's may meet
 };
 
-constexpr int by_barrier(int index) { return -2 - index; }
-
 struct ReadMark {
   uint32_t epoch = 0;
   int lane = -1;  // several lanes: kLanes
-};
-
-// An mbarrier.
-struct PhaseBarrier {
-  int arrivals = 0;   // of a phase
-  int missing = 0;    // of the present phase
-  int64_t bytes = 0;  // announced and not yet copied
-  uint32_t phase = 0;
-  Clock arrived, released;  // what those who arrived knew, until now and when the last phase was over
-};
-
-// What a tensor map says, and how much the copy engine swizzles: bits 4 on of an address get bits 7 on added, `swizzle`
-// of them (3: the 128-byte mode, 2: 64, 1: 32, 0: none).
-struct TensorMap {
-  uint64_t data = 0;
-  std::array<uint64_t, 4> sizes{}, strides{};  // elements; bytes, the first that of an element
-  std::array<uint32_t, 4> box{};
-  int swizzle = 0;
-};
-
-struct Transfer {
-  CopyGroup pieces;
-  int barrier, swizzle;
-  uint32_t phase;
-  Where where;
-};
-
-// wgmma.mma_async m64nNk16 of 16-bit elements, as one warp sees it.
-struct ProductKind {
-  int columns;
-  bool transposed, adds;
-  float (*widen)(uint16_t);
-};
-
-struct WarpgroupProduct {
-  ProductKind kind;
-  uint64_t b;
-  std::array<float*, kLanes> sums;
-  std::array<const uint32_t*, kLanes> a;
-  std::array<std::array<uint32_t, 4>, kLanes> a_then;
-  Where where;
-};
-
-struct WarpProducts {
-  bool fenced = false;
-  size_t issued = 0;
-  std::vector<WarpgroupProduct> open;                // not yet committed
-  std::deque<std::vector<WarpgroupProduct>> groups;  // committed, not yet waited for
-  struct Sums {
-    int running = 0;
-    std::array<std::vector<float>, kLanes> values;
-  };
-  std::map<float*, Sums> sums;  // by lane 0's
 };
 
 class Machine {
@@ -189,7 +119,6 @@ class Machine {
   Thread& thread() { return *current_; }
   dim3 block_index() const { return block_index_; }
   dim3 block_size() const { return {static_cast<unsigned>(threads_.size()), 1, 1}; }
-  dim3 grid_size() const { return grid_; }
 
   // Checked access; `bytes` is also the alignment that is demanded.
   char* read(uint64_t address, int bytes, Where where) { return resolve(address, bytes, false, where); }
@@ -204,18 +133,7 @@ class Machine {
   void meet(uint32_t mask, const char* instruction, void* operand,
             const std::function<void(std::array<void*, kLanes>&)>& finish, Where where);
   void sync_warp(uint32_t mask, Where where);
-  void barrier(int name, int threads, Where where);
-
-  void phase_barrier_init(uint64_t address, int arrivals, Where where);
-  void phase_barrier_arrive(uint64_t address, int64_t bytes, Where where);
-  void phase_barrier_wait(uint64_t address, int parity, Where where);
-  void fence_async();
-  void copy_box(uint64_t shared, const TensorMap& map, const std::array<int, 4>& at, uint64_t barrier, Where where);
-
-  void warpgroup_fence(Where where);
-  void warpgroup_multiply(const ProductKind& kind, float* sums, const uint32_t* a, uint64_t b, Where where);
-  void warpgroup_commit(Where where);
-  void warpgroup_wait(size_t pending, Where where);
+  void barrier();
 
   [[noreturn]] void fault(const std::string& what, Where where);
 
@@ -225,17 +143,6 @@ class Machine {
   char* resolve(uint64_t address, int bytes, bool writes, Where where);
   char* resolve_global(uint64_t address, int bytes, bool writes, Where where);
   void check_read(uint64_t unit, Where where);
-  void check_visible(uint64_t unit, Where where);
-  void check_async(uint64_t unit, Where where);
-  void mark_read(uint64_t unit);
-  int find_phase_barrier(uint64_t address, Where where);
-  void end_phase(int barrier);
-  bool deliver();
-  uint64_t element_of_b(const WarpgroupProduct& product, int k, int column);
-  void check_b(const WarpgroupProduct& product, bool mark);
-  void finish(const WarpgroupProduct& product);
-  void check_exit(Where where);
-  std::string writer_of(const Unit& unit) const;
   void check_readers(uint64_t unit, Where where);
   void check_write(uint64_t unit, Where where);
   void stamp_write(uint64_t unit);
@@ -248,7 +155,7 @@ class Machine {
   uint64_t order_seed_ = 0;
 
   const std::function<void()>* kernel_ = nullptr;
-  dim3 grid_, block_index_;
+  dim3 block_index_;
   std::vector<Thread> threads_;
   std::vector<char> stacks_;
   Thread* current_ = nullptr;
@@ -257,16 +164,11 @@ class Machine {
   uint64_t progress_ = 0;
 
   std::vector<std::map<uint32_t, Meeting>> meetings_;  // per warp, per mask
-  std::array<Barrier, 16> barriers_;
+  Barrier barrier_;
   std::vector<Clock> clocks_;  // per warp; its own component is its present epoch
   std::vector<char> shared_;
   std::vector<Unit> units_;
   std::vector<ReadMark> reads_;  // per unit and warp
-
-  std::vector<PhaseBarrier> phase_barriers_;
-  std::deque<Transfer> transfers_;
-  std::vector<WarpProducts> products_;                                 // per warp
-  std::vector<std::vector<std::pair<ProductKind, uint64_t>>> agreed_;  // per warpgroup, its products so far
 };
 
 Machine& machine();

@@ -1,7 +1,7 @@
 """Makes the CUDA kernels wrong on purpose, one line at a time, and reports which mistakes the tests let pass.
 
     python -m tests.emulation.mutations                      # all, about an hour; exit status 1 if one survives
-    python -m tests.emulation.mutations --match sm90a        # those whose file or meaning holds this
+    python -m tests.emulation.mutations --match padding      # those whose file or meaning holds this
     python -m tests.emulation.mutations --write              # and rewrites benchmarks/notes/cuda-mutations.md
 
 Each is tried on a copy of the sources in a temporary folder: the emulation is built from it, and the tests of its room
@@ -28,9 +28,6 @@ ROOT = Path(__file__).resolve().parents[2]
 TABLE = ROOT / "benchmarks" / "notes" / "cuda-mutations.md"
 
 ATTENTION = ("tests/cuda/test_attention.py", "tests/cuda/test_nan.py")
-SM90A = ("tests/cuda/test_attention_sm90a.py", "tests/cuda/test_nan.py")
-BOTH = (*ATTENTION, *SM90A[:1])
-GUMBEL = ("tests/cuda/test_gumbel.py",)
 DECODE = ("tests/cuda/test_decode.py", "tests/cuda/test_nan.py")
 SAMPLING = ("tests/cuda/test_sampling.py",)
 
@@ -84,7 +81,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     *_of(
         "attention/softmax.cuh",
-        BOTH,
+        ATTENTION,
         ("sums of the second row not rescaled", "        acc[n][2 * half + 1] *= old;\n", ""),
         ("weights not rescaled", "      l[half] *= old;\n", ""),
         ("a lane's own maximum", "      largest[half] = largest_of_quad(largest[half]);\n", ""),
@@ -113,100 +110,6 @@ MUTATIONS: tuple[Mutation, ...] = (
         ("dk, dv: padded keys take part", "        visible.remove_rows(padded);\n", ""),
         ("dk without the scale", "const float scaled[2] = {p.scale, p.scale};", "const float scaled[2] = {1.0f, 1.0f};"),
         ("dk, dv: fewer bytes of shared memory", "p.by_key.slots * (kTileBytes + 2 * kColumns * static_cast<int>(sizeof(float)))", "p.by_key.slots * kTileBytes"),
-    ),
-    *_of(
-        "attention/one_pass_kernel.cuh",
-        ATTENTION,
-        ("no barrier before the queries are overwritten", "    __syncthreads();  // nobody reads the last tile's rows\n", ""),
-        ("no barrier before the queries are read", "    copy_async_wait<0>();\n    __syncthreads();\n    uint32_t query", "    copy_async_wait<0>();\n    uint32_t query"),
-        ("no barrier before a tile is used", "      __syncthreads();  // the tile is whole, and nobody reads the other tile of the ring, p or ds\n", ""),
-        ("no barrier before p and ds are read", "      __syncthreads();  // p and ds are whole\n", ""),
-        ("p and ds of warps that see nothing are added", "        if (load(seen + k) == 0) {\n          continue;\n        }\n", ""),
-        ("sums never begin", "if ((visit & 1) == 0) {", "if (true) {"),
-        ("sums end at every visit", "if ((visit & 2) == 0) {", "if (false) {"),
-        ("the last tile is not copied", "if (index + 1 < last_step) {", "if (index + 2 < last_step) {"),
-        ("the second 16 keys are the first", "place.warp / 2 % 2 * 16;", "0;"),
-        ("dk where dv belongs", "const Rows& to = which == 0 ? p.dv : p.dk;", "const Rows& to = which != 0 ? p.dv : p.dk;"),
-        ("a share's columns at the row's start", "head_data<T>(to, place) + first_column", "head_data<T>(to, place)"),
-        ("the last warp's rows left out", "for (int k = 0; k < kWarps; ++k) {", "for (int k = 0; k < kWarps - 1; ++k) {"),
-        ("one slot for all sums", "slots + step.slot * (kShare / 8) * kThreads + threadIdx.x", "slots + threadIdx.x"),
-    ),
-    *_of(
-        "attention/forward_sm90a_kernel.cuh",
-        SM90A,
-        ("slots empty before all have left them", "barrier_init(empty(slot), kConsumers<kWidth>);", "barrier_init(empty(slot), kConsumers<kWidth> - 1);"),
-        ("queries empty before all have read them", "barrier_init(queries_empty(), kConsumers<kWidth>);", "barrier_init(queries_empty(), kConsumers<kWidth> - 1);"),
-        ("barriers used before they are made", "    fence_async();\n  }\n  __syncthreads();\n", "    fence_async();\n  }\n"),
-        ("gathered rows not fenced", "    fence_async();  // what was gathered is for warpgroup products to read\n", ""),
-        ("gathered rows not waited for", "    copy_async_wait<0>();\n    fence_async();", "    fence_async();"),
-        ("lanes of a gather not met", "    __syncwarp();\n    if (place.lane == 0) {\n      barrier_arrive_expecting", "    if (place.lane == 0) {\n      barrier_arrive_expecting"),
-        ("the wrong phase of an empty slot", "fillings.parity_of_latest(step.slot) ^ 1)", "fillings.parity_of_latest(step.slot))"),
-        ("the wrong phase of the queries", "barrier_wait(queries_full(), tiles++ % 2);", "barrier_wait(queries_full(), 0);"),
-        ("scores not waited for", "        warpgroup_wait<0>(score);\n", ""),
-        ("products with values not waited for", "        warpgroup_wait<0>(acc);\n", ""),
-        ("queries released before all lanes have them", "    __syncwarp();\n    if (place.lane == 0) {\n      barrier_arrive(queries_empty());", "    if (place.lane == 0) {\n      barrier_arrive(queries_empty());"),
-        ("a slot used before it is full", "      if (sees || step.is_last_use()) {\n        barrier_wait(full(step.slot), fillings.parity_of_latest(step.slot));\n      }\n", ""),
-        ("a gather's second 32 rows over the first", "swizzled(first + row, piece % 8)", "swizzled(row, piece % 8)"),
-        ("the second panel's pieces in the first", "tile + piece / 8 * kPanelBytes + swizzled", "tile + swizzled"),
-        ("bytes of one panel announced", "bytes += kTileBytes<kWidth>;", "bytes += kPanelBytes;"),
-        ("boxes of the first head", "run, place.head,\n                     place.batch, barrier", "run, 0,\n                     place.batch, barrier"),
-        ("the next head of the same sample", "  place.batch += place.head / heads;\n", ""),
-        ("the second panel of values is the first", "panel_descriptor(rows + kLast * kPanelBytes)", "panel_descriptor(rows)"),
-        ("16 keys of values used four times", "const char* rows = values + k * 16 * kPanelPitch;", "const char* rows = values;"),
-        ("16 columns of keys used four times", "keys + k / 4 * kPanelBytes + k % 4 * 32", "keys + k / 4 * kPanelBytes"),
-        ("a warpgroup's queries read by another", "query_tile<kWidth>(place.warp / 4);\n  const int row", "query_tile<kWidth>(place.warp / 4 ^ 1);\n  const int row"),
-        ("masks of the first 64 rows", "place.warp * 16 + place.g);\n          if (call", "place.warp % 4 * 16 + place.g);\n          if (call"),
-        ("padding of the first sample", "call.padding + static_cast<int64_t>(place.batch) * walk.length;", "call.padding;"),
-        ("one slot counted for all", "DEVICE void count(int slot) { odd ^= 1u << slot; }", "DEVICE void count(int slot) { odd ^= 1u; }"),
-        ("one row tile too far on", "tokens_of(token, walk, tile * (kRows / kRowTile), place);", "tokens_of(token, walk, tile, place);"),
-    ),
-    *_of(
-        "codebook/codes.cuh",
-        GUMBEL,
-        ("codes past a quarter's end", "return column < quarter && code < codes ? code : -1;", "return code < codes ? code : -1;"),
-        ("codes past the codebook's end", "return column < quarter && code < codes ? code : -1;", "return column < quarter ? code : -1;"),
-        ("codes in another order in the sums", "r % kPer / 4 * 16 + r % 4 / 2 * 8 + r / kPer * 2 + r % 2", "r % kPer / 4 * 16 + r / kPer * 4 + r % 4"),
-        ("codes in another order in the dots", "r % kPer / 2 * 8 + r / kPer * 2 + r % 2", "r"),
-        ("one of float32's six products left out", "j = 0; i + j < Terms<T>::kCount; ++j", "j = 0; i + j < (Terms<T>::kCount == 3 ? 2 : 1); ++j"),
-        ("the first term of the codebook three times", "from + static_cast<int64_t>(term) * quarters.codes * kWidth,", "from,"),
-        ("16-byte loads where quarters are no multiples", "return codes % 32 == 0 && stride", "return codes % 16 == 0 && stride"),
-        ("16-byte loads of rows that start anywhere", "&& stride % kVector<T> == 0 &&", "&&"),
-        ("codes past the end not zeroed", "code >= 0);\n    }", "true);\n    }"),
-    ),
-    *_of(
-        "codebook/gumbel_forward_kernel.cuh",
-        GUMBEL,
-        ("no barrier before the codes are read", "    __syncthreads();  // this step's codes are there, and nobody reads the last step's\n", ""),
-        ("the last of equal scores", "if (noisy > best[half] || (noisy == best[half] && code < best_code[half])) {", "if (noisy > best[half] || (noisy == best[half] && code > best_code[half])) {"),
-        ("a lane's own best", "    for (int distance = 1; distance <= 2; distance *= 2) {\n      const float other = __shfl", "    for (int distance = 1; distance <= 1; distance *= 2) {\n      const float other = __shfl"),
-        ("sums not rescaled", "        acc[n][i] *= old[i / 2];", "        acc[n][i] *= old[0];"),
-        ("the noisy sum not rescaled", "      noisy_l[half] *= old[half];\n", ""),
-        ("the clean sum not rescaled", "      clean_l[half] *= clean_old;\n", ""),
-        ("the last step's codes are not copied", "if (step + 1 < steps) {", "if (step + 2 < steps) {"),
-        ("a step too few", "(quarters.quarter + kCodes - 1) / kCodes;", "quarters.quarter / kCodes;"),
-        ("both steps in one place", "tiles + (step + 1) % 2 * kStepBytes", "tiles"),
-        ("rows past the end are written", "first_row + 8 * half < p.rows ? first_row + 8 * half : -1;", "first_row + 8 * half;"),
-        ("noise of row g for row g + 8", "draw(noise, first + j, row);", "draw(noise, first + j, first_row);"),
-    ),
-    *_of(
-        "codebook/gumbel_backward_kernel.cuh",
-        GUMBEL,
-        ("one stage: the next rows are not copied", "if (Shape::kStages == 1 && first + kRows < end) {", "if (Shape::kStages == 1 && first + 2 * kRows < end) {"),
-        ("two stages: the next rows are not copied", "Shape::kStages == 2 && first + kRows < end) {", "Shape::kStages == 2 && first + 2 * kRows < end) {"),
-        ("one stage: no barrier before rows are overwritten", "      __syncthreads();  // nobody reads the rows that are overwritten\n", ""),
-        ("no barrier before the weights are read", "    __syncthreads();  // what weighs dL is whole\n", ""),
-        ("no barrier between steps", "    __syncthreads();  // this step's rows are there, and nobody reads the last step's, or its weights\n", ""),
-        ("no wait for the copies", "    copy_async_wait<0>();\n    __syncthreads();  // this step's rows", "    __syncthreads();  // this step's rows"),
-        ("shares of rows overlap", "const int end = begin + share < p.rows ? begin + share : p.rows;", "const int end = p.rows;"),
-        ("a row past the share is written", "if (row[half] >= end) {", "if (row[half] > end) {"),
-        ("shares written over one another", "static_cast<int64_t>(blockIdx.y) * p.codes + code", "static_cast<int64_t>(0) * p.codes + code"),
-        ("hard: the sampled code of row g for row g + 8", "== sampled[half] ? 1.0f", "== sampled[0] ? 1.0f"),
-        ("hard: the soft weights", "if (p.indices != nullptr) {", "if (false) {"),
-        ("delta of row g for row g + 8", "- delta[half]) * inverse", "- delta[0]) * inverse"),
-        ("the gradient of kl without the entropy", "(log_p + entropy[half])", "(log_p + 0.0f * entropy[half])"),
-        ("16 codes of the other half of the block", "const int codes_at = warp * 16 % kBlock;", "const int codes_at = (warp * 16 + 16) % kBlock;"),
-        ("the last 16 rows left out", "for (int k = 0; k < kRows / 16; ++k) {", "for (int k = 0; k < kRows / 16 - 1; ++k) {"),
-        ("weights of row g + 8 over row g's", "weights + (warp * 16 + 8 * half + g) * kPitch<kBlock>", "weights + (warp * 16 + g) * kPitch<kBlock>"),
     ),
     *_of(
         "decode/decode.cu",
@@ -239,21 +142,15 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     *_of(
         "cuda/fragments.cuh",
-        (*BOTH, *GUMBEL),
+        ATTENTION,
         ("a quad half transposed", "distance <= 2; distance *= 2) {\n    const bool high", "distance <= 1; distance *= 2) {\n    const bool high"),
         ("rows g and g + 8 exchanged as they are read", "(first + i) % 2 * 2 + half] = words[i]", "(first + i) % 2 * 2 + 1 - half] = words[i]"),
         ("the factor of row g for row g + 8", "sum[2 * half + 1] * factor[half]", "sum[2 * half + 1] * factor[0]"),
         ("half of a quad's maximum", "  return fmaxf(value, __shfl_xor_sync(0xffffffffu, value, 2));", "  return value;"),
     ),
     *_of(
-        "cuda/swizzle.cuh",
-        SM90A,
-        ("pieces not swizzled", "(piece ^ row % 8) * 16", "piece * 16"),
-        ("eight rows 512 bytes apart", "8 * kPanelPitch / 16", "4 * kPanelPitch / 16"),
-    ),
-    *_of(
         "cuda/philox.cuh",
-        (*GUMBEL, *SAMPLING),
+        SAMPLING,
         ("nine rounds", "round < 10", "round < 9"),
         ("every batch from row 0 on", "first_row(static_cast<uint64_t>(load(seed + 1)))", "first_row(0)"),
         ("rows from 2^32 on as those before", "c2 = static_cast<uint32_t>(noise_row >> 32)", "c2 = 0"),

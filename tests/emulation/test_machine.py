@@ -59,12 +59,11 @@ def test_ldmatrix_gives_each_lane_its_word(machine: ModuleType, transposed: bool
 
 def test_shuffles_and_votes(machine: ModuleType) -> None:
     values = np.random.default_rng(5).integers(0, 100, 32).astype(np.int32)
-    got = machine.shuffles(values, 5, 7)
+    got = machine.shuffles(values, 5)
     lanes = np.arange(32)
     assert (got[0] == values[lanes ^ 5]).all()
-    assert (got[1] == values[7]).all()
-    assert (got[3] == np.where(lanes >= 5, values[lanes - 5], values)).all()
-    assert (got[2].view(np.uint32) == sum(1 << int(lane) for lane in lanes if values[lane] % 2)).all()
+    assert (got[2] == np.where(lanes >= 5, values[lanes - 5], values)).all()
+    assert (got[1].view(np.uint32) == sum(1 << int(lane) for lane in lanes if values[lane] % 2)).all()
 
 
 @pytest.mark.parametrize("order", [0, 1, 2])
@@ -107,9 +106,8 @@ def test_conversions_round_as_torch_does(machine: ModuleType, dtype: torch.dtype
         ("misaligned copy", "no multiple of 16"),
         ("unwritten shared memory", "read before it was written"),
         ("divergent barrier", "deadlock.*32 threads have exited, 32 threads wait at __syncthreads"),
-        ("barrier that one warp skips", "different thread counts|deadlock"),
         ("shuffle that half a warp skips", "deadlock.*wait at __shfl_xor_sync"),
-        ("shuffle from outside its mask", "lane 20 is not in the mask"),
+        ("shuffle from outside its mask", "lane (16|17) is not in the mask"),
         ("lanes at different instructions", "different instructions"),
         ("race between warps", "was written by thread (0|32) too"),
         ("read without a barrier", "read before it was written|no barrier lies between"),

@@ -15,14 +15,13 @@ from dalle_kernels.codebook.gumbel import reference
 from dalle_kernels.codebook.gumbel.contract import AXES, Backend, Grads, Inputs, Kept, Needs, Outputs, call_of
 
 if TYPE_CHECKING:
-    from dalle_kernels.codebook.gumbel import cpu, cuda, triton
+    from dalle_kernels.codebook.gumbel import cpu, triton
 
-    _BACKENDS: tuple[Backend, ...] = (cpu, cuda, triton, reference)
+    _BACKENDS: tuple[Backend, ...] = (cpu, triton, reference)
 
 OPERATION: Operation[Backend] = Operation(
     "gumbel_lookup",
     {
-        "cuda": "dalle_kernels.codebook.gumbel.cuda",
         "triton": "dalle_kernels.codebook.gumbel.triton",
         "cpu": "dalle_kernels.codebook.gumbel.cpu",
         "reference": "dalle_kernels.codebook.gumbel.reference",
@@ -57,7 +56,7 @@ def gumbel_lookup(
         hard: straight-through: latents are the sampled row itself, the gradient is that of the soft mixture.
         noise: False for evaluation: the argmax row, without noise (straight-through as well).
         seed: a 64-bit int or one-element int64 tensor; None draws one from torch's generator.
-        backend: "auto", "reference", "cpu", "triton" or "cuda"; see `explain`.
+        backend: "auto", "reference", "cpu" or "triton"; see `explain`.
         row_offset: which row of the noise row 0 takes, an int or one-element int64 tensor: a process that has the rows
             from row a of a batch on draws with `row_offset=a` what the whole batch would have drawn there.
 

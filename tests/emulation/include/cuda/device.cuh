@@ -10,26 +10,20 @@
 
 #define __global__
 #define __device__
-#define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __grid_constant__
-#define __restrict__
 #define DEVICE inline
 
 #define threadIdx (emulation::machine().thread().index)
 #define blockIdx (emulation::machine().block_index())
 #define blockDim (emulation::machine().block_size())
-#define gridDim (emulation::machine().grid_size())
 
 struct Bfloat16 {
   uint16_t bits;
 };
 struct Float16 {
   uint16_t bits;
-};
-struct uint2 {
-  uint32_t x, y;
 };
 struct uint4 {
   uint32_t x, y, z, w;
@@ -42,26 +36,15 @@ struct float4 {
 };
 
 inline float2 make_float2(float x, float y) { return {x, y}; }
-inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
-inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
 
 inline char* shared_memory() { return reinterpret_cast<char*>(emulation::kSharedBase); }
-
-// As PTX addresses it.
-inline uint32_t shared_address(const void* shared) {
-  return static_cast<uint32_t>(reinterpret_cast<uint64_t>(shared) - emulation::kSharedBase + emulation::kSharedWindow);
-}
 
 template <class T>
 T load(const T* address, emulation::Where where = emulation::Where::current()) {
   T value;
   std::memcpy(&value, emulation::machine().read(reinterpret_cast<uint64_t>(address), sizeof(T), where), sizeof(T));
   return value;
-}
-
-inline uint4 load_once(const uint4* address, emulation::Where where = emulation::Where::current()) {
-  return load(address, where);
 }
 
 template <class T>
@@ -223,13 +206,7 @@ inline uint32_t __umulhi(uint32_t a, uint32_t b) { return static_cast<uint32_t>(
 // ---------------------------------------------------------------------------------------------------------------
 // Threads
 
-inline void __syncthreads(emulation::Where where = emulation::Where::current()) {
-  emulation::machine().barrier(0, static_cast<int>(blockDim.x), where);
-}
-
-inline void named_barrier(int name, int threads, emulation::Where where = emulation::Where::current()) {
-  emulation::machine().barrier(name, threads, where);
-}
+inline void __syncthreads() { emulation::machine().barrier(); }
 
 inline void __syncwarp(uint32_t mask = emulation::kFullMask, emulation::Where where = emulation::Where::current()) {
   emulation::machine().sync_warp(mask, where);
@@ -286,11 +263,6 @@ inline uint32_t ballot(uint32_t mask, bool vote, Where where) {
 }
 
 }  // namespace emulation
-
-template <class T>
-T __shfl_sync(uint32_t mask, T value, int lane, emulation::Where where = emulation::Where::current()) {
-  return emulation::shuffle(mask, value, lane % 32, "__shfl_sync", where);
-}
 
 template <class T>
 T __shfl_xor_sync(uint32_t mask, T value, int bits, emulation::Where where = emulation::Where::current()) {
