@@ -16,6 +16,7 @@ from dalle_kernels.patterns.layout import TokenLayout
 from dalle_kernels.patterns.patterns import Row
 
 LAYOUT = TokenLayout(text_length=256, grid=(32, 32))
+ALL = Needs(True, True, True)
 
 
 def cases(arch: int) -> Iterator[Case]:
@@ -25,6 +26,8 @@ def cases(arch: int) -> Iterator[Case]:
     yield "attention/16-bit/64/far", _attention(16, 64, far=True)
     yield "attention/16-bit/80", _attention(16, 80)
     yield "attention/16-bit/64/softcap", _attention(16, 64, softcap=50.0)
+    for frozen, needs in (("q, k", Needs(False, False, True)), ("q, v", Needs(False, True, False))):
+        yield f"attention/16-bit/64/frozen {frozen}", _attention(16, 64, needs=needs)
     for bits, width in launch.served("decode_forward"):
         yield f"decode/{bits}-bit/{width}", _decode(bits, width, heads=16)
     yield "decode/16-bit/64/softcap", _decode(16, 64, heads=16, softcap=50.0)
@@ -56,6 +59,7 @@ def _attention(
     padded: bool = False,
     softcap: float | None = None,
     far: bool = False,
+    needs: Needs = ALL,
 ):
     """`far`: rows whose offsets take 64 bits."""
     pattern = Row(LAYOUT)
@@ -68,8 +72,6 @@ def _attention(
         padding = torch.zeros(2, length, dtype=torch.bool) if padded else None
         settings = padding, width**-0.5, pattern, softcap
         out, lse = triton_backend.forward(Inputs(q, k, v, *settings))
-        triton_backend.backward(
-            Grads(out, lse if padded else None), Kept(q, k, v, out, lse, *settings), Needs(True, True, True)
-        )
+        triton_backend.backward(Grads(out, lse if padded else None), Kept(q, k, v, out, lse, *settings), needs)
 
     return call

@@ -8,7 +8,9 @@ With p = 2^(c s - lse log2 e) computed again from s = q . k, c = scale * log2 e,
 Under a soft cap s = tanh(q . k scale / softcap), c = softcap * log2 e, and ds is also multiplied by 1 - s^2.
 
 One pass owns tiles of keys and walks the transposed lists for dk and dv; the other owns tiles of queries and walks the
-forward lists for dq. Each computes p and dp for itself: two products more than one pass with atomics would need.
+forward lists for dq. Each computes p and dp for itself: two products more than one pass with atomics would need. A pass
+of whose gradients none is asked for is not made, and the pass over keys leaves out what only a gradient that is not
+asked for needs: dp and ds are dk's alone.
 
 Every image query visits the text's key tiles, whose lists are many times longer than the others. Where that would leave
 a few programs running alone at the end, `Work` cuts long lists into pieces; the pieces of a tile leave partial sums in
@@ -47,11 +49,19 @@ LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def load_statistics(Power, Delta, rows, exists, WHOLE: tl.constexpr):
-    """What `attention_statistics` left for these rows; an infinite power, so that every weight is 0, past the end."""
+def load_power(Power, rows, exists, WHOLE: tl.constexpr):
+    """What `attention_statistics` left for these rows; infinity, so that every weight is 0, past the end."""
     if WHOLE:
-        return tl.load(Power + rows), tl.load(Delta + rows)
-    return tl.load(Power + rows, mask=exists, other=float("inf")), tl.load(Delta + rows, mask=exists, other=0.0)
+        return tl.load(Power + rows)
+    return tl.load(Power + rows, mask=exists, other=float("inf"))
+
+
+@triton.jit
+def load_delta(Delta, rows, exists, WHOLE: tl.constexpr):
+    """The same of delta."""
+    if WHOLE:
+        return tl.load(Delta + rows)
+    return tl.load(Delta + rows, mask=exists, other=0.0)
 
 
 @triton.jit
@@ -72,25 +82,28 @@ def attention_statistics(
     Out, Grad, Lse, GradLse, Power, Delta,
     stride_ob, stride_oh, stride_os, stride_gb, stride_gh, stride_gs, stride_lb, stride_lh, stride_ls,
     HEADS, LENGTH,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, HAS_GRAD_LSE: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, HAS_GRAD_LSE: tl.constexpr, DELTA: tl.constexpr,
 ):  # fmt: skip
-    """Fp32 [B, H, S]: Delta = rowsum(Grad Out) - GradLse; Power = Lse log2 e, or inf where a row sees no key, so that
-    every weight is 0. Grid (B H, tiles of ROWS tokens)."""
+    """Fp32 [B, H, S]: with DELTA, Delta = rowsum(Grad Out) - GradLse; Power = Lse log2 e, or inf where a row sees no
+    key, so that every weight is 0. Grid (B H, tiles of ROWS tokens)."""
     head = tl.program_id(0)
     batch = (head // HEADS).to(tl.int64)
     head_in_batch = (head % HEADS).to(tl.int64)
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     exists = rows < LENGTH
-    out = load_rows(Out + batch * stride_ob + head_in_batch * stride_oh, rows, exists, stride_os, D, BLOCK_D, False)
-    grad = load_rows(Grad + batch * stride_gb + head_in_batch * stride_gh, rows, exists, stride_gs, D, BLOCK_D, False)
-    delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
-    if HAS_GRAD_LSE:
-        GradLse += batch * stride_lb + head_in_batch * stride_lh
-        delta -= tl.load(GradLse + rows.to(tl.int64) * stride_ls, mask=exists, other=0.0)
+    if DELTA:
+        out = load_rows(Out + batch * stride_ob + head_in_batch * stride_oh, rows, exists, stride_os, D, BLOCK_D, False)
+        Grad += batch * stride_gb + head_in_batch * stride_gh
+        grad = load_rows(Grad, rows, exists, stride_gs, D, BLOCK_D, False)
+        delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
+        if HAS_GRAD_LSE:
+            GradLse += batch * stride_lb + head_in_batch * stride_lh
+            delta -= tl.load(GradLse + rows.to(tl.int64) * stride_ls, mask=exists, other=0.0)
     places = head.to(tl.int64) * LENGTH + rows
     lse = tl.load(Lse + places, mask=exists, other=0.0)
     tl.store(Power + places, tl.where(lse == float("-inf"), float("inf"), lse * LOG2_E), mask=exists)
-    tl.store(Delta + places, delta, mask=exists)
+    if DELTA:
+        tl.store(Delta + places, delta, mask=exists)
 
 
 @triton.jit
@@ -99,28 +112,35 @@ def _accumulate_keys(
     stride_q, stride_g, exponent_scale, rise,
     D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
     MASKED: tl.constexpr, WHOLE: tl.constexpr, FAR: tl.constexpr, WGMMA: tl.constexpr, CAPPED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    FOR_K: tl.constexpr, FOR_V: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The query tiles start .. stop - 1 of the transposed list, added to dk (unscaled) and dv [KEYS, BLOCK_D]."""
+    """The query tiles start .. stop - 1 of the transposed list, added to dk (unscaled) and dv [KEYS, BLOCK_D].
+
+    v and dk are any numbers without FOR_K, dv without FOR_V.
+    """
     rows, exists = tokens_of(order, tl.load(query_tiles + start, mask=start < stop, other=0), QUERIES, LENGTH, WHOLE)
     for entry in range(start, stop):
         next_tile = tl.load(query_tiles + entry + 1, mask=entry + 1 < stop, other=0)
         next_rows, next_exists = tokens_of(order, next_tile, QUERIES, LENGTH, WHOLE)
         q = load_rows(Q, rows, exists, stride_q, D, BLOCK_D, WHOLE, FAR)
         grad = load_rows(Grad, rows, exists, stride_g, D, BLOCK_D, WHOLE, FAR)
-        power, delta = load_statistics(Power, Delta, rows, exists, WHOLE)
+        power = load_power(Power, rows, exists, WHOLE)
+        if FOR_K:
+            delta = load_delta(Delta, rows, exists, WHOLE)
         score = dot(k, tl.trans(q), tl.zeros([KEYS, QUERIES], tl.float32), PRECISION)
         if CAPPED:
             score = tanh(score * rise)
         weight = tl.exp2(score * exponent_scale - power[None, :])
         if MASKED:
             weight = tl.where(visible(masks, tl.load(mask_ids + entry), KEYS, QUERIES), weight, 0.0)
-        dv = made(dot(weight.to(grad.dtype), grad, dv, PRECISION), WGMMA)
-        if CAPPED:
-            weight *= 1.0 - score * score
-        dweight = dot(v, tl.trans(grad), tl.zeros([KEYS, QUERIES], tl.float32), PRECISION)
-        dscore = weight * (dweight - delta[None, :])
-        dk = made(dot(dscore.to(q.dtype), q, dk, PRECISION), WGMMA)
+        if FOR_V:
+            dv = made(dot(weight.to(grad.dtype), grad, dv, PRECISION), WGMMA)
+        if FOR_K:
+            if CAPPED:
+                weight *= 1.0 - score * score
+            dweight = dot(v, tl.trans(grad), tl.zeros([KEYS, QUERIES], tl.float32), PRECISION)
+            dscore = weight * (dweight - delta[None, :])
+            dk = made(dot(dscore.to(q.dtype), q, dk, PRECISION), WGMMA)
         rows, exists = next_rows, next_exists
     return dk, dv
 
@@ -134,9 +154,10 @@ def attention_backward_keys(
     HEADS, HEADS_IN_ALL, LENGTH, QUERY_LENGTH, ITEMS, SLOTS, exponent_scale, rise, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, GROUP: tl.constexpr,
     PADDED: tl.constexpr, WHOLE: tl.constexpr, FAR: tl.constexpr, WGMMA: tl.constexpr, NEGATED: tl.constexpr,
-    CAPPED: tl.constexpr, SHORT: tl.constexpr, PRECISION: tl.constexpr,
+    CAPPED: tl.constexpr, SHORT: tl.constexpr, FOR_K: tl.constexpr, FOR_V: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """DK, DV [B, H, S, D], or a piece of them in Partial fp32 [B H, SLOTS, 2, KEYS, BLOCK_D]. Grid: (B H ITEMS,).
+    """DK, DV [B, H, S, D], those of them asked for, or a piece of each in Partial fp32 [B H, SLOTS, as many, KEYS,
+    BLOCK_D]. Grid: (B H ITEMS,).
 
     work int32 [ITEMS, 5]: key tile; first, first masked and last entry + 1 of its list; slot in Partial, or -1.
     """
@@ -159,37 +180,47 @@ def attention_backward_keys(
 
     rows, exists = tokens_of(order, tile, KEYS, LENGTH, WHOLE)
     k = load_rows(K + batch * stride_kb + head_in_batch * stride_kh, rows, exists, stride_ks, D, BLOCK_D, WHOLE)
-    v = load_rows(V + batch * stride_vb + head_in_batch * stride_vh, rows, exists, stride_vs, D, BLOCK_D, WHOLE)
+    v, dk, dv = 0.0, 0.0, 0.0  # never read where a flag is off; Triton 3.6 cannot return None
+    if FOR_K:
+        v = load_rows(V + batch * stride_vb + head_in_batch * stride_vh, rows, exists, stride_vs, D, BLOCK_D, WHOLE)
+        dk = tl.zeros([KEYS, BLOCK_D], tl.float32)
+    if FOR_V:
+        dv = tl.zeros([KEYS, BLOCK_D], tl.float32)
     if NEGATED:
         k = (-k.to(tl.float32)).to(k.dtype)
-    dk = tl.zeros([KEYS, BLOCK_D], tl.float32)
-    dv = tl.zeros([KEYS, BLOCK_D], tl.float32)
     dk, dv = _accumulate_keys(
         k, v, dk, dv, Q, Grad, Power, Delta, own_order, query_tiles, mask_ids, masks, start, masked_from, own_length,
         stride_qs, stride_gs, exponent_scale, rise,
-        D, BLOCK_D, QUERIES, KEYS, False, WHOLE, FAR, WGMMA, CAPPED, PRECISION,
+        D, BLOCK_D, QUERIES, KEYS, False, WHOLE, FAR, WGMMA, CAPPED, FOR_K, FOR_V, PRECISION,
     )  # fmt: skip
     dk, dv = _accumulate_keys(
         k, v, dk, dv, Q, Grad, Power, Delta, own_order, query_tiles, mask_ids, masks, masked_from, stop, own_length,
         stride_qs, stride_gs, exponent_scale, rise,
-        D, BLOCK_D, QUERIES, KEYS, True, WHOLE, FAR, WGMMA, CAPPED, PRECISION,
+        D, BLOCK_D, QUERIES, KEYS, True, WHOLE, FAR, WGMMA, CAPPED, FOR_K, FOR_V, PRECISION,
     )  # fmt: skip
 
-    dk *= scale
+    if FOR_K:
+        dk *= scale
     if PADDED:
         # An ignored key touches no row but its own, whose weights may have overflowed: no log-sum-exp counts it.
         places = padding + batch * stride_pb + rows.to(tl.int64) * stride_ps
         ignored = (tl.load(places, mask=exists, other=1) != 0)[:, None]
-        dk = tl.where(ignored, 0.0, dk)
-        dv = tl.where(ignored, 0.0, dv)
+        if FOR_K:
+            dk = tl.where(ignored, 0.0, dk)
+        if FOR_V:
+            dv = tl.where(ignored, 0.0, dv)
     if slot < 0:
-        store_rows(DK + batch * stride_dkb + head_in_batch * stride_dkh, rows, exists, stride_dks, dk, D, BLOCK_D)
-        store_rows(DV + batch * stride_dvb + head_in_batch * stride_dvh, rows, exists, stride_dvs, dv, D, BLOCK_D)
+        if FOR_K:
+            store_rows(DK + batch * stride_dkb + head_in_batch * stride_dkh, rows, exists, stride_dks, dk, D, BLOCK_D)
+        if FOR_V:
+            store_rows(DV + batch * stride_dvb + head_in_batch * stride_dvh, rows, exists, stride_dvs, dv, D, BLOCK_D)
     else:
         cell = tl.arange(0, KEYS)[:, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
-        piece = Partial + (head.to(tl.int64) * SLOTS + slot) * (2 * KEYS * BLOCK_D)
-        tl.store(piece + cell, dk)
-        tl.store(piece + KEYS * BLOCK_D + cell, dv)
+        piece = Partial + (head.to(tl.int64) * SLOTS + slot) * ((FOR_K + FOR_V) * KEYS * BLOCK_D)
+        if FOR_K:
+            tl.store(piece + cell, dk)
+        if FOR_V:
+            tl.store(piece + FOR_K * KEYS * BLOCK_D + cell, dv)
 
 
 @triton.jit
@@ -197,6 +228,7 @@ def attention_backward_sum(
     Partial, DK, DV, order, split_tiles, split_offsets,
     stride_dkb, stride_dkh, stride_dks, stride_dvb, stride_dvh, stride_dvs, HEADS, LENGTH, SLOTS,
     D: tl.constexpr, BLOCK_D: tl.constexpr, KEYS: tl.constexpr, ROWS: tl.constexpr,
+    FOR_K: tl.constexpr, FOR_V: tl.constexpr,
 ):  # fmt: skip
     """Adds the pieces split_offsets[n] .. split_offsets[n + 1] - 1 of key tile split_tiles[n], ROWS keys a program.
 
@@ -210,16 +242,22 @@ def attention_backward_sum(
     exists = positions < LENGTH
     rows = tl.load(order + positions, mask=exists, other=0)
     cell = (first_row + tl.arange(0, ROWS))[:, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
-    dk = tl.zeros([ROWS, BLOCK_D], tl.float32)
-    dv = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    if FOR_K:
+        dk = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    if FOR_V:
+        dv = tl.zeros([ROWS, BLOCK_D], tl.float32)
     start = tl.load(split_offsets + tl.program_id(1))
     stop = tl.load(split_offsets + tl.program_id(1) + 1)
     for slot in range(start, stop):
-        piece = Partial + (head.to(tl.int64) * SLOTS + slot) * (2 * KEYS * BLOCK_D)
-        dk += tl.load(piece + cell)
-        dv += tl.load(piece + KEYS * BLOCK_D + cell)
-    store_rows(DK + batch * stride_dkb + head_in_batch * stride_dkh, rows, exists, stride_dks, dk, D, BLOCK_D)
-    store_rows(DV + batch * stride_dvb + head_in_batch * stride_dvh, rows, exists, stride_dvs, dv, D, BLOCK_D)
+        piece = Partial + (head.to(tl.int64) * SLOTS + slot) * ((FOR_K + FOR_V) * KEYS * BLOCK_D)
+        if FOR_K:
+            dk += tl.load(piece + cell)
+        if FOR_V:
+            dv += tl.load(piece + FOR_K * KEYS * BLOCK_D + cell)
+    if FOR_K:
+        store_rows(DK + batch * stride_dkb + head_in_batch * stride_dkh, rows, exists, stride_dks, dk, D, BLOCK_D)
+    if FOR_V:
+        store_rows(DV + batch * stride_dvb + head_in_batch * stride_dvh, rows, exists, stride_dvs, dv, D, BLOCK_D)
 
 
 @triton.jit
@@ -283,7 +321,7 @@ def attention_backward_queries(
     q = load_rows(Q + batch * stride_qb + head_in_batch * stride_qh, rows, exists, stride_qs, D, BLOCK_D, WHOLE)
     grad = load_rows(Grad + batch * stride_gb + head_in_batch * stride_gh, rows, exists, stride_gs, D, BLOCK_D, WHOLE)
     first = head.to(tl.int64) * own_length
-    power, delta = load_statistics(Power + first, Delta + first, rows, exists, WHOLE)
+    power, delta = load_power(Power + first, rows, exists, WHOLE), load_delta(Delta + first, rows, exists, WHOLE)
     if NEGATED:
         q = (-q.to(tl.float32)).to(q.dtype)
     dq = tl.zeros([QUERIES, BLOCK_D], tl.float32)
@@ -375,50 +413,59 @@ def backward(grads: Grads, kept: Kept, needs: Needs) -> tuple[torch.Tensor | Non
     (grad_out, grad_lse), (q, k, v, out, lse, key_padding_mask, scale, pattern, softcap, _) = grads, kept
     assert grad_out is not None
     assert scale is not None
+    if not any(needs):
+        return None, None, None
     batch, heads, queries, width = q.shape
     in_all, length, rows = batch * heads, k.shape[2], rows_of(kept)
     call = (pattern, length, q.device, q.dtype, width)
-    by_key, by_query = (launch_for(f"attention_backward_{side}", *call, rows) for side in ("keys", "queries"))
-    work = work_for(*call, in_all, rows)
     exponent, rise, negated = exponent_scale(scale, softcap)
     padding, padding_strides = padding_bytes(key_padding_mask, q)
     flags = {"PADDED": key_padding_mask is not None, "NEGATED": negated, "CAPPED": softcap is not None}
     arch = launch.architecture(q.device)
     flags["WGMMA"] = arch // 10 == 9
-    block, keys = max(16, triton.next_power_of_2(width)), by_key.schedule.tile[1]
-    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    block = max(16, triton.next_power_of_2(width))
+    dq, dk, dv = (torch.empty_like(x) if need else None for x, need in zip((q, k, v), needs, strict=True))
     power, delta = torch.empty_like(lse), torch.empty_like(lse)
     delta_rows = 2048 // block  # 16 elements a thread
-    # Where no tile is in pieces none is written, and any tensor stands for them.
-    partial = delta
-    if work.slots:
-        partial = torch.empty((in_all, work.slots, 2, keys, block), dtype=torch.float32, device=q.device)
 
     attention_statistics[(in_all, ceil_div(queries, delta_rows))](
         out, grad_out, lse, delta if grad_lse is None else grad_lse, power, delta,
         *out.stride()[:3], *grad_out.stride()[:3], *(delta if grad_lse is None else grad_lse).stride(),
         heads, queries,
-        D=width, BLOCK_D=block, ROWS=delta_rows, HAS_GRAD_LSE=grad_lse is not None, num_warps=4, enable_fp_fusion=True,
+        D=width, BLOCK_D=block, ROWS=delta_rows, HAS_GRAD_LSE=grad_lse is not None, DELTA=needs.q or needs.k,
+        num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     if needs.k or needs.v:
-        schedule = by_key.schedule
+        by_key = launch_for("attention_backward_keys", *call, rows)
+        work, schedule = work_for(*call, in_all, rows), by_key.schedule
+        keys, asked = schedule.tile[1], {"FOR_K": needs.k, "FOR_V": needs.v}
+        # Any tensor stands for a gradient that is not asked for, and for pieces where no tile is in any.
+        into_k, into_v = k if dk is None else dk, v if dv is None else dv
+        partial = delta
+        if work.slots:
+            partial = torch.empty(
+                (in_all, work.slots, needs.k + needs.v, keys, block), dtype=torch.float32, device=q.device
+            )
         attention_backward_keys[(in_all * work.items.shape[0],)](
-            q, k, v, grad_out, power, delta, dk, dv, partial, padding,
+            q, k, v, grad_out, power, delta, into_k, into_v, partial, padding,
             schedule.order, schedule.query_order, work.items, schedule.query_tiles, schedule.query_mask_ids,
             schedule.masks_transposed,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_out.stride()[:3],
-            *dk.stride()[:3], *dv.stride()[:3],
+            *into_k.stride()[:3], *into_v.stride()[:3],
             *padding_strides, heads, in_all, length, queries, work.items.shape[0], work.slots, exponent, rise, scale,
             # With rows past the end Triton 3.6 spills for sm_120 where offsets take 32 bits, for sm_90 where 64.
-            FAR=far(q, grad_out) or (arch // 10 == 12 and not by_key.constants["WHOLE"]), **flags, **by_key.constants,
+            FAR=far(q, grad_out) or (arch // 10 == 12 and not by_key.constants["WHOLE"]), **asked, **flags,
+            **by_key.constants,
         )  # fmt: skip
         if work.slots:
             attention_backward_sum[(in_all, work.split_tiles.numel(), keys // 16)](
-                partial, dk, dv, schedule.order, work.split_tiles, work.split_offsets,
-                *dk.stride()[:3], *dv.stride()[:3], heads, length, work.slots,
-                D=width, BLOCK_D=block, KEYS=keys, ROWS=16, num_warps=4, enable_fp_fusion=True,
+                partial, into_k, into_v, schedule.order, work.split_tiles, work.split_offsets,
+                *into_k.stride()[:3], *into_v.stride()[:3], heads, length, work.slots,
+                D=width, BLOCK_D=block, KEYS=keys, ROWS=16, **asked, num_warps=4, enable_fp_fusion=True,
             )  # fmt: skip
     if needs.q:
+        assert dq is not None
+        by_query = launch_for("attention_backward_queries", *call, rows)
         schedule = by_query.schedule
         attention_backward_queries[(in_all * ceil_div(queries, schedule.tile[0]),)](
             q, k, v, grad_out, power, delta, dq, padding,

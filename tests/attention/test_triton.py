@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from itertools import product
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ pytest.importorskip("triton")
 from dalle_kernels import Causal, Column, Convolution, MaskPattern, Pattern, Row, TokenLayout, sparse_attention
 from dalle_kernels.attention import triton as triton_backend
 from dalle_kernels.attention import triton_backward
+from dalle_kernels.attention.contract import Grads, Inputs, Kept, Needs
 from dalle_kernels.backends.contract import Call
 from dalle_kernels.patterns.schedule import schedule_for
 from tests.attention import test_query_start
@@ -249,6 +251,41 @@ def test_gradients_are_the_same_bits_and_pieces_are_summed() -> None:
     first, second = (torch.autograd.grad(out.sum(), inputs, retain_graph=True) for _ in range(2))
     for one, other in zip(first, second, strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize(("width", "dtype"), [(16, torch.float32), (24, torch.bfloat16)], ids=str)
+@pytest.mark.parametrize("layout", [LAYOUT, TokenLayout(280, (5, 20))], ids=["whole", "pieces"])
+def test_gradients_that_nobody_asked_for_are_not_made(
+    layout: TokenLayout, width: int, dtype: torch.dtype, softcap: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those asked for have the bits they have among all; v's, which needs neither v nor out, looks at neither."""
+    torch.manual_seed(9)
+    pattern = Row(layout)
+    q, k, v, grad = (torch.randn(1, 1, pattern.length, width, device=DEVICE).to(dtype) for _ in range(4))
+    grad_lse = torch.randn(1, 1, pattern.length, device=DEVICE)
+    padding = torch.arange(pattern.length, device=DEVICE)[None] % 7 == 2
+    settings = padding, 0.3, pattern, softcap
+    out, lse = triton_backend.forward(Inputs(q, k, v, *settings))
+    every = triton_backend.backward(Grads(grad, grad_lse), Kept(q, k, v, out, lse, *settings), Needs(True, True, True))
+    in_pieces = triton_backward.work_for(pattern, pattern.length, q.device, dtype, width, heads=1).slots > 0
+    assert in_pieces == (layout != LAYOUT)
+    empty, pieces = torch.empty, []
+    monkeypatch.setattr(torch, "empty", lambda shape, **options: pieces.append(shape) or empty(shape, **options))
+    for needs in map(Needs._make, product((True, False), repeat=3)):
+        blind = needs == (False, False, True)
+        seen = [torch.full_like(t, torch.nan) if blind else t for t in (v, out)]
+        with monkeypatch.context() as without:
+            if not needs.q:
+                without.setattr(triton_backward, "attention_backward_queries", None)
+            if not (needs.k or needs.v):
+                without.setattr(triton_backward, "attention_backward_keys", None)
+            pieces.clear()
+            some = triton_backend.backward(Grads(grad, grad_lse), Kept(q, k, *seen, lse, *settings), needs)
+        assert [shape[2] for shape in pieces] == [needs.k + needs.v] * (in_pieces and (needs.k or needs.v))
+        for gradient, whole, need in zip(some, every, needs, strict=True):
+            assert (gradient is not None) == need
+            assert gradient is None or torch.equal(gradient, whole)
 
 
 @pytest.mark.parametrize("softcap", [None, torch.tensor(3.0, dtype=torch.float64)], ids=["", "softcap"])
