@@ -89,18 +89,19 @@ def main(arguments: Sequence[str] | None = None, results: Path = RESULTS, readme
 
 
 def newest(machines: dict[str, list[Record]]) -> list[Record]:
-    """The records of the latest commit that was measured without uncommitted changes, of the machine that has them."""
+    """The records of the commit that has most of README's rows, on one machine and without uncommitted changes; of
+    those with equally many, the latest."""
     everything = [record for records in machines.values() for record in records]
     clean = [record for record in everything if not record["facts"]["commit"].endswith("+")] or everything
-    last = max(clean, key=lambda record: record["run"])["facts"]
-    same = (last["commit"], label(last["machine"]))
-    return [r for r in clean if (r["facts"]["commit"], label(r["facts"]["machine"])) == same]
+    runs: dict[tuple[str, str], list[Record]] = {}
+    for record in clean:
+        runs.setdefault((record["facts"]["commit"], label(record["facts"]["machine"])), []).append(record)
+    return max(runs.values(), key=lambda run: (len(_headline_rows(run)), max(record["run"] for record in run)))
 
 
 def headlines(records: Sequence[Record]) -> list[str]:
     """README's rows."""
     facts = records[-1]["facts"]
-    rows = latest((record for record in records if record["kind"] == "row"), _case_key)
     lines = [
         f"{label(facts['machine'])}, {facts['machine']['cores']} cores, torch {facts['versions']['torch']}, commit "
         f"{facts['commit']}; medians of interleaved runs, every answer checked first, times as long as ours:",
@@ -108,6 +109,17 @@ def headlines(records: Sequence[Record]) -> list[str]:
         "| | ours, ms | share of the machine's rate | others |",
         "|---|---|---|---|",
     ]
+    for title, ours, others in _headline_rows(records):
+        named = "; ".join(f"{row['contender']} {row['ratio']:.3g}x{_unfit(row)}" for row in others[:4])
+        share = f"{ours['ceiling_fraction']:.0%} of {ours['ceiling']}" if "ceiling" in ours else ""
+        lines.append(f"| {title} | {ours['ms']:.3g} | {share} | {named} |")
+    return lines
+
+
+def _headline_rows(records: Sequence[Record]) -> list[tuple[str, Record, list[Record]]]:
+    """(title, ours, the others) of those that were measured."""
+    rows = latest((record for record in records if record["kind"] == "row"), _case_key)
+    found = []
     for title, suite, wanted in HEADLINES:
         group = [
             row
@@ -115,13 +127,10 @@ def headlines(records: Sequence[Record]) -> list[str]:
             if row["suite"] == suite and row["status"] == "ok" and wanted.items() <= row["case"].items()
         ]
         ours = next((row for row in group if row["contender"].split(",")[0] == OURS), None)
-        if ours is None:
-            continue
-        others = [row for row in group if row is not ours and row["case"] == ours["case"] and "ratio" in row]
-        named = "; ".join(f"{row['contender']} {row['ratio']:.3g}x{_unfit(row)}" for row in others[:4])
-        share = f"{ours['ceiling_fraction']:.0%} of {ours['ceiling']}" if "ceiling" in ours else ""
-        lines.append(f"| {title} | {ours['ms']:.3g} | {share} | {named} |")
-    return lines
+        if ours is not None:
+            others = [row for row in group if row is not ours and row["case"] == ours["case"] and "ratio" in row]
+            found.append((title, ours, others))
+    return found
 
 
 def _unfit(row: Record) -> str:

@@ -386,11 +386,15 @@ def test_processors_of_one_name_are_told_apart(vendor: str, family: int, model: 
 
 
 def test_readme_s_rows_come_from_one_clean_commit() -> None:
-    def record(run: str, commit: str, machine: str = "a") -> dict[str, Any]:
-        return {"run": run, "kind": "row", "facts": {"run": run, "commit": commit, "machine": {"name": machine}}}
+    def record(run: str, commit: str, machine: str = "a", suite: str = "training") -> dict[str, Any]:
+        facts = {"run": run, "commit": commit, "machine": {"name": machine}}
+        row = {"suite": suite, "status": "ok", "case": {}, "contender": "dalle_kernels"}
+        return {"run": run, "kind": "row", "facts": facts} | row
 
     records = [record("1", "old"), record("2", "clean"), record("3", "clean"), record("4", "dirty+")]
     assert report.newest({"a": records, "b": [record("2", "clean", "b")]}) == records[1:3]
+    # A later commit that few cells were measured at does not take the page.
+    assert report.newest({"a": [*records, record("5", "later", suite="neighborhood")]}) == records[1:3]
 
 
 def test_competitors_in_bf16_without_its_instructions_are_marked() -> None:
