@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dalle_kernels.attention.cuda_plan import walk_for
+from dalle_kernels.attention.cuda_walk import walk_for
 from dalle_kernels.patterns import Pattern, Row, Schedule, TokenLayout, schedule_for
 from dalle_kernels.patterns.decode_table import decode_table_for
 
@@ -76,7 +76,7 @@ def _draw_lists(axis: Any, schedule: Schedule) -> None:
 
 def _draw_slots(axis: Any, slots: int) -> None:
     """Which tile lies in which slot of shared memory at which step of the first part's walk."""
-    walk = walk_for(PAPER, 128, 64, False, PAPER.length, slots, 1)
+    walk = walk_for(PAPER, 128, 64, False, PAPER.length, slots, 2, 1)
     steps = walk.steps.numpy()
     held = np.full((slots, len(steps)), np.nan)
     for step, (tile, slot, _, _) in enumerate(steps):

@@ -79,7 +79,7 @@ WHERE = Row(TokenLayout(6, (5, 11)))
 
 def tables() -> dict[str, Callable[[], object]]:
     """Everything that backends keep on a device."""
-    from dalle_kernels.attention import cuda_plan, reference, triton_backward, triton_forward
+    from dalle_kernels.attention import cuda_walk, reference, triton_backward, triton_forward
     from dalle_kernels.decode import op as decode
     from dalle_kernels.decode import triton as triton_decode
 
@@ -92,7 +92,7 @@ def tables() -> dict[str, Callable[[], object]]:
         "Triton forward": lambda: triton_forward.launch_for("attention_forward", WHERE, length, GPU, half, 64),
         "Triton backward": lambda: triton_backward.work_for(WHERE, length, GPU, half, 64, 3),
         "Triton decode": lambda: triton_decode.launch_for(WHERE, GPU, half, 64, 3),
-        "CUDA walk": lambda: cuda_plan.walk_for(WHERE, 128, 64, False, length, 4, 2, GPU),
+        "CUDA walk": lambda: cuda_walk.walk_for(WHERE, 128, 64, False, length, 4, 2, 2, GPU),
     }
 
 

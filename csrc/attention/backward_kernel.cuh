@@ -17,11 +17,11 @@ __global__ void __launch_bounds__(kThreads, 1) query_kernel(const __grid_constan
   constexpr int kColumns = kBackwardColumns<kWidth>;
   constexpr int kTileBytes = kColumns * kPitch<kWidth>;
   const Place place(p.heads);
-  const Walk& walk = p.by_query;
+  const Walk& walk = p.walk;
   char* slots = shared_memory();  // [slots][keys, values][kColumns][kPitch]
   const auto copy = [&](int tile, int slot) {
-    copy_tiles<T, kWidth, kColumns>(slots + slot * 2 * kTileBytes, head_of<T>(p.k, place), head_of<T>(p.v, place), walk,
-                                    tile);
+    copy_tiles<T, kWidth, kColumns>(slots + slot * kQuerySlot<kWidth>, head_of<T>(p.k, place), head_of<T>(p.v, place),
+                                    walk, tile);
   };
 
   const Walker walker(walk, copy);
@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(kThreads, 1) query_kernel(const __grid_constan
       if (masked && !visible.read_keys(walk, step, p.padding, place)) {
         continue;
       }
-      const char* keys = slots + step.slot * 2 * kTileBytes;
+      const char* keys = slots + step.slot * kQuerySlot<kWidth>;
       float score[kColumns / 8][4] = {};
       float dp[kColumns / 8][4] = {};
       multiply_transposed<T, kWidth, kColumns>(score, query, keys, place.lane);
@@ -73,12 +73,11 @@ template <class T, int kWidth>
 __global__ void __launch_bounds__(kThreads, 1) key_kernel(const __grid_constant__ AttentionBackward p) {
   constexpr int kColumns = kBackwardColumns<kWidth>;
   constexpr int kTileBytes = kColumns * kPitch<kWidth>;
-  constexpr int kSlotBytes = 2 * kTileBytes + 2 * kColumns * sizeof(float);
   const Place place(p.heads);
-  const Walk& walk = p.by_key;
+  const Walk& walk = p.walk;
   char* slots = shared_memory();  // [slots]: queries, dout [kColumns][kPitch]; lse, delta [kColumns]
   const auto copy = [&](int tile, int slot) {
-    char* to = slots + slot * kSlotBytes;
+    char* to = slots + slot * kKeySlot<kWidth>;
     copy_tiles<T, kWidth, kColumns>(to, head_of<T>(p.q, place), head_of<T>(p.grad_out, place), walk, tile);
     if (threadIdx.x < 2 * kColumns / 4) {
       const int which = threadIdx.x / (kColumns / 4);  // lse, delta
@@ -120,7 +119,7 @@ __global__ void __launch_bounds__(kThreads, 1) key_kernel(const __grid_constant_
           continue;
         }
       }
-      const char* queries = slots + step.slot * kSlotBytes;
+      const char* queries = slots + step.slot * kKeySlot<kWidth>;
       const char* grads = queries + kTileBytes;
       const auto* lse = reinterpret_cast<const float*>(grads + kTileBytes);
       const float* delta = lse + kColumns;
@@ -156,34 +155,24 @@ __global__ void __launch_bounds__(kThreads, 1) key_kernel(const __grid_constant_
   copy_async_wait<0>();
 }
 
-template <class T, int kWidth>
-void run_backward(const AttentionBackward& p, void* stream) {
-  constexpr int kColumns = kBackwardColumns<kWidth>;
-  constexpr int kTileBytes = 2 * kColumns * kPitch<kWidth>;
-  const auto heads = static_cast<unsigned>(p.batch * p.heads);
-  const auto parts = [&](int count) { return dim3{heads, static_cast<unsigned>(count), 1}; };
-  launch_statistics<T>(p, stream);
-  launch(query_kernel<T, kWidth>, parts(p.by_query.parts), kThreads, p.by_query.slots * kTileBytes, stream, p);
-  launch(key_kernel<T, kWidth>, parts(p.by_key.parts), kThreads,
-         p.by_key.slots * (kTileBytes + 2 * kColumns * static_cast<int>(sizeof(float))), stream, p);
+template <class T>
+void run_queries(const AttentionBackward& p, void* stream) {
+  const dim3 grid{static_cast<unsigned>(p.batch * p.heads), static_cast<unsigned>(p.walk.parts), 1};
+  const auto run = [&](auto width) {
+    constexpr int kWidth = decltype(width)::value;
+    launch(query_kernel<T, kWidth>, grid, kThreads, p.walk.slots * kQuerySlot<kWidth>, stream, p);
+  };
+  at_width(p.width, run, Widths{});
 }
 
 template <class T>
-void choose_width(const AttentionBackward& p, void* stream) {
-  switch (p.width) {
-    case 16:
-      return run_backward<T, 16>(p, stream);
-    case 32:
-      return run_backward<T, 32>(p, stream);
-    case 64:
-      return run_backward<T, 64>(p, stream);
-    case 80:
-      return run_backward<T, 80>(p, stream);
-    case 96:
-      return run_backward<T, 96>(p, stream);
-    case 128:
-      return run_backward<T, 128>(p, stream);
-  }
+void run_keys(const AttentionBackward& p, void* stream) {
+  const dim3 grid{static_cast<unsigned>(p.batch * p.heads), static_cast<unsigned>(p.walk.parts), 1};
+  const auto run = [&](auto width) {
+    constexpr int kWidth = decltype(width)::value;
+    launch(key_kernel<T, kWidth>, grid, kThreads, p.walk.slots * kKeySlot<kWidth>, stream, p);
+  };
+  at_width(p.width, run, Widths{});
 }
 
 }  // namespace

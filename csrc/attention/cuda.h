@@ -1,15 +1,54 @@
-// Host interface of the CUDA attention kernels.
+// Host interface of the CUDA attention kernels, and their shapes, which cuda_op.cpp tells Python.
 
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
+#include <utility>
+
+// The elements of a row that there are kernels for.
+using Widths = std::integer_sequence<int, 16, 32, 64, 80, 96, 128>;
+
+constexpr int kWarps = 8;
+constexpr int kThreads = 32 * kWarps;
+constexpr int kRowTile = 16 * kWarps;  // rows that a block has at a time
+constexpr int kAhead = 2;              // steps before its use, in which a column tile is loaded
+
+// Rows of a column tile. Backward they are fewer where rows are long, whose sums take the registers.
+constexpr int kForwardColumns = 64;
+template <int kWidth>
+constexpr int kBackwardColumns = kWidth <= 64 ? 64 : 32;
+
+// Blocks of the forward on a multiprocessor: two where a thread's sums are few enough for 128 registers.
+template <int kWidth>
+constexpr int kForwardBlocks = kWidth <= 64 ? 2 : 1;
+
+// Bytes from one row of a tile in shared memory to the next: an odd number of 16-byte pieces, so that the eight rows
+// of a matrix lie in different banks.
+template <int kWidth>
+constexpr int kPitch = 2 * kWidth + 16;
+
+// Bytes of a slot: two column tiles (keys and values, or queries and dout), and for dk and dv two numbers a query.
+template <int kWidth>
+constexpr int kForwardSlot = 2 * kForwardColumns * kPitch<kWidth>;
+template <int kWidth>
+constexpr int kQuerySlot = 2 * kBackwardColumns<kWidth> * kPitch<kWidth>;
+template <int kWidth>
+constexpr int kKeySlot = kQuerySlot<kWidth> + 2 * kBackwardColumns<kWidth> * static_cast<int>(sizeof(float));
+
+// function(std::integral_constant<int, width>), where there are kernels for `width`.
+template <class Function, int... kWidths>
+void at_width(int width, const Function& function, std::integer_sequence<int, kWidths...>) {
+  ((width == kWidths ? function(std::integral_constant<int, kWidths>{}) : void()), ...);
+}
+
 // A tensor [B, H, S, D] of 16-bit elements: rows are contiguous and start at multiples of 16 bytes.
 struct Rows {
   void* data;
   int64_t strides[3];  // elements between batches, heads and tokens
 };
 
-// What a block walks over: dalle_kernels/attention/cuda_plan.py makes it from a Schedule.
+// What a block walks over: dalle_kernels/attention/cuda_walk.py makes it from a Schedule.
 struct Walk {
   const int32_t* order;       // [S], the token at each position
   const int32_t* part_tiles;  // [parts + 1], the row tiles of each part of a head
@@ -28,26 +67,34 @@ struct AttentionForward {
   float scale;
 };
 
-struct AttentionBackward {
-  Rows grad_out, q, k, v, out, dq, dk, dv;
+struct AttentionStatistics {
+  Rows grad_out, out;
   const float* grad_lse;  // [B, H, S], or null
   const float* lse;       // [B, H, S]
-  const bool* padding;    // [B, S], or null
-  // [B * H, 2, padded length]: for each position lse in base 2 (+inf where the query sees no key or is past the end)
-  // and delta; `padded` is a multiple of kBackwardColumns.
+  const int32_t* order;   // [S], the token at each position
+  // [B * H, 2, padded]: for each position lse in base 2 (+inf where the query sees no key or is past the end) and
+  // delta; `padded` is a multiple of kBackwardColumns.
   float* statistics;
+  int padded, length, batch, heads, width;
+};
+
+struct AttentionBackward {
+  Rows grad_out, q, k, v;
+  Rows dq, dk, dv;          // dq alone, or dk and dv
+  const bool* padding;      // [B, S], or null
+  const float* statistics;  // as AttentionStatistics leaves them
   int padded;
-  Walk by_query, by_key;  // rows are queries and columns keys; rows are keys and columns queries
+  Walk walk;  // for dq rows are queries and columns keys; for dk and dv rows are keys and columns queries
   int batch, heads, width;
   float scale;
 };
 
-// Queries or keys in a column tile of the backward pass: fewer where rows are long, whose sums take the registers.
-template <int kWidth>
-constexpr int kBackwardColumns = kWidth <= 64 ? 64 : 32;
-
-// One translation unit each, so that they compile side by side. Widths: 16, 32, 64, 80, 96, 128.
+// One translation unit each way and type, so that they compile side by side.
 void attention_forward_bfloat16(const AttentionForward& parameters, void* stream);
 void attention_forward_float16(const AttentionForward& parameters, void* stream);
-void attention_backward_bfloat16(const AttentionBackward& parameters, void* stream);
-void attention_backward_float16(const AttentionBackward& parameters, void* stream);
+void attention_statistics_bfloat16(const AttentionStatistics& parameters, void* stream);
+void attention_statistics_float16(const AttentionStatistics& parameters, void* stream);
+void attention_backward_queries_bfloat16(const AttentionBackward& parameters, void* stream);
+void attention_backward_queries_float16(const AttentionBackward& parameters, void* stream);
+void attention_backward_keys_bfloat16(const AttentionBackward& parameters, void* stream);
+void attention_backward_keys_float16(const AttentionBackward& parameters, void* stream);

@@ -1,5 +1,5 @@
 #include "attention/forward_kernel.cuh"
 
 void attention_forward_float16(const AttentionForward& parameters, void* stream) {
-  choose_width<Float16>(parameters, stream);
+  run_forward<Float16>(parameters, stream);
 }

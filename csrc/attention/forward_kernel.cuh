@@ -10,21 +10,19 @@
 
 namespace {
 
-constexpr int kColumns = 64;  // keys a tile
-
-// Two blocks a multiprocessor where a thread's sums are few enough for 128 registers.
 template <class T, int kWidth>
-__global__ void __launch_bounds__(kThreads, kWidth <= 64 ? 2 : 1)
+__global__ void __launch_bounds__(kThreads, kForwardBlocks<kWidth>)
     forward_kernel(const __grid_constant__ AttentionForward p) {
+  constexpr int kColumns = kForwardColumns;
   constexpr int kTileBytes = kColumns * kPitch<kWidth>;
   const Place place(p.heads);
   const Walk& walk = p.walk;
-  const Table<T> q = head_of<T>(p.q, place);
-  const Table<T> k = head_of<T>(p.k, place);
-  const Table<T> v = head_of<T>(p.v, place);
+  const HeadRows<T> q = head_of<T>(p.q, place);
+  const HeadRows<T> k = head_of<T>(p.k, place);
+  const HeadRows<T> v = head_of<T>(p.v, place);
   char* slots = shared_memory();  // [slots][keys, values][kColumns][kPitch]
   const auto copy = [&](int tile, int slot) {
-    copy_tiles<T, kWidth, kColumns>(slots + slot * 2 * kTileBytes, k, v, walk, tile);
+    copy_tiles<T, kWidth, kColumns>(slots + slot * kForwardSlot<kWidth>, k, v, walk, tile);
   };
 
   const Walker walker(walk, copy);
@@ -45,7 +43,7 @@ __global__ void __launch_bounds__(kThreads, kWidth <= 64 ? 2 : 1)
       if (masked && !visible.read_keys(walk, step, p.padding, place)) {
         continue;
       }
-      const char* keys = slots + step.slot * 2 * kTileBytes;
+      const char* keys = slots + step.slot * kForwardSlot<kWidth>;
       float score[kColumns / 8][4] = {};
       multiply_transposed<T, kWidth, kColumns>(score, query, keys, place.lane);
       softmax.step(score, acc, visible, masked, to_base_2, place.c);
@@ -59,29 +57,14 @@ __global__ void __launch_bounds__(kThreads, kWidth <= 64 ? 2 : 1)
   copy_async_wait<0>();
 }
 
-template <class T, int kWidth>
-void run_forward(const AttentionForward& p, void* stream) {
-  const int shared_bytes = p.walk.slots * 2 * kColumns * kPitch<kWidth>;
-  const dim3 grid{static_cast<unsigned>(p.batch * p.heads), static_cast<unsigned>(p.walk.parts), 1};
-  launch(forward_kernel<T, kWidth>, grid, kThreads, shared_bytes, stream, p);
-}
-
 template <class T>
-void choose_width(const AttentionForward& p, void* stream) {
-  switch (p.width) {
-    case 16:
-      return run_forward<T, 16>(p, stream);
-    case 32:
-      return run_forward<T, 32>(p, stream);
-    case 64:
-      return run_forward<T, 64>(p, stream);
-    case 80:
-      return run_forward<T, 80>(p, stream);
-    case 96:
-      return run_forward<T, 96>(p, stream);
-    case 128:
-      return run_forward<T, 128>(p, stream);
-  }
+void run_forward(const AttentionForward& p, void* stream) {
+  const dim3 grid{static_cast<unsigned>(p.batch * p.heads), static_cast<unsigned>(p.walk.parts), 1};
+  const auto run = [&](auto width) {
+    constexpr int kWidth = decltype(width)::value;
+    launch(forward_kernel<T, kWidth>, grid, kThreads, p.walk.slots * kForwardSlot<kWidth>, stream, p);
+  };
+  at_width(p.width, run, Widths{});
 }
 
 }  // namespace

@@ -11,14 +11,14 @@ namespace {
 constexpr int kRowLanes = 16;  // lanes that read one row in the first kernel
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) statistics_kernel(const __grid_constant__ AttentionBackward p) {
-  const int length = p.by_query.length;
+__global__ void __launch_bounds__(kThreads) statistics_kernel(const __grid_constant__ AttentionStatistics p) {
+  const int length = p.length;
   const int position = blockIdx.y * (kThreads / kRowLanes) + threadIdx.x / kRowLanes;
   const int part = threadIdx.x % kRowLanes;
   const bool valid = position < length;
-  const int token = valid ? load(p.by_query.order + position) : 0;
-  const Table<T> grad = head_of<T>(p.grad_out, Place(p.heads));
-  const Table<T> out = head_of<T>(p.out, Place(p.heads));
+  const int token = valid ? load(p.order + position) : 0;
+  const HeadRows<T> grad = head_of<T>(p.grad_out, Place(p.heads));
+  const HeadRows<T> out = head_of<T>(p.out, Place(p.heads));
   float delta = 0.0f;
   for (int piece = part; piece < p.width / 8; piece += kRowLanes) {
     float a[8], b[8];
@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(kThreads) statistics_kernel(const __grid_const
 }
 
 template <class T>
-void launch_statistics(const AttentionBackward& p, void* stream) {
+void run_statistics(const AttentionStatistics& p, void* stream) {
   constexpr int kRows = kThreads / kRowLanes;
   const dim3 grid{static_cast<unsigned>(p.batch * p.heads), static_cast<unsigned>((p.padded + kRows - 1) / kRows), 1};
   launch(statistics_kernel<T>, grid, kThreads, 0, stream, p);

@@ -11,11 +11,6 @@
 #include "attention/cuda.h"
 #include "cuda/fragments.cuh"
 
-constexpr int kWarps = 8;
-constexpr int kThreads = 32 * kWarps;
-constexpr int kRowTile = 16 * kWarps;
-constexpr int kAhead = 2;
-
 // Where a thread stands: its block's head, its warp's rows, and its place (g, c) in their fragments.
 struct Place {
   int lane, warp, g, c, batch, head;
@@ -35,13 +30,13 @@ DEVICE T* head_data(const Rows& rows, const Place& place) {
 }
 
 template <class T>
-DEVICE Table<T> head_of(const Rows& rows, const Place& place) {
+DEVICE HeadRows<T> head_of(const Rows& rows, const Place& place) {
   return {head_data<T>(rows, place), rows.strides[2]};
 }
 
 // Starts the copy of the `kColumns` rows at positions `first` on into a tile of shared memory, zeros past the end.
 template <class T, int kWidth, int kColumns>
-DEVICE void copy_tile(char* tile, const Table<T>& table, const int32_t* order, int first, int length) {
+DEVICE void copy_tile(char* tile, const HeadRows<T>& rows, const int32_t* order, int first, int length) {
   constexpr int kPieces = kWidth / 8;
 #pragma unroll 1  // unrolled, its addresses would take registers that the products need
   for (int i = threadIdx.x; i < kColumns * kPieces; i += kThreads) {
@@ -49,13 +44,13 @@ DEVICE void copy_tile(char* tile, const Table<T>& table, const int32_t* order, i
     const int piece = static_cast<unsigned>(i) % kPieces;
     const bool valid = first + row < length;
     const int token = valid ? load(order + first + row) : 0;
-    copy_async(tile + row * kPitch<kWidth> + 16 * piece, table.row(token) + 8 * piece, valid);
+    copy_async(tile + row * kPitch<kWidth> + 16 * piece, rows.row(token) + 8 * piece, valid);
   }
 }
 
-// The same of two tables, one tile after the other: keys and values, or queries and the gradients of their outputs.
+// The same of two tensors, one tile after the other: keys and values, or queries and the gradients of their outputs.
 template <class T, int kWidth, int kColumns>
-DEVICE void copy_tiles(char* tiles, const Table<T>& first, const Table<T>& second, const Walk& walk, int tile) {
+DEVICE void copy_tiles(char* tiles, const HeadRows<T>& first, const HeadRows<T>& second, const Walk& walk, int tile) {
   copy_tile<T, kWidth, kColumns>(tiles, first, walk.order, tile * kColumns, walk.length);
   copy_tile<T, kWidth, kColumns>(tiles + kColumns * kPitch<kWidth>, second, walk.order, tile * kColumns, walk.length);
 }

@@ -10,18 +10,13 @@ constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 constexpr float kInfinity = INFINITY;
 
-// Contiguous rows, `stride` elements apart.
+// A head's contiguous rows, `stride` elements apart.
 template <class T>
-struct Table {
+struct HeadRows {
   const T* data;
   int64_t stride;
   DEVICE const T* row(int index) const { return data + index * stride; }
 };
-
-// Bytes from one row of a tile in shared memory to the next: an odd number of 16-byte pieces, so that the eight rows
-// of a matrix lie in different banks.
-template <int kWidth>
-constexpr int kPitch = 2 * kWidth + 16;
 
 // Transposes a 4 x 4 matrix of words held by the four lanes of a quad, lane c having column c: afterwards word i of
 // lane c is what word c of lane i was.
@@ -43,14 +38,14 @@ DEVICE void transpose_quad(uint32_t (&words)[4], int c) {
 // Sixteen rows as operand A, one fragment for each 16 columns. Lane (g, c) reads pieces c, c + 4, ... of rows g and
 // g + 8; a quad's transposition then gives it words c of all pieces, which is the fragment.
 template <class T, int kWidth>
-DEVICE void load_rows(uint32_t (&fragments)[kWidth / 16][4], const Table<T>& table, const int (&token)[2], int c) {
+DEVICE void load_rows(uint32_t (&fragments)[kWidth / 16][4], const HeadRows<T>& rows, const int (&token)[2], int c) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
 #pragma unroll
     for (int first = 0; first < kWidth / 8; first += 4) {
       uint4 piece = make_uint4(0, 0, 0, 0);
       if (token[half] >= 0 && first + c < kWidth / 8) {
-        piece = load(reinterpret_cast<const uint4*>(table.row(token[half])) + first + c);
+        piece = load(reinterpret_cast<const uint4*>(rows.row(token[half])) + first + c);
       }
       uint32_t words[4] = {piece.x, piece.y, piece.z, piece.w};
       transpose_quad(words, c);

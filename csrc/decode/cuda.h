@@ -6,6 +6,10 @@
 
 #include "cuda/types.h"
 
+constexpr int kPiece = 16;               // bytes of a row that a lane reads at once
+constexpr int kMostBytes = 32 * kPiece;  // of a row: a warp's
+constexpr int kSoftmaxState = 2;  // numbers that a split leaves beside a row's sums: largest score, sum of weights
+
 struct DecodeParameters {
   const void* q;  // [B, H, 1, D], as k and v: contiguous rows at multiples of 16 bytes
   const void* k;
@@ -13,7 +17,7 @@ struct DecodeParameters {
   void* keys;  // [B, H, L, D]
   void* values;
   void* out;            // [B, H, 1, D], contiguous
-  float* partial;       // [B * H, splits, D + 2], where splits > 1
+  float* partial;       // [B * H, splits, D + kSoftmaxState], where splits > 1
   const int32_t* slot;  // DecodeTable
   const int32_t* prefix;
   const int64_t* offsets;

@@ -1,9 +1,14 @@
-// torch.ops.dalle_kernels_cuda.decode_attention: unpacks tensors for csrc/decode/decode.cu.
+// torch.ops.dalle_kernels_cuda.decode_attention: unpacks tensors for csrc/decode/decode.cu, and tells its
+// shape.
+
+#include <tuple>
 
 #include "cuda/tensors.h"
 #include "decode/cuda.h"
 
 namespace dalle {
+
+static std::tuple<int64_t, int64_t, int64_t> shape() { return {kPiece, kMostBytes, kSoftmaxState}; }
 
 static void decode(Tensor q, Tensor k, Tensor v, Tensor keys, Tensor values, Tensor slot, Tensor prefix, Tensor offsets,
                    Tensor slots, Tensor position, Tensor partial, Tensor out, double scale, int64_t splits) {
@@ -37,10 +42,15 @@ static void decode(Tensor q, Tensor k, Tensor v, Tensor keys, Tensor values, Ten
 }  // namespace dalle
 
 STABLE_TORCH_LIBRARY_FRAGMENT(DALLE_LIBRARY, m) {
+  m.def("decode_shape() -> (int piece, int most_bytes, int softmax_state)");
   m.def(
       "decode_attention(Tensor q, Tensor k, Tensor v, Tensor(a!) keys, Tensor(b!) values, Tensor slot, Tensor prefix,"
       " Tensor offsets, Tensor slots, Tensor position, Tensor(c!) partial, Tensor(d!) out, float scale, int splits)"
       " -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(DALLE_LIBRARY, CompositeExplicitAutograd, m) {
+  m.impl("decode_shape", TORCH_BOX(&dalle::shape));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(DALLE_LIBRARY, DALLE_DISPATCH_KEY, m) {

@@ -16,6 +16,7 @@ namespace {
 
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / 32;
+static_assert(sizeof(uint4) == kPiece);
 constexpr int kAtOnce = 4;  // keys of a group whose loads are in flight together
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kMinusInfinity = -INFINITY;
@@ -129,9 +130,9 @@ __global__ void __launch_bounds__(kThreads) decode_kernel(const __grid_constant_
     }
     m = larger;
   }
-  // then the warps: state [kWarps][D + 2] in shared memory.
+  // then the warps: state [kWarps][D + kSoftmaxState] in shared memory.
   auto* state = reinterpret_cast<float*>(shared_memory());
-  const int row = p.width + 2;
+  const int row = p.width + kSoftmaxState;
   if (lane < kLanes && active) {
 #pragma unroll
     for (int i = 0; i < kElements; ++i) {
@@ -186,7 +187,7 @@ __global__ void __launch_bounds__(kThreads) decode_kernel(const __grid_constant_
 // Merges the splits of a head; a thread takes two columns.
 template <class T>
 __global__ void __launch_bounds__(kThreads) decode_merge_kernel(const __grid_constant__ DecodeParameters p) {
-  const int row = p.width + 2;
+  const int row = p.width + kSoftmaxState;
   const float* partial = p.partial + static_cast<int64_t>(blockIdx.x) * p.splits * row;
   float m = kMinusInfinity;
   for (int split = 0; split < p.splits; ++split) {
@@ -213,7 +214,7 @@ __global__ void __launch_bounds__(kThreads) decode_merge_kernel(const __grid_con
 template <class T, int kLanes>
 void run(const DecodeParameters& p, void* stream) {
   const auto heads = static_cast<unsigned>(p.batch * p.heads);
-  const int shared_bytes = kWarps * (p.width + 2) * static_cast<int>(sizeof(float));
+  const int shared_bytes = kWarps * (p.width + kSoftmaxState) * static_cast<int>(sizeof(float));
   launch(decode_kernel<T, kLanes>, dim3{heads, static_cast<unsigned>(p.splits), 1}, kThreads, shared_bytes, stream, p);
   if (p.splits > 1) {
     launch(decode_merge_kernel<T>, dim3{heads, 1, 1}, kThreads, 0, stream, p);
@@ -231,7 +232,7 @@ void choose_lanes(const DecodeParameters& p, void* stream) {
   } else if (pieces <= 16) {
     run<T, 16>(p, stream);
   } else {
-    run<T, 32>(p, stream);
+    run<T, kMostBytes / kPiece>(p, stream);
   }
 }
 

@@ -2,49 +2,70 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+from typing import NamedTuple
+
 import torch
 
 from dalle_kernels.attention.contract import Grads, Inputs, Kept, Needs, Outputs
-from dalle_kernels.attention.cuda_plan import SMALLEST, Walk, parts_for, walk_for
+from dalle_kernels.attention.cuda_walk import Walk, parts_for, walk_for
 from dalle_kernels.backends import cuda_library
 from dalle_kernels.backends.contract import Call
 from dalle_kernels.patterns.patterns import Pattern
 
-_WIDTHS = (16, 32, 64, 80, 96, 128)  # as csrc/attention/forward_kernel.cuh has them
-_ROWS = 128  # kRowTile of csrc/attention/tiles.cuh
-_FORWARD_COLUMNS = 64  # kColumns of csrc/attention/forward_kernel.cuh
+
+class _Tiles(NamedTuple):
+    """Of the kernels, as csrc/attention/cuda.h has them for a head dimension. Slots are in bytes."""
+
+    rows: int
+    ahead: int  # steps before its use, in which a column tile is loaded
+    forward_columns: int
+    forward_blocks: int  # that share a multiprocessor
+    forward_slot: int
+    backward_columns: int
+    query_slot: int  # of dq's walk
+    key_slot: int  # of dk's and dv's
+
+    @property
+    def fewest_slots(self) -> int:
+        return self.ahead + 1
+
+
+@lru_cache(maxsize=16)
+def _tiles(width: int) -> _Tiles:
+    return _Tiles(**cuda_library.numbers("attention_tiles", width))
 
 
 def refuse(call: Call) -> str | None:
     if reason := cuda_library.refuse(call.device, call.dtype, (torch.bfloat16, torch.float16)):
         return reason
-    if call.width not in _WIDTHS:
-        return f"it takes head dimensions {', '.join(map(str, _WIDTHS))}, not {call.width}"
+    widths = cuda_library.operations().attention_widths()
+    if call.width not in widths:
+        listed = ", ".join(map(str, widths))
+        return f"it takes head dimensions {listed}, not {call.width}"
     if call.extras:
         return f"it has no {call.extras[0]}"
-    needed, there = SMALLEST * _slot_bytes(_FORWARD_COLUMNS, call.width), cuda_library.shared_memory(call.device, 1)
+    tiles = _tiles(call.width)
+    needed = tiles.fewest_slots * max(tiles.forward_slot, tiles.query_slot, tiles.key_slot)
+    there = cuda_library.shared_memory(call.device, 1)
     if needed > there:
         return f"it needs {needed} bytes of shared memory a block at this head dimension, here are {there}"
     return None
 
 
-def _slot_bytes(columns: int, width: int) -> int:
-    """Two tiles of `columns` rows, of `width` elements and 16 bytes of padding each (kPitch)."""
-    return 2 * columns * (2 * width + 16)
-
-
 def _walk(
-    q: torch.Tensor, pattern: Pattern, columns: int, blocks: int, transposed: bool = False, extra: int = 0
+    q: torch.Tensor, pattern: Pattern, columns: int, slot: int, blocks: int = 1, transposed: bool = False
 ) -> Walk:
-    """The walk for tensors like q, when `blocks` blocks share a multiprocessor's memory.
+    """The walk for tensors like q with slots of `slot` bytes, when `blocks` blocks share a multiprocessor's memory.
 
-    Where so many do not fit with the fewest slots each, fewer share it. A slot has `extra` bytes beside its tiles.
+    Where so many do not fit with the fewest slots each, fewer share it.
     """
     batch, heads, length, width = q.shape
-    slots = max(cuda_library.shared_memory(q.device, blocks) // (_slot_bytes(columns, width) + extra), SMALLEST)
+    tiles = _tiles(width)
+    slots = max(cuda_library.shared_memory(q.device, blocks) // slot, tiles.fewest_slots)
     at_a_time = blocks * cuda_library.multiprocessors(q.device)
-    parts = parts_for(pattern, _ROWS, columns, transposed, length, batch * heads, at_a_time)
-    return walk_for(pattern, _ROWS, columns, transposed, length, slots, parts, q.device)
+    parts = parts_for(pattern, tiles.rows, columns, transposed, length, batch * heads, at_a_time)
+    return walk_for(pattern, tiles.rows, columns, transposed, length, slots, tiles.ahead, parts, q.device)
 
 
 def _outputs(*likes: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
@@ -67,35 +88,39 @@ def forward(inputs: Inputs) -> Outputs:
     outputs, targets = _outputs(q)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     q, k, v = map(cuda_library.aligned, (q, k, v))
-    padding = _padding(key_padding_mask)
-    walk = _walk(q, pattern, _FORWARD_COLUMNS, blocks=2 if q.shape[-1] <= 64 else 1)
-    cuda_library.operations().attention_forward(q, k, v, padding, walk.order, *walk.arguments, scale, *targets, lse)
+    tiles = _tiles(q.shape[-1])
+    walk = _walk(q, pattern, tiles.forward_columns, tiles.forward_slot, tiles.forward_blocks)
+    cuda_library.operations().attention_forward(
+        q, k, v, _padding(key_padding_mask), walk.order, *walk.arguments, scale, *targets, lse
+    )
     return Outputs(_return(outputs, targets)[0], lse)
 
 
 def backward(grads: Grads, kept: Kept, needs: Needs) -> tuple[torch.Tensor | None, ...]:
+    """One kernel makes dq, another dk and dv, whichever of the two is asked for."""
     (grad_out, grad_lse), (q, k, v, out, lse, key_padding_mask, scale, pattern) = grads, kept[:8]
     assert grad_out is not None
     assert scale is not None
-    columns = 64 if q.shape[-1] <= 64 else 32  # kBackwardColumns of csrc/attention/cuda.h
-    by_query = _walk(q, pattern, columns, blocks=1)
-    by_key = _walk(q, pattern, columns, blocks=1, transposed=True, extra=2 * columns * 4)
-    batch, heads, length, _ = q.shape
+    batch, heads, length, width = q.shape
+    tiles, operations = _tiles(width), cuda_library.operations()
+    columns = tiles.backward_columns
+    by_query = _walk(q, pattern, columns, tiles.query_slot) if needs.q else None
+    by_key = _walk(q, pattern, columns, tiles.key_slot, transposed=True) if needs.k or needs.v else None
+    either = by_query or by_key
+    if either is None:
+        return None, None, None
     padded = -(-length // columns) * columns
     statistics = torch.empty((batch, heads, 2, padded), dtype=torch.float32, device=q.device)
-    outputs, targets = _outputs(q, k, v)
-    cuda_library.operations().attention_backward(
-        cuda_library.aligned(grad_out),
-        None if grad_lse is None else grad_lse.contiguous(),
-        *map(cuda_library.aligned, (q, k, v, out)),
-        lse,
-        _padding(key_padding_mask),
-        by_query.order,
-        *by_query.arguments,
-        *by_key.arguments,
-        scale,
-        statistics,
-        *targets,
-    )
-    dq, dk, dv = _return(outputs, targets)
-    return dq, dk, dv
+    grad_out, grad_lse = cuda_library.aligned(grad_out), None if grad_lse is None else grad_lse.contiguous()
+    operations.attention_statistics(grad_out, grad_lse, cuda_library.aligned(out), lse, either.order, statistics)
+    rows = grad_out, *map(cuda_library.aligned, (q, k, v)), _padding(key_padding_mask)
+    dq = dk = dv = None
+    if by_query is not None:
+        outputs, targets = _outputs(q)
+        operations.attention_backward_queries(*rows, by_query.order, *by_query.arguments, scale, statistics, *targets)
+        (dq,) = _return(outputs, targets)
+    if by_key is not None:
+        outputs, targets = _outputs(k, v)
+        operations.attention_backward_keys(*rows, by_key.order, *by_key.arguments, scale, statistics, *targets)
+        dk, dv = _return(outputs, targets)
+    return dq, dk if needs.k else None, dv if needs.v else None

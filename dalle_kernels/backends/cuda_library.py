@@ -76,6 +76,13 @@ def operations() -> Any:
     return torch.ops.dalle_kernels_cuda
 
 
+def numbers(function: str, *arguments: int) -> dict[str, int]:
+    """What the library's `function` says of its kernels, by the names that its schema gives."""
+    operation = getattr(operations(), function).default
+    names = [result.name for result in operation._schema.returns]
+    return dict(zip(names, operation(*arguments), strict=True))
+
+
 @lru_cache(maxsize=16)
 def _refuse_device(device: torch.device) -> str | None:
     if device.type != "cuda":

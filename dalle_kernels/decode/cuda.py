@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+from typing import NamedTuple
+
 import torch
 
 from dalle_kernels.backends import cuda_library
@@ -11,12 +14,26 @@ from dalle_kernels.decode.contract import Inputs, Outputs, one_by_one
 _KEYS_A_BLOCK = 64  # fewer are not worth another block
 
 
+class _Shape(NamedTuple):
+    """Of the kernel, as csrc/decode/cuda.h has it."""
+
+    piece: int  # bytes of a row that are read at once
+    most_bytes: int  # of a row
+    softmax_state: int  # numbers that a split leaves beside a row's sums
+
+
+@lru_cache(maxsize=1)
+def _shape() -> _Shape:
+    return _Shape(**cuda_library.numbers("decode_shape"))
+
+
 def refuse(call: Call) -> str | None:
     if reason := cuda_library.refuse(call.device, call.dtype, (torch.bfloat16, torch.float16, torch.float32)):
         return reason
-    piece = 16 // call.dtype.itemsize
-    if call.width % piece or call.width > 32 * piece:
-        return f"it takes head dimensions that are multiples of {piece} up to {32 * piece}, not {call.width}"
+    shape = _shape()
+    piece, most = shape.piece // call.dtype.itemsize, shape.most_bytes // call.dtype.itemsize
+    if call.width % piece or call.width > most:
+        return f"it takes head dimensions that are multiples of {piece} up to {most}, not {call.width}"
     return f"it has no {call.extras[0]}" if call.extras else None
 
 
@@ -36,7 +53,7 @@ def _step(inputs: Inputs) -> torch.Tensor:
     # host does not look at.
     wanted = -(-2 * cuda_library.multiprocessors(q.device) // (batch * heads))
     splits = max(1, min(wanted, table.cache_length // _KEYS_A_BLOCK))
-    workspace = batch * heads * splits * (width + 2) if splits > 1 else 0
+    workspace = batch * heads * splits * (width + _shape().softmax_state) if splits > 1 else 0
     partial = torch.empty(workspace, dtype=torch.float32, device=q.device)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     cuda_library.operations().decode_attention(

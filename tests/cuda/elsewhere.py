@@ -18,7 +18,10 @@ class Elsewhere:
         self.device = device
 
     def __getattr__(self, name: str) -> Any:
-        return lambda *arguments: self._run(getattr(self.operations, name), arguments)
+        operation = getattr(self.operations, name)
+        if all(argument.type.kind() == "IntType" for argument in operation.default._schema.arguments):
+            return operation  # what it says of its kernels
+        return lambda *arguments: self._run(operation, arguments)
 
     def _run(self, operation: Any, arguments: tuple[Any, ...]) -> None:
         copies: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import pytest
 import torch
 
 from dalle_kernels import TokenLayout, sparse_attention
-from dalle_kernels.attention import reference
+from dalle_kernels.attention import cuda, reference
 from dalle_kernels.attention.contract import Grads, Inputs, Kept, Needs
 from dalle_kernels.attention.cuda import backward
 from dalle_kernels.backends import cuda_library
@@ -22,6 +23,7 @@ from dalle_kernels.patterns.patterns import (
     Pattern,
     Row,
 )
+from dalle_kernels.patterns.schedule import schedule_for
 
 LAYOUT = TokenLayout(text_length=70, grid=(9, 11))  # 169 tokens: two row tiles, three column tiles
 PATTERNS: list[Pattern] = [
@@ -109,10 +111,18 @@ def test_rows_that_see_nothing(emulated: Any) -> None:
 def test_any_number_of_slots_and_parts(
     emulated: Any, monkeypatch: pytest.MonkeyPatch, slots: int, multiprocessors: int
 ) -> None:
-    monkeypatch.setattr(cuda_library, "shared_memory", lambda device, blocks: slots * 2 * 64 * 48)
+    monkeypatch.setattr(cuda_library, "shared_memory", lambda device, blocks: slots * (2 * 64 * 48 + 512))
     monkeypatch.setattr(cuda_library, "multiprocessors", lambda device: multiprocessors)
     pattern = Convolution(TokenLayout(130, (16, 16)), kernel_size=7)
     _check(pattern, *_inputs(1, 1, pattern.length, 16, torch.bfloat16))
+
+
+def test_a_walk_over_other_tiles_than_the_kernels_is_refused(emulated: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiles = cuda._tiles(32)
+    monkeypatch.setattr(cuda, "_tiles", lambda width: tiles._replace(forward_columns=32))
+    q, k, v = _inputs(1, 1, LAYOUT.length, 32, torch.bfloat16)
+    with pytest.raises(RuntimeError, match="masks: got those of tiles of 128 x 32, wanted 128 x 64"):
+        sparse_attention(q, k, v, Row(LAYOUT), backend="cuda")
 
 
 def test_large_scores_do_not_overflow(emulated: Any) -> None:
@@ -183,6 +193,45 @@ def test_backward_with_padding_strides_and_a_gradient_of_the_log_sum_exp(emulate
     padding = torch.rand(2, pattern.length, generator=torch.Generator().manual_seed(2)) < 0.3
     padding[0, :40] = True
     _check_backward(pattern, q, k, v, padding, with_lse=True)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "width"),
+    [(Column(TokenLayout(1, (16, 16))), 32), (Column(TokenLayout(1, (16, 15))), 80)],  # 64 and 32 columns
+    ids=str,
+)
+def test_backward_where_tiles_and_their_transposes_would_have_other_orders(
+    emulated: Any, pattern: Pattern, width: int
+) -> None:
+    columns = 64 if width <= 64 else 32
+    orders = [schedule_for(pattern, tile, pattern.length).order for tile in ((128, columns), (columns, 128))]
+    assert not orders[0].equal(orders[1])
+    _check_backward(pattern, *_inputs(1, 1, pattern.length, width, torch.bfloat16))
+
+
+@pytest.mark.parametrize("needs", [needs for needs in product((False, True), repeat=3) if not all(needs)], ids=str)
+def test_gradients_that_nobody_asked_for_are_not_made(
+    emulated: Any, monkeypatch: pytest.MonkeyPatch, needs: tuple[bool, bool, bool]
+) -> None:
+    q, k, v = _inputs(1, 2, LAYOUT.length, 32, torch.bfloat16)
+    outputs = sparse_attention(q, k, v, Row(LAYOUT), return_lse=True, backend="cuda")
+    kept = Kept(q, k, v, *outputs, None, 0.2, Row(LAYOUT))
+    grads = Grads(outputs[0], outputs[1])
+    everything = backward(grads, kept, Needs(True, True, True))
+    asked: list[str] = []
+
+    class Spy:
+        def __getattr__(self, name: str) -> Any:
+            asked.append(name)
+            return getattr(emulated, name)
+
+    monkeypatch.setattr(cuda_library, "operations", Spy)
+    for got, whole, need in zip(backward(grads, kept, Needs(*needs)), everything, needs, strict=True):
+        assert (got is not None) == need
+        assert got is None or got.equal(whole)
+    assert ("attention_backward_queries" in asked) == needs[0]
+    assert ("attention_backward_keys" in asked) == (needs[1] or needs[2])
+    assert ("attention_statistics" in asked) == any(needs)
 
 
 def test_gradients_through_the_public_operation_and_every_time_the_same(emulated: Any) -> None:

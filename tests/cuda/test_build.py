@@ -73,7 +73,8 @@ def test_the_library_needs_nothing_of_torch_but_the_stable_abi(library: Path, bu
     rest = {name for name in undefined if not system.match(name)}
     assert any(name.startswith("aoti_torch_") for name in rest)
     # Both are C interfaces. torch_* came with 2.10 and grows with each version, so its names are listed here.
-    assert {name for name in rest if not name.startswith("aoti_torch_")} <= {"torch_library_impl"}
+    lists = {"torch_new_list_reserve_size", "torch_list_push_back", "torch_delete_list"}
+    assert {name for name in rest if not name.startswith("aoti_torch_")} <= {"torch_library_impl", *lists}
 
 
 def test_the_library_loads_without_a_gpu(library: Path, built: Report) -> None:
@@ -82,11 +83,16 @@ def test_the_library_loads_without_a_gpu(library: Path, built: Report) -> None:
         "print(torch.ops.dalle_kernels_cuda.decode_attention.default._schema.name);"
         "from dalle_kernels.backends import cuda_library;"
         f"cuda_library.LIBRARY = pathlib.Path({str(library)!r});"
-        "print(cuda_library.report())"
+        "print(cuda_library.report());"
+        "numbers = cuda_library.numbers;"
+        "widths = cuda_library.operations().attention_widths();"
+        "print(min(numbers('decode_shape').values()));"
+        "print(min(min(numbers('attention_tiles', width).values()) for width in widths))"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    name, report = done.stdout.splitlines()
+    name, report, *shapes = done.stdout.splitlines()
     assert name == "dalle_kernels_cuda::decode_attention", done.stderr
+    assert shapes == ["2", "1"]  # no number is left out
     assert re.search(r"nvcc 1\d\.\d; torch 2.10 and later; needs a driver for CUDA 1\d or later", report)
 
 

@@ -59,7 +59,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         ("walk: the first step's tile is not loaded", "for (int step = first_step; step <", "for (int step = first_step + 1; step <"),
         ("copy: a row past the end", "const bool valid = first + row < length;", "const bool valid = first + row <= length;"),
         ("copy: the last 16 bytes of rows left out", "i < kColumns * kPieces; i += kThreads", "i < kColumns * kPieces - 1; i += kThreads"),
-        ("copy: the second table by the first one's place", "copy_tile<T, kWidth, kColumns>(tiles + kColumns * kPitch<kWidth>, second", "copy_tile<T, kWidth, kColumns>(tiles + kColumns * kPitch<kWidth>, first"),
+        ("copy: the second tile of the first one's rows", "copy_tile<T, kWidth, kColumns>(tiles + kColumns * kPitch<kWidth>, second", "copy_tile<T, kWidth, kColumns>(tiles + kColumns * kPitch<kWidth>, first"),
         ("scores: rows of a matrix in another order", "tile + (lane / 16 * 8 + lane % 8) * kPitch<kWidth> + lane / 8 % 2 * 16", "tile + (lane / 8 % 2 * 8 + lane % 8) * kPitch<kWidth> + lane / 16 * 16"),
         ("values: two words of operand A exchanged", "{pack<T>(weights[2 * k][0], weights[2 * k][1]), pack<T>(weights[2 * k][2], weights[2 * k][3]),", "{pack<T>(weights[2 * k][2], weights[2 * k][3]), pack<T>(weights[2 * k][0], weights[2 * k][1]),"),
         ("mask: row g + 8 reads row g + 4", "load(mask + half * 8 * kWords + i)", "load(mask + half * 4 * kWords + i)"),
@@ -77,7 +77,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         ATTENTION,
         ("padding forgotten where a tile is full", "const bool masked = step.mask != 0 || p.padding != nullptr;", "const bool masked = step.mask != 0;"),
         ("values read where keys lie", "multiply<T, kWidth, kColumns>(acc, score, keys + kTileBytes, place.lane)", "multiply<T, kWidth, kColumns>(acc, score, keys, place.lane)"),
-        ("another slot", "slots + step.slot * 2 * kTileBytes;\n      float score", "slots + (step.slot ^ 1) * 2 * kTileBytes;\n      float score"),
+        ("another slot", "slots + step.slot * kForwardSlot<kWidth>;\n      float score", "slots + (step.slot ^ 1) * kForwardSlot<kWidth>;\n      float score"),
     ),
     *_of(
         "attention/softmax.cuh",
@@ -109,7 +109,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         ("dk, dv: the log-sum-exp of the column beside", "score[n][i] * to_base_2 - (i % 2 == 0 ? base.x : base.y)", "score[n][i] * to_base_2 - (i % 2 != 0 ? base.x : base.y)"),
         ("dk, dv: padded keys take part", "        visible.remove_rows(padded);\n", ""),
         ("dk without the scale", "const float scaled[2] = {p.scale, p.scale};", "const float scaled[2] = {1.0f, 1.0f};"),
-        ("dk, dv: fewer bytes of shared memory", "p.by_key.slots * (kTileBytes + 2 * kColumns * static_cast<int>(sizeof(float)))", "p.by_key.slots * kTileBytes"),
+        ("dk, dv: fewer bytes of shared memory", "p.walk.slots * kKeySlot<kWidth>", "p.walk.slots * kQuerySlot<kWidth>"),
     ),
     *_of(
         "decode/decode.cu",

@@ -1,4 +1,4 @@
-"""Plans which tile lies in which slot of shared memory while a CUDA block walks a schedule.
+"""The walk of a CUDA block over a schedule, and which tile lies in which slot of shared memory meanwhile.
 
 A block walks the tiles of a schedule in a fixed order and has a few slots of shared memory for them. Which tile makes
 room for the next is known in advance, so the best choice is: the one that is needed again last (Belady 1966). Tiles
@@ -17,10 +17,8 @@ import torch
 
 from dalle_kernels.device import OnDevice, remembered
 from dalle_kernels.patterns.patterns import Pattern
-from dalle_kernels.patterns.schedule import schedule_for
+from dalle_kernels.patterns.schedule import Schedule, schedule_for
 
-AHEAD = 2  # a tile is loaded this many steps before it is used; csrc/attention/tiles.cuh has the same number
-SMALLEST = AHEAD + 1  # slots: one in use, AHEAD being loaded
 START = 4  # steps in whose time a block starts and its first tiles arrive: a guess until a GPU has been timed
 
 
@@ -63,22 +61,23 @@ def walk_for(
     transposed: bool,
     length: int,
     slots: int,
+    ahead: int,
     parts: int,
     device: torch.device | str = "cpu",
 ) -> Walk:
-    """The walk over tiles of `rows` by `columns`, remembered.
+    """The walk over tiles of `rows` by `columns`, each loaded `ahead` steps before its use; remembered.
 
     Rows are queries and columns keys, or where `transposed` rows are keys and columns queries. `parts` is cut to the
     number of row tiles.
 
     Raises:
-        ValueError: for fewer slots than SMALLEST.
+        ValueError: for fewer slots than the one in use and `ahead` being loaded.
     """
     if device != "cpu":
-        return walk_for(pattern, rows, columns, transposed, length, slots, parts, "cpu").to(device)
-    if slots < SMALLEST:
-        raise ValueError(f"slots: got {slots}, wanted at least {SMALLEST}")
-    schedule = schedule_for(pattern, (columns, rows) if transposed else (rows, columns), length)
+        return walk_for(pattern, rows, columns, transposed, length, slots, ahead, parts, "cpu").to(device)
+    if slots <= ahead:
+        raise ValueError(f"slots: got {slots}, wanted at least {ahead + 1}")
+    schedule = _schedule(pattern, rows, columns, transposed, length)
     if transposed:
         lists = schedule.query_offsets, schedule.query_tiles, schedule.query_mask_ids
         masks = schedule.masks_transposed
@@ -89,7 +88,7 @@ def walk_for(
     borders = _share(offsets, min(parts, len(offsets) - 1))
     placed: list[tuple[int, bool]] = []
     for first, last in pairwise(borders):
-        placed += _place(tiles[offsets[first] : offsets[last]], slots)
+        placed += _place(tiles[offsets[first] : offsets[last]], slots, ahead)
     steps = [(tile, slot, mask, int(loads)) for tile, (slot, loads), mask in zip(tiles, placed, mask_ids, strict=True)]
     return Walk(
         order=schedule.order,
@@ -113,7 +112,7 @@ def parts_for(
     """
     if heads > 8 * at_a_time:
         return 1  # the last round is a small part of all
-    schedule = schedule_for(pattern, (columns, rows) if transposed else (rows, columns), length)
+    schedule = _schedule(pattern, rows, columns, transposed, length)
     offsets = (schedule.query_offsets if transposed else schedule.key_offsets).tolist()
 
     def duration(parts: int) -> int:
@@ -121,6 +120,18 @@ def parts_for(
         return makespan([cost for cost in costs for _ in range(heads)], at_a_time)
 
     return min(range(1, len(offsets)), key=lambda parts: (duration(parts), parts))
+
+
+@remembered(maxsize=256)
+def _schedule(pattern: Pattern, rows: int, columns: int, transposed: bool, length: int) -> Schedule:
+    """The schedule of a walk. A transposed one has the other's order, so that both read one set of statistics."""
+    straight = schedule_for(pattern, (rows, columns), length)
+    if not transposed:
+        return straight
+    best = schedule_for(pattern, (columns, rows), length)
+    if best.order.equal(straight.order):
+        return best
+    return Schedule.build(pattern, (columns, rows), length, order=straight.order.numpy())
 
 
 def makespan(costs: list[int], at_a_time: int) -> int:
@@ -140,8 +151,8 @@ def _share(offsets: list[int], parts: int) -> list[int]:
     return [*borders, rows]
 
 
-def _place(walk: list[int], slots: int) -> list[tuple[int, bool]]:
-    """For each tile of `walk` its slot, and whether it has to be loaded there, AHEAD steps before."""
+def _place(walk: list[int], slots: int, ahead: int) -> list[tuple[int, bool]]:
+    """For each tile of `walk` its slot, and whether it has to be loaded there, `ahead` steps before."""
     uses: dict[int, list[int]] = {}
     for step, tile in reversed(list(enumerate(walk))):
         uses.setdefault(tile, []).append(step)  # the next use is the last of the list
@@ -153,9 +164,9 @@ def _place(walk: list[int], slots: int) -> list[tuple[int, bool]]:
         uses[tile].pop()
         loads = tile not in where
         if loads:
-            # A load runs beside the AHEAD steps before its own, so their slots are taken. Of tiles that are done with
+            # A load runs beside the `ahead` steps before its own, so their slots are taken. Of tiles that are done with
             # the first that was makes room, so that loads can start early.
-            busy = {slot for slot, _ in placed[max(step - AHEAD, 0) : step]}
+            busy = {slot for slot, _ in placed[max(step - ahead, 0) : step]}
             free = [slot for slot in range(slots) if slot not in busy]
             slot = max(free, key=lambda slot: (_next_use(uses, holds.get(slot)), -idle_since[slot]))
             if slot in holds:
