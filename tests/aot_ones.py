@@ -63,12 +63,12 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
         ),
     )
     layer = matrix, matrix, row, matrix
-    yield "projection", lambda: triton_projection.forward(projection_contract.Inputs(*layer, *settings, False, False))
+    yield "projection", lambda: triton_projection.forward(projection_contract.Inputs(*layer, *settings, True, False))
     yield (
         "projection_backward",
         lambda: triton_projection.backward(
-            projection_contract.Grads(matrix, row, None),
-            projection_contract.Kept(*layer, *settings, False, False, *made, torch.empty(0)),
+            projection_contract.Grads(matrix, row, row),
+            projection_contract.Kept(*layer, *settings, True, False, *made, row),
             projection_contract.Needs(True, True, True, True),
         ),
     )

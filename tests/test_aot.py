@@ -82,6 +82,8 @@ def test_compiles_where_every_number_is_one(version: str) -> None:
     compiled = said("tests.aot_ones", first_on_path=(oldest_triton(),) if version == OLDEST else ())
     assert "gumbel_forward_kernel" in compiled["gumbel"]
     assert {"gumbel_backward_kernel", "sum_parts_kernel"} <= set(compiled["gumbel_backward"])
+    assert "projection_mean_kernel" in compiled["projection"]
+    assert "projection_pull_kernel" in compiled["projection_backward"]
     assert "decode_combine" in compiled["decode_splits"]
     assert compiled["sum_parts"] == ["sum_parts_kernel"], "one variant serves every number of parts"
 

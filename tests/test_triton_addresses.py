@@ -144,10 +144,10 @@ def test_projection() -> None:
     for table in (far_apart(features, 0), features):
         tensors = table, weight, None, codebook
         settings = torch.ones((), device=DEVICE), False, True, 1, 0
-        outputs = triton_projection.forward(projection_contract.Inputs(*tensors, *settings, False, False))
+        outputs = triton_projection.forward(projection_contract.Inputs(*tensors, *settings, True, False))
         gradients = triton_projection.backward(
-            projection_contract.Grads(outputs[0], outputs[2], None),
-            projection_contract.Kept(*tensors, *settings, False, False, *outputs),
+            projection_contract.Grads(outputs.latents, outputs.kl, outputs.distribution),
+            projection_contract.Kept(*tensors, *settings, True, False, *outputs),
             projection_contract.Needs(True, True, True, True),
         )
         results.append((*outputs, *gradients))

@@ -9,6 +9,7 @@ import torch
 
 from benchmarks.kernels.aot import DTYPES, Case
 from dalle_kernels.backends import launch
+from dalle_kernels.codebook import triton_tiles
 from dalle_kernels.codebook.gumbel import contract as gumbel_contract
 from dalle_kernels.codebook.gumbel import triton as triton_gumbel
 from dalle_kernels.codebook.projection import contract as projection_contract
@@ -28,9 +29,13 @@ def cases(arch: int) -> Iterator[Case]:
         for bits, width in launch.served(f"gumbel_backward{tails}"):
             yield f"gumbel{tails}/{bits}-bit/{width}/backward", gumbel_backward(bits, width - less, codes)
         for bits, width in launch.served(f"projection_forward{tails}"):
-            yield f"projection{tails}/{bits}-bit/{width}", projection_forward(bits, width - less, codes)
+            name = f"projection{tails}/{bits}-bit/{width}"
+            yield name, projection_forward(bits, width - less, codes)
+            yield f"{name}/mean", projection_mean(bits, width - less, codes)
         for bits, width in launch.served(f"projection_backward{tails}"):
-            yield f"projection{tails}/{bits}-bit/{width}/backward", projection_backward(bits, width - less, codes)
+            name = f"projection{tails}/{bits}-bit/{width}/backward"
+            yield name, projection_backward(bits, width - less, codes)
+            yield f"{name}/mean", projection_backward(bits, width - less, codes, mean=True)
     yield "gumbel/16-bit/128/hard", gumbel_forward(16, 128, CODES, hard=True)
     yield "gumbel/16-bit/128/hard/backward", gumbel_backward(16, 128, CODES, hard=True)
     yield "gumbel/16-bit/256/backward", gumbel_backward(16, 256, CODES)  # in two pieces
@@ -86,14 +91,28 @@ def projection_forward(bits: int, width: int, codes: int) -> Callable[[], object
     return lambda: triton_projection.forward(projection_contract.Inputs(*inputs))
 
 
-def projection_backward(bits: int, width: int, codes: int, strip_bytes: int | None = None) -> Callable[[], object]:
+def projection_mean(bits: int, width: int, codes: int) -> Callable[[], object]:
+    features, weight, bias, _ = layer(bits, width, codes)
+    of_rows = torch.empty(ROWS)
+
     def call() -> None:
-        latents = torch.empty(ROWS, width, dtype=DTYPES[bits])
-        saved = *settings(False), False, False, latents, *results(latents, False), torch.empty(0)
+        device, dtype = features.device, features.dtype
+        launch = triton_tiles.constants("projection_forward", device, dtype, codes, width)
+        triton_projection.mean_distribution(features, weight, bias, of_rows, of_rows, launch)
+
+    return call
+
+
+def projection_backward(
+    bits: int, width: int, codes: int, strip_bytes: int | None = None, mean: bool = False
+) -> Callable[[], object]:
+    def call() -> None:
+        latents, distribution = torch.empty(ROWS, width, dtype=DTYPES[bits]), torch.empty(codes if mean else 0)
+        saved = *settings(False), mean, False, latents, *results(latents, False), distribution
         limit = triton_projection.STRIP_BYTES if strip_bytes is None else strip_bytes
         with mock.patch.object(triton_projection, "STRIP_BYTES", limit):
             triton_projection.backward(
-                projection_contract.Grads(latents, torch.empty(ROWS), None),
+                projection_contract.Grads(latents, torch.empty(ROWS), distribution if mean else None),
                 projection_contract.Kept(*layer(bits, width, codes), *saved),
                 projection_contract.Needs(True, True, True, True),
             )

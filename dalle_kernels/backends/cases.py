@@ -351,7 +351,6 @@ def all_cases() -> list[Case]:
             _normal((37, None), (300, None)),
             _index_backpropagation,
             lambda x: (x[0], x[1], None, x[1], 1.0),
-            extras=("the mean distribution",),
             named={"distribution": True},
         ),
         Case("nearest code", vq_lookup, 40, codes, _nearest, lambda x: x),

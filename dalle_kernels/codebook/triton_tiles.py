@@ -176,12 +176,14 @@ def sum_parts_kernel(parts, out, total, number, BLOCK: tl.constexpr):
 
 @triton.jit
 def gradient_of(
-    t, dy, word, code, index, inverse, maximum, base, delta, clean, slope, offset,
-    LOGITS: tl.constexpr, LATENTS: tl.constexpr, KL: tl.constexpr, HARD: tl.constexpr, NOISE: tl.constexpr,
+    t, dy, word, code, index, inverse, maximum, base, delta, clean, slope, offset, grad_shares, K,
+    LOGITS: tl.constexpr, LATENTS: tl.constexpr, KL: tl.constexpr, MEAN: tl.constexpr, HARD: tl.constexpr,
+    NOISE: tl.constexpr,
 ):  # fmt: skip
     """(dlogits where LOGITS, what dcodebook weighs G with) of one quarter's tile of scores t [n, BLOCK_Q].
 
-    dy: the quarter's part of G codebook^T; code: its codes [1, BLOCK_Q].
+    dy: the quarter's part of G codebook^T; code: its codes [1, BLOCK_Q]; grad_shares [K]: with MEAN, the
+    derivatives by each row's p besides, whose product with p `offset` lacks.
     """
     chosen, gradient = None, tl.zeros(t.shape, tl.float32)
     if LATENTS:
@@ -191,6 +193,8 @@ def gradient_of(
         chosen = tl.where(index == code, 1.0, 0.0) if HARD else y
     if LOGITS and KL:
         log_p = exponent_of(t - maximum) - clean
+        if MEAN:
+            offset += tl.load(grad_shares + code, mask=code < K, other=0.0)
         gradient += tl.exp2(log_p) * (slope * log_p + offset)
     return gradient, chosen
 
@@ -208,9 +212,9 @@ def store_gradient(dlogits_rows, gradient, column, quarter_index: tl.constexpr, 
 @triton.jit
 def backward_step(
     t_0, t_1, t_2, t_3, noise_row, inside, column, codes, dcodes, grad, dlogits_rows, index, inverse, maximum, base,
-    delta, clean, slope, offset, key, K, quarter,
+    delta, clean, slope, offset, grad_shares, key, K, quarter,
     LOGITS: tl.constexpr, CODEBOOK: tl.constexpr, MORE: tl.constexpr, LATENTS: tl.constexpr, KL: tl.constexpr,
-    HARD: tl.constexpr, NOISE: tl.constexpr, PRECISION: tl.constexpr,
+    MEAN: tl.constexpr, HARD: tl.constexpr, NOISE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Stores four tiles of dlogits [n, BLOCK_Q] where LOGITS; returns dcodes [4 BLOCK_Q, BLOCK_D], with these rows'
     share added where CODEBOOK."""
@@ -228,25 +232,25 @@ def backward_step(
             word_0, word_1, word_2, word_3 = philox(column.to(tl.uint32), tied, key, STREAM)
     gradient, chosen_0 = gradient_of(
         t_0, dy_0, word_0, column, index, inverse, maximum, base, delta, clean, slope, offset,
-        LOGITS, LATENTS, KL, HARD, NOISE,
+        grad_shares, K, LOGITS, LATENTS, KL, MEAN, HARD, NOISE,
     )  # fmt: skip
     if LOGITS:
         store_gradient(dlogits_rows, gradient, column, 0, K, quarter, inside, MORE)
     gradient, chosen_1 = gradient_of(
         t_1, dy_1, word_1, column + quarter, index, inverse, maximum, base, delta, clean, slope, offset,
-        LOGITS, LATENTS, KL, HARD, NOISE,
+        grad_shares, K, LOGITS, LATENTS, KL, MEAN, HARD, NOISE,
     )  # fmt: skip
     if LOGITS:
         store_gradient(dlogits_rows, gradient, column, 1, K, quarter, inside, MORE)
     gradient, chosen_2 = gradient_of(
         t_2, dy_2, word_2, column + 2 * quarter, index, inverse, maximum, base, delta, clean, slope, offset,
-        LOGITS, LATENTS, KL, HARD, NOISE,
+        grad_shares, K, LOGITS, LATENTS, KL, MEAN, HARD, NOISE,
     )  # fmt: skip
     if LOGITS:
         store_gradient(dlogits_rows, gradient, column, 2, K, quarter, inside, MORE)
     gradient, chosen_3 = gradient_of(
         t_3, dy_3, word_3, column + 3 * quarter, index, inverse, maximum, base, delta, clean, slope, offset,
-        LOGITS, LATENTS, KL, HARD, NOISE,
+        grad_shares, K, LOGITS, LATENTS, KL, MEAN, HARD, NOISE,
     )  # fmt: skip
     if LOGITS:
         store_gradient(dlogits_rows, gradient, column, 3, K, quarter, inside, MORE)

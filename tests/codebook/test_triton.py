@@ -21,6 +21,7 @@ from dalle_kernels.codebook.projection import contract as projection_contract
 from dalle_kernels.codebook.projection import triton as triton_projection
 from dalle_kernels.codebook.vq import triton as triton_vq
 from dalle_kernels.noise import GUMBEL_STREAM, gumbel_noise
+from tests.codebook.test_projection import compare as compare_with_distribution
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -300,6 +301,46 @@ def test_projection_in_several_strips(use: str, monkeypatch: pytest.MonkeyPatch)
     check_projection(projection_inputs(150, 24, 33, 16, torch.float32, bias=True), 0.9, "soft", use)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("only", ["distribution", None])
+@pytest.mark.parametrize(
+    ("shape", "mode"),
+    [
+        ((37, 20, 90, 24), (False, True, 0.8)),
+        ((66, 64, 128, 32), (True, False, 1.0)),
+        ((5, 3, 2, 3), (True, True, 0.6)),
+    ],
+)
+def test_projection_has_the_mean_distribution(shape: Any, mode: Any, only: str | None, dtype: torch.dtype) -> None:
+    compare_with_distribution(shape, dtype, mode, shape[0] % 2 == 1, only, "triton", DEVICE)
+
+
+def test_the_mean_distribution_of_several_strips_and_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_projection, "STRIP_BYTES", 1)
+    monkeypatch.setattr(triton_projection, "MEAN_PROGRAMS", 1000)  # a share of rows for each step
+    compare_with_distribution((150, 24, 33, 80), torch.float32, (False, True, 0.9), True, None, "triton", DEVICE)
+
+
+def test_projection_s_mean_distribution_of_codes_ruled_out_and_of_no_rows() -> None:
+    torch.manual_seed(16)
+    features, weight, bias, codebook = (
+        tensor.requires_grad_() for tensor in projection_inputs(9, 12, 600, 16, torch.float32, bias=True)
+    )
+    ruling = bias.detach().clone()
+    ruling[:400] = -torch.inf
+    made = gumbel_projection_lookup(
+        features, weight, ruling, codebook, 1.0, seed=1, backend="triton", distribution=True
+    )
+    assert not made[3][:400].any()
+    torch.testing.assert_close(made[3].sum(), torch.ones((), device=DEVICE))
+    for gradient in torch.autograd.grad(made[3].square().sum(), [features, weight]):
+        assert gradient.isfinite().all()
+    for rows, layer in ((features[:0], bias), (features, torch.full_like(bias, -torch.inf))):
+        made = gumbel_projection_lookup(rows, weight, layer, codebook, 1.0, backend="triton", distribution=True)
+        assert made[3].shape == (600,)
+        assert made[3].isnan().all()  # the mean of nothing, and of rows that have no distribution
+
+
 def test_projection_is_the_lookup_of_the_product() -> None:
     torch.manual_seed(12)
     features, weight, bias, codebook = projection_inputs(30, 16, 50, 16, torch.float32, bias=True)
@@ -389,10 +430,11 @@ def test_gradients_that_nobody_asked_for_are_not_made(width: int, hard: bool, us
     kl = None if use == "latents" else randn(rows)
     settings = (0.7, hard, True, 3, 0)
     gumbel = gumbel_contract.Inputs(randn(rows, codes), codebook, *settings)
-    projection = projection_contract.Inputs(randn(rows, 12), weight, bias, codebook, *settings, False, False)
+    mean = randn(codes) if use == "both" else None
+    projection = projection_contract.Inputs(randn(rows, 12), weight, bias, codebook, *settings, mean is not None, False)
     for module, contract, inputs, grads in (
         (triton_gumbel, gumbel_contract, gumbel, (latents, kl)),
-        (triton_projection, projection_contract, projection, (latents, kl, None)),
+        (triton_projection, projection_contract, projection, (latents, kl, mean)),
     ):
         made = {**inputs._asdict(), **module.forward(inputs)._asdict()}
         kept = contract.Kept(*(made[field] for field in contract.Kept._fields))

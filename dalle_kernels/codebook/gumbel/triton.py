@@ -145,8 +145,8 @@ def gumbel_backward_kernel(
             codes = load_codes(codebook, unkept(code, first, EVEN), valid, D, row_width, EVEN, BLOCK_D)
         dcodes = backward_step(
             t_0, t_1, t_2, t_3, row + first_row, inside, column, codes, dcodes, grad, dlogits_rows, index, inverse,
-            maximum, base, delta, clean, slope, offset, key, K, quarter,
-            LOGITS, CODEBOOK, MORE, LATENTS, KL, HARD, NOISE, PRECISION,
+            maximum, base, delta, clean, slope, offset, None, key, K, quarter,
+            LOGITS, CODEBOOK, MORE, LATENTS, KL, False, HARD, NOISE, PRECISION,
         )  # fmt: skip
 
     if CODEBOOK:

@@ -87,14 +87,7 @@ Backend: TypeAlias = Differentiable[Inputs, Outputs, Grads, Kept, Needs]
 
 
 def call_of(values: Inputs | Kept) -> Call:
-    return Call(
-        values.features.device, values.features.dtype, values.codebook.shape[1], extras(values.with_distribution)
-    )
-
-
-def extras(with_distribution: bool) -> tuple[str, ...]:
-    """What not every backend has."""
-    return ("the mean distribution",) if with_distribution else ()
+    return Call(values.features.device, values.features.dtype, values.codebook.shape[1])
 
 
 def keeps_mixture(hard: bool, backend: str, device: torch.device) -> bool:

@@ -31,7 +31,6 @@ from dalle_kernels.codebook.projection.contract import (
     Needs,
     Outputs,
     call_of,
-    extras,
     keeps_mixture,
 )
 
@@ -47,12 +46,11 @@ def _describe(
     bias: torch.Tensor | None,
     codebook: torch.Tensor,
     *_: Any,
-    distribution: bool = False,
     **__: Any,
 ) -> Call:
     check_tensor("features", features)
     check_tensor("codebook", codebook, rank=2)
-    return Call(features.device, autocast(features)[0].dtype, codebook.shape[-1], extras(distribution))
+    return Call(features.device, autocast(features)[0].dtype, codebook.shape[-1])
 
 
 OPERATION: Operation[Backend] = Operation(
@@ -132,7 +130,7 @@ def gumbel_projection_lookup(
         weight: [K, C], bias: [K] or None, codebook: [K, D]; dtype and device of `features` (under autocast all are
             cast).
         temperature, hard, noise, seed, row_offset: as for `gumbel_lookup`; the same seed draws the same noise.
-        backend: "auto", "reference", "cpu" or "triton"; see `explain`. Triton does not do `distribution`.
+        backend: "auto", "reference", "cpu" or "triton"; see `explain`.
         distribution: whether to return it.
 
     Returns:
