@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from dalle_kernels import Row, TokenLayout, explain, gumbel_lookup, sparse_attention
+from dalle_kernels.attention.op import OPERATION as ATTENTION
 from dalle_kernels.backends import native
-from dalle_kernels.backends.choice import Operation
+from dalle_kernels.backends.choice import Operation, first
 from dalle_kernels.backends.contract import Call
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,6 +32,29 @@ def test_the_native_library_is_built_and_serves_cpu_tensors() -> None:
     answer = explain(gumbel_lookup, torch.zeros(2, 8), torch.zeros(8, 4), 1.0)
     assert answer.backend == "cpu"
     assert answer.refusals["cuda"] == "there is no cuda kernel for gumbel_lookup"
+
+
+@pytest.mark.parametrize(
+    ("capability", "width", "refused", "wanted"),
+    [
+        ((8, 0), 64, (), "cuda"),
+        ((8, 0), 64, ("cuda",), "triton"),
+        ((8, 0), 32, (), "triton"),
+        ((8, 6), 64, (), "triton"),
+        ((9, 0), 64, (), "triton"),
+    ],
+)
+def test_cuda_goes_first_where_its_counted_floor_is_under_triton_s(
+    capability: tuple[int, int], width: int, refused: tuple[str, ...], wanted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DALLE_KERNELS_SELF_CHECK", "off")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    for name in ("cuda", "triton"):
+        refusal = "no" if name in refused else None
+        monkeypatch.setattr(ATTENTION.load(name), "refuse", lambda call, refusal=refusal: refusal)
+    candidates = ATTENTION.candidates(Call(torch.device("cuda", 0), torch.bfloat16, width))
+    assert first(candidates) == wanted
+    assert len({candidate.name for candidate in candidates}) == len(candidates)
 
 
 def test_a_named_backend_never_falls_back() -> None:

@@ -4,7 +4,7 @@ The rule: `backend="auto"` takes the first of the device's list below that does 
 named serves the call or raises with its reason; nothing falls back silently. `explain` tells the choice.
 
     CPU tensors    cpu, reference
-    CUDA tensors   triton, reference        (cuda joins where a measurement shows that it beats triton)
+    CUDA tensors   triton, reference        (before them cuda, where its module's `leads` says so)
     others         reference
 
 A GPU backend that does not refuse is checked before it first serves (self_check.py): one whose answers are wrong on
@@ -47,8 +47,14 @@ class Operation(Generic[B]):
     def candidates(self, call: Call) -> list[Candidate]:
         """Every backend in the order in which "auto" asks them, those that it never takes last."""
         automatic = _AUTOMATIC.get(call.device.type, ("reference",))
+        if call.device.type == "cuda" and self._cuda_leads(call):
+            automatic = ("cuda", *automatic)
         names = (*automatic, *(name for name in BACKENDS if name not in automatic))
         return [Candidate(name, name in automatic, self._refusal(name, call)) for name in names]
+
+    def _cuda_leads(self, call: Call) -> bool:
+        leads = getattr(self.load("cuda"), "leads", None) if "cuda" in self.modules else None
+        return leads is not None and self._refusal("cuda", call) is None and leads(call)
 
     def _refusal(self, backend: str, call: Call) -> str | None:
         if backend not in self.modules:
