@@ -22,15 +22,16 @@ ALL = Needs(True, True, True)
 def cases(arch: int) -> Iterator[Case]:
     for bits, width in launch.served("attention_forward", "attention_backward_keys", "attention_backward_queries"):
         yield f"attention/{bits}-bit/{width}", _attention(bits, width)
+    yield "attention/16-bit/64/softcap", _attention(16, 64, softcap=50.0)
+    yield "attention/16-bit/64/part", _attention(16, 64, queries=LAYOUT.image_length // 2)
     yield "attention/16-bit/64/padded-prefix", _attention(16, 64, length=LAYOUT.length - 1, padded=True)
     yield "attention/16-bit/64/far", _attention(16, 64, far=True)
     yield "attention/16-bit/80", _attention(16, 80)
-    yield "attention/16-bit/64/softcap", _attention(16, 64, softcap=50.0)
     for frozen, needs in (("q, k", Needs(False, False, True)), ("q, v", Needs(False, True, False))):
         yield f"attention/16-bit/64/frozen {frozen}", _attention(16, 64, needs=needs)
     for bits, width in launch.served("decode_forward"):
         yield f"decode/{bits}-bit/{width}", _decode(bits, width, heads=16)
-    yield "decode/16-bit/64/softcap", _decode(16, 64, heads=16, softcap=50.0)
+        yield f"decode/{bits}-bit/{width}/softcap", _decode(bits, width, heads=16, softcap=50.0)
     yield "decode/16-bit/64/one-split", _decode(16, 64, heads=256)
     yield "decode/8-bit/64/everything", _decode(8, 64, heads=16, softcap=50.0, copies=2)
 
@@ -60,8 +61,9 @@ def _attention(
     softcap: float | None = None,
     far: bool = False,
     needs: Needs = ALL,
+    queries: int | None = None,
 ):
-    """`far`: rows whose offsets take 64 bits."""
+    """`far`: rows whose offsets take 64 bits; `queries`: those of so many of the last tokens."""
     pattern = Row(LAYOUT)
 
     def call() -> None:
@@ -69,8 +71,10 @@ def _attention(
         if far:  # rows that overlap, of memory that nothing touches
             step = 2**31 // (length - 1) // 16 * 16 + 16
             q, k, v = (x.new_empty(length * step).as_strided(x.shape, (width, width, step, 1)) for x in (q, k, v))
+        start = 0 if queries is None else length - queries
+        q = q[:, :, start:]
         padding = torch.zeros(2, length, dtype=torch.bool) if padded else None
-        settings = padding, width**-0.5, pattern, softcap
+        settings = padding, width**-0.5, pattern, softcap, start
         out, lse = triton_backend.forward(Inputs(q, k, v, *settings))
         triton_backend.backward(Grads(out, lse if padded else None), Kept(q, k, v, out, lse, *settings), needs)
 
