@@ -1,5 +1,5 @@
 """What the Python side of a CUDA call asks of torch: nothing that waits for the device, copies from the host, or
-allocates anything but outputs and workspace. So every call can be captured in a CUDA graph once its plan is there."""
+allocates anything but outputs and workspace. So every call can be captured in a CUDA graph once its walk is there."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         "attention/forward_kernel.cuh",
         ATTENTION,
         ("padding forgotten where a tile is full", "const bool masked = step.mask != 0 || p.padding != nullptr;", "const bool masked = step.mask != 0;"),
-        ("values read where keys lie", "multiply<T, kWidth, kColumns>(acc, score, keys + kTileBytes, place.lane)", "multiply<T, kWidth, kColumns>(acc, score, keys, place.lane)"),
+        ("values read where keys lie", "multiply<T, kWidth, kColumns>(acc, score, keys + kTileBytes, place.lane)", "multiply<T, kWidth, kColumns>(acc, score, keys + 0 * kTileBytes, place.lane)"),
         ("another slot", "slots + step.slot * kForwardSlot<kWidth>;\n      float score", "slots + (step.slot ^ 1) * kForwardSlot<kWidth>;\n      float score"),
     ),
     *_of(
@@ -166,8 +166,8 @@ class Outcome(NamedTuple):
 
 
 @contextmanager
-def workshop() -> Iterator[Path]:
-    """A folder with a copy of what the emulation is built of and of the tests, built once as it stands.
+def workshop(chosen: Iterable[Mutation]) -> Iterator[Path]:
+    """A folder with a copy of what the emulation is built of and of the tests, where those of `chosen` pass.
 
     Raises:
         RuntimeError: a test of the kernels as they are fails, and would catch whatever comes.
@@ -177,17 +177,24 @@ def workshop() -> Iterator[Path]:
         for name in ("csrc", "tests", "dalle_kernels"):
             shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__", "_cuda.so"))
         shutil.copy(ROOT / "pyproject.toml", root)
-        _python(root, "-c", "from tests.emulation.build import build; build()").check_returncode()
-        tests = dict.fromkeys(test for mutation in MUTATIONS for test in mutation.tests)
-        whole = _python(root, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not gpu", *tests)
+        whole = _test(root, (test for mutation in chosen for test in mutation.tests))
         if whole.returncode:
-            raise RuntimeError(f"tests fail before anything is made wrong: {whole.stdout}")
+            raise RuntimeError(f"tests fail before anything is made wrong: {whole.stdout}{whole.stderr}")
         yield root
 
 
-def _python(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+_BUILD_AND_TEST = """
+import sys, pytest
+from tests.emulation.build import build
+build()
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-m", "not gpu", *sys.argv[1:]]))
+"""
+
+
+def _test(root: Path, tests: Iterable[str], *options: str) -> subprocess.CompletedProcess[str]:
+    """Builds the emulation in a workshop, and runs tests; what does not compile names none that failed."""
     environment = {**os.environ, "PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, *arguments]
+    command = [sys.executable, "-c", _BUILD_AND_TEST, *options, *dict.fromkeys(tests)]
     return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=900)
 
 
@@ -202,11 +209,7 @@ def attempt(root: Path, mutation: Mutation) -> Outcome:
     shutil.copytree(objects, kept)
     try:
         source.write_text(mutate(original, mutation))
-        built = _python(root, "-c", "from tests.emulation.build import build; build()")
-        if built.returncode:
-            raise RuntimeError(f"{mutation.file}, {mutation.meaning}: {built.stderr}")
-        tests = dict.fromkeys(mutation.tests)
-        done = _python(root, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not gpu", *tests)
+        done = _test(root, mutation.tests, "-x")
     except subprocess.TimeoutExpired:
         return Outcome(mutation, "the tests do not end")
     finally:
@@ -260,7 +263,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     chosen = [entry for entry in MUTATIONS if options.match in f"{entry.file} {entry.meaning}"]
     outcomes = []
-    with workshop() as root:
+    with workshop(chosen) as root:
         for number, mutation in enumerate(chosen, 1):
             outcomes.append(attempt(root, mutation))
             said = outcomes[-1].caught or "SURVIVES"
