@@ -206,7 +206,7 @@ def test_backward_where_tiles_and_their_transposes_would_have_other_orders(
     columns = 64 if width <= 64 else 32
     orders = [schedule_for(pattern, tile, pattern.length).order for tile in ((128, columns), (columns, 128))]
     assert not orders[0].equal(orders[1])
-    _check_backward(pattern, *_inputs(1, 1, pattern.length, width, torch.bfloat16))
+    _check_backward(pattern, *_inputs(1, 1, pattern.length, width, torch.bfloat16), with_lse=True)
 
 
 @pytest.mark.parametrize("needs", [needs for needs in product((False, True), repeat=3) if not all(needs)], ids=str)

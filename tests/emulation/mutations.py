@@ -96,7 +96,6 @@ MUTATIONS: tuple[Mutation, ...] = (
         ("positions past the end not written", "if (part == 0 && position < p.padded) {", "if (part == 0 && position < length) {"),
         ("half of a row's lanes added up", "distance < kRowLanes; distance *= 2", "distance < kRowLanes / 2; distance *= 2"),
         ("gradient of the log-sum-exp by position", "load(p.grad_lse + query)", "load(p.grad_lse + static_cast<int64_t>(blockIdx.x) * length + position)"),
-        ("a row that sees nothing keeps -inf", "lse = lse == -kInfinity ? kInfinity : lse * kLog2E;", "lse *= kLog2E;"),
         ("delta where the log-sum-exp lies", "delta[half] = position < p.padded ? load(from + p.padded) : 0.0f;", "delta[half] = position < p.padded ? load(from) : 0.0f;"),
     ),
     *_of(
