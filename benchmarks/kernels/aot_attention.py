@@ -22,7 +22,8 @@ ALL = Needs(True, True, True)
 def cases(arch: int) -> Iterator[Case]:
     for bits, width in launch.served("attention_forward", "attention_backward_keys", "attention_backward_queries"):
         yield f"attention/{bits}-bit/{width}", _attention(bits, width)
-    yield "attention/16-bit/64/softcap", _attention(16, 64, softcap=50.0)
+        if (bits, width) != (16, 128):  # spills on sm_90: benchmarks/notes/triton.md
+            yield f"attention/{bits}-bit/{width}/softcap", _attention(bits, width, softcap=50.0)
     yield "attention/16-bit/64/part", _attention(16, 64, queries=LAYOUT.image_length // 2)
     yield "attention/16-bit/64/padded-prefix", _attention(16, 64, length=LAYOUT.length - 1, padded=True)
     yield "attention/16-bit/64/far", _attention(16, 64, far=True)
