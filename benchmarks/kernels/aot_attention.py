@@ -24,7 +24,8 @@ def cases(arch: int) -> Iterator[Case]:
         yield f"attention/{bits}-bit/{width}", _attention(bits, width)
         if (bits, width) != (16, 128):  # spills on sm_90: benchmarks/notes/triton.md
             yield f"attention/{bits}-bit/{width}/softcap", _attention(bits, width, softcap=50.0)
-    yield "attention/16-bit/64/part", _attention(16, 64, queries=LAYOUT.image_length // 2)
+    for bits in DTYPES:
+        yield f"attention/{bits}-bit/64/part", _attention(bits, 64, queries=LAYOUT.image_length // 2)
     yield "attention/16-bit/64/padded-prefix", _attention(16, 64, length=LAYOUT.length - 1, padded=True)
     yield "attention/16-bit/64/far", _attention(16, 64, far=True)
     yield "attention/16-bit/80", _attention(16, 80)
