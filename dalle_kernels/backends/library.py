@@ -269,20 +269,26 @@ class _Derived:
         gradients = outside_autocast(call.device.type, asked.backward, *given)
         return tuple(gradient if need else None for gradient, need in zip(gradients, needs, strict=True))
 
-    def _kernel(self, *args: Any) -> tuple[torch.Tensor, ...]:
+    def _kernel(self, *args: Any) -> Any:
         grads, kept, needs = self._split(args)
         gradients = self._run(grads, kept, needs, args[-1])
-        return tuple(kept[0].new_empty(0) if gradient is None else gradient for gradient in gradients)
+        return self._flat([kept[0].new_empty(0) if gradient is None else gradient for gradient in gradients])
 
-    def _fake(self, *args: Any) -> tuple[torch.Tensor, ...]:
+    def _fake(self, *args: Any) -> Any:
         _, kept, needs = self._split(args)
         if self._stated.fake is not None:
             likes = self._stated.fake(self._stated.kept(*kept))
-            return tuple(like if need else kept[0].new_empty(0) for like, need in zip(likes, needs, strict=True))
-        return tuple(
-            self._stated.like(kept[place]) if need and kept[place] is not None else kept[0].new_empty(0)
-            for place, need in zip(self._from, needs, strict=True)
+            return self._flat([like if need else kept[0].new_empty(0) for like, need in zip(likes, needs, strict=True)])
+        return self._flat(
+            [
+                self._stated.like(kept[place]) if need and kept[place] is not None else kept[0].new_empty(0)
+                for place, need in zip(self._from, needs, strict=True)
+            ]
         )
+
+    def _flat(self, gradients: list[torch.Tensor]) -> Any:
+        """A schema that returns one tensor returns it bare."""
+        return tuple(gradients) if len(self._needs) > 1 else gradients[0]
 
     def _gradients(self, ctx: Any, grads: tuple[torch.Tensor | None, ...], needs: list[bool]) -> tuple[Any, ...]:
         """In the order of `needs`."""
@@ -293,6 +299,7 @@ class _Derived:
         if not torch.is_grad_enabled() and plain((*wanted, *kept)):
             return self._run(wanted, kept, needs, ctx.backend)
         made = self._op(*wanted, *self._kept.encode(kept), needs, ctx.backend)
+        made = (made,) if len(self._needs) == 1 else made
         return tuple(gradient if need else None for gradient, need in zip(made, needs, strict=True))
 
     def _forward_of_plain(self) -> Any:
