@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 import platform
-import shlex
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -20,18 +19,13 @@ from pathlib import Path
 CSRC = Path(__file__).resolve().parent
 sys.path.insert(0, str(CSRC / "cuda"))
 
-from object_cache import compile_object, run  # noqa: E402  (csrc/cuda/object_cache.py)
+from object_cache import compile_object, compiler, run  # noqa: E402  (csrc/cuda/object_cache.py)
 
 OUTPUT = CSRC.parent / "build" / "cpu"
 FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall"]
 FLAGS += ["-Wno-psabi", "-Wno-ignored-attributes", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
 LINK_FLAGS = ["-shared", "-s", "-Wl,--gc-sections"]
 EXPORTED = "{ global: dalle_kernels_cpu_*; local: *; };"
-
-
-def compiler() -> list[str]:
-    """$CXX, which may hold a wrapper and arguments, such as "ccache g++"."""
-    return shlex.split(os.environ.get("CXX") or "c++")
 
 
 def obstacle() -> str | None:

@@ -20,7 +20,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from object_cache import compile_object, run  # beside this file
+from object_cache import compile_object, compiler, run  # beside this file
 
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
@@ -123,14 +123,14 @@ def build(library: Path, jobs: int | None = None, namespace: str = NAMESPACE) ->
     cuda = Path(os.path.realpath(nvcc)).parent.parent
     wanted = architectures()
     built = f'-DDALLE_BUILT="architectures {wanted}; nvcc {version}; torch 2.10 and later"'
-    cxx = os.environ.get("CXX", "c++")
+    cxx = compiler()
     system = [f"-isystem{path}" for path in (*cpp_extension.include_paths(), cuda / "include")]
     flags = architecture_flags(wanted)
     commands = [(source, [nvcc, *NVCC_FLAGS, *flags, f"-I{CSRC}"]) for source in sorted(CSRC.rglob("*.cu"))]
     for source in sorted(CSRC.rglob("cuda_op.cpp")):
-        commands.append((source, [cxx, *CXX_FLAGS, f"-DDALLE_LIBRARY={namespace}", f"-I{CSRC}", *system]))
-    commands.append((CSRC / "cuda" / "built.cpp", [cxx, *CXX_FLAGS, built, *system]))
-    salt = f"{version}; {run([cxx, '--version']).splitlines()[0]}; torch {torch.__version__}"
+        commands.append((source, [*cxx, *CXX_FLAGS, f"-DDALLE_LIBRARY={namespace}", f"-I{CSRC}", *system]))
+    commands.append((CSRC / "cuda" / "built.cpp", [*cxx, *CXX_FLAGS, built, *system]))
+    salt = f"{version}; {run([*cxx, '--version']).splitlines()[0]}; torch {torch.__version__}"
 
     def compile_one(item: tuple[Path, list[str]]) -> Path:
         source, command = item
@@ -145,7 +145,7 @@ def build(library: Path, jobs: int | None = None, namespace: str = NAMESPACE) ->
     # libtorch leads to whatever this torch is made of, libtorch_cuda among it, so it must stay a dependency.
     torch_libraries = [*(f"-L{path}" for path in cpp_extension.library_paths()), "-Wl,--no-as-needed", "-ltorch"]
     runtime = [f"-L{cuda / 'lib64'}", "-lcudart_static", "-lrt", "-ldl", "-lpthread"]
-    run([cxx, "-shared", *map(str, objects), *runtime, *torch_libraries, "-ltorch_cpu", "-lc10", "-o", partial])
+    run([*cxx, "-shared", *map(str, objects), *runtime, *torch_libraries, "-ltorch_cpu", "-lc10", "-o", partial])
     os.replace(partial, library)
     report: Report = {}
     for path in objects:

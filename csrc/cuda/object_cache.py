@@ -5,9 +5,15 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import shlex
 import subprocess
 import tempfile
 from pathlib import Path
+
+
+def compiler() -> list[str]:
+    """$CXX, which may hold a wrapper and arguments, such as "ccache g++"."""
+    return shlex.split(os.environ.get("CXX") or "c++")
 
 
 def run(command: list[str]) -> str:

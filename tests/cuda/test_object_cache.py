@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
 
 from benchmarks.kernels.cuda_build import build_cuda
-
-CXX = os.environ.get("CXX", "c++")
+from tests.emulation import build as emulation
 
 
 @pytest.fixture
@@ -23,7 +21,7 @@ def source(tmp_path: Path) -> Path:
 
 
 def _compile(source: Path, flags: tuple[str, ...] = (), salt: str = "") -> tuple[Path, int]:
-    made = build_cuda.compile_object(source, [CXX, *flags], source.parent, "object", salt)
+    made = build_cuda.compile_object(source, [*build_cuda.compiler(), *flags], source.parent, "object", salt)
     assert [path.name for path in source.parent.glob("*.o")] == [made.name]
     return made, made.stat().st_mtime_ns
 
@@ -53,3 +51,10 @@ def test_a_failure_shows_the_compilers_words_and_leaves_no_object(source: Path) 
     with pytest.raises(RuntimeError, match="MISSING"):
         _compile(source)
     assert not list(source.parent.glob("*.o"))
+
+
+def test_the_compiler_may_have_a_wrapper(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "env c++")
+    monkeypatch.setattr(emulation, "OUTPUT", source.parent)
+    made, _ = _compile(source, ("-fPIC",))
+    assert emulation._link([made], "wrapped", []).exists()

@@ -43,7 +43,7 @@ def _compile(source: Path, torch_headers: bool) -> Path:
     includes = [f"-I{path}" for path in INCLUDES]
     if torch_headers:
         includes += [f"-isystem{path}" for path in SYSTEM_INCLUDES]
-    command = [os.environ.get("CXX", "c++"), *FLAGS, *includes, "-x", "c++"]
+    command = [*object_cache.compiler(), *FLAGS, *includes, "-x", "c++"]
     name = str(source.relative_to(ROOT)).replace("/", "_")
     return object_cache.compile_object(source, command, OUTPUT, name, f"torch {torch.__version__}")
 
@@ -54,7 +54,7 @@ def _link(objects: list[Path], name: str, extra: list[str]) -> Path:
         for stale in OUTPUT.glob(f"{name}.*.so"):
             stale.unlink()
         object_cache.run(
-            [os.environ.get("CXX", "c++"), "-shared", *map(str, objects), *extra, "-o", f"{target}.{os.getpid()}"]
+            [*object_cache.compiler(), "-shared", *map(str, objects), *extra, "-o", f"{target}.{os.getpid()}"]
         )
         os.replace(f"{target}.{os.getpid()}", target)
     return target
