@@ -28,8 +28,6 @@ from dalle_kernels.likelihood import contract as likelihood_contract
 from dalle_kernels.likelihood import triton as likelihood
 from dalle_kernels.sampling import contract as sampling_contract
 from dalle_kernels.sampling import triton as sampling
-from dalle_kernels.tokens import contract as token_contract
-from dalle_kernels.tokens import triton as tokens
 
 
 def calls() -> Iterator[tuple[str, Callable[[], object]]]:
@@ -96,15 +94,6 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
                 likelihood_contract.Grads(row),
                 likelihood_contract.Kept(row, row, row),
                 likelihood_contract.Needs(True, True),
-            ),
-        ),
-    )
-    yield (
-        "tokens",
-        lambda: (
-            tokens.forward(token_contract.Inputs(matrix, codes)).nll,
-            tokens.backward(
-                token_contract.Grads(row), token_contract.Kept(matrix, codes, row), token_contract.Needs(True)
             ),
         ),
     )

@@ -57,7 +57,6 @@ COMMON = (
     "projection/16-bit/128",
     "projection/16-bit/128/backward",
     "sampling/16-bit/8192",
-    "tokens/16-bit/8192",
     "vq/16-bit/128",
 )
 

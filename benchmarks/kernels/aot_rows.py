@@ -1,4 +1,4 @@
-"""Cases for `aot` of the kernels that the launch table does not hold: sampling, the likelihood, that of tokens."""
+"""Cases for `aot` of the kernels that the launch table does not hold: sampling and the likelihood."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from dalle_kernels.likelihood import contract as likelihood_contract
 from dalle_kernels.likelihood import triton as likelihood
 from dalle_kernels.sampling import contract as sampling_contract
 from dalle_kernels.sampling import triton as sampling
-from dalle_kernels.tokens import contract as token_contract
-from dalle_kernels.tokens import triton as tokens
 
 
 def cases(arch: int) -> Iterator[Case]:
@@ -22,7 +20,6 @@ def cases(arch: int) -> Iterator[Case]:
     yield f"sampling/32-bit/{sampling.LARGEST}/guided", sample(32, sampling.LARGEST, guided=True)
     for bits in DTYPES:
         yield f"likelihood/{bits}-bit", nll(bits)
-        yield f"tokens/{bits}-bit/8192", token_nll(bits)
 
 
 def sample(bits: int, tokens: int, guided: bool = False) -> Callable[[], object]:
@@ -39,13 +36,4 @@ def nll(bits: int) -> Callable[[], object]:
         likelihood.backward(
             likelihood_contract.Grads(grad), likelihood_contract.Kept(x, x, x), likelihood_contract.Needs(True, True)
         ),
-    )
-
-
-def token_nll(bits: int) -> Callable[[], object]:
-    logits, row = torch.empty(64, 8192, dtype=DTYPES[bits]), torch.empty(64)
-    codes = torch.zeros(64, dtype=torch.int64)
-    return lambda: (
-        tokens.forward(token_contract.Inputs(logits, codes)),
-        tokens.backward(token_contract.Grads(row), token_contract.Kept(logits, codes, row), token_contract.Needs(True)),
     )

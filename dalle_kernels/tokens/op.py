@@ -15,9 +15,7 @@ from dalle_kernels.tokens import reference
 from dalle_kernels.tokens.contract import AXES, Backend, Grads, Inputs, Kept, Needs, Outputs, call_of
 
 if TYPE_CHECKING:
-    from dalle_kernels.tokens import triton
-
-    _BACKENDS: tuple[Backend, ...] = (triton, reference)
+    _BACKENDS: tuple[Backend, ...] = (reference,)
 
 
 def _describe(logits: torch.Tensor, *_: Any, **__: Any) -> Call:
@@ -25,11 +23,7 @@ def _describe(logits: torch.Tensor, *_: Any, **__: Any) -> Call:
     return Call(logits.device, logits.dtype, logits.shape[-1] if logits.dim() else 1)
 
 
-OPERATION: Operation[Backend] = Operation(
-    "token_nll",
-    {"triton": "dalle_kernels.tokens.triton", "reference": "dalle_kernels.tokens.reference"},
-    _describe,
-)
+OPERATION: Operation[Backend] = Operation("token_nll", {"reference": "dalle_kernels.tokens.reference"}, _describe)
 
 
 def token_nll(logits: torch.Tensor, tokens: torch.Tensor, backend: str = "auto") -> torch.Tensor:
@@ -38,7 +32,7 @@ def token_nll(logits: torch.Tensor, tokens: torch.Tensor, backend: str = "auto")
     Args:
         logits: [..., V], float16, bfloat16, float32 or float64.
         tokens: int64 [...], 0 to V - 1.
-        backend: "auto", "reference" or "triton"; see `explain`.
+        backend: "auto" or "reference"; see `explain`.
 
     Returns:
         float32 (float64 for float64 logits), shape of `tokens`, in nats.
