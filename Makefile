@@ -54,14 +54,14 @@ test: install
 # Everything of the library that needs no compiler, interpreter, emulator or other project.
 FAST := tests/patterns tests/attention/test_op.py tests/attention/test_shapes.py tests/decode/test_op.py tests/codebook/test_op.py \
   tests/codebook/test_binary.py tests/codebook/test_entropy.py tests/likelihood/test_op.py tests/sampling/test_op.py \
-  tests/tokens/test_op.py tests/test_backends.py tests/test_library.py tests/test_native.py tests/test_noise.py tests/test_docstrings.py
+  tests/test_backends.py tests/test_library.py tests/test_native.py tests/test_noise.py tests/test_docstrings.py
 
 test-fast: install
 	$(BIN)/python -m pytest -q -n auto --dist loadfile $(FAST)
 
 coverage: install
 	$(BIN)/python -m pytest -q -n auto --dist loadfile --cov=dalle_kernels --cov-report=term:skip-covered $(FAST) \
-	  tests/attention tests/decode tests/codebook tests/likelihood tests/sampling tests/tokens tests/test_nn.py tests/test_transforms.py
+	  tests/attention tests/decode tests/codebook tests/likelihood tests/sampling tests/test_nn.py tests/test_transforms.py
 
 # What the site is built with comes when it is first asked for; nothing else needs it.
 $(VENV)/docs: $(STAMP)

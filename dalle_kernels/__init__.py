@@ -29,7 +29,6 @@ from dalle_kernels.patterns import (
     dalle_pattern_schedule,
 )
 from dalle_kernels.sampling.op import sample_tokens
-from dalle_kernels.tokens.op import token_nll
 
 __version__ = "0.1.0"
 
@@ -62,6 +61,5 @@ __all__ = [
     "logit_laplace_nll",
     "sample_tokens",
     "sparse_attention",
-    "token_nll",
     "vq_lookup",
 ]

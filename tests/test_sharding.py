@@ -48,10 +48,6 @@ def sampled(logits: Any, unconditional: Any) -> Any:
     return dk.sample_tokens(logits, unconditional_logits=unconditional, guidance_scale=2.0, seed=5)
 
 
-def token_nll(logits: Any) -> Any:
-    return dk.token_nll(logits, logits.argmin(-1))
-
-
 Q = [randn(3, 4, LAYOUT.length, 8, seed=n) for n in range(3)]
 GROUPED = [Q[0], *(randn(3, 2, LAYOUT.length, 8, seed=n) for n in (1, 2))]
 MASK = randn(3, LAYOUT.length) > 1.0
@@ -98,7 +94,6 @@ CASES: dict[str, tuple[Callable[..., Any], list[Any], list[Any], Any]] = {
     "codebook entropy": (dk.codebook_entropy, [randn(8, 6), FEATURES[1]], [(S0, S0), (R, R)], None),
     "binary entropy": (dk.binary_entropy, [randn(8, 6)], [(S0, R)], None),
     "likelihood": (dk.logit_laplace_nll, [torch.sigmoid(Q[0]), *Q[1:]], [(S0, S2)] * 3, (S0, S2)),
-    "likelihood of tokens": (token_nll, [LOGITS[0]], [(S0, S0)], (S0, S0)),
     "sampling": (sampled, [LOGITS[0], LOGITS[0] * 0.5], [(S0, S0)] * 2, (S0, S0)),
     "sampling, codes": (sampled, [LOGITS[0], LOGITS[0] * 0.5], [(S1, R)] * 2, (R, R)),
 }

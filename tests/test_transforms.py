@@ -22,7 +22,6 @@ from dalle_kernels import (
     logit_laplace_nll,
     sample_tokens,
     sparse_attention,
-    token_nll,
     vq_lookup,
 )
 from dalle_kernels.backends import cases as cases_of_backends
@@ -76,10 +75,6 @@ def likelihood(mu: torch.Tensor, log_b: torch.Tensor) -> tuple[torch.Tensor, ...
     return (logit_laplace_nll(torch.linspace(0.1, 0.9, 12, dtype=mu.dtype).view(3, 4), mu, log_b),)
 
 
-def of_tokens(logits: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return (token_nll(logits, torch.tensor([2, 0, 3], device=logits.device)),)
-
-
 def cases() -> dict[str, Case]:
     torch.manual_seed(4)
     q, k, v = randn(3, 2, 2, PATTERN.length, 4)
@@ -92,7 +87,6 @@ def cases() -> dict[str, Case]:
         "projection": Case(projection, (randn(5, 6), randn(9, 6), randn(9), randn(9, 4))),
         "vq": Case(nearest, (randn(5, 4), randn(9, 4))),
         "likelihood": Case(likelihood, (randn(3, 4), randn(3, 4))),
-        "likelihood of tokens": Case(of_tokens, (randn(3, 4),)),
     }
 
 
@@ -207,8 +201,6 @@ def test_meta_tensors(name: str) -> None:
         outputs = (logit_laplace_nll(*(tensor.to("meta") for tensor in (inputs[0], *inputs))),)
     elif name == "vq":
         outputs = vq_lookup(*(tensor.to("meta") for tensor in inputs))[::2]
-    elif name == "likelihood of tokens":
-        outputs = (token_nll(inputs[0].to("meta"), torch.zeros(3, dtype=torch.int64, device="meta")),)
     elif name == "projection":
         outputs = function(*(tensor.to("meta") for tensor in inputs))
     else:

@@ -113,15 +113,3 @@ def laplace_competitors() -> list[Lookup]:
 def _laplace(pixels: Tensor, mu: Tensor, log_b: Tensor) -> Tensor:
     logit = torch.logit(pixels)
     return torch.log(2 * pixels * (1 - pixels)) + log_b + (logit - mu).abs() * torch.exp(-log_b)
-
-
-def token_competitors() -> list[Lookup]:
-    """Functions (logits [N, V], tokens [N]) -> the negative log-likelihood of each token."""
-    return [
-        Lookup("eager", lambda: Made(_token_nll)),
-        Lookup("compiled", lambda: Made(torch.compile(_token_nll, dynamic=False))),
-    ]
-
-
-def _token_nll(logits: Tensor, tokens: Tensor) -> Tensor:
-    return F.cross_entropy(logits.float(), tokens, reduction="none")

@@ -27,7 +27,6 @@ from dalle_kernels import (
     logit_laplace_nll,
     sample_tokens,
     sparse_attention,
-    token_nll,
     vq_lookup,
 )
 
@@ -79,7 +78,6 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
     yield "code_statistics", lambda: code_statistics(logits, indices, 8)
     yield "sample_tokens", lambda: sample_tokens(logits, seed=seed)
     yield "logit_laplace_nll", lambda: logit_laplace_nll(x, x, x)
-    yield "token_nll", lambda: token_nll(logits, indices)
 
 
 def main(arguments: list[str] | None = None) -> int:

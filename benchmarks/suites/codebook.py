@@ -13,13 +13,12 @@ from benchmarks.competitors.adapter import Lookup, Made
 from benchmarks.competitors.codebook import (
     gumbel_competitors,
     laplace_competitors,
-    token_competitors,
     vq_best_competitors,
     vq_competitors,
 )
 from benchmarks.harness import Cell, Check, Contender, Trial, Work, copies_beyond_cache, dtype_name
 from benchmarks.suites.choice import Choice
-from dalle_kernels import gumbel_lookup, logit_laplace_nll, token_nll, vq_lookup
+from dalle_kernels import gumbel_lookup, logit_laplace_nll, vq_lookup
 from dalle_kernels.noise import GUMBEL_STREAM, VQ_STREAM, gumbel_noise
 
 SEED, TEMPERATURE = 1234567, 0.9
@@ -46,7 +45,6 @@ def cells(choice: Choice) -> list[Cell]:
                 found.append(vq_best_cell(choice.device, rows, dtype, k=8))
                 found.append(vq_best_cell(choice.device, rows, dtype, temperature=TEMPERATURE))
             found.append(laplace_cell(choice.device, pictures * 3 * 256**2, dtype))
-            found.append(token_cell(choice.device, rows, dtype))
     return found
 
 
@@ -339,47 +337,3 @@ def _laplace_trial(inputs: Sequence[Sequence[Tensor]], made: Made) -> Trial:
 
     runs: list[Callable[[], object]] = [partial(run, tensors) for tensors in inputs]
     return Trial(runs, verify, made.notes)
-
-
-# --- token_nll --------------------------------------------------------------------------------------------------------
-
-
-def token_cell(
-    device: torch.device, rows: int, dtype: torch.dtype, competitors: Sequence[Lookup] | None = None
-) -> Cell:
-    """The likelihood of each of `rows` tokens, forward."""
-    case = {"operation": "token_nll", "rows": rows, "codes": CODES, "dtype": dtype_name(dtype), "pass": "forward"}
-    work = Work(bytes=rows * CODES * dtype.itemsize, ceiling="copy")
-
-    def contenders() -> Iterable[Contender]:
-        @lru_cache(maxsize=1)
-        def inputs() -> list[list[Tensor]]:  # rotating (logits, tokens)
-            generator = torch.Generator(device).manual_seed(0)
-            return [
-                [
-                    torch.randn(rows, CODES, generator=generator, device=device).to(dtype),
-                    torch.randint(CODES, (rows,), generator=generator, device=device),
-                ]
-                for _ in range(copies_beyond_cache(work.bytes, device))
-            ]
-
-        yield Contender("dalle_kernels", lambda: _token_trial(inputs(), Made(token_nll)))
-        for competitor in token_competitors() if competitors is None else competitors:
-            yield Contender(competitor.name, lambda competitor=competitor: _token_trial(inputs(), competitor.make()))
-
-    return Cell("codebook", case, dtype, lambda: work, contenders)
-
-
-def _token_trial(inputs: Sequence[Sequence[Tensor]], made: Made) -> Trial:
-    def run(tensors: Sequence[Tensor]) -> Any:
-        with torch.no_grad():
-            return made.function(*tensors)
-
-    def verify() -> Check:
-        logits, tokens = inputs[0]
-        wide = logits.double()
-        true = wide.logsumexp(1) - wide.gather(1, tokens[:, None])[:, 0]
-        error = (run(inputs[0]).double() - true).abs().max().item() / true.abs().max().item()
-        return Check(error, 4 * torch.finfo(logits.dtype).eps)
-
-    return Trial([partial(run, tensors) for tensors in inputs], verify, made.notes)

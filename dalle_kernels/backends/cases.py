@@ -27,7 +27,6 @@ from dalle_kernels import (
     logit_laplace_nll,
     sample_tokens,
     sparse_attention,
-    token_nll,
     vq_lookup,
 )
 
@@ -254,15 +253,6 @@ def _likelihood(inputs: Tensors, backend: str) -> Tensors:
     return _with_gradients(inputs, outputs)
 
 
-def _targets(inputs: Tensors) -> torch.Tensor:
-    rows, width = inputs[0].shape
-    return torch.arange(rows, device=inputs[0].device) * 37 % width
-
-
-def _token_nll(inputs: Tensors, backend: str) -> Tensors:
-    return _with_gradients(inputs, lambda leaves: (token_nll(leaves[0], _targets(leaves), backend),))
-
-
 def _tokens(inputs: Tensors, backend: str) -> Tensors:
     return (sample_tokens(inputs[0], 0.8, top_k=50, top_p=0.9, seed=1, backend=backend),)
 
@@ -396,7 +386,6 @@ def all_cases() -> list[Case]:
         Case(
             "likelihood", logit_laplace_nll, 50, _normal((3, 50), (3, 50)), _likelihood, lambda x: (x[0].sigmoid(), *x)
         ),
-        Case("likelihood of tokens", token_nll, 700, _normal((5, None)), _token_nll, lambda x: (x[0], _targets(x))),
         Case("sampling", sample_tokens, 700, _normal((5, None)), _tokens, lambda x: x, exact=True),
     ]
 

@@ -13,7 +13,6 @@ from benchmarks.competitors.attention import Attention, attention_competitors, m
 from benchmarks.competitors.codebook import (
     gumbel_competitors,
     laplace_competitors,
-    token_competitors,
     vq_best_competitors,
     vq_competitors,
 )
@@ -37,7 +36,6 @@ from dalle_kernels import (
     logit_laplace_nll,
     sample_tokens,
     sparse_attention,
-    token_nll,
     vq_lookup,
 )
 from dalle_kernels.noise import GUMBEL_STREAM, SAMPLING_STREAM, VQ_STREAM, gumbel_noise
@@ -210,13 +208,6 @@ def test_laplace(competitor: Lookup) -> None:
     mu, log_b = torch.randn(2, 100, device=DEVICE)
     got = competitor.make().function(pixels, mu, log_b)
     torch.testing.assert_close(got, logit_laplace_nll(pixels, mu, log_b), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("competitor", **by_name(token_competitors()))
-def test_tokens(competitor: Lookup) -> None:
-    torch.manual_seed(0)
-    logits, tokens = torch.randn(20, 30, device=DEVICE), torch.randint(30, (20,), device=DEVICE)
-    torch.testing.assert_close(competitor.make().function(logits, tokens), token_nll(logits, tokens))
 
 
 @pytest.mark.parametrize("guided", [False, True])
