@@ -32,11 +32,6 @@ _PAPER = "Ramesh et al. 2021, Zero-Shot Text-to-Image Generation"
 _SPARSE = "Child et al. 2019, Generating Long Sequences with Sparse Transformers"
 SHOWN = (
     Shown("Causal", "Causal(TokenLayout(256, (32, 32)))", "every autoregressive transformer: the dense baseline"),
-    Shown(
-        "Prefix",
-        "Prefix(TokenLayout(256, (32, 32)))",
-        "Raffel et al. 2020, Exploring the Limits of Transfer Learning: a language model with a prefix",
-    ),
     Shown("Row", "Row(TokenLayout(256, (32, 32)))", f"{_PAPER}, figure 11a"),
     Shown("Column", "Column(TokenLayout(256, (32, 32)))", f"{_PAPER}, figure 11b and c"),
     Shown("Convolution", "Convolution(TokenLayout(256, (32, 32)), kernel_size=11)", f"{_PAPER}, figure 11d"),

@@ -252,25 +252,6 @@ class Causal(_GridPattern):
 
 
 @dataclass(frozen=True)
-class Prefix(_GridPattern):
-    """All text in both directions; every image token sees it, itself and all image tokens before it.
-
-    Source: Liu et al. 2018, and Raffel et al. 2020, section 3.2.1: a language model with a prefix.
-
-    Example:
-        >>> Prefix(TokenLayout(2, (1, 2))).mask().int().tolist()
-        [[1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
-    """
-
-    def leading(self, length: int) -> IntArray:
-        own = np.arange(1, length + 1, dtype=np.int32)
-        return np.maximum(own, np.int32(min(self.layout.text_length, length)))
-
-    def distances(self) -> IntArray:
-        return np.arange(0, dtype=np.int32)
-
-
-@dataclass(frozen=True)
 class Row(_GridPattern):
     """The last `columns` image tokens and itself, across the row boundary (Ramesh et al. 2021, figure 11a).
 
