@@ -116,6 +116,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
+    except ModuleNotFoundError as error:
+        print(f"--plot: {error}; pip install matplotlib", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -81,7 +81,7 @@ SHOWN = (
     Shown(
         "Diagonal",
         "Diagonal(Row(TokenLayout(256, (32, 32))), first=256, columns=32, window=8)",
-        "He et al. 2024, ZipAR: rows of a picture drawn side by side",
+        "He et al. 2024, ZipAR: an order of drawing, rows of a picture side by side",
     ),
     Shown(
         "MaskPattern",

@@ -104,6 +104,30 @@ def test_a_pure_python_install_works_and_says_so(tmp_path: Path) -> None:
     assert "cpu: the native library is absent: DALLE_KERNELS_NATIVE=0" in wanted.stdout
 
 
+def test_sources_in_front_of_what_was_installed_say_so(tmp_path: Path) -> None:
+    """As in a clone from which the package was installed."""
+    shutil.copytree(
+        ROOT / "dalle_kernels",
+        tmp_path / "sources" / "dalle_kernels",
+        ignore=shutil.ignore_patterns("*.so", "__pycache__"),
+    )
+    (tmp_path / "installed" / "dalle_kernels").mkdir(parents=True)
+    (tmp_path / "installed" / "dalle_kernels" / native.LIBRARY.name).write_bytes(b"")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "installed")}
+    result = subprocess.run(
+        [sys.executable, "-c", PURE],
+        cwd=tmp_path / "sources",
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    said = f"these are the sources, not what pip installed in {tmp_path / 'installed'}: run from another folder"
+    assert f"cpu: the native library is absent: {said}" in result.stdout
+    assert said in result.stderr
+    assert "--force-reinstall" not in result.stderr
+
+
 def test_the_build_says_why_it_leaves_the_kernels_out() -> None:
     environment = {**os.environ, "CXX": "no-such-compiler", "DALLE_KERNELS_NATIVE": "auto"}
     command = [sys.executable, "setup.py", "--version"]

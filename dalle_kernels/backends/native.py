@@ -6,6 +6,7 @@ import ctypes
 import json
 import platform
 import re
+import sys
 import warnings
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -83,7 +84,18 @@ class Library:
 
 
 def _why_left_out() -> str:
+    if (elsewhere := _installed()) is not None:
+        return f"these are the sources, not what pip installed in {elsewhere}: run from another folder"
     return LEFT_OUT.read_text().strip() if LEFT_OUT.exists() else "it was never built"
+
+
+def _installed() -> Path | None:
+    """The folder of an installed package that has a library, where this one, found first, has none."""
+    for folder in sys.path:
+        package = Path(folder or ".").resolve() / LIBRARY.parent.name
+        if package != LIBRARY.parent and (package / LIBRARY.name).exists():
+            return package.parent
+    return None
 
 
 def _load() -> tuple[Library | None, str]:
@@ -105,7 +117,8 @@ def _source() -> str:
         origin = json.loads(distribution("dalle-kernels").read_text("direct_url.json") or "{}")
     except PackageNotFoundError:
         return "."
-    url = origin.get("url", "dalle-kernels")
+    sources = (LIBRARY.parents[1] / "pyproject.toml").exists()
+    url = origin.get("url", "." if sources else "dalle-kernels")
     if "vcs_info" in origin:
         return f"{origin['vcs_info']['vcs']}+{url}"
     return ("--editable " if origin.get("dir_info", {}).get("editable") else "") + url
@@ -123,11 +136,11 @@ def warn_of_absence() -> None:
     if NATIVE is not None or _warned or _why_left_out() == _WISH:
         return
     _warned = True
-    warnings.warn(
-        f"dalle_kernels: CPU tensors go to the slow reference backend; {_absence}. With a C++ compiler on the path:\n"
-        f"    pip install --force-reinstall --no-deps --no-cache-dir {_source()}",
-        stacklevel=2,
-    )
+    said = f"dalle_kernels: CPU tensors go to the slow reference backend; {_absence}"
+    if _installed() is None:
+        said += ". With a C++ compiler on the path:\n    pip install --force-reinstall --no-deps --no-cache-dir "
+        said += _source()
+    warnings.warn(said, stacklevel=2)
 
 
 def absence() -> str | None:

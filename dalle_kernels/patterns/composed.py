@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from dalle_kernels.patterns.layout import TokenLayout
 from dalle_kernels.patterns.patterns import Grid, IntArray, Pattern, by_turn
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -35,13 +37,11 @@ class _Pair(Pattern):
 
     @property
     def layout_or_none(self) -> TokenLayout | None:
-        layout = self.first.layout_or_none
-        return layout if layout == self.second.layout_or_none else None
+        return _common(self.first.layout_or_none, self.second.layout_or_none)
 
     @property
     def grid_or_none(self) -> Grid | None:
-        grid = self.first.grid_or_none
-        return grid if grid == self.second.grid_or_none else None
+        return _common(self.first.grid_or_none, self.second.grid_or_none)
 
     @classmethod
     def _from_spec(cls, spec: str, arguments: dict[str, Any]) -> Pattern:
@@ -57,6 +57,13 @@ class _Pair(Pattern):
             for pattern in (self.first, self.second)
         ]
         return runs[0], runs[1], codes[0], codes[1]
+
+
+def _common(one: T | None, other: T | None) -> T | None:
+    """Both's, or that of the one that has any: a matrix takes the grid of what it is joined to."""
+    if one is None or other is None:
+        return one if other is None else other
+    return one if one == other else None
 
 
 @dataclass(frozen=True)

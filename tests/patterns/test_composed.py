@@ -131,3 +131,15 @@ def test_what_does_not_fit_is_refused() -> None:
         Packed(())
     with pytest.raises(TypeError, match="wanted a Pattern"):
         Packed([short, None])  # type: ignore[list-item]
+
+
+def test_a_matrix_takes_the_grid_of_what_it_is_joined_to() -> None:
+    """It is drawn on that grid, and walked in the orders that a grid offers."""
+    layout = TokenLayout(0, (32, 32))
+    columns = Column(layout).mask()
+    for joined in (MaskPattern(columns) & Causal(layout), Causal(layout) & MaskPattern(columns)):
+        assert joined.layout_or_none == layout
+        assert joined.grid_or_none == Row(layout).grid_or_none
+        assert Schedule.build(joined).executed_pairs < Schedule.build(MaskPattern(columns)).executed_pairs
+    assert (MaskPattern(columns) | MaskPattern(columns)).grid_or_none is None
+    assert (Row(layout) | Row(TokenLayout(512, (16, 32)))).grid_or_none is None

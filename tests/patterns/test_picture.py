@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -110,6 +111,14 @@ def test_everything_else_is_refused_in_one_line(text: str, capsys: pytest.Captur
     said = capsys.readouterr()
     assert said.out == ""
     assert len(said.err.strip().splitlines()) == 1
+
+
+def test_a_plot_without_matplotlib_is_refused_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert simulate.main(["Row(TokenLayout(0, (2, 2)))", "--plot", str(tmp_path / "row.png")]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].endswith("pip install matplotlib")
 
 
 def test_the_figures(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
