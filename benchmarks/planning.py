@@ -1,6 +1,6 @@
 """What the paper's transformer would need of GPUs of 80 GB, 8 to 1,024 of them: `python -m benchmarks plan`.
 
-    python -m benchmarks plan     # writes benchmarks/notes/plan.md; steps on tensors without memory, long on two cores
+    python -m benchmarks plan     # writes benchmarks/notes/plan.md; a quarter of an hour on two cores
 
 The tables are `dalle-reference plan`'s, beside what the paper says of its own run.
 """
