@@ -39,12 +39,12 @@ def _tiles(width: int) -> _Tiles:
 def refuse(call: Call) -> str | None:
     if reason := cuda_library.refuse(call.device, call.dtype, (torch.bfloat16, torch.float16)):
         return reason
+    if call.extras:
+        return f"it has no {call.extras[0]}"
     widths = cuda_library.operations().attention_widths()
     if call.width not in widths:
         listed = ", ".join(map(str, widths))
         return f"it takes head dimensions {listed}, not {call.width}"
-    if call.extras:
-        return f"it has no {call.extras[0]}"
     tiles = _tiles(call.width)
     needed = tiles.fewest_slots * max(tiles.forward_slot, tiles.query_slot, tiles.key_slot)
     there = cuda_library.shared_memory(call.device, 1)

@@ -30,11 +30,13 @@ def _shape() -> _Shape:
 def refuse(call: Call) -> str | None:
     if reason := cuda_library.refuse(call.device, call.dtype, (torch.bfloat16, torch.float16, torch.float32)):
         return reason
+    if call.extras:
+        return f"it has no {call.extras[0]}"
     shape = _shape()
     piece, most = shape.piece // call.dtype.itemsize, shape.most_bytes // call.dtype.itemsize
     if call.width % piece or call.width > most:
         return f"it takes head dimensions that are multiples of {piece} up to {most}, not {call.width}"
-    return f"it has no {call.extras[0]}" if call.extras else None
+    return None
 
 
 def forward(inputs: Inputs) -> Outputs:
