@@ -76,7 +76,7 @@ def _draw_lists(axis: Any, schedule: Schedule) -> None:
 
 def _draw_slots(axis: Any, slots: int) -> None:
     """Which tile lies in which slot of shared memory at which step of the first part's walk."""
-    walk = walk_for(PAPER, 128, 64, False, PAPER.length, slots, 2, 1)
+    walk = walk_for(PAPER, 128, 64, False, PAPER.length, slots, ahead=2, parts=1)
     steps = walk.steps.numpy()
     held = np.full((slots, len(steps)), np.nan)
     for step, (tile, slot, _, _) in enumerate(steps):

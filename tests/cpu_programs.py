@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -28,10 +27,6 @@ def needed(tool: str) -> str:
     if os.environ.get("CI") == "true":
         pytest.fail(f"CI has to have {tool} (.ci/run installs it)")
     pytest.skip(f"{tool} is not installed here")
-
-
-def host_compiler() -> list[str]:
-    return shlex.split(os.environ.get("CXX", "c++"))
 
 
 def build(name: str, compiler: Sequence[str], flags: Sequence[str], folder: Path) -> Path:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shlex
 import subprocess
 from pathlib import Path
 
 from torch.utils import cpp_extension
+
+from benchmarks.kernels.cuda_build import build_cuda
 
 HEADER = Path(__file__).resolve().parents[1] / "csrc" / "torch_abi.h"
 THEIRS = "#include <torch/csrc/stable/c/shim.h>\n"
@@ -21,7 +21,7 @@ def compiles(source: str, folder: Path) -> subprocess.CompletedProcess[str]:
     path.write_text(source)
     includes = [f"-isystem{path}" for path in cpp_extension.include_paths()]
     command = [
-        *shlex.split(os.environ.get("CXX") or "c++"),
+        *build_cuda.compiler(),
         "-std=c++20",
         "-fsyntax-only",
         f"-I{HEADER.parent}",

@@ -85,43 +85,39 @@ print(explain(sparse_attention, q, q, q, Row(layout)))
 """
 
 
-def test_a_pure_python_install_works_and_says_so(tmp_path: Path) -> None:
-    shutil.copytree(ROOT / "dalle_kernels", tmp_path / "dalle_kernels", ignore=shutil.ignore_patterns("*.so"))
-    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
-    result = subprocess.run(
-        [sys.executable, "-c", PURE], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+def _copy_without_libraries(folder: Path) -> None:
+    left_out = shutil.ignore_patterns("*.so", "__pycache__")
+    shutil.copytree(ROOT / "dalle_kernels", folder / "dalle_kernels", ignore=left_out)
+
+
+def _run_pure(folder: Path, path: Path) -> subprocess.CompletedProcess[str]:
+    """PURE, from `folder`, with `path` as PYTHONPATH."""
+    environment = os.environ | {"PYTHONPATH": str(path)}
+    return subprocess.run(
+        [sys.executable, "-c", PURE], cwd=folder, env=environment, capture_output=True, text=True, check=False
     )
+
+
+def test_a_pure_python_install_works_and_says_so(tmp_path: Path) -> None:
+    _copy_without_libraries(tmp_path)
+    result = _run_pure(tmp_path, tmp_path)
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("sparse_attention: reference\n")
     assert "cpu: the native library is absent: it was never built" in result.stdout
     assert result.stderr.count("CPU tensors go to the slow reference backend; the native library is absent") == 1
     assert "pip install --force-reinstall --no-deps --no-cache-dir " in result.stderr
     (tmp_path / "dalle_kernels" / "_left_out.txt").write_text("DALLE_KERNELS_NATIVE=0\n")
-    wanted = subprocess.run(
-        [sys.executable, "-c", PURE], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-    )
+    wanted = _run_pure(tmp_path, tmp_path)
     assert wanted.stderr == ""
     assert "cpu: the native library is absent: DALLE_KERNELS_NATIVE=0" in wanted.stdout
 
 
 def test_sources_in_front_of_what_was_installed_say_so(tmp_path: Path) -> None:
     """As in a clone from which the package was installed."""
-    shutil.copytree(
-        ROOT / "dalle_kernels",
-        tmp_path / "sources" / "dalle_kernels",
-        ignore=shutil.ignore_patterns("*.so", "__pycache__"),
-    )
+    _copy_without_libraries(tmp_path / "sources")
     (tmp_path / "installed" / "dalle_kernels").mkdir(parents=True)
     (tmp_path / "installed" / "dalle_kernels" / native.LIBRARY.name).write_bytes(b"")
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "installed")}
-    result = subprocess.run(
-        [sys.executable, "-c", PURE],
-        cwd=tmp_path / "sources",
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    result = _run_pure(tmp_path / "sources", tmp_path / "installed")
     said = f"these are the sources, not what pip installed in {tmp_path / 'installed'}: run from another folder"
     assert f"cpu: the native library is absent: {said}" in result.stdout
     assert said in result.stderr

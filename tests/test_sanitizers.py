@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.kernels.cuda_build import build_cuda
 from dalle_kernels.backends import native
 from tests import cpu_programs
 
@@ -22,6 +23,6 @@ def test_nothing_is_found(name: str, tmp_path: Path) -> None:
     emulated = platform.machine() == "x86_64" and "avx512_bf16" not in native.NATIVE.supported_isas()
     if emulated:
         flags.append("-DDALLE_EMULATE_AVX512")
-    program = cpu_programs.build(name, cpu_programs.host_compiler(), flags, tmp_path)
+    program = cpu_programs.build(name, build_cuda.compiler(), flags, tmp_path)
     ran = cpu_programs.run([str(program)])
     assert ran == (["avx2", "avx512", "avx512_bf16"] if emulated else native.NATIVE.supported_isas())

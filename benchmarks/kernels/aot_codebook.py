@@ -97,8 +97,8 @@ def projection_mean(bits: int, width: int, codes: int) -> Callable[[], object]:
 
     def call() -> None:
         device, dtype = features.device, features.dtype
-        launch = triton_tiles.constants("projection_forward", device, dtype, codes, width)
-        triton_projection.mean_distribution(features, weight, bias, of_rows, of_rows, launch)
+        constants = triton_tiles.constants("projection_forward", device, dtype, codes, width)
+        triton_projection.mean_distribution(features, weight, bias, of_rows, of_rows, constants)
 
     return call
 

@@ -46,15 +46,13 @@ class Operation(Generic[B]):
 
     def candidates(self, call: Call) -> list[Candidate]:
         """Every backend in the order in which "auto" asks them, those that it never takes last."""
+        refusals = {name: self._refusal(name, call) for name in BACKENDS}
         automatic = _AUTOMATIC.get(call.device.type, ("reference",))
-        if call.device.type == "cuda" and self._cuda_leads(call):
+        may_lead = call.device.type == "cuda" and refusals["cuda"] is None
+        if may_lead and getattr(self.load("cuda"), "leads", lambda _: False)(call):
             automatic = ("cuda", *automatic)
         names = (*automatic, *(name for name in BACKENDS if name not in automatic))
-        return [Candidate(name, name in automatic, self._refusal(name, call)) for name in names]
-
-    def _cuda_leads(self, call: Call) -> bool:
-        leads = getattr(self.load("cuda"), "leads", None) if "cuda" in self.modules else None
-        return leads is not None and self._refusal("cuda", call) is None and leads(call)
+        return [Candidate(name, name in automatic, refusals[name]) for name in names]
 
     def _refusal(self, backend: str, call: Call) -> str | None:
         if backend not in self.modules:
