@@ -22,6 +22,7 @@ SUITES = (
     "sampling",
     "training",
     "generation",
+    "pixels",
     "integrations",
 )
 ON_CPU = ("scaling",)

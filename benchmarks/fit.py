@@ -24,6 +24,7 @@ NEEDS = {
     "sampling": ("sample_tokens",),
     "training": ("sparse_attention", "gumbel_lookup", "logit_laplace_nll"),
     "generation": ("decode_attention", "sample_tokens"),
+    "pixels": ("sparse_attention", "decode_attention", "sample_tokens"),
     "integrations": ("sparse_attention", "decode_attention"),
 }
 

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from dalle_reference.transformer import DalleTransformer, TransformerConfig
 from torch import Tensor
 
 from benchmarks.competitors.adapter import Lookup
@@ -45,8 +46,12 @@ def cell(
         "dtype": dtype_name(dtype),
     }
 
+    config = TransformerConfig(
+        vocab_text=2048, text_length=text, grid=(grid, grid), vocab_image=1024, layers=layers, heads=heads
+    )
+
     def contenders() -> Iterable[Contender]:
-        step = _Step(device, text, grid, dtype, layers, heads, batch)
+        step = Step(device, config, dtype, batch)
         yield Contender("dalle_kernels", step.trial)
         yield Contender("SDPA mask", partial(step.trial, SdpaMasked))
         yield Contender("SDPA causal in every layer", partial(step.trial, SdpaCausal, same=False))
@@ -57,23 +62,16 @@ def cell(
     return Cell("training", case, dtype, Work, contenders, f"{text} {dtype_name(dtype)}", _share)
 
 
-class _Step:
+class Step:
     """One model and one batch, which all contenders train on."""
 
-    def __init__(
-        self, device: torch.device, text: int, grid: int, dtype: torch.dtype, layers: int, heads: int, batch: int
-    ) -> None:
-        from dalle_reference.transformer import DalleTransformer, TransformerConfig
-
+    def __init__(self, device: torch.device, config: TransformerConfig, dtype: torch.dtype, batch: int) -> None:
         torch.manual_seed(0)
-        config = TransformerConfig(
-            vocab_text=2048, text_length=text, grid=(grid, grid), vocab_image=1024, layers=layers, heads=heads
-        )
         self.device, self.dtype = device, dtype
         self.model = DalleTransformer(config).to(device)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.0, fused=True)
-        self.text = torch.randint(2048, (batch, config.caption_length), device=device)
-        self.image = torch.randint(1024, (batch, config.image_length), device=device)
+        self.text = torch.randint(config.vocab_text, (batch, config.caption_length), device=device)
+        self.image = torch.randint(config.vocab_image, (batch, config.image_length), device=device)
 
     def _loss(self, fused: Callable[..., Tensor] | None) -> Tensor:
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
