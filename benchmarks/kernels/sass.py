@@ -65,11 +65,12 @@ class Machine(NamedTuple):
     multiply_adds: int  # bf16 with fp32 sums, dense, a clock and multiprocessor
     shared: int  # bytes a multiprocessor
     warps: int
+    by_warp: float = 1.0  # the share of `multiply_adds` that a warp's own instructions (mma.sync) reach
 
 
 MACHINES = {
     80: Machine("A100", 108, 1.41, 1024, 164 * 1024, 64),
-    90: Machine("H100, H200", 132, 1.83, 2048, 228 * 1024, 64),
+    90: Machine("H100, H200", 132, 1.83, 2048, 228 * 1024, 64, by_warp=0.629),
     100: Machine("B200", 148, 1.85, 4096, 228 * 1024, 64),
     120: Machine("RTX 5090", 170, 2.41, 256, 100 * 1024, 48),
 }
@@ -265,9 +266,10 @@ def count(way: list[Instruction], kernel: Kernel, arch: int) -> dict[str, Any]:
     for instruction in way:
         counts[pipe(instruction.name)] += 1
     machine = MACHINES[arch]
+    share = machine.by_warp if any(re.match("[HI]MMA", instruction.name) for instruction in way) else 1.0
     cycles = {
         "issue": len(way) / units / 4,
-        "tensor": products / machine.multiply_adds,
+        "tensor": products / machine.multiply_adds / share,
         "mufu": counts["mufu"] / units * 2,
         "shared": sum(map(shared_bytes, way)) / units / 128,
     }
@@ -430,17 +432,17 @@ def cuda_kernels(arch: int, library: Path) -> Iterator[Kernel]:
         part.partition("\n")[0].strip(): "\n\tFunction : " + part
         for part in re.split(r"^\s+Function : ", text, flags=re.MULTILINE)[1:]
     }
-    # name, the function's in its mangled one, products, tile, rows that are skipped together
+    # name, the function's in its mangled one, products, tile, rows that are skipped together, threads
     known = [
-        ("CUDA forward", "14forward_kernel", 2, (128, 64), 16),
-        ("CUDA backward, keys", "10key_kernel", 4, (64, 128), 0),
-        ("CUDA backward, queries", "12query_kernel", 3, (128, 64), 16),
+        ("CUDA forward", "14forward_kernel", 2, (128, 64), 32, 128),
+        ("CUDA backward, keys", "10key_kernel", 4, (64, 128), 0, 256),
+        ("CUDA backward, queries", "12query_kernel", 3, (128, 64), 16, 256),
     ]
-    for name, mangled, products, tile, slab in known:
+    for name, mangled, products, tile, slab, threads in known:
         for function, code in parts.items():
             if f"{mangled}I8Bfloat16Li64E" in function:
                 used = registers.get(function, 0)
-                yield Kernel(name, code, products, 64, tile=tile, slab=slab, threads=256, registers=used)
+                yield Kernel(name, code, products, 64, tile=tile, slab=slab, threads=threads, registers=used)
 
 
 def _assembled(library: Path, arch: int, folder: Path) -> tuple[str, str]:

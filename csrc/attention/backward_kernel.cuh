@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(kThreads, 1) query_kernel(const __grid_constan
   const float to_base_2 = p.scale * kLog2E;
   for (int tile = walker.first_tile; tile < walker.last_tile; ++tile) {
     int token[2];
-    tokens_of(token, walk, tile, place);
+    tokens_of(token, walk, tile * kRowTile + place.row());
     uint32_t query[kWidth / 16][4];
     uint32_t grad[kWidth / 16][4];
     load_rows<T, kWidth>(query, head_of<T>(p.q, place), token, place.c);
@@ -43,14 +43,14 @@ __global__ void __launch_bounds__(kThreads, 1) query_kernel(const __grid_constan
       const Step step = walker.arrive(index);
       Visible<kColumns> visible;
       const bool masked = step.mask != 0 || p.padding != nullptr;
-      if (masked && !visible.read_keys(walk, step, p.padding, place)) {
+      if (masked && !read_keys(&visible, walk, step, p.padding, place)) {
         continue;
       }
       const char* keys = slots + step.slot * kQuerySlot<kWidth>;
       float score[kColumns / 8][4] = {};
       float dp[kColumns / 8][4] = {};
-      multiply_transposed<T, kWidth, kColumns>(score, query, keys, place.lane);
-      multiply_transposed<T, kWidth, kColumns>(dp, grad, keys + kTileBytes, place.lane);
+      multiply_transposed<T, kWidth, kColumns>(&score, &query, keys, place.lane);
+      multiply_transposed<T, kWidth, kColumns>(&dp, &grad, keys + kTileBytes, place.lane);
 #pragma unroll
       for (int n = 0; n < kColumns / 8; ++n) {
 #pragma unroll
@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(kThreads, 1) query_kernel(const __grid_constan
           score[n][i] = weight * (dp[n][i] - delta[i / 2]);
         }
       }
-      multiply<T, kWidth, kColumns>(dq, score, keys, place.lane);
+      multiply<T, kWidth, kColumns>(&dq, &score, keys, place.lane);
     }
     const float factor[2] = {p.scale, p.scale};
     store_rows<T, kWidth>(head_data<T>(p.dq, place), p.dq.strides[2], dq, factor, token, place.c);
@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(kThreads, 1) key_kernel(const __grid_constant_
   const float to_base_2 = p.scale * kLog2E;
   for (int tile = walker.first_tile; tile < walker.last_tile; ++tile) {
     int token[2];
-    tokens_of(token, walk, tile, place);
+    tokens_of(token, walk, tile * kRowTile + place.row());
     uint32_t key[kWidth / 16][4];
     uint32_t value[kWidth / 16][4];
     load_rows<T, kWidth>(key, head_of<T>(p.k, place), token, place.c);
@@ -113,9 +113,9 @@ __global__ void __launch_bounds__(kThreads, 1) key_kernel(const __grid_constant_
       Visible<kColumns> visible;
       const bool masked = step.mask != 0 || p.padding != nullptr;
       if (masked) {
-        visible.read(walk.masks, step.mask, place.warp * 16 + place.g);
+        visible.read(walk.masks, step.mask, place.row());
         visible.remove_rows(padded);
-        if (!visible.any_in_warp()) {
+        if (!__any_sync(0xffffffffu, visible.any())) {
           continue;
         }
       }
@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(kThreads, 1) key_kernel(const __grid_constant_
       const auto* lse = reinterpret_cast<const float*>(grads + kTileBytes);
       const float* delta = lse + kColumns;
       float score[kColumns / 8][4] = {};
-      multiply_transposed<T, kWidth, kColumns>(score, key, queries, place.lane);
+      multiply_transposed<T, kWidth, kColumns>(&score, &key, queries, place.lane);
 #pragma unroll
       for (int n = 0; n < kColumns / 8; ++n) {
         const float2 base = load(reinterpret_cast<const float2*>(lse + 8 * n + 2 * place.c));
@@ -134,9 +134,9 @@ __global__ void __launch_bounds__(kThreads, 1) key_kernel(const __grid_constant_
           score[n][i] = seen ? exp2_fast(score[n][i] * to_base_2 - (i % 2 == 0 ? base.x : base.y)) : 0.0f;
         }
       }
-      multiply<T, kWidth, kColumns>(dv, score, grads, place.lane);
+      multiply<T, kWidth, kColumns>(&dv, &score, grads, place.lane);
       float dp[kColumns / 8][4] = {};
-      multiply_transposed<T, kWidth, kColumns>(dp, value, grads, place.lane);
+      multiply_transposed<T, kWidth, kColumns>(&dp, &value, grads, place.lane);
 #pragma unroll
       for (int n = 0; n < kColumns / 8; ++n) {
         const float2 base = load(reinterpret_cast<const float2*>(delta + 8 * n + 2 * place.c));
@@ -145,7 +145,7 @@ __global__ void __launch_bounds__(kThreads, 1) key_kernel(const __grid_constant_
           score[n][i] *= dp[n][i] - (i % 2 == 0 ? base.x : base.y);
         }
       }
-      multiply<T, kWidth, kColumns>(dk, score, queries, place.lane);
+      multiply<T, kWidth, kColumns>(&dk, &score, queries, place.lane);
     }
     const float scaled[2] = {p.scale, p.scale};
     const float plain[2] = {1.0f, 1.0f};

@@ -14,12 +14,19 @@ constexpr int kThreads = 32 * kWarps;
 constexpr int kRowTile = 16 * kWarps;  // rows that a block has at a time
 constexpr int kAhead = 2;              // steps before its use, in which a column tile is loaded
 
+// Rows of a warp forward. With 32 each fragment of a column tile serves two products, where a thread's registers hold
+// the sums of so many.
+template <int kWidth>
+constexpr int kForwardRows = kWidth <= 64 ? 32 : 16;
+template <int kWidth>
+constexpr int kForwardThreads = 32 * kRowTile / kForwardRows<kWidth>;
+
 // Rows of a column tile. Backward they are fewer where rows are long, whose sums take the registers.
 constexpr int kForwardColumns = 64;
 template <int kWidth>
 constexpr int kBackwardColumns = kWidth <= 64 ? 64 : 32;
 
-// Blocks of the forward on a multiprocessor: two where a thread's sums are few enough for 128 registers.
+// Blocks of the forward on a multiprocessor: two where a block has four warps.
 template <int kWidth>
 constexpr int kForwardBlocks = kWidth <= 64 ? 2 : 1;
 

@@ -11,10 +11,11 @@
 namespace {
 
 template <class T, int kWidth>
-__global__ void __launch_bounds__(kThreads, kForwardBlocks<kWidth>)
+__global__ void __launch_bounds__(kForwardThreads<kWidth>, kForwardBlocks<kWidth>)
     forward_kernel(const __grid_constant__ AttentionForward p) {
   constexpr int kColumns = kForwardColumns;
   constexpr int kTileBytes = kColumns * kPitch<kWidth>;
+  constexpr int kParts = kForwardRows<kWidth> / 16;
   const Place place(p.heads);
   const Walk& walk = p.walk;
   const HeadRows<T> q = head_of<T>(p.q, place);
@@ -22,37 +23,58 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks<kWidth>)
   const HeadRows<T> v = head_of<T>(p.v, place);
   char* slots = shared_memory();  // [slots][keys, values][kColumns][kPitch]
   const auto copy = [&](int tile, int slot) {
-    copy_tiles<T, kWidth, kColumns>(slots + slot * kForwardSlot<kWidth>, k, v, walk, tile);
+    copy_tiles<T, kWidth, kColumns, kForwardThreads<kWidth>>(slots + slot * kForwardSlot<kWidth>, k, v, walk, tile);
   };
 
   const Walker walker(walk, copy);
-  const float to_base_2 = p.scale * kLog2E;
+  // Negative scales are the queries' to bear, so that the largest score is that of the largest product; scale 0 becomes
+  // so little that all weights are 1.
+  const uint32_t sign = p.scale < 0.0f ? 0x80008000u : 0u;
+  const float slope = fmaxf(fabsf(p.scale) * kLog2E, 1e-30f);
   for (int tile = walker.first_tile; tile < walker.last_tile; ++tile) {
-    int token[2];
-    tokens_of(token, walk, tile, place);
-    uint32_t query[kWidth / 16][4];
-    load_rows<T, kWidth>(query, q, token, place.c);
-    float acc[kWidth / 8][4] = {};
-    OnlineSoftmax softmax;
+    uint32_t query[kParts][kWidth / 16][4];
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+      int token[2];
+      tokens_of(token, walk, tile * kRowTile + place.row(part, kParts));
+      load_rows<T, kWidth>(query[part], q, token, place.c);
+      flip_signs(query[part], sign);
+    }
+    float acc[kParts][kWidth / 8][4] = {};
+    OnlineSoftmax softmax[kParts];
 
     const int end = load(walk.tile_steps + tile + 1);
     for (int index = load(walk.tile_steps + tile); index < end; ++index) {
       const Step step = walker.arrive(index);
-      Visible<kColumns> visible;
+      Visible<kColumns> visible[kParts];
       const bool masked = step.mask != 0 || p.padding != nullptr;
-      if (masked && !visible.read_keys(walk, step, p.padding, place)) {
+      const auto read = [&] { return read_keys<kColumns, kParts>(visible, walk, step, p.padding, place); };
+      if (masked && !read()) {
         continue;
       }
       const char* keys = slots + step.slot * kForwardSlot<kWidth>;
-      float score[kColumns / 8][4] = {};
-      multiply_transposed<T, kWidth, kColumns>(score, query, keys, place.lane);
-      softmax.step(score, acc, visible, masked, to_base_2, place.c);
-      multiply<T, kWidth, kColumns>(acc, score, keys + kTileBytes, place.lane);
+      float score[kParts][kColumns / 8][4] = {};
+      multiply_transposed<T, kWidth, kColumns, kParts>(score, query, keys, place.lane);
+      if (masked) {
+        read();  // again rather than kept: the product needs the registers
+#pragma unroll
+        for (int part = 0; part < kParts; ++part) {
+          visible[part].hide(score[part], place.c);
+        }
+      }
+#pragma unroll
+      for (int part = 0; part < kParts; ++part) {
+        softmax[part].step(score[part], acc[part], slope);
+      }
+      multiply<T, kWidth, kColumns, kParts>(acc, score, keys + kTileBytes, place.lane);
     }
 
-    // Read again rather than kept: the walk needs every register.
-    tokens_of(token, walk, tile, place);
-    softmax.finish<T, kWidth>(p, acc, token, place);
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+      int token[2];  // read again rather than kept: the walk needs every register
+      tokens_of(token, walk, tile * kRowTile + place.row(part, kParts));
+      softmax[part].template finish<T, kWidth>(p, acc[part], token, place);
+    }
   }
   copy_async_wait<0>();
 }
@@ -62,7 +84,7 @@ void run_forward(const AttentionForward& p, void* stream) {
   const dim3 grid{static_cast<unsigned>(p.batch * p.heads), static_cast<unsigned>(p.walk.parts), 1};
   const auto run = [&](auto width) {
     constexpr int kWidth = decltype(width)::value;
-    launch(forward_kernel<T, kWidth>, grid, kThreads, p.walk.slots * kForwardSlot<kWidth>, stream, p);
+    launch(forward_kernel<T, kWidth>, grid, kForwardThreads<kWidth>, p.walk.slots * kForwardSlot<kWidth>, stream, p);
   };
   at_width(p.width, run, Widths{});
 }

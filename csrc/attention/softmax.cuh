@@ -1,51 +1,41 @@
-// The online softmax of the forward kernels, in base 2: with s = scale log2(e) q k^T, for each tile of keys
-//   m' = max(m, max s),  l' = 2^(m - m') l + sum 2^(s - m'),  acc' = 2^(m - m') acc + 2^(s - m') v;
-// in the end out = acc / l and lse = ln 2 (m + log2 l).
+// The online softmax of the forward kernel, in base 2: with s = slope q k^T, for each tile of keys
+//   m' = max(m, max s) where that is above m + kSlack, else m,
+//   l' = 2^(m - m') l + sum 2^(s - m'),  acc' = 2^(m - m') acc + 2^(s - m') v;
+// in the end out = acc / l and lse = ln 2 (m + log2 l). Any m gives the same out and lse. One that rarely moves saves
+// the factors, and rows few enough are added up that weights of 2^kSlack do no harm.
 
 #pragma once
 
 #include "attention/tiles.cuh"
 
-constexpr float kNothing = -1e38f;  // the largest score of no keys: finite, so that differences are numbers
+constexpr float kNothing = -1e38f;  // m before any key: finite, so that differences are numbers
+constexpr float kSlack = 8.0f;
 
-// What a lane keeps of rows g and g + 8.
+// What a lane keeps of rows g and g + 8 of a part.
 struct OnlineSoftmax {
   float m[2] = {kNothing, kNothing};
   float l[2] = {0.0f, 0.0f};  // this lane's columns only, until the end
 
-  // Turns products q k^T into weights 2^(s - m') and scales `acc` to them; where `masked`, `visible` says which count.
-  template <int kColumns, int kFragments>
-  DEVICE void step(float (&score)[kColumns / 8][4], float (&acc)[kFragments][4], const Visible<kColumns>& visible,
-                   bool masked, float to_base_2, int c) {
-    float largest[2] = {m[0], m[1]};
+  // Turns products q k^T into weights 2^(s - m') and scales `acc` to them. `slope` is positive.
+  template <int kScores, int kFragments>
+  DEVICE void step(float (&score)[kScores][4], float (&acc)[kFragments][4], float slope) {
+    float largest[2] = {score[0][0], score[0][2]};
 #pragma unroll
-    for (int n = 0; n < kColumns / 8; ++n) {
+    for (int n = 0; n < kScores; ++n) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        score[n][i] *= to_base_2;
-        if (masked && !visible.sees(n, c, i)) {
-          score[n][i] = -kInfinity;
-        }
         largest[i / 2] = fmaxf(largest[i / 2], score[n][i]);
       }
     }
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      largest[half] = largest_of_quad(largest[half]);
-      const float old = exp2_fast(m[half] - largest[half]);  // 0 with the first visible key
-      m[half] = largest[half];
-      l[half] *= old;
-#pragma unroll
-      for (int n = 0; n < kFragments; ++n) {
-        acc[n][2 * half] *= old;
-        acc[n][2 * half + 1] *= old;
-      }
+    const bool grown = largest[0] * slope - m[0] > kSlack || largest[1] * slope - m[1] > kSlack;
+    if (__any_sync(0xffffffffu, grown)) {
+      raise(largest, acc, slope);
     }
 #pragma unroll
-    for (int n = 0; n < kColumns / 8; ++n) {
+    for (int n = 0; n < kScores; ++n) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        score[n][i] = exp2_fast(score[n][i] - m[i / 2]);
+        score[n][i] = exp2_fast(score[n][i] * slope - m[i / 2]);
         l[i / 2] += score[n][i];
       }
     }
@@ -68,5 +58,22 @@ struct OnlineSoftmax {
       }
     }
     store_rows<T, kWidth>(head_data<T>(p.out, place), p.out.strides[2], acc, inverse, token, place.c);
+  }
+
+ private:
+  template <int kFragments>
+  DEVICE void raise(const float (&largest)[2], float (&acc)[kFragments][4], float slope) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float now = fmaxf(m[half], largest_of_quad(largest[half]) * slope);
+      const float old = exp2_fast(m[half] - now);  // 0 with the first visible key
+      m[half] = now;
+      l[half] *= old;
+#pragma unroll
+      for (int n = 0; n < kFragments; ++n) {
+        acc[n][2 * half] *= old;
+        acc[n][2 * half + 1] *= old;
+      }
+    }
   }
 };

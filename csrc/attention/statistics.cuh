@@ -59,7 +59,7 @@ DEVICE void read_statistics(float (&lse)[2], float (&delta)[2], const AttentionB
                             const Place& place) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int position = tile * kRowTile + place.warp * 16 + half * 8 + place.g;
+    const int position = tile * kRowTile + place.row() + 8 * half;
     const float* from = p.statistics + static_cast<int64_t>(blockIdx.x) * 2 * p.padded + position;
     lse[half] = position < p.padded ? load(from) : kInfinity;
     delta[half] = position < p.padded ? load(from + p.padded) : 0.0f;

@@ -1,10 +1,10 @@
 // What the attention kernels share: fragments of row tiles, column tiles in shared memory, masks, and the walk.
 //
-// A block has kWarps warps and owns a tile of kRowTile = 16 kWarps rows at a time, 16 rows to a warp, kept in
-// registers as operand A of m16n8k16. It walks over column tiles that lie in slots of shared memory. Which tile goes to
-// which slot, and when, was planned on the host for the whole walk (the tile that is needed last makes room), so text
-// keys stay where they are and a window of image keys slides along, without the kernel knowing of either.
-// Loads run kAhead steps in front of the products.
+// A block owns a tile of kRowTile rows at a time. A warp has 16 of them or, in `kParts` = 2 parts, 32, kept in
+// registers as operand A of m16n8k16. A block walks over column tiles that lie in slots of shared memory. Which tile
+// goes to which slot, and when, was planned on the host for the whole walk (the tile that is needed last makes room),
+// so text keys stay where they are and a window of image keys slides along, without the kernel knowing of either. Loads
+// run kAhead steps in front of the products.
 
 #pragma once
 
@@ -21,6 +21,9 @@ struct Place {
         c(lane % 4),
         batch(blockIdx.x / heads),
         head(blockIdx.x % heads) {}
+
+  // Row g of one of a warp's parts, among the rows of the block's tile.
+  DEVICE int row(int part = 0, int parts = 1) const { return (warp * parts + part) * 16 + g; }
 };
 
 // The block's head: the first element of its first row, and its rows.
@@ -34,30 +37,27 @@ DEVICE HeadRows<T> head_of(const Rows& rows, const Place& place) {
   return {head_data<T>(rows, place), rows.strides[2]};
 }
 
-// Starts the copy of the `kColumns` rows at positions `first` on into a tile of shared memory, zeros past the end.
-template <class T, int kWidth, int kColumns>
-DEVICE void copy_tile(char* tile, const HeadRows<T>& rows, const int32_t* order, int first, int length) {
+// Starts the copy of column tile `tile` of two tensors, one after the other: keys and values, or queries and the
+// gradients of their outputs. Rows past the end are zeros.
+template <class T, int kWidth, int kColumns, int kBlock = kThreads>
+DEVICE void copy_tiles(char* tiles, const HeadRows<T>& first, const HeadRows<T>& second, const Walk& walk, int tile) {
   constexpr int kPieces = kWidth / 8;
 #pragma unroll 1  // unrolled, its addresses would take registers that the products need
-  for (int i = threadIdx.x; i < kColumns * kPieces; i += kThreads) {
+  for (int i = threadIdx.x; i < kColumns * kPieces; i += kBlock) {
     const int row = static_cast<unsigned>(i) / kPieces;
     const int piece = static_cast<unsigned>(i) % kPieces;
-    const bool valid = first + row < length;
-    const int token = valid ? load(order + first + row) : 0;
-    copy_async(tile + row * kPitch<kWidth> + 16 * piece, rows.row(token) + 8 * piece, valid);
+    const int position = tile * kColumns + row;
+    const bool valid = position < walk.length;
+    const int token = valid ? load(walk.order + position) : 0;
+    char* to = tiles + row * kPitch<kWidth> + 16 * piece;
+    copy_async(to, first.row(token) + 8 * piece, valid);
+    copy_async(to + kColumns * kPitch<kWidth>, second.row(token) + 8 * piece, valid);
   }
 }
 
-// The same of two tensors, one tile after the other: keys and values, or queries and the gradients of their outputs.
-template <class T, int kWidth, int kColumns>
-DEVICE void copy_tiles(char* tiles, const HeadRows<T>& first, const HeadRows<T>& second, const Walk& walk, int tile) {
-  copy_tile<T, kWidth, kColumns>(tiles, first, walk.order, tile * kColumns, walk.length);
-  copy_tile<T, kWidth, kColumns>(tiles + kColumns * kPitch<kWidth>, second, walk.order, tile * kColumns, walk.length);
-}
-
-// sums[n] += A B^T for the tile's rows 8 n to 8 n + 7: scores of the block's rows against the tile's.
-template <class T, int kWidth, int kColumns>
-DEVICE void multiply_transposed(float (&sums)[kColumns / 8][4], const uint32_t (&a)[kWidth / 16][4], const char* tile,
+// sums[part][n] += A B^T for the tile's rows 8 n to 8 n + 7: scores of the warp's rows against the tile's.
+template <class T, int kWidth, int kColumns, int kParts = 1>
+DEVICE void multiply_transposed(float (*sums)[kColumns / 8][4], const uint32_t (*a)[kWidth / 16][4], const char* tile,
                                 int lane) {
   const char* mine = tile + (lane / 16 * 8 + lane % 8) * kPitch<kWidth> + lane / 8 % 2 * 16;
 #pragma unroll
@@ -66,28 +66,40 @@ DEVICE void multiply_transposed(float (&sums)[kColumns / 8][4], const uint32_t (
     for (int k = 0; k < kWidth / 16; ++k) {
       uint32_t b[4];
       load_matrix(b, mine + n * 16 * kPitch<kWidth> + k * 32);
-      mma<T>(sums[2 * n], a[k], b[0], b[1]);
-      mma<T>(sums[2 * n + 1], a[k], b[2], b[3]);
+#pragma unroll
+      for (int part = 0; part < kParts; ++part) {
+        mma<T>(sums[part][2 * n], a[part][k], b[0], b[1]);
+        mma<T>(sums[part][2 * n + 1], a[part][k], b[2], b[3]);
+      }
     }
   }
 }
 
-// sums[n] += weights B for columns 8 n to 8 n + 7 of the tile; weights are the block's rows against the tile's rows.
-template <class T, int kWidth, int kColumns>
-DEVICE void multiply(float (&sums)[kWidth / 8][4], const float (&weights)[kColumns / 8][4], const char* tile,
+// sums[part][n] += weights B for columns 8 n to 8 n + 7 of the tile; weights are the warp's rows against the tile's.
+template <class T, int kWidth, int kColumns, int kParts = 1>
+DEVICE void multiply(float (*sums)[kWidth / 8][4], const float (*weights)[kColumns / 8][4], const char* tile,
                      int lane) {
   const char* mine = tile + (lane / 8 % 2 * 8 + lane % 8) * kPitch<kWidth> + lane / 16 * 16;
 #pragma unroll
   for (int k = 0; k < kColumns / 16; ++k) {
-    const uint32_t a[4] = {pack<T>(weights[2 * k][0], weights[2 * k][1]), pack<T>(weights[2 * k][2], weights[2 * k][3]),
-                           pack<T>(weights[2 * k + 1][0], weights[2 * k + 1][1]),
-                           pack<T>(weights[2 * k + 1][2], weights[2 * k + 1][3])};
+    uint32_t a[kParts][4];
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float* pair = weights[part][2 * k + i / 2] + i % 2 * 2;
+        a[part][i] = pack<T>(pair[0], pair[1]);
+      }
+    }
 #pragma unroll
     for (int n = 0; n < kWidth / 16; ++n) {
       uint32_t b[4];
       load_matrix_transposed(b, mine + k * 16 * kPitch<kWidth> + n * 32);
-      mma<T>(sums[2 * n], a, b[0], b[1]);
-      mma<T>(sums[2 * n + 1], a, b[2], b[3]);
+#pragma unroll
+      for (int part = 0; part < kParts; ++part) {
+        mma<T>(sums[part][2 * n], a[part], b[0], b[1]);
+        mma<T>(sums[part][2 * n + 1], a[part], b[2], b[3]);
+      }
     }
   }
 }
@@ -98,11 +110,11 @@ struct Step {
 };
 
 DEVICE Step read_step(const Walk& walk, int index) {
-  const int32_t* step = walk.steps + 4 * static_cast<int64_t>(index);
-  return {load(step), load(step + 1), load(step + 2), load(step + 3) != 0};
+  const uint4 step = load(reinterpret_cast<const uint4*>(walk.steps) + index);
+  return {static_cast<int>(step.x), static_cast<int>(step.y), static_cast<int>(step.z), step.w != 0};
 }
 
-// The visible columns of rows g and g + 8 of a warp, one bit each.
+// The visible columns of rows g and g + 8 of a warp's part, one bit each.
 template <int kColumns>
 struct Visible {
   static constexpr int kWords = kColumns / 32;
@@ -130,40 +142,67 @@ struct Visible {
     }
   }
 
-  // What rows g and g + 8 of the block's queries see of a step's keys. False where no row of the warp sees any.
-  DEVICE bool read_keys(const Walk& walk, const Step& step, const bool* padding, const Place& place) {
-    read(walk.masks, step.mask, place.warp * 16 + place.g);
-    if (padding != nullptr) {
-      remove_padding(padding + static_cast<int64_t>(place.batch) * walk.length, walk.order, step.tile * kColumns,
-                     walk.length, place.lane);
-    }
-    return any_in_warp();
-  }
-
-  // Takes out the columns of the tile at `first` whose token is padding.
-  DEVICE void remove_padding(const bool* padding, const int32_t* order, int first, int length, int lane) {
+  DEVICE void remove_columns(const uint32_t (&kept)[kWords]) {
 #pragma unroll
     for (int i = 0; i < kWords; ++i) {
-      const int position = first + 32 * i + lane;
-      const bool seen = position < length && !load(padding + load(order + (position < length ? position : 0)));
-      const uint32_t word = __ballot_sync(0xffffffffu, seen);
-      words[0][i] &= word;
-      words[1][i] &= word;
+      words[0][i] &= kept[i];
+      words[1][i] &= kept[i];
     }
   }
 
-  DEVICE bool any_in_warp() const {
+  DEVICE bool any() const {
     uint32_t some = 0;
 #pragma unroll
     for (int i = 0; i < kWords; ++i) {
       some |= words[0][i] | words[1][i];
     }
-    return __any_sync(0xffffffffu, some != 0);
+    return some != 0;
+  }
+
+  // Scores of columns that are not visible become -inf.
+  DEVICE void hide(float (&score)[kColumns / 8][4], int c) const {
+#pragma unroll
+    for (int n = 0; n < kColumns / 8; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        score[n][i] = sees(n, c, i) ? score[n][i] : -kInfinity;
+      }
+    }
   }
 
   // Element i of fragment n of lane (g, c): column 8 n + 2 c + i % 2 of row g or g + 8.
   DEVICE bool sees(int n, int c, int i) const { return (words[i / 2][n / 4] >> (n % 4 * 8 + 2 * c + i % 2) & 1) != 0; }
 };
+
+// What the rows of a warp's parts see of a step's keys. False where none sees any.
+template <int kColumns, int kParts = 1>
+DEVICE bool read_keys(Visible<kColumns>* visible, const Walk& walk, const Step& step, const bool* padding,
+                      const Place& place) {
+#pragma unroll
+  for (int part = 0; part < kParts; ++part) {
+    visible[part].read(walk.masks, step.mask, place.row(part, kParts));
+  }
+  if (padding != nullptr) {
+    padding += static_cast<int64_t>(place.batch) * walk.length;
+    uint32_t kept[kColumns / 32];
+#pragma unroll
+    for (int i = 0; i < kColumns / 32; ++i) {
+      const int position = step.tile * kColumns + 32 * i + place.lane;
+      const bool exists = position < walk.length;
+      kept[i] = __ballot_sync(0xffffffffu, exists && !load(padding + load(walk.order + (exists ? position : 0))));
+    }
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+      visible[part].remove_columns(kept);
+    }
+  }
+  bool any = false;
+#pragma unroll
+  for (int part = 0; part < kParts; ++part) {
+    any |= visible[part].any();
+  }
+  return __any_sync(0xffffffffu, any);
+}
 
 // The row tiles first_tile to last_tile - 1 of part blockIdx.y, and their steps, each visited when its column tile lies
 // in its slot: `copy(column tile, slot)` has started kAhead steps in front.
@@ -209,11 +248,11 @@ class Walker {
   int last_step_;
 };
 
-// The tokens of rows g and g + 8 of this warp in row tile `tile`; -1 past the end.
-DEVICE void tokens_of(int (&token)[2], const Walk& walk, int tile, const Place& place) {
+// The tokens at `position` and position + 8; -1 past the end.
+DEVICE void tokens_of(int (&token)[2], const Walk& walk, int position) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int position = tile * kRowTile + place.warp * 16 + half * 8 + place.g;
-    token[half] = position < walk.length ? load(walk.order + position) : -1;
+    const int own = position + 8 * half;
+    token[half] = own < walk.length ? load(walk.order + own) : -1;
   }
 }

@@ -59,6 +59,18 @@ DEVICE void load_rows(uint32_t (&fragments)[kWidth / 16][4], const HeadRows<T>& 
   }
 }
 
+// Turns the signs of 16-bit elements where `sign` has their bits.
+template <int kFragments>
+DEVICE void flip_signs(uint32_t (&fragments)[kFragments][4], uint32_t sign) {
+#pragma unroll
+  for (int k = 0; k < kFragments; ++k) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      fragments[k][i] ^= sign;
+    }
+  }
+}
+
 // Sixteen rows of sums (operand C, one fragment for each 8 columns) times `factor` of their row, rounded to T.
 template <class T, int kWidth>
 DEVICE void store_rows(T* data, int64_t stride, const float (&sums)[kWidth / 8][4], const float (&factor)[2],

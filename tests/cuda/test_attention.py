@@ -91,6 +91,7 @@ def test_forward_with_padding_and_strides_and_aliases(emulated: Any) -> None:
     padding[0, :40] = True  # the first queries see nothing
     _check(pattern, q, k, v, padding)
     _check(pattern, q, q, q, scale=-0.3)
+    _check(pattern, q, k, v, scale=0.0)
 
 
 def test_rows_that_see_nothing(emulated: Any) -> None:
@@ -128,6 +129,18 @@ def test_a_walk_over_other_tiles_than_the_kernels_is_refused(emulated: Any, monk
 def test_large_scores_do_not_overflow(emulated: Any) -> None:
     q, k, v = _inputs(1, 1, LAYOUT.length, 32, torch.bfloat16)
     _check(Row(LAYOUT), 30 * q, 30 * k, v)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_scores_that_rise_from_tile_to_tile(emulated: Any, dtype: torch.dtype) -> None:
+    """By less than moves a row's maximum, and by more; rows that fall meanwhile keep theirs."""
+    pattern = Causal(TokenLayout(256, (8, 8)))
+    q, _, v = _inputs(1, 1, pattern.length, 32, dtype)
+    q[..., 1:] = 0
+    q[..., 1::2, 0] *= -1
+    k = torch.zeros_like(q)
+    k[..., 0] = torch.linspace(0, 30, pattern.length)
+    _check(pattern, q, k, v, scale=1.0)
 
 
 def _check_backward(

@@ -2,7 +2,7 @@
 
     python -m tests.emulation.mutations                      # all, about an hour; exit status 1 if one survives
     python -m tests.emulation.mutations --match padding      # those whose file or meaning holds this
-    python -m tests.emulation.mutations --write              # and rewrites benchmarks/notes/cuda-mutations.md
+    python -m tests.emulation.mutations --write              # and puts them into benchmarks/notes/cuda-mutations.md
 
 Each is tried on a copy of the sources in a temporary folder: the emulation is built from it, and the tests of its room
 run until one fails.
@@ -19,7 +19,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -57,34 +57,43 @@ MUTATIONS: tuple[Mutation, ...] = (
         ("walk: loads past the part's last step", "if (index < last_step_) {", "if (index <= last_step_) {"),
         ("walk: no group where nothing is loaded", "    copy_async_commit();  // one group a step", "    if (index < last_step_) copy_async_commit();  //"),
         ("walk: the first step's tile is not loaded", "for (int step = first_step; step <", "for (int step = first_step + 1; step <"),
-        ("copy: a row past the end", "const bool valid = first + row < length;", "const bool valid = first + row <= length;"),
-        ("copy: the last 16 bytes of rows left out", "i < kColumns * kPieces; i += kThreads", "i < kColumns * kPieces - 1; i += kThreads"),
-        ("copy: the second tile of the first one's rows", "copy_tile<T, kWidth, kColumns>(tiles + kColumns * kPitch<kWidth>, second", "copy_tile<T, kWidth, kColumns>(tiles + kColumns * kPitch<kWidth>, first"),
+        ("copy: a row past the end", "const bool valid = position < walk.length;", "const bool valid = position <= walk.length;"),
+        ("copy: the last 16 bytes of rows left out", "i < kColumns * kPieces; i += kBlock", "i < kColumns * kPieces - 1; i += kBlock"),
+        ("copy: the second tile of the first one's rows", "second.row(token)", "first.row(token)"),
         ("scores: rows of a matrix in another order", "tile + (lane / 16 * 8 + lane % 8) * kPitch<kWidth> + lane / 8 % 2 * 16", "tile + (lane / 8 % 2 * 8 + lane % 8) * kPitch<kWidth> + lane / 16 * 16"),
-        ("values: two words of operand A exchanged", "{pack<T>(weights[2 * k][0], weights[2 * k][1]), pack<T>(weights[2 * k][2], weights[2 * k][3]),", "{pack<T>(weights[2 * k][2], weights[2 * k][3]), pack<T>(weights[2 * k][0], weights[2 * k][1]),"),
+        ("values: two words of operand A exchanged", "weights[part][2 * k + i / 2] + i % 2 * 2", "weights[part][2 * k + i / 2] + (1 - i % 2) * 2"),
+        ("scores: the second part's are the first's", "mma<T>(sums[part][2 * n], a[part][k], b[0], b[1]);", "mma<T>(sums[part][2 * n], a[0][k], b[0], b[1]);"),
+        ("values: the second part's weights are the first's", "mma<T>(sums[part][2 * n + 1], a[part], b[2], b[3]);", "mma<T>(sums[part][2 * n + 1], a[0], b[2], b[3]);"),
         ("mask: row g + 8 reads row g + 4", "load(mask + half * 8 * kWords + i)", "load(mask + half * 4 * kWords + i)"),
         ("mask: every second column", "(n % 4 * 8 + 2 * c + i % 2) & 1", "(n % 4 * 8 + 2 * c) & 1"),
         ("mask: the second word never read", "words[i / 2][n / 4]", "words[i / 2][0]"),
         ("mask: a warp skips what only rows g + 8 see", "some |= words[0][i] | words[1][i];", "some |= words[0][i];"),
-        ("padding: of the first sample", "padding + static_cast<int64_t>(place.batch) * walk.length, walk.order, step.tile", "padding, walk.order, step.tile"),
-        ("padding: the second 32 columns as the first", "const int position = first + 32 * i + lane;", "const int position = first + lane;"),
-        ("padding: rows g + 8 stay", "      words[1][i] &= word;\n", ""),
+        ("mask: a warp skips what only its second part sees", "any |= visible[part].any();", "any |= part == 0 && visible[part].any();"),
+        ("padding: of the first sample", "    padding += static_cast<int64_t>(place.batch) * walk.length;\n", ""),
+        ("padding: the second 32 columns as the first", "step.tile * kColumns + 32 * i + place.lane", "step.tile * kColumns + place.lane"),
+        ("padding: rows g + 8 stay", "      words[1][i] &= kept[i];\n", ""),
         ("padding: removed keys of the first row only", "removed[half] ? 0u", "removed[0] ? 0u"),
-        ("rows: g + 8 is g + 4", "place.warp * 16 + half * 8 + place.g;\n    token[half]", "place.warp * 16 + half * 4 + place.g;\n    token[half]"),
+        ("rows: g + 8 is g + 4", "const int own = position + 8 * half;", "const int own = position + 4 * half;"),
+        ("rows: those of the second part are the first's", "(warp * parts + part) * 16 + g", "warp * parts * 16 + g"),
     ),
     *_of(
         "attention/forward_kernel.cuh",
         ATTENTION,
         ("padding forgotten where a tile is full", "const bool masked = step.mask != 0 || p.padding != nullptr;", "const bool masked = step.mask != 0;"),
-        ("values read where keys lie", "multiply<T, kWidth, kColumns>(acc, score, keys + kTileBytes, place.lane)", "multiply<T, kWidth, kColumns>(acc, score, keys + 0 * kTileBytes, place.lane)"),
+        ("values read where keys lie", "multiply<T, kWidth, kColumns, kParts>(acc, score, keys + kTileBytes, place.lane)", "multiply<T, kWidth, kColumns, kParts>(acc, score, keys + 0 * kTileBytes, place.lane)"),
         ("another slot", "slots + step.slot * kForwardSlot<kWidth>;\n      float score", "slots + (step.slot ^ 1) * kForwardSlot<kWidth>;\n      float score"),
+        ("a negative scale taken for a positive one", "p.scale < 0.0f ? 0x80008000u : 0u", "0u"),
+        ("a scale of 0", "fmaxf(fabsf(p.scale) * kLog2E, 1e-30f)", "fabsf(p.scale) * kLog2E"),
     ),
     *_of(
         "attention/softmax.cuh",
         ATTENTION,
         ("sums of the second row not rescaled", "        acc[n][2 * half + 1] *= old;\n", ""),
         ("weights not rescaled", "      l[half] *= old;\n", ""),
-        ("a lane's own maximum", "      largest[half] = largest_of_quad(largest[half]);\n", ""),
+        ("a lane's own maximum", "largest_of_quad(largest[half]) * slope", "largest[half] * slope"),
+        ("a lane raises its maximum alone", "if (__any_sync(0xffffffffu, grown)) {", "if (grown) {"),
+        ("the maximum follows rows g alone", "largest[0] * slope - m[0] > kSlack || largest[1] * slope - m[1] > kSlack;", "largest[0] * slope - m[0] > kSlack;"),
+        ("the maximum may fall", "fmaxf(m[half], largest_of_quad(largest[half]) * slope)", "largest_of_quad(largest[half]) * slope"),
         ("a lane's own sum of weights", "      l[half] = sum_of_quad(l[half]);\n", ""),
         ("no maximum", "largest[i / 2] = fmaxf(largest[i / 2], score[n][i]);", "largest[i / 2] = 0.0f;"),
         ("log-sum-exp of the head before", "store(p.lse + row * p.walk.length + token[half], lse);", "store(p.lse + (row > 0 ? row - 1 : row) * p.walk.length + token[half], lse);"),
@@ -236,21 +245,31 @@ def mutate(text: str, mutation: Mutation) -> str:
     return text.replace(mutation.old, mutation.new)
 
 
-def table(outcomes: Iterable[Outcome]) -> str:
-    """The outcomes as a page for benchmarks/notes."""
-    outcomes = list(outcomes)
-    caught = sum(outcome.caught is not None for outcome in outcomes)
+_ROW = re.compile(r"\| `(.+?)` \| (.+) \| (?:`(.+)`|\*\*nothing\*\*) \|")
+
+
+def recorded() -> dict[tuple[str, str], str | None]:
+    """The committed page: (file, meaning) -> the test that failed, or None."""
+    rows = map(_ROW.fullmatch, TABLE.read_text().splitlines())
+    return {(row[1], row[2]): row[3] for row in rows if row}
+
+
+def table(caught: Mapping[tuple[str, str], str | None]) -> str:
+    """Outcomes, by file and meaning, as a page for benchmarks/notes; those of mutations that are gone are left out."""
+    made = [entry for entry in MUTATIONS if (entry.file, entry.meaning) in caught]
+    number = sum(caught[entry.file, entry.meaning] is not None for entry in made)
     lines = [
         "# Mistakes made on purpose in the CUDA kernels, and the tests that noticed",
         "",
-        f"`python -m tests.emulation.mutations --write` writes this page. Of its {len(MUTATIONS)} mistakes {len(outcomes)} were",
-        f"made for it, and {caught} of these were caught. The test is the first that failed; a kernel that breaks a rule of",
+        f"`python -m tests.emulation.mutations --write` writes this page. Of its {len(MUTATIONS)} mistakes {len(made)} were",
+        f"made for it, and {number} of these were caught. The test is the first that failed; a kernel that breaks a rule of",
         "the machine (a race, an address, a deadlock) fails it too.",
         "",
         "| source | mistake | caught by |",
         "|---|---|---|",
     ]
-    for mutation, first in outcomes:
+    for mutation in made:
+        first = caught[mutation.file, mutation.meaning]
         lines.append(f"| `{mutation.file}` | {mutation.meaning} | {f'`{first}`' if first else '**nothing**'} |")
     return "\n".join(lines) + "\n"
 
@@ -258,7 +277,7 @@ def table(outcomes: Iterable[Outcome]) -> str:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--match", default="", help="only mutations whose file or meaning holds this")
-    parser.add_argument("--write", action="store_true", help="rewrite the committed table")
+    parser.add_argument("--write", action="store_true", help="put the outcomes into the committed table")
     options = parser.parse_args(arguments)
     chosen = [entry for entry in MUTATIONS if options.match in f"{entry.file} {entry.meaning}"]
     outcomes = []
@@ -268,7 +287,8 @@ def main(arguments: list[str] | None = None) -> int:
             said = outcomes[-1].caught or "SURVIVES"
             print(f"{number}/{len(chosen)} {mutation.file}: {mutation.meaning}: {said}", flush=True)
     if options.write:
-        TABLE.write_text(table(outcomes))
+        made = {(mutation.file, mutation.meaning): caught for mutation, caught in outcomes}
+        TABLE.write_text(table(recorded() | made))
     return int(any(outcome.caught is None for outcome in outcomes))
 
 
