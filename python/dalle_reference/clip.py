@@ -231,18 +231,28 @@ class CLIP(nn.Module):
 
         With several processes in `world`, the captions that a picture is told from are those of all of them, and so are
         the pictures of a caption; the mean of the processes' losses is the whole batch's.
+
+        Args:
+            pictures: [N, 3, S, S] in 0..1.
+            tokens: int64 [N, n], as for `encode_captions`; or [M, N, n], M captions of each picture, say in as many
+                languages. That is the mean loss of M batches of the same pictures, which are read once.
+            world: the processes; this one alone by default.
         """
         with torch.no_grad():
             self.log_scale.clamp_(max=math.log(LARGEST_SCALE))
-        shown, said = self.encode_pictures(pictures), self.encode_captions(tokens)
+        shown = self.encode_pictures(pictures)
+        said = self.encode_captions(tokens.flatten(0, -2)).reshape(-1, *shown.shape)
         own = torch.arange(len(shown), device=shown.device)
         all_shown, all_said = shown, said
         if world is not None and world.size > 1:
-            all_shown, all_said = world.gather_differentiably(torch.stack([shown, said], dim=1)).unbind(1)
+            gathered = world.gather_differentiably(torch.cat([shown[None], said]).transpose(0, 1).contiguous())
+            all_shown, all_said = gathered[:, 0], gathered[:, 1:].transpose(0, 1)
             own = own + world.rank * len(shown)
-        logits = self.scale * shown @ all_said.T
-        total = (F.cross_entropy(logits, own) + F.cross_entropy(self.scale * said @ all_shown.T, own)) / 2
-        return CLIPLoss(total, (logits.detach().argmax(dim=1) == own).float().mean())
+        own = own.repeat(len(said))
+        of_pictures = (self.scale * shown @ all_said.mT).flatten(0, 1)
+        of_captions = (self.scale * said @ all_shown.T).flatten(0, 1)
+        total = (F.cross_entropy(of_pictures, own) + F.cross_entropy(of_captions, own)) / 2
+        return CLIPLoss(total, (of_pictures.detach().argmax(dim=1) == own).float().mean())
 
 
 def caption_tokens(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dalle_reference import clip, dvae, pixels, prior, transformer, unclip
-from dalle_reference.errors import require, require_amount, require_positive, require_seed, require_share
+from dalle_reference.errors import MOST_SIZE, require, require_amount, require_positive, require_seed, require_share
 
 
 @dataclass(frozen=True)
@@ -238,8 +238,15 @@ class TrainCLIPConfig:
     data: DataConfig = field(default_factory=DataConfig)
     bpe_dropout: float = 0.1
     """Probability with which a merge of the byte-pair encoding is left out, in training."""
+    captions: int = 1
+    """Captions of a picture in one batch: where it has that many, each in its place, a language say, and told from the
+    others' in the same place. The pictures are read once for all of them."""
+    shift: int = 0
+    """Pixels by which a picture is moved at most, up or down and sideways, its edge repeated; in training."""
 
     def __post_init__(self) -> None:
+        require_positive(self, "captions")
+        require(self, f"0 to {MOST_SIZE}", lambda value: 0 <= value <= MOST_SIZE, "shift")
         require(self.model, "at least 257, one for each byte and the end", lambda value: value >= 257, "vocab_text")
         require(self.model, "at least 2, one token and the end", lambda value: value >= 2, "text_length")
         require_share(self, "bpe_dropout")
@@ -441,7 +448,9 @@ CLIP_PRESETS: dict[str, tuple[str, TrainCLIPConfig]] = {
                 beta2=0.98,
                 epsilon=1e-6,
                 weight_decay=0.2,
-            )
+            ),
+            captions=4,
+            shift=2,
         ),
     ),
     "paper": (

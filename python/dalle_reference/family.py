@@ -20,6 +20,9 @@ from dalle_reference.config import (
     PIXELS_PRESETS,
     PRIOR_PRESETS,
     TRANSFORMER_PRESETS,
+    TrainDecoderConfig,
+    TrainPixelDecoderConfig,
+    TrainPixelsConfig,
     TrainTransformerConfig,
 )
 from dalle_reference.data import CHANGES, OPENMOJI_CREDIT, PictureSet, load_pictures, pairs
@@ -37,8 +40,19 @@ from dalle_reference.tokenizer import CaptionTokenizer
 from dalle_reference.unclip import TokenDecoder
 
 _SEED = 0
-_SHARES = {"clip": 0.12, "pixels": 0.2, "prior": 0.22, "autoregressive": 0.04, "decoder": 0.1, "panels": 0.32}
+_SHARES = {
+    "clip": 0.12,
+    "pixels": 0.1,
+    "palette": 0.14,
+    "prior": 0.18,
+    "autoregressive": 0.03,
+    "decoder": 0.09,
+    "pixel-decoder": 0.06,
+    "panels": 0.28,
+}
 """Of the training time."""
+_KINDS = {"autoregressive": "prior", "palette": "pixels", "pixel-decoder": "decoder", "panels": "transformer"}
+"""Whose folder's name, by which checkpoints go, is not the stage's."""
 _ASKED = 64
 """Captions, or pictures, of a figure."""
 _JUDGED, _CANDIDATES, _NUMBERS = 32, 512, (1, 8, 32, 128, 512)
@@ -55,7 +69,7 @@ class FamilyConfig:
     """Folder of a finished demo, whose dVAE and transformer are used."""
     out: Path = Path("runs/family")
     """Folder for models, sheets and report.json; must not hold a family yet."""
-    minutes: float = 20.0
+    minutes: float = 22.0
     """What training may take, all models together: the steps are chosen so, on the speed of short trials."""
     device: str = "auto"
     """cpu, cuda, or auto."""
@@ -90,6 +104,7 @@ def _run(config: FamilyConfig, world: World) -> dict[str, Any]:
     stages: dict[str, tuple[Any, Any]] = {
         "clip": (CLIP_PRESETS["demo"][1], train.train_clip),
         "pixels": (PIXELS_PRESETS["bytes"][1], train_family.train_pixels),
+        "palette": (PIXELS_PRESETS["palette"][1], train_family.train_pixels),
         "prior": (replace(PRIOR_PRESETS["diffusion"][1], clip_run=clip_run), train_family.train_prior),
         "autoregressive": (replace(PRIOR_PRESETS["autoregressive"][1], clip_run=clip_run), train_family.train_prior),
     }
@@ -97,13 +112,18 @@ def _run(config: FamilyConfig, world: World) -> dict[str, Any]:
     shape = replace(decoder.model, grid=dvae.config.grid, vocab_image=dvae.config.vocab)
     decoder = replace(decoder, model=shape, clip_run=clip_run, dvae=config.demo / "dvae")
     stages["decoder"] = (decoder, train_family.train_decoder)
+    stages["pixel-decoder"] = (
+        replace(DECODER_PRESETS["pixels"][1], clip_run=clip_run),
+        train_family.train_decoder,
+    )
     panels = TRANSFORMER_PRESETS["panels"][1]
     shape = replace(panels.model, grid=(2 * dvae.config.grid[0], dvae.config.grid[1]), vocab_image=dvae.config.vocab)
     stages["panels"] = (replace(panels, model=shape, dvae=config.demo / "dvae"), train.train_transformer)
     planned: dict[str, Any] = {}
     for name, (stage, training) in stages.items():
-        kind = {"autoregressive": "prior", "panels": "transformer"}.get(name)  # `plan` goes by the name
-        folder = config.out / name / kind if kind else config.out / name
+        folder = config.out / name
+        if name in _KINDS:
+            folder /= _KINDS[name]
         often = {"out": folder, "log_every": 5, "draw_every": 0, "seed": _SEED}
         stage = replace(stage, run=replace(stage.run, device=str(world.device), cache=config.cache, **often))
         with timed(name, seconds):
@@ -112,10 +132,11 @@ def _run(config: FamilyConfig, world: World) -> dict[str, Any]:
     with timed("figures", seconds), torch.no_grad():
         clip, tokenizer = load_clip(clip_run, world.device)
         table = _names(config, clip, tokenizer) | _best_of(config, clip, tokenizer)
-        table |= _pixels(config, planned["pixels"], world.device)
+        table |= _pixels(config, "pixels", planned["pixels"], world.device)
+        table |= _pixels(config, "palette", planned["palette"], world.device)
         for name, folder in (("diffusion", prior_run), ("autoregressive", config.out / "autoregressive" / "prior")):
             table |= _prior(config, name, folder, world.device)
-        table |= _decoder(config, planned["decoder"], world.device)
+        table |= _decoders(config, planned["decoder"], planned["pixel-decoder"], world.device)
         table |= _panels(config, planned["panels"], world.device)
     report = {
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
@@ -127,8 +148,7 @@ def _run(config: FamilyConfig, world: World) -> dict[str, Any]:
         draft.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     width = max(map(len, table))
     print("\n".join(f"{name:{width}}  {value}" for name, value in table.items()))
-    sheets = ", ".join(f"{config.out}/{name}.png" for name in ("best-of", "completions", "variations", "panels"))
-    print(f"sheets: {sheets}; {OPENMOJI_CREDIT}", flush=True)
+    print(f"sheets: {', '.join(map(str, sorted(config.out.glob('*.png'))))}; {OPENMOJI_CREDIT}", flush=True)
     return report
 
 
@@ -235,14 +255,14 @@ def _panels(config: FamilyConfig, stage: TrainTransformerConfig, device: torch.d
     return {"picture to picture, held-out combinations": f"{right.mean():.1%} the change asked for, of {len(CHANGES)}"}
 
 
-def _pixels(config: FamilyConfig, stage: Any, device: torch.device) -> dict[str, str]:
+def _pixels(config: FamilyConfig, name: str, stage: TrainPixelsConfig, device: torch.device) -> dict[str, str]:
     model = load_pixels(stage.run.out, device)
     pictures = load_pictures(stage.data.source, model.config.resolution, config.cache)
     held_out = pictures.split(stage.data.held_out)[1].one_per_concept()
     nats = pixel_loss(model, held_out)
     which = torch.linspace(0, len(held_out) - 1, min(6, len(held_out))).long()
     sheets.completion_sheet(
-        config.out / "completions.png",
+        config.out / f"{name}.png",
         model,
         held_out.images[which].to(device),
         model.config.resolution // 2,
@@ -251,7 +271,7 @@ def _pixels(config: FamilyConfig, stage: Any, device: torch.device) -> dict[str,
         heading="Held-out pictures: what was given, what the transformer of pixels makes of it, and the picture",
         footer=pictures.credit,
     )
-    return {"pixels, held-out pictures": likelihood(stage.model, nats)}
+    return {f"{name}, held-out pictures": likelihood(stage.model, nats)}
 
 
 def _prior(config: FamilyConfig, name: str, folder: Path, device: torch.device) -> dict[str, str]:
@@ -264,38 +284,48 @@ def _prior(config: FamilyConfig, name: str, folder: Path, device: torch.device) 
     return {f"{name} prior, held-out cosine": ", ".join(f"{what} {value:.3f}" for what, value in cosines.items())}
 
 
-def _decoder(config: FamilyConfig, stage: Any, device: torch.device) -> dict[str, str]:
-    """How often the decoder's picture is the right one: of its true vector, of the prior's, of the caption's own."""
-    decoder, clip = load_decoder(stage.run.out, device)
+def _decoders(
+    config: FamilyConfig, tokens_stage: TrainDecoderConfig, pixels_stage: TrainPixelDecoderConfig, device: torch.device
+) -> dict[str, str]:
+    """What the decoders make of pictures' own vectors, of those the prior draws, and of the captions' own.
+
+    Into tokens: how often that is the right picture. Into pixels, for which a CPU's minutes are too few to ask that:
+    how near CLIP's vector of it is to the right picture's.
+    """
+    decoder, clip = load_decoder(tokens_stage.run.out, device)
+    painter, _ = load_decoder(pixels_stage.run.out, device)
     prior, _, tokenizer = load_prior(config.out / "prior", device)
     assert isinstance(decoder, TokenDecoder)
-    training = train.captioned_training(stage.data, decoder.dvae.config.resolution, config.cache)
+    training = train.captioned_training(tokens_stage.data, decoder.dvae.config.resolution, config.cache)
     gallery = train.tokenize_pictures(decoder.dvae, training.images)
     chosen = _some(len(training))
     texts = _captions(training.records, chosen)
-    seen = train.captioned_training(stage.data, clip.config.resolution, config.cache).take(chosen.tolist()).images
+    seen = train.captioned_training(tokens_stage.data, clip.config.resolution, config.cache).take(chosen.tolist())
     tokens = caption_tokens(texts, tokenizer, clip.config).to(device)
-    said, shown = caption_vectors(clip, tokenizer, texts), picture_vectors(clip, seen)
-    table = {}
+    said, shown = caption_vectors(clip, tokenizer, texts), picture_vectors(clip, seen.images)
+    drawing: dict[str, Any] = {"seed": _SEED, "guidance_scale": 1.5}
+    table, cosines = {}, []
     for name, vectors in (
         ("the picture's vector", shown),
         ("the prior's", prior.draw(tokens, said, seed=_SEED)),
         ("the caption's", said),
     ):
-        drawn = decoder.draw_tokens(vectors, seed=_SEED, guidance_scale=1.5).cpu()
-        found = retrieval(drawn, torch.from_numpy(chosen), gallery)
+        found = retrieval(decoder.draw_tokens(vectors, **drawing).cpu(), torch.from_numpy(chosen), gallery)
         table[f"unCLIP's decoder of {name}"] = f"{found.right:.1%} right of {found.candidates}"
-    sheets.variation_sheet(
-        config.out / "variations.png",
-        decoder,
-        training.images[torch.from_numpy(chosen[:6])],
-        shown[:6],
-        number=6,
-        seed=_SEED,
-        guidance_scale=1.5,
-        heading="Training pictures, and what unCLIP's decoder draws of their vectors",
-        footer=OPENMOJI_CREDIT,
-    )
+        painted = picture_vectors(clip, painter.draw(vectors, **drawing))
+        cosines.append(f"{name} {float((painted * shown).sum(dim=-1).mean()):.3f}")
+    table["unCLIP's pixel decoder, cosine to the picture"] = ", ".join(cosines)
+    for sheet, model in (("variations", decoder), ("variations-pixels", painter)):
+        sheets.variation_sheet(
+            config.out / f"{sheet}.png",
+            model,
+            training.images[torch.from_numpy(chosen[:6])],
+            shown[:6],
+            number=6,
+            heading="Training pictures, and what unCLIP's decoder draws of their vectors",
+            footer=OPENMOJI_CREDIT,
+            **drawing,
+        )
     return table
 
 

@@ -212,14 +212,19 @@ def train_clip(config: TrainCLIPConfig, world: World) -> Path:
 
     def prepare(step: int, parts: list[range]) -> list[tuple[Any, ...]]:
         shown = distinct_indices(step, run_config.batch, len(concepts), run_config.seed)
-        chosen, tokens = [], []
+        images, tokens = [], []
         for place in parts[0]:
             chance = sample_generator(run_config.seed, step, place)
             picture = concepts[shown[place]][chance.integers(len(concepts[shown[place]]))]
-            text = captions[picture][chance.integers(len(captions[picture]))]
-            chosen.append(picture)
-            tokens.append(caption_tokens([text], tokenizer, model_config, config.bpe_dropout, chance))
-        return [(training.images[chosen].to(device).float() / 255.0, torch.cat(tokens).to(device))]
+            texts, first = captions[picture], 0
+            if len(texts) > config.captions:
+                first = int(chance.integers(len(texts)))
+            said = [texts[(first + number) % len(texts)] for number in range(config.captions)]
+            tokens.append(caption_tokens(said, tokenizer, model_config, config.bpe_dropout, chance))
+            images.append(shifted(training.images[picture], config.shift, chance))
+        together = torch.stack(tokens, dim=1)
+        longest = int((together != NO_TOKEN).sum(dim=-1).max())
+        return [(torch.stack(images).to(device).float() / 255.0, together[:, :, :longest].to(device))]
 
     def objective(model: CLIP, pictures: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, CLIPLoss]:
         loss = model.loss(pictures, tokens, world)
@@ -236,6 +241,15 @@ def train_clip(config: TrainCLIPConfig, world: World) -> Path:
     run = Run(run_config, "clip", model, objective, to_json(config), world)
     run.train(prepare, describe, draw)
     return run_config.out
+
+
+def shifted(image: torch.Tensor, shift: int, chance: np.random.Generator) -> torch.Tensor:
+    """A picture [3, S, S] moved by up to `shift` pixels either way, down and sideways, its edge repeated."""
+    if not shift:
+        return image
+    side = torch.arange(image.shape[-1])
+    rows, columns = ((side + int(chance.integers(-shift, shift + 1))).clamp(0, side[-1]) for _ in range(2))
+    return image[:, rows[:, None], columns]
 
 
 def _training_tokens(config: TrainTransformerConfig, dvae: DiscreteVAE, world: World) -> TokenSet | TokenShards:

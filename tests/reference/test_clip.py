@@ -197,6 +197,18 @@ def test_published_weights_give_here_what_they_give_there(
     torch.testing.assert_close(ours.loss(images, tokens).total.double(), loss, rtol=1e-5, atol=1e-5)
 
 
+def test_several_captions_of_a_picture_are_as_many_batches_of_it() -> None:
+    torch.manual_seed(0)
+    model = CLIP(LIKE_PUBLISHED)
+    images, tokens = pictures(), captions(LIKE_PUBLISHED)
+    both = torch.stack([tokens, tokens.roll(1, 0)])
+    got = model.loss(images, both)
+    first, second = (model.loss(images, each) for each in both)
+    torch.testing.assert_close(got.total, (first.total + second.total) / 2)
+    torch.testing.assert_close(got.right, (first.right + second.right) / 2)
+    assert first.total != second.total
+
+
 def openai_names(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """transformers' tensors as OpenAI's model.py names them and lays them out."""
     renamed = {}

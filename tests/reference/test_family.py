@@ -33,6 +33,7 @@ def test_the_family_leaves_one_table_and_its_sheets(
     tiny_clip = replace(clip.PRESETS["tiny"], vocab_text=512)
     shrink(family.CLIP_PRESETS, "demo", 2, model=tiny_clip)
     shrink(family.PIXELS_PRESETS, "bytes", 2, model=pixels.PRESETS["tiny"])
+    shrink(family.PIXELS_PRESETS, "palette", 2, model=replace(pixels.PRESETS["tiny"], colours=16))
     for kind in ("diffusion", "autoregressive"):
         small = prior.PriorConfig(
             kind, 8, 512, tiny_clip.text_length, layers=1, heads=1, head_dim=16, noise_steps=2, components=4, buckets=4
@@ -40,6 +41,8 @@ def test_the_family_leaves_one_table_and_its_sheets(
         shrink(family.PRIOR_PRESETS, kind, 2, model=small)
     small_decoder = replace(unclip.TOKEN_DECODER, latent=8, layers=2, head_dim=16)
     shrink(family.DECODER_PRESETS, "tokens", 2, few=True, model=small_decoder)
+    small_painter = replace(unclip.PIXEL_DECODERS["demo"], embedding=8, resolution=16, layers=1, heads=1, noise_steps=2)
+    shrink(family.DECODER_PRESETS, "pixels", 2, few=True, model=small_painter)
     small_panels = replace(family.TRANSFORMER_PRESETS["panels"][1].model, layers=2, head_dim=16)
     shrink(family.TRANSFORMER_PRESETS, "panels", 2, few=True, model=small_panels)
     monkeypatch.setattr(family, "_CANDIDATES", 8)
@@ -57,7 +60,8 @@ def test_the_family_leaves_one_table_and_its_sheets(
     cli.main(["family", *places])
     said = capsys.readouterr().out
     report = json.loads((tmp_path / "family" / "report.json").read_text())
-    assert set(report["steps"]) == {"clip", "pixels", "prior", "autoregressive", "decoder", "panels"}
+    stages = {"clip", "pixels", "palette", "prior", "autoregressive", "decoder", "pixel-decoder", "panels"}
+    assert set(report["steps"]) == stages
     for name in (
         "CLIP, held-out names, ko",
         "CLIP, held-out concepts, one of five skin tones",
@@ -65,10 +69,12 @@ def test_the_family_leaves_one_table_and_its_sheets(
         "DALL-E at temperature 1, CLIP's best of 1",
         "DALL-E at temperature 1, CLIP's best of 8",
         "pixels, held-out pictures",
+        "palette, held-out pictures",
         "diffusion prior, held-out cosine",
         "autoregressive prior, held-out cosine",
         "unCLIP's decoder of the picture's vector",
         "unCLIP's decoder of the prior's",
+        "unCLIP's pixel decoder, cosine to the picture",
         "picture to picture, held-out combinations",
     ):
         assert f"{name} " in said
@@ -78,8 +84,8 @@ def test_the_family_leaves_one_table_and_its_sheets(
     shares = re.findall(r"([\d.]+)%", alone)
     assert shares == shares[:1] * 3, "of one there is no choice"
     assert float(re.findall(r"([\d.]+)%", best)[2]) >= float(shares[0])
-    for sheet in ("best-of.png", "completions.png", "variations.png", "panels.png"):
-        with Image.open(tmp_path / "family" / sheet) as picture:
+    for sheet in ("best-of", "pixels", "palette", "variations", "variations-pixels", "panels"):
+        with Image.open(tmp_path / "family" / f"{sheet}.png") as picture:
             assert picture.width > 400
     with pytest.raises(UserError, match="holds a family already"):
         family.run(family.FamilyConfig(tmp_path / "demo", tmp_path / "family"))

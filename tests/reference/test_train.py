@@ -22,7 +22,7 @@ from dalle_reference.generate import generate
 from dalle_reference.load import load_clip, load_dvae
 from dalle_reference.loop import batch_indices, distinct_indices
 from dalle_reference.schedules import half_cosine, warm_up
-from dalle_reference.train import hide_cells
+from dalle_reference.train import hide_cells, shifted
 from dalle_reference.transformer import NO_TOKEN
 from PIL import Image
 from safetensors.torch import load_file
@@ -244,6 +244,19 @@ def test_a_batch_of_clip_holds_no_concept_twice(
     assert set(distinct_indices(4, 5, 10, 0)) | set(distinct_indices(5, 5, 10, 0)) == set(range(10))
     command = ["train-clip", "demo", *TINY_CLIP, *common, "--out", str(tmp_path / "run"), "--held-out", "0"]
     assert "shows 12 concepts to learn" in refused([*command, "--batch", "13"], capsys)
+
+
+def test_clip_sees_pictures_moved_by_as_much_as_it_is_told() -> None:
+    image = torch.arange(3 * 6 * 6, dtype=torch.uint8).reshape(3, 6, 6)
+    framed = torch.nn.functional.pad(image.float()[None], (2, 2, 2, 2), mode="replicate")[0].to(torch.uint8)
+    windows = {(y, x): framed[:, y : y + 6, x : x + 6] for y in range(5) for x in range(5)}
+    chance = np.random.default_rng(0)
+    seen = set()
+    for _ in range(300):
+        moved = shifted(image, 2, chance)
+        (place,) = (place for place, window in windows.items() if torch.equal(window, moved))
+        seen.add(place)
+    assert seen == set(windows)
 
 
 def test_all_commands_in_order(stage_1: Path, common: list[str], pictures: Path, tmp_path: Path) -> None:
