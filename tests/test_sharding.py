@@ -266,17 +266,21 @@ def check_training(mesh: Any) -> None:
 
     if world.main:
         train(World(world.device), "alone")
+        train(World(world.device), "matrices alone", optimizer="muon")
     dist.barrier()
     train(world, "all weights")
     train(world, "groups", parallel="fsdp", replicate=2)
+    train(world, "matrices of groups of pairs", parallel="fsdp", replicate=2, tensor=2, optimizer="muon")
+    train(world, "matrices of four together", parallel="fsdp", tensor=4, optimizer="muon")
     train(world, "groups of pairs", parallel="fsdp", replicate=2, tensor=2, recompute="selective")
     go_on("pairs", "groups of pairs", parallel="fsdp", tensor=2)
     go_on("four together", "groups", parallel="fsdp", tensor=4)
     if world.main:
         numbers = {path.name: read_metrics(path / "metrics.jsonl") for path in folder.iterdir()}
-        wanted = checkpoint.load(folder / "alone", "transformer").group("ema")
         for name, lines in numbers.items():
-            for mine, theirs in zip(lines, numbers["alone"], strict=True):
+            alone = "matrices alone" if name.startswith("matrices") else "alone"
+            wanted = checkpoint.load(folder / alone, "transformer").group("ema")
+            for mine, theirs in zip(lines, numbers[alone], strict=True):
                 for number in ("loss", "gradient_norm"):
                     assert mine[number] == pytest.approx(theirs[number], rel=2e-5), (name, mine["step"], number)
             for key, value in checkpoint.load(folder / name, "transformer").group("ema").items():

@@ -91,8 +91,6 @@ class RunConfig:
         for name in ("replicate", "tensor"):
             if getattr(self, name) > 1 and self.parallel != "fsdp":
                 raise ValueError(f"{name}: got {getattr(self, name)} with --parallel ddp, wanted 1")
-        if self.tensor > 1 and self.optimizer == "muon":
-            raise ValueError(f"tensor: got {self.tensor} with --optimizer muon, wanted 1")
 
 
 # These change nothing in the sequence of losses (but for rounding), so a run may go on with others than it began with.

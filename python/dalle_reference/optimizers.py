@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate
 
 from dalle_reference.config import RunConfig
 from dalle_reference.errors import UserError
@@ -25,7 +25,8 @@ class Muon(torch.optim.Optimizer):
     in bfloat16, which many CPUs do in software: 30 times as long as this, in float32.
 
     Args:
-        parameters: matrices; where processes share them (FSDP), each makes the whole of a step and keeps its part.
+        parameters: matrices; where processes share them, however divided, each makes the whole of a step and keeps its
+            part.
         lr: how far a step goes, by the root mean square of the singular values of a change, times
             sqrt(rows / columns) where there are more rows.
         momentum: of Nesterov's kind.
@@ -131,4 +132,5 @@ def _divided(change: Tensor, like: Tensor) -> Tensor:
     """A tensor that every process has, divided as `like` is."""
     if not isinstance(like, DTensor):
         return change
-    return distribute_tensor(change, like.device_mesh, like.placements, src_data_rank=None)
+    everywhere = DTensor.from_local(change, like.device_mesh, [Replicate()] * like.device_mesh.ndim, run_check=False)
+    return everywhere.redistribute(placements=like.placements)

@@ -253,7 +253,6 @@ def test_layouts_that_cannot_be_are_refused(
     for wrong, said in (
         ({"tensor": 2}, "tensor: got 2 with --parallel ddp, wanted 1"),
         ({"replicate": 2}, "replicate: got 2 with --parallel ddp, wanted 1"),
-        ({"tensor": 2, "parallel": "fsdp", "optimizer": "muon"}, "tensor: got 2 with --optimizer muon, wanted 1"),
         ({"tensor": 0, "parallel": "fsdp"}, "tensor: got 0"),
     ):
         with pytest.raises(ValueError, match=said):
