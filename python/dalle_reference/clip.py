@@ -205,12 +205,14 @@ class CLIP(nn.Module):
     def encode_captions(self, tokens: Tensor) -> Tensor:
         """Unit vectors of captions: int64 [B, n <= text_length], `NO_TOKEN` after the end -> float32 [B, embedding].
 
-        A caption is read at its last token, which no later position has changed.
+        A caption is read at its last token, which no later position has changed; so positions that all are shorter than
+        cost nothing.
         """
         check_tokens("tokens", tokens, len(tokens), self.config.text_length)
         last = (tokens != NO_TOKEN).sum(dim=1) - 1
         if not bool((last >= 0).all()):
             raise ValueError("tokens: got a caption without a token, wanted at least its end")
+        tokens = tokens[:, : int(last.max()) + 1]
         x = self.text_embedding(tokens.clamp(min=0)) + self.text_position[: tokens.shape[1]]
         for block in self.text_blocks:
             x = block(x)
@@ -241,7 +243,7 @@ class CLIP(nn.Module):
         with torch.no_grad():
             self.log_scale.clamp_(max=math.log(LARGEST_SCALE))
         shown = self.encode_pictures(pictures)
-        said = self.encode_captions(tokens.flatten(0, -2)).reshape(-1, *shown.shape)
+        said = torch.stack([self.encode_captions(each) for each in tokens.reshape(-1, *tokens.shape[-2:])])
         own = torch.arange(len(shown), device=shown.device)
         all_shown, all_said = shown, said
         if world is not None and world.size > 1:

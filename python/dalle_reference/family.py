@@ -41,9 +41,9 @@ from dalle_reference.unclip import TokenDecoder
 
 _SEED = 0
 _SHARES = {
-    "clip": 0.12,
-    "pixels": 0.1,
-    "palette": 0.14,
+    "clip": 0.19,
+    "pixels": 0.07,
+    "palette": 0.1,
     "prior": 0.18,
     "autoregressive": 0.03,
     "decoder": 0.09,

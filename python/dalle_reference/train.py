@@ -222,9 +222,7 @@ def train_clip(config: TrainCLIPConfig, world: World) -> Path:
             said = [texts[(first + number) % len(texts)] for number in range(config.captions)]
             tokens.append(caption_tokens(said, tokenizer, model_config, config.bpe_dropout, chance))
             images.append(shifted(training.images[picture], config.shift, chance))
-        together = torch.stack(tokens, dim=1)
-        longest = int((together != NO_TOKEN).sum(dim=-1).max())
-        return [(torch.stack(images).to(device).float() / 255.0, together[:, :, :longest].to(device))]
+        return [(torch.stack(images).to(device).float() / 255.0, torch.stack(tokens, dim=1).to(device))]
 
     def objective(model: CLIP, pictures: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, CLIPLoss]:
         loss = model.loss(pictures, tokens, world)
