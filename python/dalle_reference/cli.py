@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import sys
@@ -577,11 +578,21 @@ class PlanConfig:
     """Pictures in an update; the preset's where not given."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """bf16 is autocast: weights and moments are float32 either way."""
+    replicate: tuple[int, ...] = (1,)
+    """Groups that have all weights each (HSDP); of several each is tried."""
+    tensor: tuple[int, ...] = (1,)
+    """GPUs that compute each picture together; of several each is tried."""
     candidates: int = 512
     """Pictures that one GPU is to draw of a caption at a time."""
 
     def __post_init__(self) -> None:
         require_positive(self, "gpus", "batch", "candidates")
+        for name in ("replicate", "tensor"):
+            require(self, "one or more numbers above 0", lambda values: values and min(values) > 0, name)
+        for groups, beside in itertools.product(self.replicate, self.tensor):
+            if self.gpus % (groups * beside):
+                asked = f"replicate {groups} x tensor {beside}"
+                raise ValueError(f"replicate, tensor: got {asked}, wanted a divisor of {self.gpus} GPUs")
         require(self, "a finite number above 0", lambda value: 0 < value < math.inf, "memory")
         require(self, "at least 2", lambda value: value >= 2, "candidates")
 
@@ -590,19 +601,25 @@ def _plan(config: Annotated[PlanConfig, tyro.conf.arg(name="")]) -> None:
     """Say what training needs on so many GPUs, by a step on tensors without memory: bytes, traffic, operations."""
     training = TRANSFORMER_PRESETS[config.preset][1]
     batch = config.batch or training.run.batch
-    if batch % config.gpus:
-        raise UserError(f"gpus: got {config.gpus}, wanted a divisor of the batch {batch}")
-    found = plan.fitting(training.model, config.gpus, batch, config.memory * 1e9, config.precision == "bf16")
+    for beside in config.tensor:
+        if batch % (config.gpus // beside):
+            shares = f"{config.gpus}" + f" / tensor {beside}" * (beside > 1)
+            raise UserError(f"gpus: got {shares}, wanted a divisor of the batch {batch}")
+    bf16 = config.precision == "bf16"
+    memory = config.memory * 1e9
+    found = plan.fitting(training.model, config.gpus, batch, memory, bf16, config.replicate, config.tensor)
     print(f"| {' | '.join(('layout', 'weights, GB', 'moments', 'mean', 'peak', 'sent a step', 'TFLOP a step'))} |")
     print("|---" * 7 + "|")
     for layout, need in found:
         how = f"--parallel {layout.parallel} --recompute {layout.recompute} --accumulate {layout.accumulate}"
+        how += f" --replicate {layout.replicate}" * (layout.replicate > 1)
+        how += f" --tensor {layout.tensor}" * (layout.tensor > 1)
         sizes = (f"{value / 1e9:.3g}" for value in (need.weights, need.moments, need.average, need.peak))
         sent = ", ".join(f"{name} {value / 1e9:.3g}" for name, value in need.sent.items()) or "0"
         print(f"| {how} | {' | '.join(sizes)} | {sent} | {need.flops / 1e12:.4g} |")
     if not found:
         print(f"\nNo layout fits {config.gpus} GPUs of {config.memory:g} GB.")
-    drawing = plan.sampling_bytes(training.model, config.candidates, config.precision == "bf16")
+    drawing = plan.sampling_bytes(training.model, config.candidates, bf16)
     print(
         f"\nEach of {config.gpus} GPUs, {batch} pictures a step. Drawing {config.candidates}: {drawing / 1e9:.3g} GB."
     )

@@ -15,21 +15,27 @@ import itertools
 import math
 import weakref
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import loss_parallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from dalle_kernels import KVCache, Pattern
-from dalle_reference.parallel import World, local, shard
+from dalle_reference.config import RunConfig
+from dalle_reference.optimizers import begin_state, optimizers
+from dalle_reference.parallel import World, clip, local, shard
+from dalle_reference.tensor_parallel import divide
 from dalle_reference.transformer import DalleTransformer, Recompute, TransformerConfig
 
 
@@ -40,7 +46,7 @@ class Layout:
     Attributes:
         gpus: how many.
         batch: pictures of a step, all GPUs together.
-        parallel, accumulate, recompute: as in the training commands.
+        parallel, accumulate, recompute, replicate, tensor: as in the training commands.
         bf16: the model computes in bfloat16; weights and moments are float32 either way.
     """
 
@@ -50,6 +56,18 @@ class Layout:
     accumulate: int = 1
     recompute: Recompute = "none"
     bf16: bool = True
+    replicate: int = 1
+    tensor: int = 1
+
+    @property
+    def shares(self) -> int:
+        """How many parts a batch is divided into."""
+        return self.gpus // self.tensor
+
+    @property
+    def together(self) -> int:
+        """How many have all weights among them."""
+        return self.gpus // self.replicate if self.parallel == "fsdp" else 1
 
 
 @dataclass(frozen=True)
@@ -59,7 +77,7 @@ class Needs:
     Attributes:
         weights, moments, average: bytes of its part of each.
         peak: bytes at the worst moment, these and all activations, gradients and gathered weights.
-        sent: bytes that it sends, by the collective that asks.
+        sent: bytes that it sends, by the collective that asks; "tensor" where processes that compute together do.
         flops: floating-point operations, what is computed anew included.
         parameters: of the model.
     """
@@ -77,71 +95,106 @@ def needs(config: TransformerConfig, layout: Layout) -> Needs:
     """Runs a step that has no memory.
 
     Raises:
-        ValueError: if GPUs and parts do not divide the batch.
+        ValueError: if GPUs and parts do not divide the batch, or the layout the GPUs.
+        UserError: if `tensor` does not divide the model's heads and vocabularies.
 
     Example:
         >>> tiny = TransformerConfig(vocab_text=64, vocab_image=64, grid=(4, 4), layers=2)
         >>> needs(tiny, Layout(gpus=4, batch=8)).peak < 50e6
         True
     """
-    if layout.batch % (layout.gpus * layout.accumulate):
-        raise ValueError(f"batch: got {layout.batch}, wanted a multiple of {layout.gpus} x {layout.accumulate}")
-    own = layout.batch // (layout.gpus * layout.accumulate)
+    if layout.gpus % (layout.tensor * layout.replicate):
+        asked = f"tensor {layout.tensor} x replicate {layout.replicate}"
+        raise ValueError(f"tensor, replicate: got {asked}, wanted a divisor of {layout.gpus} GPUs")
+    if layout.batch % (layout.shares * layout.accumulate):
+        raise ValueError(f"batch: got {layout.batch}, wanted a multiple of {layout.shares} x {layout.accumulate}")
     sharded = layout.parallel == "fsdp" and layout.gpus > 1
-    live = _Live(layout.gpus)
-    with _pretended_group(layout.gpus if sharded else 1) as mesh, FakeTensorMode(allow_non_fake_inputs=True):
-        model, mean = DalleTransformer(config), DalleTransformer(config).requires_grad_(False)
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with _pretended_group(layout if sharded else None) as mesh:
+        with fake:
+            model, mean = DalleTransformer(config), DalleTransformer(config).requires_grad_(False)
         model.recompute = layout.recompute
         parameters = sum(parameter.numel() for parameter in model.parameters())
         step = _Step(model)
-        if sharded:
-            shard(step, mesh, layout.bf16)
-            shard(mean, mesh, layout.bf16)
-        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-        text = torch.zeros(own, config.caption_length, dtype=torch.int64)
-        image = torch.zeros(own, config.image_length, dtype=torch.int64)
-        for parameter in model.parameters():
-            optimizer.state[parameter] = {
-                "step": torch.zeros(()),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
-        kept = [*model.parameters(), *mean.parameters(), *_moments(optimizer)]
-        with live:
-            live.watch([local(tensor) for tensor in kept])
-            passes = min(layout.accumulate, 2)  # the third and later ones are as the second
-            for _ in range(passes):
-                with torch.autocast("cpu", torch.bfloat16, enabled=layout.bf16):
-                    loss = step(text, image)
-                loss.backward()
-                del loss
-            live.repeat(layout.accumulate / passes)
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            with torch.no_grad():
-                torch._foreach_lerp_([*map(local, mean.parameters())], [*map(local, model.parameters())], 0.5)
-        weights, average = _bytes(model.parameters()), _bytes(mean.parameters())
-        sent = dict(live.sent)
-        if layout.parallel == "ddp" and layout.gpus > 1:
-            sent["allreduce"] = round(2 * (layout.gpus - 1) / layout.gpus * weights)
-            live.peak += weights  # where gradients are sent from, and stay
-        return Needs(weights, _bytes(_moments(optimizer)), average, live.peak, sent, live.flops, parameters)
+        if sharded:  # outside of the mode, in which meshes cannot be made of meshes
+            own_mesh = mesh["replicate", "shard"] if layout.replicate > 1 else mesh["shard"]
+            for module in (model, mean):
+                if layout.tensor > 1:
+                    divide(module, mesh["tensor"])
+                shard(step if module is model else module, own_mesh, layout.bf16)
+        with fake, loss_parallel() if layout.tensor > 1 else nullcontext():
+            return _seen(step, mean, layout, parameters)
 
 
-def fitting(config: TransformerConfig, gpus: int, batch: int, memory: float, bf16: bool) -> list[tuple[Layout, Needs]]:
-    """The layouts whose peak is at most `memory` bytes: of each way to share and to compute anew, the fewest parts."""
+def _seen(step: _Step, mean: DalleTransformer, layout: Layout, parameters: int) -> Needs:
+    """What is seen of a step."""
+    model, config = step.model, step.model.config
+    own = layout.batch // (layout.shares * layout.accumulate)
+    (optimizer,) = optimizers(model, RunConfig(Path("unused")))
+    text = torch.zeros(own, config.caption_length, dtype=torch.int64)
+    image = torch.zeros(own, config.image_length, dtype=torch.int64)
+    begin_state(optimizer)
+    kept = [*model.parameters(), *mean.parameters(), *_moments(optimizer)]
+
+    def add_gradients() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=layout.bf16):
+            loss = step(text, image)
+        loss.backward()
+
+    def update() -> None:
+        clip(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            torch._foreach_lerp_([*map(local, mean.parameters())], [*map(local, model.parameters())], 0.5)
+
+    if layout.tensor > 1:  # DTensors try an operation whole when they first meet it, and remember what comes of it
+        add_gradients()
+        update()
+    live = _Live(layout.tensor > 1)
+    with live:
+        live.watch([local(tensor) for tensor in kept])
+        passes = min(layout.accumulate, 2)  # the third and later ones are as the second
+        for _ in range(passes):
+            add_gradients()
+        live.repeat(layout.accumulate / passes)
+        update()
+    weights, average = _bytes(model.parameters()), _bytes(mean.parameters())
+    sent = dict(live.sent)
+    if layout.parallel == "ddp" and layout.gpus > 1:
+        sent["allreduce"] = round(2 * (layout.gpus - 1) / layout.gpus * weights)
+        live.peak += weights  # where gradients are sent from, and stay
+    return Needs(weights, _bytes(_moments(optimizer)), average, live.peak, sent, live.flops, parameters)
+
+
+def fitting(
+    config: TransformerConfig,
+    gpus: int,
+    batch: int,
+    memory: float,
+    bf16: bool,
+    replicate: Iterable[int] = (1,),
+    tensor: Iterable[int] = (1,),
+) -> list[tuple[Layout, Needs]]:
+    """The layouts whose peak is at most `memory` bytes: of each way to share and to compute anew, the fewest parts.
+
+    Of every pair of `replicate` and `tensor`, of which ddp has 1 alone.
+    """
     found = []
-    ways: tuple[Literal["ddp", "fsdp"], ...] = ("ddp", "fsdp") if gpus > 1 else ("ddp",)
-    parts = [1 << power for power in range((batch // gpus & -(batch // gpus)).bit_length())]
+    grids = list(itertools.product(replicate, tensor))
+    ways = [Layout(gpus, batch, "fsdp", replicate=groups, tensor=beside) for groups, beside in grids if gpus > 1]
+    if (1, 1) in grids:
+        ways.insert(0, Layout(gpus, batch, "ddp"))
     for way, recompute in itertools.product(ways, get_args(Recompute)):
         # Weights, moments and mean alone are soon counted.
-        if 16 * _parameters(config) / (gpus if way == "fsdp" else 1) > memory:
+        if 16 * _parameters(config) / way.together > memory:
             continue
+        own = batch // way.shares
+        parts = [1 << power for power in range((own & -own).bit_length())]
         tried: dict[int, tuple[Layout, Needs]] = {}
 
         def fits(accumulate: int, way: Any = way, recompute: Any = recompute, tried: Any = tried) -> bool:
-            layout = Layout(gpus, batch, way, accumulate, recompute, bf16)
+            layout = replace(way, accumulate=accumulate, recompute=recompute, bf16=bf16)
             tried[accumulate] = layout, needs(config, layout)
             return tried[accumulate][1].peak <= memory
 
@@ -185,19 +238,20 @@ class _Step(torch.nn.Module):
         self.model = model
 
     def forward(self, text: Tensor, image: Tensor) -> Tensor:
-        return self.model.loss(text, image).total
+        loss = self.model.loss(text, image).total
+        return loss.to_local().clone() if isinstance(loss, DTensor) else loss  # as the training loop has it
 
 
 class _Live(TorchDispatchMode):
     """Adds up the storages that live, after each operation, and what collectives are asked to send."""
 
-    def __init__(self, gpus: int) -> None:
+    def __init__(self, computes_together: bool) -> None:
         super().__init__()
+        self._computes_together = computes_together
         self.peak = 0
         self.flops = 0
         self._counts = {**flop_registry, **_attention_flops()}
         self.sent: Counter[str] = Counter()
-        self._gpus = gpus
         self._total = 0
         self._storages: dict[int, tuple[weakref.ref[torch.UntypedStorage], int]] = {}
 
@@ -228,34 +282,63 @@ class _Live(TorchDispatchMode):
                 self._total += storage.nbytes() - size
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self._computes_together and any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # what it asks of its parts comes here again
         result = func(*args, **(kwargs or {}))
         if func._overloadpacket in self._counts:
             self.flops += self._counts[func._overloadpacket](*args, **(kwargs or {}), out_val=result)
-        others = (self._gpus - 1) / self._gpus
-        if func.namespace == "c10d":
-            # Ring algorithms: each process passes on all but its own part of what is whole.
-            whole = {"_allgather_base_": 0, "_reduce_scatter_base_": 1, "allreduce_": 0}.get(func._opname)
-            if whole is not None:
-                size = sum(leaf.nbytes for leaf in tree_leaves(args[whole]) if isinstance(leaf, Tensor))
-                name = func._opname.strip("_").removesuffix("_base")
-                self.sent[name] += round(size * others * (2 if name == "allreduce" else 1))
+        self._count_sent(func, args, result)
         if func.namespace in ("c10d", "fsdp") or func._opname == "split_with_sizes_copy":
             self._measure_again()
         self.watch(result)
         return result
 
+    def _count_sent(self, func: Any, args: Any, result: Any) -> None:
+        """By ring algorithms: each process passes on all but its own part of what is whole."""
+        name, where = _COLLECTIVES.get((func.namespace, func._opname), ("", 0))
+        of_tensor = func.namespace == "_c10d_functional"
+        if not name or (of_tensor and not self._computes_together):
+            return
+        size = sum(leaf.nbytes for leaf in tree_leaves((result, *args)[where]) if isinstance(leaf, Tensor))
+        group = next(group for group in map(_group, args) if group is not None).size()
+        self.sent["tensor " * of_tensor + name] += round(size * (group - 1) / group * (2 if name == "allreduce" else 1))
+
+
+# What is asked for under FSDP, and by DTensors: the name and where what is whole stands, the result or an argument.
+_COLLECTIVES = {
+    ("c10d", "_allgather_base_"): ("allgather", 1),
+    ("c10d", "_reduce_scatter_base_"): ("reduce_scatter", 2),
+    ("c10d", "allreduce_"): ("allreduce", 1),
+    ("_c10d_functional", "all_gather_into_tensor"): ("allgather", 0),
+    ("_c10d_functional", "reduce_scatter_tensor"): ("reduce_scatter", 1),
+    ("_c10d_functional", "all_reduce"): ("allreduce", 1),
+    ("_c10d_functional", "all_reduce_"): ("allreduce", 1),
+    ("_c10d_functional", "all_to_all_single"): ("alltoall", 1),
+}
+
+
+def _group(argument: Any) -> dist.ProcessGroup | None:
+    """The process group that an argument of a collective is, or names."""
+    if isinstance(argument, dist.ProcessGroup):
+        return argument
+    if isinstance(argument, torch.ScriptObject):
+        return dist.ProcessGroup.unbox(argument)
+    if isinstance(argument, str) and argument not in ("sum", "avg", "max", "min"):
+        return dist.distributed_c10d._resolve_process_group(cast(Any, argument))
+    return None
+
 
 @contextmanager
-def _pretended_group(size: int) -> Iterator[Any]:
-    """The mesh of a process group of `size` that sends nothing, of which this process is the first; None for one."""
-    if size == 1:
+def _pretended_group(layout: Layout | None) -> Iterator[Any]:
+    """The grid of a process group that sends nothing, of which this process is the first; None where there is none."""
+    if layout is None:
         yield None
         return
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    dist.init_process_group("fake", rank=0, world_size=size, store=FakeStore())
+    dist.init_process_group("fake", rank=0, world_size=layout.gpus, store=FakeStore())
     try:
-        yield World(torch.device("cpu"), 0, size).mesh()
+        yield World(torch.device("cpu"), 0, layout.gpus, tensor=layout.tensor).grid(layout.replicate)
     finally:
         dist.destroy_process_group()
 

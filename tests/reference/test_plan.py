@@ -3,6 +3,7 @@
 import pytest
 import torch
 from dalle_reference import cli, plan
+from dalle_reference.errors import UserError
 from dalle_reference.plan import Layout, Needs, fitting, needs, sampling_bytes
 from dalle_reference.transformer import DalleTransformer, Recompute, TransformerConfig
 from torch.profiler import ProfilerActivity, profile
@@ -71,6 +72,36 @@ def test_four_processes_each_have_a_quarter_and_send_what_they_lack() -> None:
     assert both.sent == {"allreduce": pytest.approx(2 * whole * 3 / 4, abs=1)}
 
 
+def test_groups_that_have_all_weights_add_up_their_parts_of_the_gradients() -> None:
+    alone, groups = needs(SMALL, Layout(1, 8, "ddp", bf16=False)), needs(SMALL, Layout(4, 8, bf16=False, replicate=2))
+    whole = 4 * alone.parameters
+    assert 2 * groups.weights == pytest.approx(alone.weights, rel=0.01)
+    assert groups.flops == pytest.approx(alone.flops / 4, rel=0.01)
+    assert groups.sent["reduce_scatter"] == pytest.approx(whole / 2, rel=0.02)
+    assert groups.sent["allreduce"] == pytest.approx(whole / 2, rel=0.02)  # of halves, twice half of each
+    assert whole / 2 < groups.sent["allgather"] < 2 * whole / 2
+    assert set(groups.sent) == {"allgather", "reduce_scatter", "allreduce"}
+
+
+def test_processes_that_compute_together_send_what_they_compute() -> None:
+    alone, pairs = needs(SMALL, Layout(1, 8, "ddp", bf16=False)), needs(SMALL, Layout(4, 8, bf16=False, tensor=2))
+    halves = ("attention.project_qkv", "attention.project_out.weight", "expand", "contract.weight", "_head.")
+    named = DalleTransformer(SMALL).named_parameters()
+    halved = 4 * sum(value.numel() for name, value in named if any(half in name for half in halves))
+    assert pairs.weights == pytest.approx(halved / 4 + (4 * alone.parameters - halved) / 2, rel=0.01)
+    assert pairs.flops == pytest.approx(alone.flops / 4, rel=0.01)
+    # Each block adds up two sums forward and two backward, the heads one; of two processes each sends what there is.
+    stream = 4 * 4 * (SMALL.layout.length - 1) * SMALL.width
+    assert pairs.sent["tensor allreduce"] == pytest.approx(stream * (4 * SMALL.layers + 1), rel=0.05)
+    # Projections to queries, keys and values, and their gradients, half of which each lacks.
+    of_heads = SMALL.layers * 4 * 3 * SMALL.width**2
+    assert of_heads * 0.95 < pairs.sent["tensor allgather"] < of_heads * 1.3
+    with pytest.raises(ValueError, match="tensor, replicate: got tensor 2 x replicate 4, wanted a divisor of 4 GPUs"):
+        needs(SMALL, Layout(4, 8, tensor=2, replicate=4))
+    with pytest.raises(UserError, match=r"tensor: got 4, wanted a divisor of heads \(2\)"):
+        needs(SMALL, Layout(4, 8, tensor=4))
+
+
 def test_parts_compute_the_same_with_less_memory() -> None:
     whole, parts = needs(SMALL, Layout(2, 16, bf16=False)), needs(SMALL, Layout(2, 16, accumulate=8, bf16=False))
     assert parts.flops == whole.flops
@@ -126,3 +157,13 @@ def test_the_command_prints_what_fits(capsys: pytest.CaptureFixture[str]) -> Non
     assert "GB" in said.splitlines()[-1]
     with pytest.raises(SystemExit):
         cli.main(["plan", "--gpus", "3"])
+    several = ["--gpus", "4", "--replicate", "1", "2", "--tensor", "1", "2", "--batch", "8"]
+    cli.main(["plan", "--preset", "demo", *several, "--memory", "0.2"])
+    said = capsys.readouterr().out
+    assert "| --parallel ddp --recompute none --accumulate 1 |" in said
+    for grid in ("", " --replicate 2", " --tensor 2", " --replicate 2 --tensor 2"):
+        assert f"| --parallel fsdp --recompute none --accumulate 1{grid} |" in said
+    assert "tensor allreduce" in said
+    with pytest.raises(SystemExit):
+        cli.main(["plan", "--gpus", "4", "--tensor", "3"])
+    assert "replicate, tensor: got replicate 1 x tensor 3, wanted a divisor of 4 GPUs" in capsys.readouterr().err
