@@ -8,6 +8,9 @@ between -2.82 and 16.64. The backward pass regenerates it from the seed.
 
 n counts from `row_offset`: a process that has rows a .. b of a batch draws with row_offset=a what the whole batch would
 have drawn there. Beyond 2^64 it wraps. Kernels of a GPU read both as one int64 [2], the seed and the offset.
+
+The first word counts from `counter_offset`: a process that has codes a .. b of each quarter of a codebook, one quarter
+after the other, draws with counter_offset=a what the whole codebook would have drawn there.
 """
 
 from __future__ import annotations
@@ -59,6 +62,7 @@ def gumbel_noise(
     stream: int,
     row_offset: int | torch.Tensor = 0,
     device: torch.device | str | None = None,
+    counter_offset: int = 0,
 ) -> torch.Tensor:
     """The noise of a whole table.
 
@@ -68,6 +72,7 @@ def gumbel_noise(
         stream: which operation draws: GUMBEL_STREAM, SAMPLING_STREAM or VQ_STREAM.
         row_offset: which row of the noise the first row takes; an int or 0-dim int64.
         device: of the table; the seed's, or that of ints, the CPU, where None.
+        counter_offset: which code of its quarter the first code of each quarter is, in a larger codebook.
 
     Returns:
         float32 [N, K].
@@ -79,7 +84,7 @@ def gumbel_noise(
     if device is None:
         device = seed.device if isinstance(seed, torch.Tensor) else "cpu"
     quarter = max(-(-codes // 4), 1)
-    counter = torch.arange(quarter, device=device)
+    counter = torch.arange(quarter, device=device) + counter_offset
     row = torch.arange(rows, device=device)[:, None] + row_offset
     words = philox4x32(
         (counter, row & _LOW, (row >> 32) & _LOW, torch.full_like(row, stream)), (seed & _LOW, (seed >> 32) & _LOW)

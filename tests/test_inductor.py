@@ -33,8 +33,8 @@ def attention(x: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
 def codebook(x: torch.Tensor, temperature: torch.Tensor, seed: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
     logits, table = x * 3, x + 1
     settings = logits, table, temperature, False, True, seed, row
-    outputs = OPS.gumbel_forward(*settings, "triton")
-    dlogits, _ = OPS.gumbel_backward(outputs[0], outputs[2], *settings, *outputs, [True] * 2, "triton")
+    outputs = OPS.gumbel_forward(*settings, 0, "triton")
+    dlogits, _ = OPS.gumbel_backward(outputs[0], outputs[2], *settings, *outputs, 0, [True] * 2, "triton")
     return dlogits.relu()
 
 

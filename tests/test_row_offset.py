@@ -116,6 +116,46 @@ def test_the_noise_of_a_part(stream: int) -> None:
         assert torch.equal(whole[5:], part)
 
 
+def test_the_noise_of_some_codes_of_each_quarter() -> None:
+    whole = gumbel_noise(SEED, 5, 24, GUMBEL_STREAM, 3).unflatten(1, (4, 6))
+    part = gumbel_noise(SEED, 5, 12, GUMBEL_STREAM, 3, counter_offset=2)
+    assert torch.equal(part.unflatten(1, (4, 3)), whole[:, :, 2:5])
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("room", ["gumbel", "projection"])
+def test_codes_of_each_quarter_draw_as_in_the_whole_codebook(room: str, backend: str) -> None:
+    """Some codes of each quarter alone, and the whole codebook in which -inf rules the others out."""
+    from dalle_kernels.codebook.gumbel import op as gumbel_op
+    from dalle_kernels.codebook.projection import op as projection_op
+
+    codes, first, share = 4 * 40, 3, 37
+    kept = torch.arange(codes).view(4, -1)[:, first : first + share].flatten()
+    backend_of(backend)
+    features, weight, codebook = randn(9, 8), randn(codes, 8, seed=1), randn(codes, 16, seed=2)
+    bias = torch.full((codes,), -torch.inf)
+    bias[kept] = randn(len(kept), seed=3)
+
+    def call(places: torch.Tensor | slice, counter_offset: int) -> tuple[torch.Tensor, ...]:
+        of_noise = 0.7, False, True, SEED, 5
+        mine = features.clone().requires_grad_()
+        table = codebook[places].clone().requires_grad_()
+        if room == "gumbel":
+            logits = mine @ weight[places].T + bias[places]
+            made = gumbel_op._ENTRY(gumbel_op.Inputs(logits, table, *of_noise, counter_offset), backend)
+        else:
+            layer = mine, weight[places], bias[places], table
+            made = projection_op._ENTRY(projection_op.Inputs(*layer, *of_noise, False, False, counter_offset), backend)
+        (made.latents * randn(9, 16, seed=4)).sum().backward()
+        return made.latents.detach(), made.indices, made.log_noisy.detach(), mine.grad, table.grad
+
+    part, whole = call(kept, first), call(slice(None), 0)
+    torch.testing.assert_close(part[0], whole[0], atol=1e-5, rtol=1e-5)
+    assert torch.equal(kept[part[1]], whole[1])
+    for mine, theirs in ((part[2], whole[2]), (part[3], whole[3]), (part[4], whole[4][kept])):
+        torch.testing.assert_close(mine, theirs, atol=2e-5, rtol=2e-5)
+
+
 def test_heads_draw_by_themselves() -> None:
     """A head's noise is what its stream says, whatever the number of rows and heads."""
     features, codebook = randn(3, 40, 6), randn(3, CODES, 6, seed=1)

@@ -5,8 +5,10 @@ The reference's training on four processes is here too: starting them costs more
 
 from __future__ import annotations
 
+import itertools
 import socket
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 import dalle_kernels as dk
 from dalle_kernels.backends import native
+from dalle_kernels.codebook.gumbel.merge import _runs
 
 PROCESSES = 4
 LAYOUT = dk.TokenLayout(4, (4, 4))
@@ -41,6 +44,22 @@ def projection(features: Any, weight: Any, bias: Any, codebook: Any) -> Any:
     return dk.gumbel_projection_lookup(features, weight, bias, codebook, 0.7, seed=3, distribution=True)
 
 
+def hard(logits: Any, codebook: Any) -> Any:
+    return dk.gumbel_lookup(logits, codebook, 0.7, hard=True, seed=3)
+
+
+def best(logits: Any, codebook: Any) -> Any:
+    return dk.gumbel_lookup(logits, codebook, 0.7, noise=False)
+
+
+def projected(features: Any, weight: Any, bias: Any, codebook: Any) -> Any:
+    return dk.gumbel_projection_lookup(features, weight, bias, codebook, 0.7, seed=3)
+
+
+def index_backpropagation(features: Any, weight: Any) -> Any:
+    return dk.gumbel_projection_lookup(features, weight, None, weight, 1.0, hard=True, noise=False)
+
+
 def drawn(features: Any, codebook: Any) -> Any:
     return dk.vq_lookup(features, codebook, temperature=0.5, seed=4)
 
@@ -53,6 +72,7 @@ Q = [randn(3, 4, LAYOUT.length, 8, seed=n) for n in range(3)]
 GROUPED = [Q[0], *(randn(3, 2, LAYOUT.length, 8, seed=n) for n in (1, 2))]
 MASK = randn(3, LAYOUT.length) > 1.0
 LOGITS = [randn(10, 16), randn(16, 4)]
+RULED_OUT = [torch.where(torch.arange(16) % 4 < 2, -torch.inf, LOGITS[0]), LOGITS[1]]
 FEATURES = [randn(10, 6), randn(16, 6), randn(16), randn(16, 4)]
 HEADS = [randn(2, 10, 6), randn(2, 16, 6)]
 # What is called, its inputs, placements on a mesh of 2 x 2 for each of them, and how the first result is to be laid.
@@ -71,11 +91,33 @@ CASES: dict[str, tuple[Callable[..., Any], list[Any], list[Any], Any]] = {
     "gumbel, rows": (gumbel, LOGITS, [(S0, S0), (R, R)], (S0, S0)),
     "gumbel, a divided codebook": (gumbel, LOGITS, [(S0, R), (S0, S1)], (S0, R)),
     "gumbel, codes": (gumbel, LOGITS, [(S1, R), (R, R)], (R, R)),
+    "gumbel, rows, and codes of the codebook": (gumbel, LOGITS, [(S0, R), (R, S0)], (S0, R)),
+    "gumbel, rows and codes": (gumbel, LOGITS, [(S0, S1), (R, S0)], (S0, R)),
+    "gumbel, codes everywhere": (gumbel, LOGITS, [(R, R), (S0, S0)], (R, R)),
+    "gumbel, hard, rows and codes": (hard, LOGITS, [(S0, S1), (R, S0)], (S0, R)),
+    "gumbel, the best code, rows and codes": (best, LOGITS, [(S0, S1), (R, S0)], (S0, R)),
+    "gumbel, codes that do not come in quarters": (gumbel, [randn(10, 12), randn(12, 4)], [(R, R), (S0, R)], (R, R)),
+    "gumbel, best of codes that do not come in quarters": (
+        best,
+        [randn(10, 12), randn(12, 4)],
+        [(R, R), (S0, R)],
+        (R, R),
+    ),
+    "gumbel, some codes of a part ruled out": (hard, RULED_OUT, [(S0, R), (R, S0)], (S0, R)),
     "gumbel, rows of two dimensions": (gumbel, [randn(4, 3, 16), LOGITS[1]], [(S0, R), (R, R)], (S0, R)),
     "gumbel, rows of two dimensions, unevenly": (gumbel, [randn(3, 5, 16), LOGITS[1]], [(S0, R), (R, R)], (R, R)),
     "gumbel, fewer rows than processes": (gumbel, [randn(3, 16), LOGITS[1]], [(S0, S0), (R, R)], (S0, S0)),
     "projection, rows": (projection, FEATURES, [(S0, S0), *[(R, R)] * 3], (S0, S0)),
     "projection, a divided weight": (projection, FEATURES, [(R, S0), (S0, R), (R, R), (R, R)], (R, S0)),
+    "projection, codes of the mean distribution": (
+        projection,
+        FEATURES,
+        [(S0, R), (R, S0), (R, S0), (R, S0)],
+        (S0, R),
+    ),
+    "projection, rows and codes": (projected, FEATURES, [(S0, R), (R, S0), (R, S0), (R, S0)], (S0, R)),
+    "projection, codes laid otherwise": (projected, FEATURES, [(R, R), (S1, R), (R, R), (S0, R)], (R, R)),
+    "projection, hard, rows and codes": (index_backpropagation, FEATURES[:2], [(R, S0), (S0, R)], (R, S0)),
     "projection, fewer rows than processes": (
         projection,
         [randn(3, 6), *FEATURES[1:]],
@@ -152,6 +194,36 @@ def check_divided_codes_stay(mesh: Any) -> None:
     assert seen.get_total_counts() == 5
     twice = distribute_tensor(FEATURES[1][:8].repeat(2, 1), mesh, (R, S0))
     assert dk.vq_lookup(features, twice)[1].full_tensor().max() < 8  # the first of equal ones, in whatever part
+
+
+def check_codes_of_mixtures_stay(mesh: Any) -> None:
+    """What passes between processes that have parts of a mixture's codebook is their parts of it, not the codebook; of
+    every backend the codes are the whole lookup's, to the bit, and the rest to the rounding of float32."""
+    mesh = init_device_mesh("cpu", (PROCESSES,))
+    for room, backend, settings in itertools.product(
+        ("logits", "projection"),
+        ("reference", *(("cpu",) if native.NATIVE else ()), *(("triton",) if find_spec("triton") else ())),
+        ({"seed": 3}, {"seed": 3, "hard": True}, {"noise": False}),
+    ):
+        call: Any = dk.gumbel_lookup if room == "logits" else dk.gumbel_projection_lookup
+        shapes = [(40, 96), (96, 24)] if room == "logits" else [(40, 12), (96, 12), (96,), (96, 24)]
+        alone = leaves([randn(*shape).float() for shape in shapes])
+        laid = [S1 if room == "logits" else R, *(S0 for _ in shapes[1:])]
+        ours = [distribute_tensor(value.detach(), mesh, [at]) for value, at in zip(alone, laid, strict=True)]
+        ours = [value.requires_grad_() for value in ours]
+        wanted = call(*alone, 0.7, row_offset=5, backend=backend, **settings)
+        loss(wanted).backward()
+        with CommDebugMode() as seen:
+            got = call(*ours, 0.7, row_offset=5, backend=backend, **settings)
+            loss(got).backward()
+        drawn_whole = backend == "triton" and "seed" in settings  # its kernels count from the first counter on
+        gathered = [name for name in seen.get_comm_counts() if "gather" in str(name) or "reduce_scatter" in str(name)]
+        assert bool(gathered) is drawn_whole, (room, backend, settings, seen.get_comm_counts())
+        assert torch.equal(got[1].full_tensor(), wanted[1]), (room, backend, settings)
+        for mine, theirs in zip(got, wanted, strict=True):
+            torch.testing.assert_close(mine.full_tensor(), theirs, atol=1e-5, rtol=1e-5)
+        for mine, theirs in zip(ours, alone, strict=True):
+            torch.testing.assert_close(mine.grad.full_tensor(), theirs.grad, atol=2e-5, rtol=2e-5)
 
 
 def check_one_seed(mesh: Any) -> None:
@@ -361,6 +433,7 @@ CHECKS = {
     for check in (
         check_statistics,
         check_divided_codes_stay,
+        check_codes_of_mixtures_stay,
         check_one_seed,
         check_strides,
         check_compiled,
@@ -422,3 +495,12 @@ def test_a_step_of_four_processes_takes_what_was_planned(told: list[tuple[str, i
     assert len(taken) == PROCESSES
     planned = needs(planned_model(), Layout(PROCESSES, 8, bf16=False, **PLANNED[name]))
     assert planned.peak == pytest.approx(max(taken), rel=0.1)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 8, 16])
+def test_codes_are_exchanged_so_that_each_has_some_of_every_quarter(count: int) -> None:
+    codes = 4 * count * 3
+    held = torch.arange(codes).view(count, -1)
+    for taker in range(count):
+        got = [held[holder][low : low + n] for holder in range(count) for low, n in _runs(holder, taker, codes, count)]
+        assert torch.equal(torch.cat(got), torch.arange(codes).view(4, count, 3)[:, taker].flatten())

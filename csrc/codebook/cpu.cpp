@@ -34,22 +34,20 @@ T* pointer(const std::optional<Tensor>& tensor) {
 }
 
 Gumbel gumbel_problem(const Tensor& logits, const Tensor& codebook, double temperature, bool noise, int64_t seed,
-                      int64_t row_offset) {
+                      int64_t row_offset, int64_t counter_offset) {
   require(logits.dim() == 2 && has_rows(logits) && codebook.dim() == 2 && codebook.is_contiguous() &&
               logits.size(1) == codebook.size(0) && logits.dtype() == codebook.dtype(),
           "gumbel: wanted logits [N, K] with contiguous rows and a contiguous codebook [K, D] of their dtype");
   return {{codebook.data<const void>(), logits.size(0), logits.size(1), codebook.size(1), float(temperature), noise,
-           uint64_t(seed), uint64_t(row_offset)},
+           uint64_t(seed), uint64_t(row_offset), uint32_t(counter_offset)},
           logits.data<const void>(),
           logits.stride(0)};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gumbel_forward(const Tensor& logits,
-                                                                                  const Tensor& codebook,
-                                                                                  double temperature, bool hard,
-                                                                                  bool noise, int64_t seed,
-                                                                                  int64_t row_offset) {
-  const Gumbel problem = gumbel_problem(logits, codebook, temperature, noise, seed, row_offset);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gumbel_forward(
+    const Tensor& logits, const Tensor& codebook, double temperature, bool hard, bool noise, int64_t seed,
+    int64_t row_offset, int64_t counter_offset) {
+  const Gumbel problem = gumbel_problem(logits, codebook, temperature, noise, seed, row_offset, counter_offset);
   Tensor latents = new_tensor({problem.rows, problem.width}, logits.dtype());
   Tensor indices = empty({problem.rows}, DType::int64);
   Tensor kl = empty({problem.rows}, DType::float32), maximum = empty({problem.rows}, DType::float32);
@@ -128,11 +126,12 @@ std::tuple<Tensor, Tensor> gumbel_backward(const std::optional<Tensor>& grad_lat
                                            int64_t seed, int64_t row_offset, const Tensor& latents,
                                            const Tensor& indices, const Tensor& kl, const Tensor& maximum,
                                            const Tensor& log_noisy, const Tensor& log_clean, const Tensor& mixture,
-                                           bool needs_logits, bool needs_codebook) {
+                                           int64_t counter_offset, bool needs_logits, bool needs_codebook) {
   const CodebookKernels& kernels = kernels_for(logits);
   const bool has_latents = pointer<const void>(grad_latents) != nullptr;
   // Without a gradient of the latents nothing asks for the noise, and codes can be walked in their own order.
-  const Gumbel problem = gumbel_problem(logits, codebook, temperature, noise && has_latents, seed, row_offset);
+  const Gumbel problem =
+      gumbel_problem(logits, codebook, temperature, noise && has_latents, seed, row_offset, counter_offset);
   const int64_t columns = padded(problem.width), rows = problem.rows;
   Tensor grad_logits = needs_logits ? new_tensor({rows, problem.codes}, logits.dtype()) : empty({0}, logits.dtype());
   const bool through_mixture = has_latents && !hard && needs_codebook;
@@ -183,8 +182,8 @@ std::tuple<Tensor, Tensor> gumbel_backward(const std::optional<Tensor>& grad_lat
 }
 
 Projection projection_problem(const Tensor& features, const Tensor& weight, const std::optional<Tensor>& bias,
-                              const Tensor& codebook, double temperature, bool noise, int64_t seed,
-                              int64_t row_offset) {
+                              const Tensor& codebook, double temperature, bool noise, int64_t seed, int64_t row_offset,
+                              int64_t counter_offset) {
   require(features.dim() == 2 && has_rows(features) && weight.dim() == 2 && weight.is_contiguous() &&
               codebook.dim() == 2 && codebook.is_contiguous() && features.size(1) == weight.size(1) &&
               weight.size(0) == codebook.size(0) && features.dtype() == weight.dtype() &&
@@ -195,7 +194,7 @@ Projection projection_problem(const Tensor& features, const Tensor& weight, cons
               (bias->is_contiguous() && bias->numel() == weight.size(0) && bias->dtype() == features.dtype()),
           "projection: wanted a contiguous bias [K] of the features' dtype");
   return {{codebook.data<const void>(), features.size(0), weight.size(0), codebook.size(1), float(temperature), noise,
-           uint64_t(seed), uint64_t(row_offset)},
+           uint64_t(seed), uint64_t(row_offset), uint32_t(counter_offset)},
           features.data<const void>(),
           weight.data<const void>(),
           bias.has_value() ? bias->data<const void>() : nullptr,
@@ -229,9 +228,11 @@ struct Spreading {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> projection_forward(
     const Tensor& features, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& codebook,
-    double temperature, bool hard, bool noise, int64_t seed, int64_t row_offset, bool distribution) {
+    double temperature, bool hard, bool noise, int64_t seed, int64_t row_offset, int64_t counter_offset,
+    bool distribution) {
   const CodebookKernels& kernels = kernels_for(features);
-  ProjectionForward forward{projection_problem(features, weight, bias, codebook, temperature, noise, seed, row_offset)};
+  ProjectionForward forward{
+      projection_problem(features, weight, bias, codebook, temperature, noise, seed, row_offset, counter_offset)};
   const int64_t rows = forward.rows, codes = forward.codes;
   const int64_t strip = std::min(rows, distribution ? Projection::rows_with_tables(codes) : Projection::kMostRows);
   Tensor latents = new_tensor({rows, forward.width}, features.dtype());
@@ -277,8 +278,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> projection_backward(
     const std::optional<Tensor>& grad_latents, const std::optional<Tensor>& grad_kl,
     const std::optional<Tensor>& grad_distribution, const Tensor& features, const Tensor& weight,
     const std::optional<Tensor>& bias, const Tensor& codebook, double temperature, bool hard, bool noise, int64_t seed,
-    int64_t row_offset, const Tensor& indices, const Tensor& kl, const Tensor& maximum, const Tensor& log_noisy,
-    const Tensor& log_clean, bool tied, bool needs_features, bool needs_weight, bool needs_bias, bool needs_codebook) {
+    int64_t row_offset, int64_t counter_offset, const Tensor& indices, const Tensor& kl, const Tensor& maximum,
+    const Tensor& log_noisy, const Tensor& log_clean, const std::optional<Tensor>& delta, bool tied,
+    bool needs_features, bool needs_weight, bool needs_bias, bool needs_codebook) {
   require(!tied || !needs_codebook, "projection: a tied codebook has no gradient of its own");
   const CodebookKernels& kernels = kernels_for(features);
   const bool through_logits = needs_features || needs_weight || needs_bias;
@@ -287,8 +289,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> projection_backward(
   const bool through_mixture = has_latents && takes_codebook && !hard;
   const bool walks_latents = has_latents && (through_logits || through_mixture);
   // Without a gradient of the latents nothing asks for the noise, and codes can be walked in their own order.
-  ProjectionBackward backward{
-      projection_problem(features, weight, bias, codebook, temperature, noise && walks_latents, seed, row_offset)};
+  ProjectionBackward backward{projection_problem(features, weight, bias, codebook, temperature, noise && walks_latents,
+                                                 seed, row_offset, counter_offset)};
   const int64_t rows = backward.rows, codes = backward.codes, channels = backward.channels, width = backward.width;
   const DType dtype = features.dtype();
   const auto gradient = [&](bool needed, const std::vector<int64_t>& sizes) {
@@ -310,6 +312,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> projection_backward(
   if (walks) {
     backward.kl = kl.data<const float>(), backward.maximum = maximum.data<const float>();
     backward.log_noisy = log_noisy.data<const float>(), backward.log_clean = log_clean.data<const float>();
+    backward.delta = walks_latents ? pointer<const float>(delta) : nullptr;
     const auto result = [](bool needed, const Tensor& tensor) { return needed ? tensor.data<void>() : nullptr; };
     backward.grad_features = result(needs_features, grad_features);
     backward.grad_weight = result(needs_weight, grad_weight);
@@ -486,22 +489,24 @@ std::tuple<Tensor, Tensor> noise_words(int64_t seed, int64_t row, int64_t stream
 const Operators defined(
     "CPU",
     {{"gumbel_forward(Tensor logits, Tensor codebook, float temperature, bool hard, bool noise, int seed, int "
-      "row_offset)"
+      "row_offset, int counter_offset)"
       " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
       boxed<&gumbel_forward>},
      {"gumbel_backward(Tensor? grad_latents, Tensor? grad_kl, Tensor logits, Tensor codebook, float temperature,"
       " bool hard, bool noise, int seed, int row_offset, Tensor latents, Tensor indices, Tensor kl, Tensor maximum,"
-      " Tensor log_noisy, Tensor log_clean, Tensor mixture, bool needs_logits, bool needs_codebook)"
+      " Tensor log_noisy, Tensor log_clean, Tensor mixture, int counter_offset, bool needs_logits, bool needs_codebook)"
       " -> (Tensor, Tensor)",
       boxed<&gumbel_backward>},
      {"projection_forward(Tensor features, Tensor weight, Tensor? bias, Tensor codebook, float temperature, bool hard,"
-      " bool noise, int seed, int row_offset, bool distribution) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, "
+      " bool noise, int seed, int row_offset, int counter_offset, bool distribution) -> (Tensor, Tensor, Tensor, "
+      "Tensor, Tensor, Tensor, "
       "Tensor)",
       boxed<&projection_forward>},
      {"projection_backward(Tensor? grad_latents, Tensor? grad_kl, Tensor? grad_distribution, Tensor features,"
       " Tensor weight, Tensor? bias, Tensor codebook, float temperature, bool hard, bool noise, int seed, int "
-      "row_offset,"
-      " Tensor indices, Tensor kl, Tensor maximum, Tensor log_noisy, Tensor log_clean, bool tied, bool needs_features,"
+      "row_offset, int counter_offset,"
+      " Tensor indices, Tensor kl, Tensor maximum, Tensor log_noisy, Tensor log_clean, Tensor? delta, bool tied, bool "
+      "needs_features,"
       " bool needs_weight, bool needs_bias, bool needs_codebook) -> (Tensor, Tensor, Tensor, Tensor)",
       boxed<&projection_backward>},
      {"vq_forward(Tensor features, Tensor codebook, int metric, int k, float? temperature, int seed, int row_offset)"

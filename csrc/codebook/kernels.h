@@ -36,6 +36,7 @@ struct Codes {
   float temperature;
   bool noise;
   uint64_t seed, first_row;  // of the noise
+  uint32_t first_counter;    // of each quarter, where these codes are some columns of each quarter of a larger codebook
 
   int64_t quarter() const { return (codes + 3) / 4; }
   int64_t tiles() const {
@@ -134,7 +135,8 @@ struct ProjectionBackward : Projection {
   const float* grad_kl;            // [rows] or null
   const float* grad_distribution;  // [codes] or null
   const float *kl, *maximum, *log_noisy, *log_clean;  // of the forward pass
-  void *grad_features, *grad_weight, *grad_bias;      // null where they are not asked for
+  const float* delta;  // [rows]: grad_latents . mixture, where that is not of these codes alone; else null
+  void *grad_features, *grad_weight, *grad_bias;  // null where they are not asked for
   void* grad_codebook;  // the mixture's; null too where that has none; grad_weight where one table is both
   const uint32_t *feature_columns, *grad_rows, *grad_columns;  // the strip's, packed: Spread
   // Workspaces. Tables of the strip: dlogits = terms - total weights - other_total others.

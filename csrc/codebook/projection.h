@@ -287,7 +287,7 @@ struct ProjectionBackwardKernel {
             store(weights + at, y);
             if (terms != nullptr) {
               term = y * inverse * load(terms + at);
-              total = total + term;
+              if (p.delta == nullptr) total = total + term;
             }
           }
           if constexpr (Clean) {
@@ -346,6 +346,7 @@ struct ProjectionBackwardKernel {
   void add_totals() {
     const int64_t strip = p.strip();
     std::memset(totals, 0, size_t(2 * Projection::kMostRows) * sizeof(float));
+    for (int64_t r = 0; p.delta != nullptr && r < strip; r++) totals[r] = p.delta[p.begin + r] / p.temperature;
     for (int64_t t = 0; t < p.tiles(); t++)
       for (int64_t r = 0; r < strip; r += kLanes) {
         const int n = strip - r < kLanes ? int(strip - r) : kLanes;

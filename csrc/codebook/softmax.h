@@ -33,7 +33,7 @@ struct Tile {
   uint32_t counter;
   bool full;
 
-  Tile(const Codes& p, int64_t tile) : counter(uint32_t(tile * kCounterTile)), full(true) {
+  Tile(const Codes& p, int64_t tile) : counter(p.first_counter + uint32_t(tile * kCounterTile)), full(true) {
     for (int l = 0; l < 4; l++) {
       first[l] = p.noise ? l * p.quarter() + tile * kCounterTile : tile * kCodeTile + l * kCounterTile;
       const int64_t end = p.noise && (l + 1) * p.quarter() < p.codes ? (l + 1) * p.quarter() : p.codes;

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from string import ascii_lowercase
 from types import NoneType
@@ -25,7 +25,7 @@ from torch.autograd import forward_ad
 
 from dalle_kernels.backends.choice import Operation
 from dalle_kernels.backends.contract import Call
-from dalle_kernels.backends.sharding import Axis, Choice, divided, locally
+from dalle_kernels.backends.sharding import Axis, Choice, Merge, divided, locally
 from dalle_kernels.checks import outside_autocast
 from dalle_kernels.device import remembered
 from dalle_kernels.patterns.patterns import Pattern
@@ -171,7 +171,7 @@ class Entry(Generic[In, Out]):
         axes: along which DTensors are served in parts.
         derivative: None for an operation that has none.
         writes: inputs that it changes in place. vmap does not know what that means for samples that share them.
-        choice: what of DTensors it chooses among.
+        choice: what of DTensors it chooses among, or merges what comes of its parts.
     """
 
     def __init__(
@@ -186,7 +186,7 @@ class Entry(Generic[In, Out]):
         axes: tuple[Axis, ...],
         derivative: Derivative | None = None,
         writes: tuple[str, ...] = (),
-        choice: Choice | None = None,
+        choice: Choice | Merge | None = None,
     ) -> None:
         self._axes, self._choice = axes, choice
         self._operation, self._call, self._forward = operation, call, forward
@@ -217,6 +217,29 @@ class Entry(Generic[In, Out]):
         result = self._op(*self._inputs.encode(inputs), backend)
         return self._outputs.record(result) if self._single else self._outputs.record(*result)
 
+    @property
+    def outputs(self) -> type[Out]:
+        return self._outputs.record
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The inputs that have a derivative."""
+        return self._stated.needs._fields  # type: ignore[attr-defined]
+
+    def keep(self, ctx: Any, values: Mapping[str, Any]) -> None:
+        """Leaves in `ctx` what the backward wants of inputs and outputs, by name."""
+        keep(ctx, [values[name] for name in self._stated.kept._fields])  # type: ignore[attr-defined]
+
+    def gradients(self, ctx: Any, grads: tuple[torch.Tensor | None, ...], backend: str) -> tuple[Any, ...]:
+        """Those that the last inputs of an autograd.Function's `ctx` ask for, of all outputs' gradients."""
+        assert self._derivative is not None
+        return self._derivative.gradients(grads, restored(ctx), list(ctx.needs_input_grad[-len(self.needs) :]), backend)
+
+    @property
+    def _stated(self) -> Derivative:
+        assert self._derivative is not None
+        return self._derivative.stated
+
     def _run(self, inputs: In, backend: str) -> Out:
         call = self._call(inputs)
         return outside_autocast(call.device.type, self._forward, self._operation.choose(backend, call), inputs)
@@ -226,7 +249,7 @@ class _Derived:
     """The derivative of an `Entry`: the operation for its gradients, and what autograd is told."""
 
     def __init__(self, entry: Entry[Any, Any], name: str, derivative: Derivative) -> None:
-        self._entry, self._name, self._stated = entry, name, derivative
+        self._entry, self._name, self.stated = entry, name, derivative
         self._grads, self._kept = _Form(derivative.grads), _Form(derivative.kept)
         inputs, outputs = entry._inputs.fields, entry._outputs.fields
         self._keeps = [(inputs + outputs).index(field) for field in self._kept.fields]
@@ -264,7 +287,7 @@ class _Derived:
         record = self._kept.decode(kept)
         call = self._entry._call(record)
         module = self._entry._operation.choose(backend, call)
-        asked: Any = self._stated
+        asked: Any = self.stated
         given = module, asked.grads(*grads), record, asked.needs(*needs)
         gradients = outside_autocast(call.device.type, asked.backward, *given)
         return tuple(gradient if need else None for gradient, need in zip(gradients, needs, strict=True))
@@ -276,12 +299,12 @@ class _Derived:
 
     def _fake(self, *args: Any) -> Any:
         _, kept, needs = self._split(args)
-        if self._stated.fake is not None:
-            likes = self._stated.fake(self._stated.kept(*kept))
+        if self.stated.fake is not None:
+            likes = self.stated.fake(self.stated.kept(*kept))
             return self._flat([like if need else kept[0].new_empty(0) for like, need in zip(likes, needs, strict=True)])
         return self._flat(
             [
-                self._stated.like(kept[place]) if need and kept[place] is not None else kept[0].new_empty(0)
+                self.stated.like(kept[place]) if need and kept[place] is not None else kept[0].new_empty(0)
                 for place, need in zip(self._from, needs, strict=True)
             ]
         )
@@ -290,15 +313,16 @@ class _Derived:
         """A schema that returns one tensor returns it bare."""
         return tuple(gradients) if len(self._needs) > 1 else gradients[0]
 
-    def _gradients(self, ctx: Any, grads: tuple[torch.Tensor | None, ...], needs: list[bool]) -> tuple[Any, ...]:
+    def gradients(
+        self, grads: tuple[torch.Tensor | None, ...], kept: list[Any], needs: list[bool], backend: str
+    ) -> tuple[Any, ...]:
         """In the order of `needs`."""
         wanted = [grads[place] for place in self._differentiable]
         if all(grad is None for grad in wanted):
             return (None,) * len(needs)
-        kept = _restored(ctx)
         if not torch.is_grad_enabled() and plain((*wanted, *kept)):
-            return self._run(wanted, kept, needs, ctx.backend)
-        made = self._op(*wanted, *self._kept.encode(kept), needs, ctx.backend)
+            return self._run(wanted, kept, needs, backend)
+        made = self._op(*wanted, *self._kept.encode(kept), needs, backend)
         made = (made,) if len(self._needs) == 1 else made
         return tuple(gradient if need else None for gradient, need in zip(made, needs, strict=True))
 
@@ -314,7 +338,8 @@ class _Derived:
 
             @staticmethod
             def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
-                return None, None, *derived._gradients(ctx, grads, list(ctx.needs_input_grad[2:]))
+                needs = list(ctx.needs_input_grad[2:])
+                return None, None, *derived.gradients(grads, restored(ctx), needs, ctx.backend)
 
         return Plain
 
@@ -322,7 +347,7 @@ class _Derived:
         self, ctx: Any, backend: str, values: tuple[Any, ...], outputs: tuple[torch.Tensor, ...], for_jvp: bool = False
     ) -> None:
         ctx.backend = backend
-        _keep(ctx, [values[place] for place in self._keeps], for_jvp)
+        keep(ctx, [values[place] for place in self._keeps], for_jvp)
         if self._constant:
             ctx.mark_non_differentiable(*[outputs[place] for place in self._constant])
         ctx.set_materialize_grads(False)
@@ -344,7 +369,8 @@ class _Derived:
             def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
                 needs = [ctx.needs_input_grad[2 + place] for place in derived._needs]
                 gradients: list[torch.Tensor | None] = [None] * len(entry._inputs.fields)
-                for place, gradient in zip(derived._needs, derived._gradients(ctx, grads, needs), strict=True):
+                made = derived.gradients(grads, restored(ctx), needs, ctx.backend)
+                for place, gradient in zip(derived._needs, made, strict=True):
                     gradients[place] = gradient
                 return None, None, *gradients
 
@@ -352,8 +378,8 @@ class _Derived:
             def jvp(ctx: Any, *tangents: Any) -> tuple[torch.Tensor | None, ...]:
                 outputs: list[torch.Tensor | None] = [None] * len(entry._outputs.fields)
                 wanted = tuple(tangents[2 + place] for place in derived._needs)
-                kept = derived._kept.decode(_restored(ctx))
-                made = outside_autocast(kept[0].device.type, derived._stated.jvp, wanted, kept)
+                kept = derived._kept.decode(restored(ctx))
+                made = outside_autocast(kept[0].device.type, derived.stated.jvp, wanted, kept)
                 for place, tangent in zip(derived._differentiable, made, strict=True):
                     outputs[place] = tangent
                 return tuple(outputs)
@@ -386,7 +412,8 @@ class _Derived:
 _SAVED = object()
 
 
-def _keep(ctx: Any, values: list[Any], for_jvp: bool) -> None:
+def keep(ctx: Any, values: list[Any], for_jvp: bool = False) -> None:
+    """Leaves values, tensors among them, in an autograd.Function's `ctx`."""
     tensors = [value for value in values if isinstance(value, torch.Tensor)]
     ctx.save_for_backward(*tensors)
     if for_jvp:
@@ -394,7 +421,8 @@ def _keep(ctx: Any, values: list[Any], for_jvp: bool) -> None:
     ctx.kept = [_SAVED if isinstance(value, torch.Tensor) else value for value in values]
 
 
-def _restored(ctx: Any) -> list[Any]:
+def restored(ctx: Any) -> list[Any]:
+    """What `keep` has left there."""
     tensors = iter(ctx.saved_tensors)
     return [next(tensors) if value is _SAVED else value for value in ctx.kept]
 

@@ -3,9 +3,9 @@
 An operation is local where its inputs are divided along one of its axes: batch and heads of attention, the rows of a
 lookup. Inputs that an axis does not name are needed whole by every process, and their gradients are partial sums. Where
 an operation chooses among what is divided, such as a codebook's rows, each process chooses among its own, and then they
-compare. What is divided otherwise is redistributed: queries, keys and values that are divided along the sequence are
-exchanged for heads, and the results exchanged back (DeepSpeed-Ulysses, Jacobs et al. 2023, section 3); all else is made
-whole.
+compare; where it mixes what is divided, they merge what each has. What is divided otherwise is redistributed: queries,
+keys and values that are divided along the sequence are exchanged for heads, and the results exchanged back
+(DeepSpeed-Ulysses, Jacobs et al. 2023, section 3); all else is made whole.
 """
 
 from __future__ import annotations
@@ -62,6 +62,22 @@ class Choice(NamedTuple):
     possible: Callable[[Any], bool]
 
 
+class Merge(NamedTuple):
+    """A dimension along which an operation mixes, so that what its parts give can be merged.
+
+    Attributes:
+        axis: the inputs that have it; no output has.
+        possible: whether those of a call that names a backend can be.
+        merged: (the operation, inputs of this process's part, backend, the whole's size, the mesh and its dimension
+            along which it is divided) -> the whole's outputs. Where the call draws, inputs that all processes have are
+            not cut.
+    """
+
+    axis: Axis
+    possible: Callable[[Any, str], bool]
+    merged: Callable[[Any, Any, str, int, tuple[DeviceMesh, int]], Any]
+
+
 def divided(values: Iterable[Any]) -> bool:
     """Whether a DTensor is among the values."""
     # Not imported where nobody has: it takes half a second.
@@ -97,7 +113,7 @@ def flattened(tensor: torch.Tensor, *shape: int) -> torch.Tensor:
 
 
 def locally(
-    call: Callable[[In, str], Out], axes: Sequence[Axis], inputs: In, backend: str, choice: Choice | None = None
+    call: Callable[[In, str], Out], axes: Sequence[Axis], inputs: In, backend: str, choice: Choice | Merge | None = None
 ) -> Out:
     """`call(inputs, backend)` of DTensors, each process on its own part.
 
@@ -134,13 +150,21 @@ def locally(
     ]
 
     parts: dict[str, Any] = {}
-    if choice is not None and choice.possible(inputs):
-        name, at = next(iter(choice.axis.inputs.items()))
+    merge: tuple[Callable[..., Any], int, int] | None = None
+    if isinstance(choice, Merge) and choice.possible(inputs, backend):
+        at = _cut(choice.axis, chosen, tensors)
+        size = tensors[next(iter(choice.axis.inputs))].shape[next(iter(choice.axis.inputs.values()))]
+        if at is not None and size % (mesh.size(at) * (4 if draws else 1)) == 0:
+            chosen[at] = choice.axis
+            merge = choice.merged, size, at
+    best = choice if isinstance(choice, Choice) and choice.possible(inputs) else None
+    if best is not None:
+        name, at = next(iter(best.axis.inputs.items()))
         cuts = [axis is None and by.is_shard(at) for axis, by in zip(chosen, tensors[name].placements, strict=True)]
         count = math.prod(mesh.size(place) for place, cut in enumerate(cuts) if cut)
         if tensors[name].shape[at] % count == 0:
-            chosen = [choice.axis if cut else axis for axis, cut in zip(chosen, cuts, strict=True)]
-            parts[choice.among] = tensors[name].shape[at] // count
+            chosen = [best.axis if cut else axis for axis, cut in zip(chosen, cuts, strict=True)]
+            parts[best.among] = tensors[name].shape[at] // count
 
     def placed(places: Callable[[Axis], Mapping[str, int]], name: str, otherwise: Placement) -> list[Placement]:
         """By dimension of the mesh; `otherwise` where its axis does not name it, whole where there is no axis."""
@@ -150,9 +174,11 @@ def locally(
         ]
 
     def local(name: str, tensor: DTensor) -> torch.Tensor:
-        wanted = tensor.redistribute(placements=placed(lambda axis: axis.inputs, name, Replicate()))
+        wanted = placed(lambda axis: axis.inputs, name, Replicate())
         grad = placed(lambda axis: axis.inputs, name, Partial())
-        part = wanted.to_local(grad_placements=grad)
+        if merge is not None and draws and not tensor.placements[merge[2]].is_shard():
+            wanted[merge[2]], grad[merge[2]] = Replicate(), Partial()
+        part = tensor.redistribute(placements=wanted).to_local(grad_placements=grad)
         return part.contiguous() if tensor.is_contiguous() else rows_contiguous(part)
 
     parts |= {name: local(name, tensor) for name, tensor in tensors.items()}
@@ -162,10 +188,16 @@ def locally(
             parts["seed"] = distribute_tensor(given["seed"], mesh, [Replicate()] * mesh.ndim).to_local()
         first, _ = _share(chosen, next(axis for axis in axes if axis.draws), tensors[leader], mesh)
         parts["row_offset"] = given["row_offset"] + first
-    results = call(inputs._replace(**parts), backend)  # type: ignore[attr-defined]
-    if choice is not None and choice.axis in chosen:
-        first, _ = _share(chosen, choice.axis, tensors[next(iter(choice.axis.inputs))], mesh)
-        results = _best(results, choice, first, mesh, [at for at, axis in enumerate(chosen) if axis is choice.axis])
+    given_parts: In = inputs._replace(**parts)  # type: ignore[attr-defined]
+    if merge is None:
+        results = call(given_parts, backend)
+    else:
+        merged, size, at = merge
+        results = merged(call, given_parts, backend, size, (mesh, at))
+        chosen[at] = None  # the results are the whole's, on each process
+    if best is not None and best.axis in chosen:
+        first, _ = _share(chosen, best.axis, tensors[next(iter(best.axis.inputs))], mesh)
+        results = _best(results, best, first, mesh, [at for at, axis in enumerate(chosen) if axis is best.axis])
 
     def whole(name: str, result: torch.Tensor) -> torch.Tensor:
         shape = list(result.shape)
@@ -184,8 +216,8 @@ def locally(
             Shard(before.outputs[name]) if before is not None and before.exchanged and name in before.outputs else now
             for before, now in zip(own, laid, strict=True)
         ]
-        if choice is not None:
-            back = [Replicate() if axis is choice.axis else now for axis, now in zip(chosen, back, strict=True)]
+        if best is not None:
+            back = [Replicate() if axis is best.axis else now for axis, now in zip(chosen, back, strict=True)]
         return joined.redistribute(placements=back)
 
     return type(results)(*(whole(name, result) for name, result in results._asdict().items()))  # type: ignore[attr-defined]
@@ -219,6 +251,13 @@ def _along(axes: Sequence[Axis], leader: str, placement: Placement) -> Axis | No
     if not placement.is_shard():
         return None
     return next((axis for axis in axes if placement.is_shard(axis.inputs[leader])), None)
+
+
+def _cut(axis: Axis, chosen: Sequence[Axis | None], tensors: Mapping[str, DTensor]) -> int | None:
+    """The first dimension of the mesh, free so far, by which an input is divided along the axis."""
+    named = [(tensors[name].placements, at) for name, at in axis.inputs.items() if name in tensors]
+    free = (place for place, taken in enumerate(chosen) if taken is None)
+    return next((place for place in free if any(laid[place].is_shard(at) for laid, at in named)), None)
 
 
 def _fits(axis: Axis, tensors: Mapping[str, DTensor], parts: int) -> bool:

@@ -69,7 +69,7 @@ def test_gradcheck() -> None:
 def test_opcheck(hard: bool, dtype: torch.dtype) -> None:
     logits, codebook = table(dtype=dtype)
     tau, seed = torch.tensor(0.8), (torch.tensor(5), torch.tensor(0))
-    opcheck(torch.ops.dalle_kernels.gumbel_forward.default, (logits, codebook, tau, hard, True, *seed, "auto"))
+    opcheck(torch.ops.dalle_kernels.gumbel_forward.default, (logits, codebook, tau, hard, True, *seed, 0, "auto"))
     rows = codebook[None, :5].detach().requires_grad_()
     arguments = rows, codebook[None], codebook.shape[0], "euclidean", 1, None, None, None, "auto"
     opcheck(torch.ops.dalle_kernels.vq_forward.default, arguments)

@@ -355,7 +355,7 @@ def test_it_is_a_well_made_operation(hard: bool, mean: bool, dtype: torch.dtype)
     tensors = [tensor.requires_grad_() for tensor in draw(5, 8, 12, 16, dtype)[0]]
     for bias in (tensors[2], None):
         drawn = torch.tensor(0.8), hard, True, torch.tensor(5), torch.tensor(0)
-        given = (*tensors[:2], bias, tensors[3], *drawn, mean, False, "auto")
+        given = (*tensors[:2], bias, tensors[3], *drawn, mean, False, 0, "auto")
         opcheck(torch.ops.dalle_kernels.gumbel_projection_forward.default, given, atol=1e-4, rtol=1e-4)
 
 

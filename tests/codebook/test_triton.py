@@ -357,7 +357,7 @@ def test_projection_is_a_well_made_operation(backend: str) -> None:
     inputs = [tensor.requires_grad_() for tensor in inputs if tensor is not None]
     seed, tau = torch.tensor(3, device=DEVICE), torch.ones((), device=DEVICE)
     for bias in (inputs[2], None):
-        args = (*inputs[:2], bias, inputs[3], tau, False, True, seed, torch.zeros_like(seed), False, False, backend)
+        args = (*inputs[:2], bias, inputs[3], tau, False, True, seed, torch.zeros_like(seed), False, False, 0, backend)
         opcheck(torch.ops.dalle_kernels.gumbel_projection_forward.default, args, atol=1e-4, rtol=1e-4)
     compiled = torch.compile(gumbel_projection_lookup, fullgraph=True, backend="aot_eager")
     got = compiled(*inputs, 1.0, seed=seed, backend=backend)

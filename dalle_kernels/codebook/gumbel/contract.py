@@ -18,6 +18,7 @@ class Inputs(NamedTuple):
     noise: bool
     seed: int | torch.Tensor  # 0-dim int64
     row_offset: int | torch.Tensor  # the row of the noise that row 0 takes; 0-dim int64
+    counter_offset: int = 0  # which code of its quarter each quarter's first is, in a larger codebook
 
 
 class Outputs(NamedTuple):
@@ -32,6 +33,9 @@ class Outputs(NamedTuple):
 
 
 class Kept(NamedTuple):
+    """Of a part of a codebook, what was made of the whole one, but for `kl`, whose log K is the part's, and `indices`,
+    which count within it, -1 where the sampled code is elsewhere."""
+
     logits: torch.Tensor
     codebook: torch.Tensor
     temperature: float | torch.Tensor
@@ -46,6 +50,7 @@ class Kept(NamedTuple):
     log_noisy: torch.Tensor
     log_clean: torch.Tensor
     mixture: torch.Tensor
+    counter_offset: int = 0
 
 
 class Grads(NamedTuple):
@@ -59,9 +64,12 @@ class Needs(NamedTuple):
 
 
 AXES = (Axis({"logits": 0}, {"latents": 0, "indices": 0, "kl": 0}, draws=True),)
+OFFSET = "offset of counters"  # what not every backend has
+CODES = Axis({"logits": 1, "codebook": 0}, {})
 
 Backend: TypeAlias = Differentiable[Inputs, Outputs, Grads, Kept, Needs]
 
 
 def call_of(values: Inputs | Kept) -> Call:
-    return Call(values.logits.device, values.logits.dtype, values.codebook.shape[1])
+    extras = (OFFSET,) if values.counter_offset else ()
+    return Call(values.logits.device, values.logits.dtype, values.codebook.shape[1], extras)

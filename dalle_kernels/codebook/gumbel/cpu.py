@@ -20,13 +20,14 @@ def describe() -> str:
 
 
 def forward(inputs: Inputs) -> Outputs:
-    logits, codebook, temperature, hard, noise, seed, row_offset = inputs
-    return Outputs(*_ops.gumbel_forward(logits, codebook, float(temperature), hard, noise, int(seed), int(row_offset)))
+    logits, codebook, temperature, hard, noise, seed, row_offset, counter_offset = inputs
+    of_noise = float(temperature), hard, noise, int(seed), int(row_offset), counter_offset
+    return Outputs(*_ops.gumbel_forward(logits, codebook, *of_noise))
 
 
 def backward(grads: Grads, kept: Kept, needs: Needs) -> tuple[torch.Tensor | None, ...]:
     """The same bits for any number of threads."""
-    logits, codebook, temperature, hard, noise, seed, row_offset, *made = kept
+    logits, codebook, temperature, hard, noise, seed, row_offset, *made = kept  # with the counter's offset
     of_noise = float(temperature), hard, noise, int(seed), int(row_offset)
     gradients = _ops.gumbel_backward(*grads, logits, codebook, *of_noise, *made, *needs)
     return tuple(gradient if need else None for gradient, need in zip(gradients, needs, strict=True))

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
 from dalle_kernels.backends.choice import Operation, register
 from dalle_kernels.backends.library import Derivative, Entry
-from dalle_kernels.backends.sharding import flattened
+from dalle_kernels.backends.sharding import Merge, flattened
 from dalle_kernels.checks import positive_temperature, positive_there, rows_contiguous, seed_and_row
 from dalle_kernels.codebook.checks import check_pair, contiguous, describe, gradient_like, refuse_nan
 from dalle_kernels.codebook.gumbel import reference
-from dalle_kernels.codebook.gumbel.contract import AXES, Backend, Grads, Inputs, Kept, Needs, Outputs, call_of
+from dalle_kernels.codebook.gumbel.contract import AXES, CODES, Backend, Grads, Inputs, Kept, Needs, Outputs, call_of
+from dalle_kernels.codebook.gumbel.merge import draws_by_quarters, merged
 
 if TYPE_CHECKING:
     from dalle_kernels.codebook.gumbel import cpu, triton
@@ -140,4 +142,5 @@ _ENTRY = Entry(
     _forward_fake,
     AXES,
     Derivative("gumbel_backward", Grads, Kept, Needs, _backward, reference.jvp, gradient_like),
+    choice=Merge(CODES, partial(draws_by_quarters, OPERATION, call_of), merged),
 )

@@ -20,7 +20,8 @@ def _noisy(logits: torch.Tensor, values: Inputs | Kept) -> torch.Tensor:
     if not values.noise:
         return logits
     rows, codes = logits.shape
-    return logits + gumbel_noise(values.seed, rows, codes, GUMBEL_STREAM, values.row_offset, logits.device)
+    of_rows = values.row_offset, logits.device, values.counter_offset
+    return logits + gumbel_noise(values.seed, rows, codes, GUMBEL_STREAM, *of_rows)
 
 
 def forward(inputs: Inputs) -> Outputs:
@@ -47,7 +48,7 @@ def backward(grads: Grads, kept: Kept, needs: Needs) -> tuple[torch.Tensor | Non
     one-hot rows' share.
     """
     grad_latents, grad_kl = grads
-    logits, codebook, temperature, hard, *_, indices, kl, maximum, log_noisy, log_clean, _ = kept
+    logits, codebook, temperature, hard, *_, indices, kl, maximum, log_noisy, log_clean, mixture, _ = kept
     wide, table = widen(logits), widen(codebook)
     dlogits, dcodebook = torch.zeros_like(wide), torch.zeros_like(table)
     if grad_latents is not None:
@@ -56,9 +57,12 @@ def backward(grads: Grads, kept: Kept, needs: Needs) -> tuple[torch.Tensor | Non
             y = ((_noisy(wide, kept) - maximum[:, None]) / temperature - log_noisy[:, None]).exp()
         if needs.logits:
             pull = grad @ table.T
-            dlogits += y * (pull - (y * pull).sum(-1, keepdim=True)) / temperature
-        if needs.codebook:
-            dcodebook = dcodebook.index_add_(0, indices, grad) if hard else y.T @ grad
+            mean = (grad * mixture if mixture.numel() else y * pull).sum(-1, keepdim=True)
+            dlogits += y * (pull - mean) / temperature
+        if needs.codebook and hard:
+            dcodebook.index_add_(0, indices.clamp(min=0), grad * (indices >= 0)[:, None])
+        elif needs.codebook:
+            dcodebook = y.T @ grad
     if grad_kl is not None and needs.logits:
         log_p = wide - maximum[:, None] - log_clean[:, None]
         entropy = math.log(logits.shape[-1]) - kl[:, None]

@@ -157,11 +157,13 @@ def gumbel_backward_kernel(
 def refuse(call: Call) -> str | None:
     if call.width > WIDEST:
         return f"the codebook is {call.width} wide, the kernels hold rows of at most {WIDEST}"
+    if call.extras:
+        return f"the kernels have no {call.extras[0]}: another register for it spills others"
     return obstacle(call.device, call.dtype)
 
 
 def forward(inputs: Inputs) -> Outputs:
-    logits, codebook, temperature, hard, noise, seed, row_offset = inputs
+    logits, codebook, temperature, hard, noise, seed, row_offset, _ = inputs
     temperature, key = on_device(temperature, seed, row_offset, logits.device)
     (rows, codes), width = logits.shape, codebook.shape[1]
     latents = logits.new_empty(rows, width)
@@ -180,8 +182,8 @@ def forward(inputs: Inputs) -> Outputs:
 def backward(grads: Grads, kept: Kept, needs: Needs) -> tuple[torch.Tensor | None, ...]:
     """See the formulas at the top of the file."""
     grad_latents, grad_kl = grads
-    logits, codebook, temperature, hard, noise, seed, row_offset, *made = kept
-    latents, indices, kl, maximum, log_noisy, log_clean, mixture = made
+    logits, codebook, temperature, hard, noise, seed, row_offset, *_ = kept
+    latents, indices, kl, maximum, log_noisy, log_clean, mixture = kept[7:14]
     temperature, key = on_device(temperature, seed, row_offset, logits.device)
     (rows, codes), width = logits.shape, codebook.shape[1]
     dlogits = logits.new_empty(rows, codes) if needs.logits else None

@@ -8,6 +8,7 @@ import torch
 
 from dalle_kernels.backends.contract import Call, Differentiable
 from dalle_kernels.backends.sharding import Axis
+from dalle_kernels.codebook.gumbel.contract import OFFSET
 
 __all__ = ["Backend", "Grads", "Inputs", "Kept", "Needs", "Outputs", "call_of"]
 
@@ -24,6 +25,7 @@ class Inputs(NamedTuple):
     row_offset: int | torch.Tensor  # the row of the noise that row 0 takes; 0-dim int64
     with_distribution: bool
     tied: bool  # codebook is weight, detached: the gradient of weight is that of both
+    counter_offset: int = 0  # which code of its quarter each quarter's first is, in a larger codebook
 
 
 class Outputs(NamedTuple):
@@ -40,6 +42,8 @@ class Outputs(NamedTuple):
 
 
 class Kept(NamedTuple):
+    """As of the Gumbel lookup; `mixture` is there too where it is not of these codes alone."""
+
     features: torch.Tensor
     weight: torch.Tensor
     bias: torch.Tensor | None
@@ -59,6 +63,7 @@ class Kept(NamedTuple):
     log_clean: torch.Tensor
     mixture: torch.Tensor
     distribution: torch.Tensor
+    counter_offset: int = 0
 
 
 class Grads(NamedTuple):
@@ -82,12 +87,14 @@ AXES = (
         draws=True,
     ),
 )
+CODES = Axis({"weight": 0, "bias": 0, "codebook": 0}, {})
 
 Backend: TypeAlias = Differentiable[Inputs, Outputs, Grads, Kept, Needs]
 
 
 def call_of(values: Inputs | Kept) -> Call:
-    return Call(values.features.device, values.features.dtype, values.codebook.shape[1])
+    extras = (OFFSET,) if values.counter_offset else ()
+    return Call(values.features.device, values.features.dtype, values.codebook.shape[1], extras)
 
 
 def keeps_mixture(hard: bool, backend: str, device: torch.device) -> bool:

@@ -24,7 +24,8 @@ def describe() -> str:
 def _numbers(values: Inputs | Kept) -> tuple[Any, ...]:
     """What both operations begin with, its numbers no tensors."""
     features, weight, bias, codebook, temperature, hard, noise, seed, row_offset = values[:9]
-    return features, weight, bias, codebook, float(temperature), hard, noise, int(seed), int(row_offset)
+    of_noise = int(seed), int(row_offset), values.counter_offset
+    return features, weight, bias, codebook, float(temperature), hard, noise, *of_noise
 
 
 def forward(inputs: Inputs) -> Outputs:
@@ -35,6 +36,9 @@ def forward(inputs: Inputs) -> Outputs:
 def backward(grads: Grads, kept: Kept, needs: Needs) -> tuple[torch.Tensor | None, ...]:
     """The same bits for any number of threads."""
     asked = needs._replace(bias=needs.bias and kept.bias is not None)
-    made = (kept.indices, kept.kl, kept.maximum, kept.log_noisy, kept.log_clean)
+    delta = None
+    if kept.mixture.numel() and grads.latents is not None:
+        delta = (grads.latents.float() * kept.mixture).sum(-1)
+    made = (kept.indices, kept.kl, kept.maximum, kept.log_noisy, kept.log_clean, delta)
     gradients = _ops.projection_backward(*grads, *_numbers(kept), *made, kept.tied, *asked)
     return tuple(gradient if need else None for gradient, need in zip(gradients, asked, strict=True))

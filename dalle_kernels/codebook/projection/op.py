@@ -9,7 +9,7 @@ import torch
 from dalle_kernels.backends.choice import Operation, register
 from dalle_kernels.backends.contract import Call
 from dalle_kernels.backends.library import Derivative, Entry
-from dalle_kernels.backends.sharding import flattened
+from dalle_kernels.backends.sharding import Merge, flattened
 from dalle_kernels.checks import (
     autocast,
     check_alike,
@@ -20,10 +20,12 @@ from dalle_kernels.checks import (
     seed_and_row,
 )
 from dalle_kernels.codebook.checks import contiguous, gradient_like, refuse_nan
+from dalle_kernels.codebook.gumbel.merge import draws_by_quarters, merged
 from dalle_kernels.codebook.gumbel.op import fake_outputs
 from dalle_kernels.codebook.projection import reference
 from dalle_kernels.codebook.projection.contract import (
     AXES,
+    CODES,
     Backend,
     Grads,
     Inputs,
@@ -212,6 +214,11 @@ def _backward(backend: Backend, grads: Grads, kept: Kept, needs: Needs) -> tuple
     return backend.backward(Grads(*contiguous(grads)), kept, needs)
 
 
+def _may_merge(inputs: Inputs, backend: str) -> bool:
+    """The mean distribution wants each row's sum over all codes before any of its shares."""
+    return not inputs.with_distribution and draws_by_quarters(OPERATION, call_of, inputs, backend)
+
+
 _ENTRY = Entry(
     "gumbel_projection_forward",
     OPERATION,
@@ -222,4 +229,5 @@ _ENTRY = Entry(
     _forward_fake,
     AXES,
     Derivative("gumbel_projection_backward", Grads, Kept, Needs, _backward, reference.jvp, gradient_like),
+    choice=Merge(CODES, _may_merge, merged),
 )

@@ -27,9 +27,9 @@ def _gumbel_kept(kept: Kept) -> gumbel.Kept:
 
 
 def forward(inputs: Inputs) -> Outputs:
-    features, weight, bias, codebook, temperature, hard, noise, seed, row_offset, with_distribution, _ = inputs
+    features, weight, bias, codebook, temperature, hard, noise, seed, row_offset, with_distribution, _, first = inputs
     logits = _logits(features, weight, bias)
-    made = reference.forward(gumbel.Inputs(logits, codebook, temperature, hard, noise, seed, row_offset))
+    made = reference.forward(gumbel.Inputs(logits, codebook, temperature, hard, noise, seed, row_offset, first))
     mixture = made.mixture if keeps_mixture(hard, "reference", features.device) else made.mixture.new_empty(0)
     distribution = logits.softmax(-1).mean(0) if with_distribution else logits.new_empty(0)
     made = made._replace(latents=made.latents.to(features.dtype), mixture=mixture)

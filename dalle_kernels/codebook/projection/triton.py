@@ -244,11 +244,13 @@ def projection_backward_kernel(
 def refuse(call: Call) -> str | None:
     if call.width > WIDEST:
         return f"the codebook is {call.width} wide, the kernels hold rows of at most {WIDEST}"
+    if call.extras:
+        return f"the kernels have no {call.extras[0]}: another register for it spills others"
     return obstacle(call.device, call.dtype)
 
 
 def forward(inputs: Inputs) -> Outputs:
-    features, weight, bias, codebook, temperature, hard, noise, seed, row_offset, with_distribution, _ = inputs
+    features, weight, bias, codebook, temperature, hard, noise, seed, row_offset, with_distribution, *_ = inputs
     temperature, key = on_device(temperature, seed, row_offset, features.device)
     (rows, channels), (codes, width) = features.shape, codebook.shape
     latents = features.new_empty(rows, width)
@@ -297,8 +299,8 @@ def one_tile(settings: Mapping[str, Any], channels: int) -> dict[str, Any]:
 
 def backward(grads: Grads, kept: Kept, needs: Needs) -> tuple[torch.Tensor | None, ...]:
     grad_latents, grad_kl, grad_mean = grads
-    features, weight, bias, codebook, temperature, hard, noise, seed, row_offset, _, tied, *made = kept
-    latents, indices, kl, maximum, log_noisy, log_clean, mixture, _ = made
+    features, weight, bias, codebook, temperature, hard, noise, seed, row_offset, _, tied, *_ = kept
+    latents, indices, kl, maximum, log_noisy, log_clean, mixture = kept[11:18]
     temperature, key = on_device(temperature, seed, row_offset, features.device)
     (rows, channels), (codes, width) = features.shape, codebook.shape
     dfeatures = features.new_empty(rows, channels) if needs.features else None
