@@ -213,8 +213,8 @@ class TrainTransformerConfig:
     share is drawn evenly from 0 on. Without it a model that has few pictures learns them by their own first cells, and
     their captions hardly."""
     panels: bool = False
-    """Train on pairs of panels: a picture, and below it what became of it, say turned, which is all that the caption
-    says. The grid has two pictures' rows; one pair of each picture is held out."""
+    """Train on pairs of panels: a picture, which is given, and below it what became of it, say turned, which is all that
+    the caption says. The grid has two pictures' rows; one pair of each picture is held out."""
     guidance_scale: float = 1.5
     """Guidance of the samples drawn as training goes on."""
     recompute: transformer.Recompute = "none"
@@ -546,7 +546,9 @@ DECODER_PRESETS: dict[str, tuple[str, TrainDecoderConfig | TrainPixelDecoderConf
     "tokens": (
         "into the demo dVAE's 8 x 8 tokens, 4 layers of 2 x 64; minutes on a CPU",
         TrainDecoderConfig(
-            _run("runs/decoder", steps=3000, batch=16, learning_rate=3e-3, beta2=0.96, weight_decay=4.5e-2),
+            _run(
+                "runs/decoder", steps=3000, batch=16, optimizer="muon", learning_rate=2e-2, beta2=0.98, weight_decay=0.0
+            ),
             Path("runs/clip"),
             Path("runs/dvae"),
             data=DataConfig(one_per_concept=True, pictures=300),

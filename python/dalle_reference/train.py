@@ -131,6 +131,7 @@ def train_transformer(config: TrainTransformerConfig, world: World) -> Path:
     torch.manual_seed(run_config.seed)
     model = DalleTransformer(config.model).to(device)
     model.recompute = config.recompute
+    given = config.model.image_length // 2 if config.panels else 0  # the upper panel always is
 
     def prepare(step: int, parts: list[range]) -> list[tuple[Any, ...]]:
         chosen = batch_indices(step, run_config.batch, len(training), run_config.seed)
@@ -155,7 +156,7 @@ def train_transformer(config: TrainTransformerConfig, world: World) -> Path:
     def objective(
         model: DalleTransformer, text: torch.Tensor, image: torch.Tensor, seen: torch.Tensor, text_count: float
     ) -> tuple[torch.Tensor, TransformerLoss]:
-        loss = model.loss(text, image, seen=seen, text_count=text_count)
+        loss = model.loss(text, image, seen=seen, given=given, text_count=text_count)
         return loss.total, loss
 
     def describe(step: int, losses: list[TransformerLoss]) -> dict[str, float]:
@@ -167,7 +168,9 @@ def train_transformer(config: TrainTransformerConfig, world: World) -> Path:
         captions = [training.captions(i) for i in chosen]
         texts = [said[number % len(said)] for number, said in enumerate(captions)]
         text = tokenizer.encode(texts, length).to(device)
-        sampled = generate(mean, text, seed=run_config.seed, guidance_scale=config.guidance_scale)
+        above = torch.cat([training.cells(i)[:, :given] for i in chosen]).to(device)
+        scale = config.guidance_scale
+        sampled = generate(mean, text, seed=run_config.seed, guidance_scale=scale, image_prefix=above)
         decoded = dvae.decode(sampled.unflatten(1, config.model.grid))
         path = run_config.out / "pictures" / f"samples-{step:08d}.png"
         render.sheet(path, decoded, texts, heading=f"step {step}: samples", footer=training.credit)
@@ -245,8 +248,8 @@ def shifted(image: torch.Tensor, shift: int, chance: np.random.Generator) -> tor
     """A picture [3, S, S] moved by up to `shift` pixels either way, down and sideways, its edge repeated."""
     if not shift:
         return image
-    side = torch.arange(image.shape[-1])
-    rows, columns = ((side + int(chance.integers(-shift, shift + 1))).clamp(0, side[-1]) for _ in range(2))
+    last = image.shape[-1] - 1
+    rows, columns = ((torch.arange(last + 1) + int(chance.integers(-shift, shift + 1))).clamp(0, last) for _ in "yx")
     return image[:, rows[:, None], columns]
 
 

@@ -344,7 +344,7 @@ class DalleTransformer(nn.Module):
         return self.head_norm(self.final_norm(x))
 
     def forward(
-        self, text_tokens: Tensor, image_tokens: Tensor, latents: Tensor | None = None
+        self, text_tokens: Tensor, image_tokens: Tensor, latents: Tensor | None = None, given: int = 0
     ) -> tuple[Tensor, Tensor]:
         """Logits of every token that the stream predicts.
 
@@ -352,9 +352,10 @@ class DalleTransformer(nn.Module):
             text_tokens: int64 [B, n <= caption_length], `NO_TOKEN` at the end.
             image_tokens: int64 [B, H * W], what the stream is fed; `NO_TOKEN` where hidden.
             latents: as for `hidden`.
+            given: cells at the picture's beginning of which no logits are wanted.
 
         Returns:
-            Of the caption's tokens [B, n, vocab_text] and of the picture's [B, H * W, vocab_image].
+            Of the caption's tokens [B, n, vocab_text] and of the picture's [B, H * W - given, vocab_image].
         """
         batch, cells, predictors = len(text_tokens), self.config.image_length, self.config.caption_length
         if image_tokens.shape != (batch, cells):
@@ -362,7 +363,7 @@ class DalleTransformer(nn.Module):
         # The last token is only ever predicted.
         hidden = self.hidden(text_tokens, image_tokens[:, :-1], latents=latents)
         text = self.text_head(hidden[:, : text_tokens.shape[1]])
-        return text, self.image_head(hidden[:, predictors:])
+        return text, self.image_head(hidden[:, predictors + given :])
 
     def loss(
         self,
@@ -371,6 +372,7 @@ class DalleTransformer(nn.Module):
         *,
         seen: Tensor | None = None,
         latents: Tensor | None = None,
+        given: int = 0,
         text_count: float | None = None,
     ) -> TransformerLoss:
         """The training loss of a batch; the arguments are those of `forward`.
@@ -381,11 +383,12 @@ class DalleTransformer(nn.Module):
         Args:
             seen: `image_tokens` with `NO_TOKEN` in place of some, which the stream is fed instead; all are predicted.
                 What the cells before do not say, the caption must (Bowman et al. 2016, section 3.2, for words).
+            given: cells at the picture's beginning that are never drawn, say the upper of two panels: not predicted.
             text_count: what the sum over caption tokens is divided by; their number where None. For the parts of a
                 batch, the mean number in a part: the mean of the parts' losses is then the batch's.
         """
-        text_logits, image_logits = self(text_tokens, image_tokens if seen is None else seen, latents)
-        image = F.cross_entropy(image_logits.flatten(0, 1).float(), image_tokens.flatten())
+        text_logits, image_logits = self(text_tokens, image_tokens if seen is None else seen, latents, given)
+        image = F.cross_entropy(image_logits.flatten(0, 1).float(), image_tokens[:, given:].flatten())
         text = F.cross_entropy(
             text_logits.flatten(0, 1).float(), text_tokens.flatten(), ignore_index=NO_TOKEN, reduction="sum"
         ) / ((text_tokens >= 0).sum().clamp(min=1) if text_count is None else text_count)

@@ -195,6 +195,8 @@ def test_a_hidden_cell_is_predicted_but_not_read() -> None:
     torch.testing.assert_close(loss.image, F.cross_entropy(hidden.flatten(0, 1), image.flatten()))
     assert loss.image != model.loss(text, other, seen=seen).image, "the cell is still to be guessed"
     loss.total.backward()
+    rest = model.loss(text, image, seen=seen, given=3)
+    torch.testing.assert_close(rest.image, F.cross_entropy(hidden[:, 3:].flatten(0, 1), image[:, 3:].flatten()))
     everything = model.loss(text, image, seen=torch.full_like(image, NO_TOKEN))
     assert everything.image.isfinite()
 
