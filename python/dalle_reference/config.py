@@ -213,8 +213,8 @@ class TrainTransformerConfig:
     share is drawn evenly from 0 on. Without it a model that has few pictures learns them by their own first cells, and
     their captions hardly."""
     panels: bool = False
-    """Train on pairs of panels: a picture, which is given, and below it what became of it, say turned, which is all that
-    the caption says. The grid has two pictures' rows; one pair of each picture is held out."""
+    """Train on pairs of panels: a picture, which is given, and below it what became of it, say turned: all that the
+    caption says. The grid has two pictures' rows; one pair of each picture is held out."""
     guidance_scale: float = 1.5
     """Guidance of the samples drawn as training goes on."""
     recompute: transformer.Recompute = "none"
