@@ -72,6 +72,10 @@ class Checkpoint:
         self._load(found, ALONE)
         return {name.removeprefix(start): value for name, value in found.items()}
 
+    def names(self) -> set[str]:
+        """Of all tensors, whole."""
+        return set(_stated(self.path) if self.path.is_dir() else self.tensors)
+
     def read(self, tensors: Mapping[str, torch.Tensor], world: World = ALONE) -> None:
         """Fills `tensors`, by their whole names, in place; of a sharded tensor each process reads its part.
 

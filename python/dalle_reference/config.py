@@ -36,6 +36,9 @@ class RunConfig:
     """AdamW's decay of the squared gradient's mean."""
     epsilon: float = 1e-8
     """AdamW's guard against division by zero."""
+    moments: Literal["fp32", "8bit"] = "fp32"
+    """How AdamW keeps its two means. 8bit: 256 numbers at a time have a byte each and share a scale (Dettmers et al.
+    2022), by torchao, which `pip install 'dalle_kernels[low-bit]'` brings; weights stay float32."""
     weight_decay: float = 1e-4
     """AdamW's; on matrices only, not on biases, gains and single vectors."""
     clip: float = 1.0
@@ -81,6 +84,8 @@ class RunConfig:
         require_seed(self)
         if self.optimizer not in ("adamw", "muon"):
             raise ValueError(f"optimizer: got {self.optimizer!r}, wanted adamw or muon")
+        if self.moments not in ("fp32", "8bit"):
+            raise ValueError(f"moments: got {self.moments!r}, wanted fp32 or 8bit")
         if self.precision not in ("auto", "fp32", "bf16"):
             raise ValueError(f"precision: got {self.precision!r}, wanted auto, fp32 or bf16")
         if self.parallel not in ("ddp", "fsdp"):

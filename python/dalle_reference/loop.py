@@ -36,7 +36,7 @@ from dalle_reference.config import RunConfig
 from dalle_reference.ema import M, MovingAverage
 from dalle_reference.errors import UserError
 from dalle_reference.files import exclusive, replacing
-from dalle_reference.optimizers import begin_state, optimizers
+from dalle_reference.optimizers import begin_state, moments, move, optimizers
 from dalle_reference.parallel import Elsewhere, World, clip, joined, shard, whole
 from dalle_reference.render import read_metrics
 from dalle_reference.tensor_parallel import divide
@@ -277,13 +277,10 @@ class Run(Generic[M]):
                 last = self.step + 1 == config.steps
                 detailed = self.step % config.log_every == 0 or last
                 rate = self._learning_rate()
-                for optimizer in self.optimizers:
-                    for group in optimizer.param_groups:
-                        group["lr"] = rate
                 value, seen, stopping = self._gradients(prepare, detailed, stop)
                 norm = clip(self.model.parameters(), config.clip)
                 for optimizer in self.optimizers:
-                    optimizer.step()
+                    move(optimizer, rate)
                 self.model.zero_grad(set_to_none=True)
                 self.average.update(self.model, self.step)
                 numbers = describe(self.step, seen) if detailed else {}
@@ -418,8 +415,7 @@ class Run(Generic[M]):
         tensors |= {f"ema.{name}": value for name, value in self.average.module.state_dict().items()}
         names: dict[torch.Tensor, str] = {parameter: name for name, parameter in self.model.named_parameters()}
         for optimizer in self.optimizers:
-            for parameter, kept in optimizer.state.items():
-                tensors |= {f"optimizer.{entry}.{names[parameter]}": value for entry, value in kept.items()}
+            tensors |= moments(optimizer, names, self.world)
         return tensors | self._compression_state()
 
     def _compression_state(self) -> dict[str, torch.Tensor]:
@@ -466,6 +462,13 @@ class Run(Generic[M]):
         self.world.first(lambda: checkpoint.require_same(saved, self.document))
         for optimizer in self.optimizers:
             begin_state(optimizer)
+        if self.config.moments == "8bit":
+            with self.world.together():
+                if not set(self._state()) <= saved.names():
+                    raise UserError(
+                        f"{saved.path}: its 8-bit moments lie as other processes divided them; go on with as many, "
+                        "divided alike"
+                    )
         saved.read(self._state(), self.world)
         self.step = saved.step
         if not self.world.main:

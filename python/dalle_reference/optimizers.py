@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from dalle_reference.config import RunConfig
 from dalle_reference.errors import UserError
-from dalle_reference.parallel import whole
+from dalle_reference.parallel import World, local, whole
 
+OWN = "moments-"
+"""What the names of 8-bit moments begin with that one process alone has."""
 _ROUNDS = 5
 _ORTHOGONAL = (3.4445, -4.7750, 2.0315)
 """Newton-Schulz x <- a x + b x x' x + c (x x')^2 x, whose slope at 0 is as large as lets 0.7 to 1.2 be its end."""
@@ -69,7 +74,7 @@ def optimizers(model: nn.Module, config: RunConfig) -> list[torch.optim.Optimize
     """What moves a model's weights.
 
     Raises:
-        UserError: if Muon is asked for and the model has no blocks with matrices.
+        UserError: if Muon is asked for and the model has no blocks with matrices, or 8-bit moments without torchao.
     """
     hidden: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
@@ -80,19 +85,66 @@ def optimizers(model: nn.Module, config: RunConfig) -> list[torch.optim.Optimize
         *_by_mesh(value for value in others if value.dim() > 1),
         *_by_mesh((value for value in others if value.dim() <= 1), weight_decay=0.0),
     ]
-    adamw = torch.optim.AdamW(
+    adamw = _adamw(config)(
         groups,
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
         eps=config.epsilon,
         weight_decay=config.weight_decay,
-        fused=True,
     )
     if config.optimizer == "adamw":
         return [adamw]
     if not hidden:
         raise UserError("optimizer: got muon, wanted adamw for a model that has no blocks with matrices")
     return [adamw, Muon(hidden, config.learning_rate)]
+
+
+def _adamw(config: RunConfig) -> Callable[..., torch.optim.Optimizer]:
+    if config.moments == "fp32":
+        return partial(torch.optim.AdamW, fused=True)
+    try:
+        from torchao.optim import AdamW8bit
+    except ImportError as error:
+        raise UserError(
+            "moments: got 8bit, which torchao computes: pip install 'dalle_kernels[low-bit]' brings it"
+        ) from error
+    return cast("Callable[..., torch.optim.Optimizer]", AdamW8bit)
+
+
+def move(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Moves weights by their gradients, steps of size `rate`."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):  # as torchao has it
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+    on_cpu = optimizer.param_groups[0]["params"][0].device.type == "cpu"
+    # torchao compiles its update for each shape of a weight, which takes a CPU minutes.
+    with torch.compiler.set_stance("force_eager") if on_cpu and _is_eight_bit(optimizer) else nullcontext():
+        optimizer.step()
+
+
+def _is_eight_bit(optimizer: torch.optim.Optimizer) -> bool:
+    return hasattr(optimizer, "block_size")  # torchao's
+
+
+def moments(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str], world: World) -> dict[str, Tensor]:
+    """What an optimizer keeps, by name, as checkpoints have it.
+
+    8-bit numbers are a process's own, named by it: blocks that share a scale lie where weights were divided.
+    """
+    kept = {}
+    for parameter, state in optimizer.state.items():
+        for entry, value in state.items():
+            name = f"{entry}.{names[parameter]}"
+            if not _is_eight_bit(optimizer):
+                kept[f"optimizer.{name}"] = value
+                continue
+            prefix = f"{OWN}{world.rank}-of-{world.size}" if isinstance(parameter, DTensor) else "optimizer"
+            part = local(value)
+            for field in ("codes", "scale") if is_traceable_wrapper_subclass(part) else ("",):
+                kept[f"{prefix}.{name}{'.' * bool(field)}{field}"] = getattr(part, field) if field else part
+    return kept
 
 
 def _by_mesh(parameters: Iterable[nn.Parameter], **options: float) -> list[dict[str, Any]]:
@@ -105,6 +157,12 @@ def _by_mesh(parameters: Iterable[nn.Parameter], **options: float) -> list[dict[
 
 def begin_state(optimizer: torch.optim.Optimizer) -> None:
     """Gives every parameter the state it has before its first step, for a checkpoint to be read into."""
+    if _is_eight_bit(optimizer):
+        for parameter in (value for group in optimizer.param_groups for value in group["params"]):
+            parameter.grad = torch.zeros_like(parameter)
+        move(optimizer, 0.0)
+        optimizer.zero_grad(set_to_none=True)
+        return
     for parameter in (value for group in optimizer.param_groups for value in group["params"]):
         # In the parameter's own memory order, which the fused update takes for granted.
         if isinstance(optimizer, Muon):

@@ -1,5 +1,6 @@
 """Muon against its definition, written out in float64."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,8 @@ import torch
 from dalle_reference.config import RunConfig
 from dalle_reference.dvae import PRESETS, DiscreteVAE
 from dalle_reference.errors import UserError
-from dalle_reference.optimizers import Muon, optimizers, orthogonal
+from dalle_reference.optimizers import Muon, begin_state, moments, optimizers, orthogonal
+from dalle_reference.parallel import ALONE
 from dalle_reference.transformer import DalleTransformer, TransformerConfig
 
 
@@ -47,6 +49,28 @@ def test_muon_moves_by_its_definition() -> None:
     weight.grad = None
     optimizer.step()
     assert torch.allclose(weight.double(), wanted, atol=1e-5)
+
+
+def test_moments_of_eight_bits_are_torchaos() -> None:
+    torchao = pytest.importorskip("torchao")
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 2))
+    (optimizer,) = optimizers(model, RunConfig(Path("unused"), moments="8bit"))
+    assert isinstance(optimizer, torchao.optim.AdamW8bit)
+    before = [value.detach().clone() for value in model.parameters()]
+    begin_state(optimizer)
+    assert all(torch.equal(mine, old) for mine, old in zip(model.parameters(), before, strict=True))
+    kept = moments(optimizer, {value: name for name, value in model.named_parameters()}, ALONE)
+    assert kept["optimizer.exp_avg.0.weight.codes"].shape == (64, 64)
+    assert kept["optimizer.exp_avg_sq.0.weight.scale"].shape == (16,)
+    assert kept["optimizer.exp_avg.1.weight"].dtype == torch.float32  # too few to share scales
+
+
+def test_moments_of_eight_bits_want_torchao(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchao.optim", None)
+    with pytest.raises(UserError, match=r"moments: got 8bit, .* pip install 'dalle_kernels\[low-bit\]'"):
+        optimizers(torch.nn.Linear(2, 2), RunConfig(Path("unused"), moments="8bit"))
+    with pytest.raises(ValueError, match="moments: got 'bf16', wanted fp32 or 8bit"):
+        RunConfig(Path("unused"), moments="bf16")  # type: ignore[arg-type]
 
 
 def test_muon_takes_matrices_of_blocks_alone() -> None:

@@ -213,6 +213,37 @@ def test_compressed_gradients_train(runs: Path) -> None:
     assert compressed[-1] < compressed[0]
 
 
+def test_moments_of_eight_bits_train_and_go_on_exactly(
+    runs: Path, source: list[str], launch: Launch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("torchao")
+    command = [*TRANSFORMER, *source, "--dvae", str(runs / "one" / "dvae"), *WIDE, "--moments", "8bit", "--steps", "6"]
+    command += ["--save-every", "3", "--learning-rate", "1e-3", "--out"]
+    sharded = ["--parallel", "fsdp"]
+    ways = {"all": [], "parts": sharded}
+    whole = [*command, str(tmp_path / "whole"), "--moments", "fp32"]
+    done = launch(2, whole, *([*command, str(tmp_path / way), *layout] for way, layout in ways.items()))
+    assert done.returncode == 0, done.stderr
+    for way in ways:
+        assert losses(tmp_path / way) == pytest.approx(losses(tmp_path / "whole"), rel=2e-3)
+        assert losses(tmp_path / way)[2:] != losses(tmp_path / "whole")[2:]
+        shutil.copytree(tmp_path / way, tmp_path / f"again {way}")
+        shutil.rmtree(tmp_path / f"again {way}" / "checkpoints" / "step-00000006")
+    done = launch(2, *([*command, str(tmp_path / f"again {way}"), *ways[way], "--resume"] for way in ways))
+    assert done.returncode == 0, done.stderr
+    for way in ways:
+        assert losses(tmp_path / f"again {way}") == losses(tmp_path / way)
+    sizes = {
+        way: sum(file.stat().st_size for file in (tmp_path / way / "checkpoints" / "step-00000006").iterdir())
+        for way in ("whole", "all")
+    }
+    assert sizes["all"] < 0.7 * sizes["whole"]  # of four floats a weight two, and two bytes
+    shutil.rmtree(tmp_path / "again parts" / "checkpoints" / "step-00000006")
+    with pytest.raises(SystemExit):
+        cli.main([*command, str(tmp_path / "again parts"), "--resume"])
+    assert "its 8-bit moments lie as other processes divided them" in capsys.readouterr().err
+
+
 def test_a_run_is_exported_as_one_file(runs: Path, tmp_path: Path) -> None:
     file = tmp_path / "transformer.safetensors"
     cli.main(["export", str(runs / "sharded" / "transformer"), str(file)])
