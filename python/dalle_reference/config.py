@@ -562,7 +562,12 @@ DECODER_PRESETS: dict[str, tuple[str, TrainDecoderConfig | TrainPixelDecoderConf
     ),
     "pixels": (
         "into 32 x 32 pixels by diffusion, 4 layers of 2 x 64; minutes on a CPU",
-        TrainPixelDecoderConfig(_run("runs/decoder", steps=3000, batch=32, learning_rate=1e-3), Path("runs/clip")),
+        TrainPixelDecoderConfig(
+            _run(
+                "runs/decoder", steps=3000, batch=32, optimizer="muon", learning_rate=1e-2, beta2=0.98, weight_decay=0.0
+            ),
+            Path("runs/clip"),
+        ),
     ),
     "pixels-large": (
         "into 64 x 64 pixels by diffusion, 12 layers of 8 x 64; hours on a GPU",
