@@ -35,7 +35,7 @@ INCLUDED = {
 IMAGE = re.compile(r"!\[[^\]\n]*\]\(([^)\s:]+)\)")
 PICTURES = [  # of the demo and the family, which take minutes
     *(f"demo/{name}.png" for name in ("samples", "reconstructions", "curves")),
-    *(f"family/{name}.png" for name in ("best-of", "completions", "variations", "panels")),
+    *(f"family/{name}.png" for name in ("best-of", "pixels", "palette", "variations", "variations-pixels", "panels")),
 ]
 
 

@@ -218,7 +218,7 @@ def test_moments_of_eight_bits_train_and_go_on_exactly(
 ) -> None:
     pytest.importorskip("torchao")
     command = [*TRANSFORMER, *source, "--dvae", str(runs / "one" / "dvae"), *WIDE, "--moments", "8bit", "--steps", "6"]
-    command += ["--save-every", "3", "--learning-rate", "1e-3", "--out"]
+    command += ["--optimizer", "adamw", "--save-every", "3", "--learning-rate", "1e-3", "--out"]
     sharded = ["--parallel", "fsdp"]
     ways = {"all": [], "parts": sharded}
     whole = [*command, str(tmp_path / "whole"), "--moments", "fp32"]
