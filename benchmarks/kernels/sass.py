@@ -239,6 +239,7 @@ class Kernel:
         width: the head dimension, or the codebook's.
         pairs: pairs that a warp takes in a way round, where machine code does not say (tcgen05).
         tile: (rows, columns) that are visited whole, but for each `slab` rows of it that see nothing.
+        at_once: full tiles that a step of the first loop takes; what is left of a list's the other loop takes.
         threads: of a block; registers and bytes of shared memory: of the compiled kernel, 0 where the host decides.
     """
 
@@ -249,17 +250,18 @@ class Kernel:
     pairs: float = 0.0
     tile: tuple[int, int] | None = None
     slab: int = 0
+    at_once: int = 1
     threads: int = 128
     registers: int = 0
     shared: int = 0
     facts: dict[str, Any] = field(default_factory=dict)
 
 
-def count(way: list[Instruction], kernel: Kernel, arch: int) -> dict[str, Any]:
-    """Warp instructions by pipe for a unit, and its cycles by bound."""
+def count(way: list[Instruction], kernel: Kernel, arch: int, tiles: int = 1) -> dict[str, Any]:
+    """Warp instructions by pipe for a unit, and its cycles by bound, of a way that takes so many tiles."""
     made = sum(multiply_adds(instruction) for instruction in way)
     products = kernel.products * kernel.width * UNIT
-    units = made / products if made else kernel.pairs / UNIT
+    units = made / products if made else tiles * kernel.pairs / UNIT
     if not units:
         raise ValueError(f"{kernel.name}: its matrix instructions do not say their shape, wanted `pairs`")
     counts = dict.fromkeys(PIPES, 0)
@@ -287,13 +289,17 @@ def blocks(kernel: Kernel, arch: int) -> int:
     return min(by_registers, by_shared, machine.warps // warps, 32)
 
 
-def units_of(pattern: Pattern, tile: tuple[int, int], slab: int) -> tuple[float, float]:
-    """(full, masked) units of one head, in tiles of the schedule; of masked ones only the slabs that see something."""
+def units_of(pattern: Pattern, tile: tuple[int, int], slab: int, at_once: int = 1) -> tuple[float, float]:
+    """(full, masked) units of one head, in tiles of the schedule; of masked ones only the slabs that see something.
+
+    Full tiles of a list beyond a multiple of `at_once` count as masked.
+    """
     schedule: Schedule = schedule_for(pattern, tile)
     size = tile[0] * tile[1] / UNIT
     starts = schedule.key_offsets.numpy()
-    full = int(schedule.full_counts.sum())
-    masked = 0.0
+    walked = schedule.full_counts.numpy() // at_once * at_once
+    full = int(walked.sum())
+    masked = float(schedule.full_counts.sum() - full) * size
     seen: dict[int, float] = {}
     for row, (start, stop) in enumerate(pairwise(starts)):
         for entry in range(start + int(schedule.full_counts[row]), stop):
@@ -323,9 +329,15 @@ def row_of(kernel: Kernel, arch: int) -> dict[str, Any]:
     if not loops:
         raise ValueError(f"{kernel.name}: no loop with matrix instructions")
     machine = MACHINES[arch]
-    cheap = min(loops, key=lambda loop: count(loop.full, kernel, arch)["cycles"]["issue"])
-    dear = max(loops, key=lambda loop: count(loop.masked, kernel, arch)["cycles"]["issue"])
-    ways = {"full": count(cheap.full, kernel, arch), "masked": count(dear.masked, kernel, arch)}
+    tiles = [kernel.at_once, *[1] * (len(loops) - 1)]
+    costs = [
+        (count(loop.full, kernel, arch, taken), count(loop.masked, kernel, arch, taken))
+        for loop, taken in zip(loops, tiles, strict=True)
+    ]
+    ways = {
+        "full": min((full for full, _ in costs), key=lambda cost: cost["cycles"]["issue"]),
+        "masked": max((masked for _, masked in costs), key=lambda cost: cost["cycles"]["issue"]),
+    }
     if kernel.tile is None and "FlashAttention" not in kernel.name:  # lookups: with noise, as in training
         ways["full"] = ways["masked"]
     row: dict[str, Any] = {
@@ -340,7 +352,8 @@ def row_of(kernel: Kernel, arch: int) -> dict[str, Any]:
         row["microseconds"] = {}
         for name, pattern in PATTERNS.items():
             flex = "block" in kernel.facts
-            full, masked = blocks_of(pattern, kernel.tile) if flex else units_of(pattern, kernel.tile, kernel.slab)
+            units = units_of(pattern, kernel.tile, kernel.slab, kernel.at_once)
+            full, masked = blocks_of(pattern, kernel.tile) if flex else units
             times = {
                 bound: (full * ways["full"]["cycles"][bound] + masked * ways["masked"]["cycles"][bound])
                 * HEADS
@@ -414,7 +427,15 @@ def triton_kernels(arch: int) -> Iterator[Kernel]:
                 pairs = tile[0] * tile[1]
             else:
                 pairs = settings["BLOCK_N"] * 4 * settings["BLOCK_Q"]
-            yield of_triton(name, kernel, products, width, tile=tile, pairs=pairs / kernel.metadata.num_warps)
+            yield of_triton(
+                name,
+                kernel,
+                products,
+                width,
+                tile=tile,
+                at_once=settings.get("full_tiles_at_once", 1),
+                pairs=pairs / kernel.metadata.num_warps,
+            )
 
 
 def cuda_kernels(arch: int, library: Path) -> Iterator[Kernel]:

@@ -20,15 +20,17 @@ DTYPES = {16: torch.bfloat16, 32: torch.float32}
 TILED = product(
     query_tile=(32, 64, 128), key_tile=(32, 64, 128), heads_at_once=(8, 32), num_warps=(4, 8), num_stages=(1, 2, 3)
 )
+BY_QUERY = [{**settings, "full_tiles_at_once": tiles} for settings in TILED for tiles in (1, 2)]
 
 
 def tasks() -> Iterator[Task]:
     for row in {(row["kernel"], row["bits"], row["width"]): row for row in launch.rows()}.values():
         kernel, bits, width = row["kernel"], row["bits"], row["width"]
         if kernel == "attention_forward":
-            yield Task(kernel, bits, width, TILED, lambda bits=bits, width=width: _forward(bits, width))
+            yield Task(kernel, bits, width, BY_QUERY, lambda bits=bits, width=width: _forward(bits, width))
         elif kernel in ("attention_backward_keys", "attention_backward_queries"):
-            yield Task(kernel, bits, width, TILED, lambda bits=bits, width=width: _backward(bits, width))
+            candidates = TILED if kernel == "attention_backward_keys" else BY_QUERY
+            yield Task(kernel, bits, width, candidates, lambda bits=bits, width=width: _backward(bits, width))
         elif kernel == "decode_forward":
             candidates = product(KEYS=(16, 32, 64, 128), programs=(1, 132, 264, 528), num_warps=(1, 2, 4, 8))
             yield Task(kernel, bits, width, candidates, lambda bits=bits, width=width: _decode(bits, width))

@@ -29,6 +29,7 @@ import triton.language as tl
 
 from dalle_kernels.attention.contract import Grads, Kept, Needs, rows_of
 from dalle_kernels.attention.triton_forward import (
+    end_of_full,
     exponent_scale,
     far,
     head_and_item,
@@ -37,6 +38,7 @@ from dalle_kernels.attention.triton_forward import (
     padding_bytes,
     store_rows,
     tokens_of,
+    tokens_of_step,
     visible,
 )
 from dalle_kernels.backends import launch
@@ -266,16 +268,16 @@ def _accumulate_queries(
     stride_k, stride_v, stride_p, exponent_scale, rise,
     D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
     MASKED: tl.constexpr, PADDED: tl.constexpr, WHOLE: tl.constexpr, FAR: tl.constexpr, WGMMA: tl.constexpr,
-    CAPPED: tl.constexpr, PRECISION: tl.constexpr,
+    CAPPED: tl.constexpr, AT_ONCE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The key tiles start .. stop - 1 of the list, added to dq [QUERIES, BLOCK_D] (unscaled)."""
-    rows, exists = tokens_of(order, tl.load(key_tiles + start, mask=start < stop, other=0), KEYS, LENGTH, WHOLE)
-    for entry in range(start, stop):
-        next_tile = tl.load(key_tiles + entry + 1, mask=entry + 1 < stop, other=0)
-        next_rows, next_exists = tokens_of(order, next_tile, KEYS, LENGTH, WHOLE)
+    """The key tiles start .. stop - 1 of the list, AT_ONCE a step, added to dq [QUERIES, BLOCK_D] (unscaled)."""
+    rows, exists = tokens_of_step(key_tiles + start, start < stop, order, KEYS, LENGTH, WHOLE, AT_ONCE)
+    for entry in range(start, stop, AT_ONCE):
+        next_entry, is_there = key_tiles + entry + AT_ONCE, entry + AT_ONCE < stop
+        next_rows, next_exists = tokens_of_step(next_entry, is_there, order, KEYS, LENGTH, WHOLE, AT_ONCE)
         k = load_rows(K, rows, exists, stride_k, D, BLOCK_D, WHOLE, FAR)
         v = load_rows(V, rows, exists, stride_v, D, BLOCK_D, WHOLE, FAR)
-        score = dot(q, tl.trans(k), tl.zeros([QUERIES, KEYS], tl.float32), PRECISION)
+        score = dot(q, tl.trans(k), tl.zeros([QUERIES, AT_ONCE * KEYS], tl.float32), PRECISION)
         if CAPPED:
             score = tanh(score * rise)
         weight = tl.exp2(score * exponent_scale - power[:, None])
@@ -286,7 +288,7 @@ def _accumulate_queries(
         if PADDED:
             ignored = tl.load(padding + rows.to(tl.int64) * stride_p, mask=exists, other=1)
             weight = tl.where((ignored == 0)[None, :], weight, 0.0)
-        dweight = dot(grad, tl.trans(v), tl.zeros([QUERIES, KEYS], tl.float32), PRECISION)
+        dweight = dot(grad, tl.trans(v), tl.zeros([QUERIES, AT_ONCE * KEYS], tl.float32), PRECISION)
         dscore = weight * (dweight - delta[:, None])
         dq = made(dot(dscore.to(k.dtype), k, dq, PRECISION), WGMMA)
         rows, exists = next_rows, next_exists
@@ -301,7 +303,7 @@ def attention_backward_queries(
     HEADS, HEADS_IN_ALL, LENGTH, QUERY_LENGTH, exponent_scale, rise, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, GROUP: tl.constexpr,
     PADDED: tl.constexpr, WHOLE: tl.constexpr, FAR: tl.constexpr, WGMMA: tl.constexpr, NEGATED: tl.constexpr,
-    CAPPED: tl.constexpr, SHORT: tl.constexpr, PRECISION: tl.constexpr,
+    CAPPED: tl.constexpr, SHORT: tl.constexpr, AT_ONCE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """DQ [B, H, L, D]. Grid: (B H query tiles,)."""
     if SHORT:
@@ -327,16 +329,16 @@ def attention_backward_queries(
     dq = tl.zeros([QUERIES, BLOCK_D], tl.float32)
     start = tl.load(key_offsets + tile)
     stop = tl.load(key_offsets + tile + 1)
-    masked_from = start + tl.load(full_counts + tile)
+    masked_from = end_of_full(start, tl.load(full_counts + tile), AT_ONCE)
     dq = _accumulate_queries(
         q, grad, power, delta, dq, K, V, padding, order, key_tiles, mask_ids, masks, start, masked_from, LENGTH,
         stride_ks, stride_vs, stride_ps, exponent_scale, rise,
-        D, BLOCK_D, QUERIES, KEYS, False, PADDED, True, FAR, WGMMA, CAPPED, PRECISION,
+        D, BLOCK_D, QUERIES, KEYS, False, PADDED, True, FAR, WGMMA, CAPPED, AT_ONCE, PRECISION,
     )  # fmt: skip
     dq = _accumulate_queries(
         q, grad, power, delta, dq, K, V, padding, order, key_tiles, mask_ids, masks, masked_from, stop, LENGTH,
         stride_ks, stride_vs, stride_ps, exponent_scale, rise,
-        D, BLOCK_D, QUERIES, KEYS, True, PADDED, WHOLE, FAR, WGMMA, CAPPED, PRECISION,
+        D, BLOCK_D, QUERIES, KEYS, True, PADDED, WHOLE, FAR, WGMMA, CAPPED, 1, PRECISION,
     )  # fmt: skip
     DQ += batch * stride_dqb + head_in_batch * stride_dqh
     store_rows(DQ, rows, exists, stride_dqs, dq * scale, D, BLOCK_D)

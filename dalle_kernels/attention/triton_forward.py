@@ -1,8 +1,8 @@
 """Forward of sparse attention in Triton: online softmax (Milakov and Gimelshein 2018; Dao et al. 2022) over a schedule.
 
 One program owns a tile of queries of one head and walks the tile's list of key tiles: first those of which every pair
-is visible, in a loop without a trace of masking, then the others, under one bit mask each. With s = q . k and
-c = scale * log2 e, it keeps per row
+is visible, AT_ONCE a step, in a loop without a trace of masking, then the others, under one bit mask each. With
+s = q . k and c = scale * log2 e, it keeps per row
 
     m = max c s,    l = sum 2^(c s - m),    acc = sum 2^(c s - m) v
 
@@ -39,6 +39,28 @@ def tokens_of(order, tile, SIZE: tl.constexpr, LENGTH, WHOLE: tl.constexpr):
     if WHOLE:
         return tl.load(order + positions), positions < LENGTH
     return tl.load(order + positions, mask=positions < LENGTH, other=0), positions < LENGTH
+
+
+@triton.jit
+def tokens_of_step(entry, there, order, SIZE: tl.constexpr, LENGTH, WHOLE: tl.constexpr, AT_ONCE: tl.constexpr):
+    """`tokens_of` the AT_ONCE tiles (two are WHOLE) of a list from `entry` on; of tile 0 where it is not `there`."""
+    tile = tl.load(entry, mask=there, other=0)
+    if AT_ONCE == 1:
+        tokens, exists = tokens_of(order, tile, SIZE, LENGTH, WHOLE)
+    else:
+        # Loaded apart and joined: as one they would pass through shared memory to the threads that load their rows.
+        second = tl.load(entry + 1, mask=there, other=0)
+        places = order + tl.arange(0, SIZE)
+        both = tl.join(tl.load(places + tile * SIZE), tl.load(places + second * SIZE))
+        tokens = tl.reshape(tl.permute(both, (1, 0)), (2 * SIZE,))
+        exists = tokens >= 0
+    return tokens, exists
+
+
+@triton.jit
+def end_of_full(start, full, AT_ONCE: tl.constexpr):
+    """Where a walk over `full` full tiles from `start` on ends, AT_ONCE a step; the rest is left to the masked walk."""
+    return start + (full if AT_ONCE == 1 else full // AT_ONCE * AT_ONCE)
 
 
 @triton.jit
@@ -106,16 +128,16 @@ def _accumulate(
     stride_k, stride_v, stride_p, exponent_scale, rise,
     D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
     MASKED: tl.constexpr, PADDED: tl.constexpr, WHOLE: tl.constexpr, FAR: tl.constexpr, CAPPED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    AT_ONCE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The key tiles start .. stop - 1 of the list, added to the running maximum, sum and output."""
+    """The key tiles start .. stop - 1 of the list, AT_ONCE a step, added to the running maximum, sum and output."""
     # Where the next tile's rows lie is found a step ahead, so that its loads wait for no other and can be pipelined.
-    rows, exists = tokens_of(order, tl.load(key_tiles + start, mask=start < stop, other=0), KEYS, LENGTH, WHOLE)
-    for entry in range(start, stop):
-        next_tile = tl.load(key_tiles + entry + 1, mask=entry + 1 < stop, other=0)
-        next_rows, next_exists = tokens_of(order, next_tile, KEYS, LENGTH, WHOLE)
+    rows, exists = tokens_of_step(key_tiles + start, start < stop, order, KEYS, LENGTH, WHOLE, AT_ONCE)
+    for entry in range(start, stop, AT_ONCE):
+        next_entry, is_there = key_tiles + entry + AT_ONCE, entry + AT_ONCE < stop
+        next_rows, next_exists = tokens_of_step(next_entry, is_there, order, KEYS, LENGTH, WHOLE, AT_ONCE)
         k = load_rows(K, rows, exists, stride_k, D, BLOCK_D, WHOLE, FAR)
-        score = dot(q, tl.trans(k), tl.zeros([QUERIES, KEYS], tl.float32), PRECISION)
+        score = dot(q, tl.trans(k), tl.zeros([QUERIES, AT_ONCE * KEYS], tl.float32), PRECISION)
         if CAPPED:
             score = tanh(score * rise)
         if MASKED:
@@ -144,7 +166,7 @@ def attention_forward(
     HEADS, HEADS_IN_ALL, LENGTH, QUERY_LENGTH, exponent_scale, rise,
     D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, GROUP: tl.constexpr,
     PADDED: tl.constexpr, WHOLE: tl.constexpr, FAR: tl.constexpr, NEGATED: tl.constexpr, CAPPED: tl.constexpr,
-    SHORT: tl.constexpr, PRECISION: tl.constexpr,
+    SHORT: tl.constexpr, AT_ONCE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Q, Out [B, H, L, D]; K, V [B, H, S, D]; Lse fp32 [B, H, L]; padding uint8 [B, S], read if PADDED.
 
@@ -173,16 +195,16 @@ def attention_forward(
 
     start = tl.load(key_offsets + tile)
     stop = tl.load(key_offsets + tile + 1)
-    masked_from = start + tl.load(full_counts + tile)
+    masked_from = end_of_full(start, tl.load(full_counts + tile), AT_ONCE)
     maximum, total, accumulator = _accumulate(
         q, maximum, total, accumulator, K, V, padding, order, key_tiles, mask_ids, masks, start, masked_from, LENGTH,
         stride_ks, stride_vs, stride_ps, exponent_scale, rise,
-        D, BLOCK_D, QUERIES, KEYS, False, PADDED, True, FAR, CAPPED, PRECISION,
+        D, BLOCK_D, QUERIES, KEYS, False, PADDED, True, FAR, CAPPED, AT_ONCE, PRECISION,
     )  # fmt: skip
     maximum, total, accumulator = _accumulate(
         q, maximum, total, accumulator, K, V, padding, order, key_tiles, mask_ids, masks, masked_from, stop, LENGTH,
         stride_ks, stride_vs, stride_ps, exponent_scale, rise,
-        D, BLOCK_D, QUERIES, KEYS, True, PADDED, WHOLE, FAR, CAPPED, PRECISION,
+        D, BLOCK_D, QUERIES, KEYS, True, PADDED, WHOLE, FAR, CAPPED, 1, PRECISION,
     )  # fmt: skip
 
     total = tl.where(total == 0.0, 1.0, total)  # a row that sees no key: out 0, lse -inf, which its maximum is
@@ -227,6 +249,8 @@ def launch_for(
         "num_stages": stages,
         "enable_fp_fusion": True,
     }
+    if kernel != "attention_backward_keys":  # whose sums leave no registers for a second tile
+        constants["AT_ONCE"] = settings.get("full_tiles_at_once", 1)
     if "maxnreg" in settings:  # without it ptxas may keep to fewer registers than the block has, and spill
         constants["maxnreg"] = settings["maxnreg"]
     if queries >= max(tile):

@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 
 from dalle_kernels import Causal, Column, Convolution, MaskPattern, Pattern, Row, TokenLayout, sparse_attention
 from dalle_kernels.attention import triton as triton_backend
-from dalle_kernels.attention import triton_backward
+from dalle_kernels.attention import triton_backward, triton_forward
 from dalle_kernels.attention.contract import Grads, Inputs, Kept, Needs
 from dalle_kernels.backends.contract import Call
 from dalle_kernels.patterns.schedule import schedule_for
@@ -131,6 +131,18 @@ def test_padding(pattern: Pattern, dtype: torch.dtype) -> None:
     padding[0, :37] = True  # text rows of the first sample see nothing at all
     padding[1] = True
     check(packed_inputs(3, 2, pattern.length, 32, dtype), pattern, key_padding_mask=padding)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_full_tiles_two_at_once(padded: bool) -> None:
+    pattern = Causal(TokenLayout(256, (8, 8)))
+    for kernel in ("attention_forward", "attention_backward_queries"):
+        its = triton_forward.launch_for(kernel, pattern, pattern.length, DEVICE, torch.bfloat16, 16)
+        if DEVICE == "cpu":  # the interpreter follows the rows of sm_90
+            assert its.constants["AT_ONCE"] == 2
+        assert its.schedule.full_counts.tolist() == [0, 1, 2, 3, 4]
+    padding = torch.rand(1, pattern.length, device=DEVICE) < 0.3 if padded else None
+    check(packed_inputs(1, 1, pattern.length, 16, torch.bfloat16), pattern, key_padding_mask=padding)
 
 
 @pytest.mark.parametrize("scale", [-0.7, 0.0, 1.0])

@@ -109,6 +109,8 @@ def test_units_of_patterns() -> None:
     assert sass.blocks_of(Causal(layout), (128, 128)) == (0, 4)
     full, masked = sass.units_of(Column(layout), (64, 64), 16)
     assert (full, masked) == (1, 2)
+    assert sass.units_of(Causal(layout), (32, 32), 0) == (1.5, 1)
+    assert sass.units_of(Causal(layout), (32, 32), 0, at_once=2) == (1, 1.5)
 
 
 def test_the_committed_table_has_every_kernel_and_architecture() -> None:
