@@ -41,14 +41,14 @@ from dalle_reference.unclip import TokenDecoder
 
 _SEED = 0
 _SHARES = {
-    "clip": 0.2,
+    "clip": 0.26,
     "pixels": 0.06,
     "palette": 0.07,
     "prior": 0.16,
     "autoregressive": 0.03,
     "decoder": 0.11,
     "pixel-decoder": 0.08,
-    "panels": 0.29,
+    "panels": 0.23,
 }
 """Of the training time."""
 _KINDS = {"autoregressive": "prior", "palette": "pixels", "pixel-decoder": "decoder", "panels": "transformer"}
