@@ -436,7 +436,7 @@ def test_the_doctor_decides_what_is_timed(tmp_path: Path, capsys: pytest.Capture
     assert fit(findings) == list(NEEDS)
     findings += [seen("sample_tokens", "triton", "wrong"), seen("sparse_attention", "triton", "failed")]
     findings += [seen("sparse_attention", "cuda", "right"), seen("vq_lookup", "cuda", "refused")]
-    assert fit(findings) == [suite for suite in NEEDS if suite not in ("sampling", "generation")]
+    assert fit(findings) == [suite for suite in NEEDS if suite not in ("sampling", "generation", "pixels")]
     assert fit([seen("sample_tokens", "reference", "right"), seen("sample_tokens", "cpu", "right", "cpu")]) == []
     path = tmp_path / "found.json"
     path.write_text(json.dumps(findings[:3]))
