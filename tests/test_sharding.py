@@ -21,6 +21,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 import dalle_kernels as dk
 from dalle_kernels.backends import native
 from dalle_kernels.codebook.gumbel.merge import _runs
+from tests.memory import moments, peak_of_second
 
 PROCESSES = 4
 LAYOUT = dk.TokenLayout(4, (4, 4))
@@ -381,7 +382,6 @@ def measured(replicate: int = 1, tensor: int = 1) -> int:
     from dalle_reference.tensor_parallel import divide
     from dalle_reference.transformer import DalleTransformer
     from torch.distributed.tensor.parallel import loss_parallel
-    from torch.profiler import ProfilerActivity, profile
 
     class Pass(torch.nn.Module):
         def __init__(self, model: Any) -> None:
@@ -415,17 +415,10 @@ def measured(replicate: int = 1, tensor: int = 1) -> int:
         optimizer.zero_grad(set_to_none=True)
 
     with loss_parallel():
-        step()
-        moments = [value for state in optimizer.state.values() for value in state.values()]
-        kept = sum(local(tensor).nbytes for tensor in (*model.parameters(), *mean.parameters(), *moments))
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-            step()
-    now = peak = 0
-    for event in seen.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            peak = max(peak, now)
-    return kept + peak
+        return peak_of_second(
+            step,
+            lambda: sum(local(part).nbytes for part in (*model.parameters(), *mean.parameters(), *moments(optimizer))),
+        )
 
 
 CHECKS = {

@@ -67,14 +67,14 @@ class Merge(NamedTuple):
 
     Attributes:
         axis: the inputs that have it; no output has.
-        possible: whether those of a call that names a backend can be.
+        possible: (inputs, backend, the whole's size, processes that it is divided among) -> whether they can be merged.
         merged: (the operation, inputs of this process's part, backend, the whole's size, the mesh and its dimension
             along which it is divided) -> the whole's outputs. Where the call draws, inputs that all processes have are
             not cut.
     """
 
     axis: Axis
-    possible: Callable[[Any, str], bool]
+    possible: Callable[[Any, str, int, int], bool]
     merged: Callable[[Any, Any, str, int, tuple[DeviceMesh, int]], Any]
 
 
@@ -151,12 +151,13 @@ def locally(
 
     parts: dict[str, Any] = {}
     merge: tuple[Callable[..., Any], int, int] | None = None
-    if isinstance(choice, Merge) and choice.possible(inputs, backend):
-        at = _cut(choice.axis, chosen, tensors)
-        size = tensors[next(iter(choice.axis.inputs))].shape[next(iter(choice.axis.inputs.values()))]
-        if at is not None and size % (mesh.size(at) * (4 if draws else 1)) == 0:
-            chosen[at] = choice.axis
-            merge = choice.merged, size, at
+    cut = _cut(choice.axis, chosen, tensors) if isinstance(choice, Merge) else None
+    if isinstance(choice, Merge) and cut is not None:
+        name, at = next(iter(choice.axis.inputs.items()))
+        size = tensors[name].shape[at]
+        if choice.possible(inputs, backend, size, mesh.size(cut)):
+            chosen[cut] = choice.axis
+            merge = choice.merged, size, cut
     best = choice if isinstance(choice, Choice) and choice.possible(inputs) else None
     if best is not None:
         name, at = next(iter(best.axis.inputs.items()))

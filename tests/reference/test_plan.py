@@ -6,9 +6,9 @@ from dalle_reference import cli, plan
 from dalle_reference.errors import UserError
 from dalle_reference.plan import Layout, Needs, fitting, needs, sampling_bytes
 from dalle_reference.transformer import DalleTransformer, Recompute, TransformerConfig
-from torch.profiler import ProfilerActivity, profile
 
 from dalle_kernels.backends import native
+from tests.memory import moments, peak_of_second
 
 SMALL = TransformerConfig(vocab_text=300, vocab_image=512, grid=(12, 12), layers=4)
 
@@ -30,17 +30,10 @@ def measured(config: TransformerConfig, batch: int, recompute: Recompute, bf16: 
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    step()
-    moments = [value for state in optimizer.state.values() for value in state.values()]
-    kept = sum(tensor.nbytes for tensor in (*model.parameters(), *mean.parameters(), *moments))
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        step()
-    now = peak = 0
-    for event in seen.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            peak = max(peak, now)
-    return kept + peak
+    return peak_of_second(
+        step,
+        lambda: sum(tensor.nbytes for tensor in (*model.parameters(), *mean.parameters(), *moments(optimizer))),
+    )
 
 
 @pytest.mark.parametrize("bf16", [False, True])

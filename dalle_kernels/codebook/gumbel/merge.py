@@ -31,10 +31,14 @@ if TYPE_CHECKING:
 _QUARTERS = 4
 
 
-def draws_by_quarters(operation: Any, call_of: Callable[[Any], Call], inputs: Any, backend: str) -> bool:
-    """Whether the backend that serves a call could serve some codes of each quarter."""
+def may_merge(
+    operation: Any, call_of: Callable[[Any], Call], inputs: Any, backend: str, codes: int, count: int
+) -> bool:
+    """Whether `count` processes can each take as many codes, with noise of each quarter, by the backend that serves."""
+    if not inputs.noise:
+        return codes % count == 0
     chosen = operation.choose(backend, call_of(inputs))
-    return not inputs.noise or chosen.refuse(call_of(inputs._replace(counter_offset=1))) is None
+    return codes % (_QUARTERS * count) == 0 and chosen.refuse(call_of(inputs._replace(counter_offset=1))) is None
 
 
 def merged(entry: Any, inputs: Any, backend: str, codes: int, group: tuple[DeviceMesh, int]) -> Any:

@@ -14,7 +14,7 @@ from dalle_kernels.checks import positive_temperature, positive_there, rows_cont
 from dalle_kernels.codebook.checks import check_pair, contiguous, describe, gradient_like, refuse_nan
 from dalle_kernels.codebook.gumbel import reference
 from dalle_kernels.codebook.gumbel.contract import AXES, CODES, Backend, Grads, Inputs, Kept, Needs, Outputs, call_of
-from dalle_kernels.codebook.gumbel.merge import draws_by_quarters, merged
+from dalle_kernels.codebook.gumbel.merge import may_merge, merged
 
 if TYPE_CHECKING:
     from dalle_kernels.codebook.gumbel import cpu, triton
@@ -142,5 +142,5 @@ _ENTRY = Entry(
     _forward_fake,
     AXES,
     Derivative("gumbel_backward", Grads, Kept, Needs, _backward, reference.jvp, gradient_like),
-    choice=Merge(CODES, partial(draws_by_quarters, OPERATION, call_of), merged),
+    choice=Merge(CODES, partial(may_merge, OPERATION, call_of), merged),
 )

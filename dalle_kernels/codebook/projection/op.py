@@ -20,7 +20,7 @@ from dalle_kernels.checks import (
     seed_and_row,
 )
 from dalle_kernels.codebook.checks import contiguous, gradient_like, refuse_nan
-from dalle_kernels.codebook.gumbel.merge import draws_by_quarters, merged
+from dalle_kernels.codebook.gumbel.merge import may_merge, merged
 from dalle_kernels.codebook.gumbel.op import fake_outputs
 from dalle_kernels.codebook.projection import reference
 from dalle_kernels.codebook.projection.contract import (
@@ -214,9 +214,9 @@ def _backward(backend: Backend, grads: Grads, kept: Kept, needs: Needs) -> tuple
     return backend.backward(Grads(*contiguous(grads)), kept, needs)
 
 
-def _may_merge(inputs: Inputs, backend: str) -> bool:
+def _may_merge(inputs: Inputs, backend: str, codes: int, count: int) -> bool:
     """The mean distribution wants each row's sum over all codes before any of its shares."""
-    return not inputs.with_distribution and draws_by_quarters(OPERATION, call_of, inputs, backend)
+    return not inputs.with_distribution and may_merge(OPERATION, call_of, inputs, backend, codes, count)
 
 
 _ENTRY = Entry(
