@@ -157,8 +157,8 @@ class Loop(NamedTuple):
     masked: list[Instruction]
 
 
-def hot_loops(instructions: list[Instruction]) -> list[Loop]:
-    """The innermost loops with matrix instructions, in the order of the code."""
+def hot_loops(instructions: list[Instruction], rounds: int = 1) -> list[Loop]:
+    """The innermost loops with matrix instructions, in the order of the code; with the loop around if `rounds` > 1."""
     place = {instruction.address: index for index, instruction in enumerate(instructions)}
     spans = []
     for index, instruction in enumerate(instructions):
@@ -177,7 +177,15 @@ def hot_loops(instructions: list[Instruction]) -> list[Loop]:
         for first, last in found
         if not any((a, b) != (first, last) and first <= a and b <= last for a, b in found)
     ]
-    return [_ways(instructions, first, last) for first, last in inner]
+    loops = []
+    for first, last in inner:
+        loop = _ways(instructions, first, last)
+        if rounds > 1:
+            _, start, stop = min((b - a, a, b) for a, b in found if a < first and last < b)
+            around = _ways(instructions, start, stop)  # which passes through the inner loop once
+            loop = Loop(*(whole + (rounds - 1) * way for whole, way in zip(around, loop, strict=True)))
+        loops.append(loop)
+    return loops
 
 
 def _target(instruction: Instruction) -> int | None:
@@ -238,7 +246,9 @@ class Kernel:
         products: matrix products over a unit: by it the pairs of a way round follow from its multiply-adds.
         width: the head dimension, or the codebook's.
         pairs: pairs that a warp takes in a way round, where machine code does not say (tcgen05).
-        tile: (rows, columns) that are visited whole, but for each `slab` rows of it that see nothing.
+        tile: (queries, keys) that are visited whole, but for each `slab` queries of it that see nothing, or keys that
+            nothing sees where lists are `by_key`.
+        rounds: of the innermost loop in a step of the loop around it, which belongs to the step.
         at_once: full tiles that a step of the first loop takes; what is left of a list's the other loop takes.
         threads: of a block; registers and bytes of shared memory: of the compiled kernel, 0 where the host decides.
     """
@@ -250,6 +260,8 @@ class Kernel:
     pairs: float = 0.0
     tile: tuple[int, int] | None = None
     slab: int = 0
+    by_key: bool = False
+    rounds: int = 1
     at_once: int = 1
     threads: int = 128
     registers: int = 0
@@ -289,24 +301,29 @@ def blocks(kernel: Kernel, arch: int) -> int:
     return min(by_registers, by_shared, machine.warps // warps, 32)
 
 
-def units_of(pattern: Pattern, tile: tuple[int, int], slab: int, at_once: int = 1) -> tuple[float, float]:
+def units_of(
+    pattern: Pattern, tile: tuple[int, int], slab: int, at_once: int = 1, by_key: bool = False
+) -> tuple[float, float]:
     """(full, masked) units of one head, in tiles of the schedule; of masked ones only the slabs that see something.
 
     Full tiles of a list beyond a multiple of `at_once` count as masked.
     """
     schedule: Schedule = schedule_for(pattern, tile)
     size = tile[0] * tile[1] / UNIT
-    starts = schedule.key_offsets.numpy()
-    walked = schedule.full_counts.numpy() // at_once * at_once
-    full = int(walked.sum())
-    masked = float(schedule.full_counts.sum() - full) * size
+    if by_key:
+        lists = schedule.query_offsets, schedule.query_full_counts, schedule.query_mask_ids
+        masks = schedule.masks_transposed
+    else:
+        lists, masks = (schedule.key_offsets, schedule.full_counts, schedule.mask_ids), schedule.masks
+    starts, full_counts, mask_ids = (entries.numpy() for entries in lists)
+    full = int((full_counts // at_once * at_once).sum())
+    masked = float(full_counts.sum() - full) * size
     seen: dict[int, float] = {}
     for row, (start, stop) in enumerate(pairwise(starts)):
-        for entry in range(start + int(schedule.full_counts[row]), stop):
-            mask = int(schedule.mask_ids[entry])
+        for mask in mask_ids[start + full_counts[row] : stop].tolist():
             if mask not in seen:
-                rows = schedule.masks[mask].numpy().any(-1)
-                seen[mask] = float(rows.reshape(-1, slab or tile[0]).any(-1).mean())
+                rows = masks[mask].numpy().any(-1)
+                seen[mask] = float(rows.reshape(-1, slab or len(rows)).any(-1).mean())
             masked += seen[mask] * size
     return full * size, masked
 
@@ -325,7 +342,7 @@ def blocks_of(pattern: Pattern, tile: tuple[int, int]) -> tuple[float, float]:
 def row_of(kernel: Kernel, arch: int) -> dict[str, Any]:
     """The table's row of one kernel."""
     (code,) = read(kernel.code).values()
-    loops = hot_loops(code)
+    loops = hot_loops(code, kernel.rounds)
     if not loops:
         raise ValueError(f"{kernel.name}: no loop with matrix instructions")
     machine = MACHINES[arch]
@@ -352,7 +369,7 @@ def row_of(kernel: Kernel, arch: int) -> dict[str, Any]:
         row["microseconds"] = {}
         for name, pattern in PATTERNS.items():
             flex = "block" in kernel.facts
-            units = units_of(pattern, kernel.tile, kernel.slab, kernel.at_once)
+            units = units_of(pattern, kernel.tile, kernel.slab, kernel.at_once, kernel.by_key)
             full, masked = blocks_of(pattern, kernel.tile) if flex else units
             times = {
                 bound: (full * ways["full"]["cycles"][bound] + masked * ways["masked"]["cycles"][bound])
@@ -453,17 +470,20 @@ def cuda_kernels(arch: int, library: Path) -> Iterator[Kernel]:
         part.partition("\n")[0].strip(): "\n\tFunction : " + part
         for part in re.split(r"^\s+Function : ", text, flags=re.MULTILINE)[1:]
     }
-    # name, the function's in its mangled one, products, tile, rows that are skipped together, threads
+    # name, the function's in its mangled one, products, tile
     known = [
-        ("CUDA forward", "14forward_kernel", 2, (128, 64), 32, 128),
-        ("CUDA backward, keys", "10key_kernel", 4, (64, 128), 0, 256),
-        ("CUDA backward, queries", "12query_kernel", 3, (128, 64), 16, 256),
+        ("CUDA forward", "14forward_kernel", 2, (128, 32)),
+        ("CUDA backward, keys", "10key_kernel", 4, (32, 128)),
+        ("CUDA backward, queries", "12query_kernel", 3, (128, 32)),
     ]
-    for name, mangled, products, tile, slab, threads in known:
+    for name, mangled, products, tile in known:
+        by_key = tile[1] > tile[0]
         for function, code in parts.items():
             if f"{mangled}I8Bfloat16Li64E" in function:
                 used = registers.get(function, 0)
-                yield Kernel(name, code, products, 64, tile=tile, slab=slab, threads=threads, registers=used)
+                yield Kernel(
+                    name, code, products, 64, tile=tile, slab=32, by_key=by_key, rounds=1 + by_key, registers=used
+                )
 
 
 def _assembled(library: Path, arch: int, folder: Path) -> tuple[str, str]:

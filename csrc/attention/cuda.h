@@ -9,39 +9,36 @@
 // The elements of a row that there are kernels for.
 using Widths = std::integer_sequence<int, 16, 32, 64, 80, 96, 128>;
 
-constexpr int kWarps = 8;
-constexpr int kThreads = 32 * kWarps;
-constexpr int kRowTile = 16 * kWarps;  // rows that a block has at a time
-constexpr int kAhead = 2;              // steps before its use, in which a column tile is loaded
+constexpr int kRowTile = 128;  // rows that a block has at a time
+constexpr int kAhead = 2;      // steps before its use, in which a column tile is loaded
 
-// Rows of a warp forward. With 32 each fragment of a column tile serves two products, where a thread's registers hold
-// the sums of so many.
+// Rows of a warp. With 32 each fragment of a column tile serves two products, where a thread's registers hold the sums
+// of so many.
 template <int kWidth>
-constexpr int kForwardRows = kWidth <= 64 ? 32 : 16;
+constexpr int kWarpRows = kWidth <= 64 ? 32 : 16;
 template <int kWidth>
-constexpr int kForwardThreads = 32 * kRowTile / kForwardRows<kWidth>;
+constexpr int kThreads = 32 * kRowTile / kWarpRows<kWidth>;
 
-// Rows of a column tile. Backward they are fewer where rows are long, whose sums take the registers.
-constexpr int kForwardColumns = 64;
+// Blocks on a multiprocessor: two where a block has four warps.
 template <int kWidth>
-constexpr int kBackwardColumns = kWidth <= 64 ? 64 : 32;
+constexpr int kBlocks = kWidth <= 64 ? 2 : 1;
 
-// Blocks of the forward on a multiprocessor: two where a block has four warps.
-template <int kWidth>
-constexpr int kForwardBlocks = kWidth <= 64 ? 2 : 1;
+// Rows of a column tile, as many as a word of a mask has bits: the narrower a tile, the fewer products of it nobody
+// sees.
+constexpr int kColumns = 32;
 
 // Bytes from one row of a tile in shared memory to the next: an odd number of 16-byte pieces, so that the eight rows
 // of a matrix lie in different banks.
 template <int kWidth>
 constexpr int kPitch = 2 * kWidth + 16;
+template <int kWidth>
+constexpr int kTileBytes = kColumns * kPitch<kWidth>;
 
 // Bytes of a slot: two column tiles (keys and values, or queries and dout), and for dk and dv two numbers a query.
 template <int kWidth>
-constexpr int kForwardSlot = 2 * kForwardColumns * kPitch<kWidth>;
+constexpr int kSlot = 2 * kTileBytes<kWidth>;
 template <int kWidth>
-constexpr int kQuerySlot = 2 * kBackwardColumns<kWidth> * kPitch<kWidth>;
-template <int kWidth>
-constexpr int kKeySlot = kQuerySlot<kWidth> + 2 * kBackwardColumns<kWidth> * static_cast<int>(sizeof(float));
+constexpr int kKeySlot = kSlot<kWidth> + 2 * kColumns * static_cast<int>(sizeof(float));
 
 // function(std::integral_constant<int, width>), where there are kernels for `width`.
 template <class Function, int... kWidths>
@@ -61,7 +58,7 @@ struct Walk {
   const int32_t* part_tiles;  // [parts + 1], the row tiles of each part of a head
   const int32_t* tile_steps;  // [row tiles + 1], the steps of each row tile
   const int32_t* steps;       // [steps, 4]: column tile, slot, mask id, whether this step loads the tile
-  const int32_t* masks;       // [masks, kRowTile, columns / 32] bit words; mask 0 is all ones
+  const int32_t* masks;       // [masks, kRowTile], a row's columns as bits; mask 0 is all ones
   int parts, slots, length;
 };
 
@@ -80,7 +77,7 @@ struct AttentionStatistics {
   const float* lse;       // [B, H, S]
   const int32_t* order;   // [S], the token at each position
   // [B * H, 2, padded]: for each position lse in base 2 (+inf where the query sees no key or is past the end) and
-  // delta; `padded` is a multiple of kBackwardColumns.
+  // delta; `padded` is a multiple of kColumns.
   float* statistics;
   int padded, length, batch, heads, width;
 };

@@ -20,13 +20,13 @@ static Rows rows_of(const Tensor& tensor) {
   return rows;
 }
 
-// A walk over tiles of kRowTile rows and `columns` columns.
+// A walk over tiles of kRowTile rows and kColumns columns.
 static Walk walk_of(const Tensor& order, const Tensor& part_tiles, const Tensor& tile_steps, const Tensor& steps,
-                    const Tensor& masks, int64_t slots, int columns) {
-  if (masks.size(1) != kRowTile || 32 * masks.size(2) != columns) {
+                    const Tensor& masks, int64_t slots) {
+  if (masks.size(1) != kRowTile || 32 * masks.size(2) != kColumns) {
     throw std::runtime_error("dalle_kernels: masks: got those of tiles of " + std::to_string(masks.size(1)) + " x " +
                              std::to_string(32 * masks.size(2)) + ", wanted " + std::to_string(kRowTile) + " x " +
-                             std::to_string(columns));
+                             std::to_string(kColumns));
   }
   Walk walk;
   walk.order = device_pointer<const int32_t>(order);
@@ -38,13 +38,6 @@ static Walk walk_of(const Tensor& order, const Tensor& part_tiles, const Tensor&
   walk.slots = static_cast<int>(slots);
   walk.length = static_cast<int>(order.size(0));
   return walk;
-}
-
-static int backward_columns(const Tensor& q) {
-  int columns = 0;
-  at_width(
-      static_cast<int>(q.size(3)), [&](auto width) { columns = kBackwardColumns<decltype(width)::value>; }, Widths{});
-  return columns;
 }
 
 template <class Parameters>
@@ -63,20 +56,13 @@ static std::vector<int64_t> list_of(std::integer_sequence<int, kWidths...>) {
 
 static std::vector<int64_t> widths() { return list_of(Widths{}); }
 
-using Tiles = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>;
+using Tiles = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>;
 
 static Tiles tiles(int64_t width) {
   Tiles tiles;
   const auto fill = [&](auto constant) {
     constexpr int kWidth = decltype(constant)::value;
-    tiles = {kRowTile,
-             kAhead,
-             kForwardColumns,
-             kForwardBlocks<kWidth>,
-             kForwardSlot<kWidth>,
-             kBackwardColumns<kWidth>,
-             kQuerySlot<kWidth>,
-             kKeySlot<kWidth>};
+    tiles = {kRowTile, kColumns, kAhead, kBlocks<kWidth>, kSlot<kWidth>, kKeySlot<kWidth>};
   };
   at_width(static_cast<int>(width), fill, Widths{});
   return tiles;
@@ -94,7 +80,7 @@ static void forward(Tensor q, Tensor k, Tensor v, std::optional<Tensor> padding,
   p.out = rows_of<void>(out);
   p.lse = device_pointer<float>(lse);
   p.padding = padding.has_value() ? device_pointer<const bool>(*padding) : nullptr;
-  p.walk = walk_of(order, part_tiles, tile_steps, steps, masks, slots, kForwardColumns);
+  p.walk = walk_of(order, part_tiles, tile_steps, steps, masks, slots);
   p.scale = static_cast<float>(scale);
   (is_half(q) ? attention_forward_float16 : attention_forward_bfloat16)(p, current_stream(q));
 }
@@ -136,7 +122,7 @@ static void backward_queries(Tensor grad_out, Tensor q, Tensor k, Tensor v, std:
                              double scale, Tensor statistics, Tensor dq) {
   const DeviceGuard guard(q.get_device());
   AttentionBackward p = backward_of(grad_out, q, k, v, padding, scale, statistics);
-  p.walk = walk_of(order, part_tiles, tile_steps, steps, masks, slots, backward_columns(q));
+  p.walk = walk_of(order, part_tiles, tile_steps, steps, masks, slots);
   p.dq = rows_of<void>(dq);
   (is_half(q) ? attention_backward_queries_float16 : attention_backward_queries_bfloat16)(p, current_stream(q));
 }
@@ -146,7 +132,7 @@ static void backward_keys(Tensor grad_out, Tensor q, Tensor k, Tensor v, std::op
                           Tensor statistics, Tensor dk, Tensor dv) {
   const DeviceGuard guard(q.get_device());
   AttentionBackward p = backward_of(grad_out, q, k, v, padding, scale, statistics);
-  p.walk = walk_of(order, part_tiles, tile_steps, steps, masks, slots, backward_columns(q));
+  p.walk = walk_of(order, part_tiles, tile_steps, steps, masks, slots);
   p.dk = rows_of<void>(dk);
   p.dv = rows_of<void>(dv);
   (is_half(q) ? attention_backward_keys_float16 : attention_backward_keys_bfloat16)(p, current_stream(q));
@@ -156,9 +142,7 @@ static void backward_keys(Tensor grad_out, Tensor q, Tensor k, Tensor v, std::op
 
 STABLE_TORCH_LIBRARY_FRAGMENT(DALLE_LIBRARY, m) {
   m.def("attention_widths() -> int[]");
-  m.def(
-      "attention_tiles(int width) -> (int rows, int ahead, int forward_columns, int forward_blocks, int forward_slot,"
-      " int backward_columns, int query_slot, int key_slot)");
+  m.def("attention_tiles(int width) -> (int rows, int columns, int ahead, int blocks, int slot, int key_slot)");
   m.def(
       "attention_forward(Tensor q, Tensor k, Tensor v, Tensor? padding, Tensor order, Tensor part_tiles,"
       " Tensor tile_steps, Tensor steps, Tensor masks, int slots, float scale, Tensor(a!) out, Tensor(b!) lse) -> ()");

@@ -11,20 +11,16 @@
 namespace {
 
 template <class T, int kWidth>
-__global__ void __launch_bounds__(kForwardThreads<kWidth>, kForwardBlocks<kWidth>)
+__global__ void __launch_bounds__(kThreads<kWidth>, kBlocks<kWidth>)
     forward_kernel(const __grid_constant__ AttentionForward p) {
-  constexpr int kColumns = kForwardColumns;
-  constexpr int kTileBytes = kColumns * kPitch<kWidth>;
-  constexpr int kParts = kForwardRows<kWidth> / 16;
+  constexpr int kParts = kWarpRows<kWidth> / 16;
   const Place place(p.heads);
   const Walk& walk = p.walk;
   const HeadRows<T> q = head_of<T>(p.q, place);
   const HeadRows<T> k = head_of<T>(p.k, place);
   const HeadRows<T> v = head_of<T>(p.v, place);
   char* slots = shared_memory();  // [slots][keys, values][kColumns][kPitch]
-  const auto copy = [&](int tile, int slot) {
-    copy_tiles<T, kWidth, kColumns, kForwardThreads<kWidth>>(slots + slot * kForwardSlot<kWidth>, k, v, walk, tile);
-  };
+  const auto copy = [&](int tile, int slot) { copy_tiles<T, kWidth>(slots + slot * kSlot<kWidth>, k, v, walk, tile); };
 
   const Walker walker(walk, copy);
   // Negative scales are the queries' to bear, so that the largest score is that of the largest product; scale 0 becomes
@@ -46,27 +42,25 @@ __global__ void __launch_bounds__(kForwardThreads<kWidth>, kForwardBlocks<kWidth
     const int end = load(walk.tile_steps + tile + 1);
     for (int index = load(walk.tile_steps + tile); index < end; ++index) {
       const Step step = walker.arrive(index);
-      Visible<kColumns> visible[kParts];
+      Visible<kParts> visible;
       const bool masked = step.mask != 0 || p.padding != nullptr;
-      const auto read = [&] { return read_keys<kColumns, kParts>(visible, walk, step, p.padding, place); };
-      if (masked && !read()) {
+      if (masked && !visible.read(walk, step, place, p.padding)) {
         continue;
       }
-      const char* keys = slots + step.slot * kForwardSlot<kWidth>;
+      const char* keys = slots + step.slot * kSlot<kWidth>;
       float score[kParts][kColumns / 8][4] = {};
-      multiply_transposed<T, kWidth, kColumns, kParts>(score, query, keys, place.lane);
+      multiply_transposed<T>(score, query, keys, place.lane);
       if (masked) {
-        read();  // again rather than kept: the product needs the registers
 #pragma unroll
         for (int part = 0; part < kParts; ++part) {
-          visible[part].hide(score[part], place.c);
+          visible.hide(score[part], part, -kInfinity);
         }
       }
 #pragma unroll
       for (int part = 0; part < kParts; ++part) {
         softmax[part].step(score[part], acc[part], slope);
       }
-      multiply<T, kWidth, kColumns, kParts>(acc, score, keys + kTileBytes, place.lane);
+      multiply<T>(acc, score, keys + kTileBytes<kWidth>, place.lane);
     }
 
 #pragma unroll
@@ -84,7 +78,7 @@ void run_forward(const AttentionForward& p, void* stream) {
   const dim3 grid{static_cast<unsigned>(p.batch * p.heads), static_cast<unsigned>(p.walk.parts), 1};
   const auto run = [&](auto width) {
     constexpr int kWidth = decltype(width)::value;
-    launch(forward_kernel<T, kWidth>, grid, kForwardThreads<kWidth>, p.walk.slots * kForwardSlot<kWidth>, stream, p);
+    launch(forward_kernel<T, kWidth>, grid, kThreads<kWidth>, p.walk.slots * kSlot<kWidth>, stream, p);
   };
   at_width(p.width, run, Widths{});
 }

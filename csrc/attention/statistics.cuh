@@ -8,12 +8,13 @@
 
 namespace {
 
-constexpr int kRowLanes = 16;  // lanes that read one row in the first kernel
+constexpr int kStatisticsThreads = 256;
+constexpr int kRowLanes = 16;  // lanes that read one row
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) statistics_kernel(const __grid_constant__ AttentionStatistics p) {
+__global__ void __launch_bounds__(kStatisticsThreads) statistics_kernel(const __grid_constant__ AttentionStatistics p) {
   const int length = p.length;
-  const int position = blockIdx.y * (kThreads / kRowLanes) + threadIdx.x / kRowLanes;
+  const int position = blockIdx.y * (kStatisticsThreads / kRowLanes) + threadIdx.x / kRowLanes;
   const int part = threadIdx.x % kRowLanes;
   const bool valid = position < length;
   const int token = valid ? load(p.order + position) : 0;
@@ -49,20 +50,19 @@ __global__ void __launch_bounds__(kThreads) statistics_kernel(const __grid_const
 
 template <class T>
 void run_statistics(const AttentionStatistics& p, void* stream) {
-  constexpr int kRows = kThreads / kRowLanes;
+  constexpr int kRows = kStatisticsThreads / kRowLanes;
   const dim3 grid{static_cast<unsigned>(p.batch * p.heads), static_cast<unsigned>((p.padded + kRows - 1) / kRows), 1};
-  launch(statistics_kernel<T>, grid, kThreads, 0, stream, p);
+  launch(statistics_kernel<T>, grid, kStatisticsThreads, 0, stream, p);
 }
 
-// Those of rows g and g + 8 of this warp in row tile `tile`.
-DEVICE void read_statistics(float (&lse)[2], float (&delta)[2], const AttentionBackward& p, int tile,
-                            const Place& place) {
+// Those of the queries at `position` and position + 8.
+DEVICE void read_statistics(float (&lse)[2], float (&delta)[2], const AttentionBackward& p, int position) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int position = tile * kRowTile + place.row() + 8 * half;
-    const float* from = p.statistics + static_cast<int64_t>(blockIdx.x) * 2 * p.padded + position;
-    lse[half] = position < p.padded ? load(from) : kInfinity;
-    delta[half] = position < p.padded ? load(from + p.padded) : 0.0f;
+    const int own = position + 8 * half;
+    const float* from = p.statistics + static_cast<int64_t>(blockIdx.x) * 2 * p.padded + own;
+    lse[half] = own < p.padded ? load(from) : kInfinity;
+    delta[half] = own < p.padded ? load(from + p.padded) : 0.0f;
   }
 }
 

@@ -39,11 +39,11 @@ DEVICE HeadRows<T> head_of(const Rows& rows, const Place& place) {
 
 // Starts the copy of column tile `tile` of two tensors, one after the other: keys and values, or queries and the
 // gradients of their outputs. Rows past the end are zeros.
-template <class T, int kWidth, int kColumns, int kBlock = kThreads>
+template <class T, int kWidth>
 DEVICE void copy_tiles(char* tiles, const HeadRows<T>& first, const HeadRows<T>& second, const Walk& walk, int tile) {
   constexpr int kPieces = kWidth / 8;
 #pragma unroll 1  // unrolled, its addresses would take registers that the products need
-  for (int i = threadIdx.x; i < kColumns * kPieces; i += kBlock) {
+  for (int i = threadIdx.x; i < kColumns * kPieces; i += kThreads<kWidth>) {
     const int row = static_cast<unsigned>(i) / kPieces;
     const int piece = static_cast<unsigned>(i) % kPieces;
     const int position = tile * kColumns + row;
@@ -51,21 +51,23 @@ DEVICE void copy_tiles(char* tiles, const HeadRows<T>& first, const HeadRows<T>&
     const int token = valid ? load(walk.order + position) : 0;
     char* to = tiles + row * kPitch<kWidth> + 16 * piece;
     copy_async(to, first.row(token) + 8 * piece, valid);
-    copy_async(to + kColumns * kPitch<kWidth>, second.row(token) + 8 * piece, valid);
+    copy_async(to + kTileBytes<kWidth>, second.row(token) + 8 * piece, valid);
   }
 }
 
-// sums[part][n] += A B^T for the tile's rows 8 n to 8 n + 7: scores of the warp's rows against the tile's.
-template <class T, int kWidth, int kColumns, int kParts = 1>
-DEVICE void multiply_transposed(float (*sums)[kColumns / 8][4], const uint32_t (*a)[kWidth / 16][4], const char* tile,
-                                int lane) {
-  const char* mine = tile + (lane / 16 * 8 + lane % 8) * kPitch<kWidth> + lane / 8 % 2 * 16;
+// sums[part][n] += A B^T for the rows 8 n to 8 n + 7 of B, which begins at `tile`: scores of the warp's rows against
+// the tile's.
+template <class T, int kParts, int kFragments, int kSteps>
+DEVICE void multiply_transposed(float (&sums)[kParts][kFragments][4], const uint32_t (&a)[kParts][kSteps][4],
+                                const char* tile, int lane) {
+  constexpr int kBytes = kPitch<16 * kSteps>;
+  const char* mine = tile + (lane / 16 * 8 + lane % 8) * kBytes + lane / 8 % 2 * 16;
 #pragma unroll
-  for (int n = 0; n < kColumns / 16; ++n) {
+  for (int n = 0; n < kFragments / 2; ++n) {
 #pragma unroll
-    for (int k = 0; k < kWidth / 16; ++k) {
+    for (int k = 0; k < kSteps; ++k) {
       uint32_t b[4];
-      load_matrix(b, mine + n * 16 * kPitch<kWidth> + k * 32);
+      load_matrix(b, mine + n * 16 * kBytes + k * 32);
 #pragma unroll
       for (int part = 0; part < kParts; ++part) {
         mma<T>(sums[part][2 * n], a[part][k], b[0], b[1]);
@@ -75,13 +77,15 @@ DEVICE void multiply_transposed(float (*sums)[kColumns / 8][4], const uint32_t (
   }
 }
 
-// sums[part][n] += weights B for columns 8 n to 8 n + 7 of the tile; weights are the warp's rows against the tile's.
-template <class T, int kWidth, int kColumns, int kParts = 1>
-DEVICE void multiply(float (*sums)[kWidth / 8][4], const float (*weights)[kColumns / 8][4], const char* tile,
+// sums[part][n] += weights B for columns 8 n to 8 n + 7 of B, which begins at `tile`; weights are the warp's rows
+// against the tile's.
+template <class T, int kParts, int kSums, int kFragments>
+DEVICE void multiply(float (&sums)[kParts][kSums][4], const float (&weights)[kParts][kFragments][4], const char* tile,
                      int lane) {
-  const char* mine = tile + (lane / 8 % 2 * 8 + lane % 8) * kPitch<kWidth> + lane / 16 * 16;
+  constexpr int kBytes = kPitch<8 * kSums>;
+  const char* mine = tile + (lane / 8 % 2 * 8 + lane % 8) * kBytes + lane / 16 * 16;
 #pragma unroll
-  for (int k = 0; k < kColumns / 16; ++k) {
+  for (int k = 0; k < kFragments / 2; ++k) {
     uint32_t a[kParts][4];
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
@@ -92,9 +96,9 @@ DEVICE void multiply(float (*sums)[kWidth / 8][4], const float (*weights)[kColum
       }
     }
 #pragma unroll
-    for (int n = 0; n < kWidth / 16; ++n) {
+    for (int n = 0; n < kSums / 2; ++n) {
       uint32_t b[4];
-      load_matrix_transposed(b, mine + k * 16 * kPitch<kWidth> + n * 32);
+      load_matrix_transposed(b, mine + k * 16 * kBytes + n * 32);
 #pragma unroll
       for (int part = 0; part < kParts; ++part) {
         mma<T>(sums[part][2 * n], a[part], b[0], b[1]);
@@ -114,95 +118,49 @@ DEVICE Step read_step(const Walk& walk, int index) {
   return {static_cast<int>(step.x), static_cast<int>(step.y), static_cast<int>(step.z), step.w != 0};
 }
 
-// The visible columns of rows g and g + 8 of a warp's part, one bit each.
-template <int kColumns>
+// What a lane sees in its fragments of a step's products, a bit each: element i of fragment n of part p, which is
+// column 8 n + 2 c + i % 2 of the part's row g or (i >= 2) g + 8, is bit 8 n + 4 p + i.
+template <int kParts>
 struct Visible {
-  static constexpr int kWords = kColumns / 32;
-  uint32_t words[2][kWords];
+  uint32_t bits;
 
-  // Row `row` and row + 8 of mask `id`.
-  DEVICE void read(const int32_t* masks, int id, int row) {
-    const int32_t* mask = masks + (static_cast<int64_t>(id) * kRowTile + row) * kWords;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-#pragma unroll
-      for (int i = 0; i < kWords; ++i) {
-        words[half][i] = static_cast<uint32_t>(load(mask + half * 8 * kWords + i));
-      }
-    }
-  }
-
-  DEVICE void remove_rows(const bool (&removed)[2]) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-#pragma unroll
-      for (int i = 0; i < kWords; ++i) {
-        words[half][i] = removed[half] ? 0u : words[half][i];
-      }
-    }
-  }
-
-  DEVICE void remove_columns(const uint32_t (&kept)[kWords]) {
-#pragma unroll
-    for (int i = 0; i < kWords; ++i) {
-      words[0][i] &= kept[i];
-      words[1][i] &= kept[i];
-    }
-  }
-
-  DEVICE bool any() const {
-    uint32_t some = 0;
-#pragma unroll
-    for (int i = 0; i < kWords; ++i) {
-      some |= words[0][i] | words[1][i];
-    }
-    return some != 0;
-  }
-
-  // Scores of columns that are not visible become -inf.
-  DEVICE void hide(float (&score)[kColumns / 8][4], int c) const {
-#pragma unroll
-    for (int n = 0; n < kColumns / 8; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        score[n][i] = sees(n, c, i) ? score[n][i] : -kInfinity;
-      }
-    }
-  }
-
-  // Element i of fragment n of lane (g, c): column 8 n + 2 c + i % 2 of row g or g + 8.
-  DEVICE bool sees(int n, int c, int i) const { return (words[i / 2][n / 4] >> (n % 4 * 8 + 2 * c + i % 2) & 1) != 0; }
-};
-
-// What the rows of a warp's parts see of a step's keys. False where none sees any.
-template <int kColumns, int kParts = 1>
-DEVICE bool read_keys(Visible<kColumns>* visible, const Walk& walk, const Step& step, const bool* padding,
-                      const Place& place) {
-#pragma unroll
-  for (int part = 0; part < kParts; ++part) {
-    visible[part].read(walk.masks, step.mask, place.row(part, kParts));
-  }
-  if (padding != nullptr) {
-    padding += static_cast<int64_t>(place.batch) * walk.length;
-    uint32_t kept[kColumns / 32];
-#pragma unroll
-    for (int i = 0; i < kColumns / 32; ++i) {
-      const int position = step.tile * kColumns + 32 * i + place.lane;
-      const bool exists = position < walk.length;
-      kept[i] = __ballot_sync(0xffffffffu, exists && !load(padding + load(walk.order + (exists ? position : 0))));
-    }
+  // Reads mask `step.mask`; of keys that are columns, those that `padding` removes are not seen. False where no lane of
+  // the warp sees anything.
+  DEVICE bool read(const Walk& walk, const Step& step, const Place& place, const bool* padding = nullptr) {
+    bits = 0;
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
-      visible[part].remove_columns(kept);
+      const int32_t* mask = walk.masks + static_cast<int64_t>(step.mask) * kRowTile + place.row(part, kParts);
+      bits |= own(load(mask), place.c) << 4 * part;
+      bits |= own(load(mask + 8), place.c) << (4 * part + 2);
+    }
+    if (padding != nullptr) {
+      const int position = step.tile * kColumns + place.lane;
+      const int token = position < walk.length ? load(walk.order + position) : -1;
+      padding += static_cast<int64_t>(place.batch) * walk.length;
+      uint32_t kept = own(__ballot_sync(0xffffffffu, token >= 0 && !load(padding + token)), place.c);
+      kept |= kept << 2;
+      bits &= kept | kept << 4;
+    }
+    return __any_sync(0xffffffffu, bits != 0);
+  }
+
+  // The part's values that are not visible become `hidden`; values are its fragments from `first` on.
+  template <int kFragments>
+  DEVICE void hide(float (&values)[kFragments][4], int part, float hidden, int first = 0) const {
+#pragma unroll
+    for (int n = 0; n < kFragments; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        values[n][i] = (bits >> (8 * (first + n) + 4 * part + i) & 1) != 0 ? values[n][i] : hidden;
+      }
     }
   }
-  bool any = false;
-#pragma unroll
-  for (int part = 0; part < kParts; ++part) {
-    any |= visible[part].any();
-  }
-  return __any_sync(0xffffffffu, any);
-}
+
+ private:
+  // Of a word of columns the two that a lane has of each eight, in the low bits of each byte.
+  static DEVICE uint32_t own(uint32_t word, int c) { return word >> 2 * c & 0x03030303u; }
+};
 
 // The row tiles first_tile to last_tile - 1 of part blockIdx.y, and their steps, each visited when its column tile lies
 // in its slot: `copy(column tile, slot)` has started kAhead steps in front.

@@ -18,13 +18,11 @@ class _Tiles(NamedTuple):
     """Of the kernels, as csrc/attention/cuda.h has them for a head dimension. Slots are in bytes."""
 
     rows: int
+    columns: int
     ahead: int  # steps before its use, in which a column tile is loaded
-    forward_columns: int
-    forward_blocks: int  # that share a multiprocessor
-    forward_slot: int
-    backward_columns: int
-    query_slot: int  # of dq's walk
-    key_slot: int  # of dk's and dv's
+    blocks: int  # that share a multiprocessor
+    slot: int
+    key_slot: int  # of dk's and dv's walk
 
     @property
     def fewest_slots(self) -> int:
@@ -46,7 +44,7 @@ def refuse(call: Call) -> str | None:
         listed = ", ".join(map(str, widths))
         return f"it takes head dimensions {listed}, not {call.width}"
     tiles = _tiles(call.width)
-    needed = tiles.fewest_slots * max(tiles.forward_slot, tiles.query_slot, tiles.key_slot)
+    needed = tiles.fewest_slots * tiles.key_slot
     there = cuda_library.shared_memory(call.device, 1)
     if needed > there:
         return f"it needs {needed} bytes of shared memory a block at this head dimension, here are {there}"
@@ -59,19 +57,18 @@ def leads(call: Call) -> bool:
     return call.width == 64 and torch.cuda.get_device_capability(call.device) == (8, 0)
 
 
-def _walk(
-    q: torch.Tensor, pattern: Pattern, columns: int, slot: int, blocks: int = 1, transposed: bool = False
-) -> Walk:
-    """The walk for tensors like q with slots of `slot` bytes, when `blocks` blocks share a multiprocessor's memory.
+def _walk(q: torch.Tensor, pattern: Pattern, transposed: bool = False) -> Walk:
+    """The walk for tensors like q, when blocks share a multiprocessor's memory.
 
-    Where so many do not fit with the fewest slots each, fewer share it.
+    Where as many as there could be do not fit with the fewest slots each, fewer share it.
     """
     batch, heads, length, width = q.shape
     tiles = _tiles(width)
-    slots = max(cuda_library.shared_memory(q.device, blocks) // slot, tiles.fewest_slots)
-    at_a_time = blocks * cuda_library.multiprocessors(q.device)
-    parts = parts_for(pattern, tiles.rows, columns, transposed, length, batch * heads, at_a_time)
-    return walk_for(pattern, tiles.rows, columns, transposed, length, slots, tiles.ahead, parts, q.device)
+    slot = tiles.key_slot if transposed else tiles.slot
+    slots = max(cuda_library.shared_memory(q.device, tiles.blocks) // slot, tiles.fewest_slots)
+    at_a_time = tiles.blocks * cuda_library.multiprocessors(q.device)
+    parts = parts_for(pattern, tiles.rows, tiles.columns, transposed, length, batch * heads, at_a_time)
+    return walk_for(pattern, tiles.rows, tiles.columns, transposed, length, slots, tiles.ahead, parts, q.device)
 
 
 def _outputs(*likes: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
@@ -94,8 +91,7 @@ def forward(inputs: Inputs) -> Outputs:
     outputs, targets = _outputs(q)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     q, k, v = map(cuda_library.aligned, (q, k, v))
-    tiles = _tiles(q.shape[-1])
-    walk = _walk(q, pattern, tiles.forward_columns, tiles.forward_slot, tiles.forward_blocks)
+    walk = _walk(q, pattern)
     cuda_library.operations().attention_forward(
         q, k, v, _padding(key_padding_mask), walk.order, *walk.arguments, scale, *targets, lse
     )
@@ -108,10 +104,9 @@ def backward(grads: Grads, kept: Kept, needs: Needs) -> tuple[torch.Tensor | Non
     assert grad_out is not None
     assert scale is not None
     batch, heads, length, width = q.shape
-    tiles, operations = _tiles(width), cuda_library.operations()
-    columns = tiles.backward_columns
-    by_query = _walk(q, pattern, columns, tiles.query_slot) if needs.q else None
-    by_key = _walk(q, pattern, columns, tiles.key_slot, transposed=True) if needs.k or needs.v else None
+    columns, operations = _tiles(width).columns, cuda_library.operations()
+    by_query = _walk(q, pattern) if needs.q else None
+    by_key = _walk(q, pattern, transposed=True) if needs.k or needs.v else None
     either = by_query or by_key
     if either is None:
         return None, None, None

@@ -47,6 +47,24 @@ def test_the_loop_and_its_ways() -> None:
     ]
 
 
+def test_a_loop_of_two_rounds_in_a_step() -> None:
+    (code,) = sass.read("""
+		Function : kernel
+        /*0000*/                   LDG.E R0, desc[UR4][R2.64] ;
+        /*0010*/               @P0 BRA 0x30 ;
+        /*0020*/                   LOP3.LUT R5, R5, R6, RZ, 0xc0, !PT ;
+        /*0030*/                   HMMA.16816.F32.BF16 R24, R8, R12, R24 ;
+        /*0040*/               @P0 BRA 0x60 ;
+        /*0050*/                   FSEL R24, R24, RZ , P3 ;
+        /*0060*/               @P1 BRA 0x30 ;
+        /*0070*/               @P2 BRA 0x0 ;
+""").values()
+    (loop,) = sass.hot_loops(code, rounds=2)
+    full, masked = ([instruction.name.partition(".")[0] for instruction in way] for way in loop)
+    assert full == ["LDG", "BRA", *["HMMA", "BRA", "BRA"], "BRA", *["HMMA", "BRA", "BRA"]]
+    assert masked == ["LDG", "BRA", "LOP3", *["HMMA", "BRA", "FSEL", "BRA"], "BRA", *["HMMA", "BRA", "FSEL", "BRA"]]
+
+
 def test_what_a_unit_costs() -> None:
     # One warp's m16n8k16: 2048 multiply-adds. A unit of one product over width 16 has 64 * 64 * 16: 32 times as many.
     kernel = sass.Kernel("kernel", CODE, products=1, width=16)
@@ -109,6 +127,8 @@ def test_units_of_patterns() -> None:
     assert sass.blocks_of(Causal(layout), (128, 128)) == (0, 4)
     full, masked = sass.units_of(Column(layout), (64, 64), 16)
     assert (full, masked) == (1, 2)
+    assert sass.units_of(Causal(layout), (32, 128), 0, by_key=True) == (0, 4)
+    assert sass.units_of(Causal(layout), (32, 128), 32, by_key=True) == (0, 2.5)
     assert sass.units_of(Causal(layout), (32, 32), 0) == (1.5, 1)
     assert sass.units_of(Causal(layout), (32, 32), 0, at_once=2) == (1, 1.5)
 

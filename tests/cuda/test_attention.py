@@ -112,17 +112,31 @@ def test_rows_that_see_nothing(emulated: Any) -> None:
 def test_any_number_of_slots_and_parts(
     emulated: Any, monkeypatch: pytest.MonkeyPatch, slots: int, multiprocessors: int
 ) -> None:
-    monkeypatch.setattr(cuda_library, "shared_memory", lambda device, blocks: slots * (2 * 64 * 48 + 512))
+    bytes_ = slots * cuda._tiles(16).key_slot
+    monkeypatch.setattr(cuda_library, "shared_memory", lambda device, blocks: bytes_)
     monkeypatch.setattr(cuda_library, "multiprocessors", lambda device: multiprocessors)
     pattern = Convolution(TokenLayout(130, (16, 16)), kernel_size=7)
     _check(pattern, *_inputs(1, 1, pattern.length, 16, torch.bfloat16))
 
 
+def _seen_by_few() -> Pattern:
+    """Of a warp's 32 rows only the upper half sees the tile of 32 columns two before its own, and of its own only the
+    row itself: by rows and by columns."""
+    rows, columns = torch.meshgrid(torch.arange(200), torch.arange(200), indexing="ij")
+    two_before = rows // 32 == columns // 32 + 2
+    return MaskPattern((rows == columns) | (two_before & (rows % 32 >= 16) & (columns % 32 >= 16)))
+
+
+def test_what_only_half_of_a_warp_sees(emulated: Any) -> None:
+    pattern = _seen_by_few()
+    _check(pattern, *_inputs(1, 1, pattern.length, 32, torch.bfloat16))
+
+
 def test_a_walk_over_other_tiles_than_the_kernels_is_refused(emulated: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     tiles = cuda._tiles(32)
-    monkeypatch.setattr(cuda, "_tiles", lambda width: tiles._replace(forward_columns=32))
+    monkeypatch.setattr(cuda, "_tiles", lambda width: tiles._replace(columns=64))
     q, k, v = _inputs(1, 1, LAYOUT.length, 32, torch.bfloat16)
-    with pytest.raises(RuntimeError, match="masks: got those of tiles of 128 x 32, wanted 128 x 64"):
+    with pytest.raises(RuntimeError, match="masks: got those of tiles of 128 x 64, wanted 128 x 32"):
         sparse_attention(q, k, v, Row(LAYOUT), backend="cuda")
 
 
@@ -208,16 +222,24 @@ def test_backward_with_padding_strides_and_a_gradient_of_the_log_sum_exp(emulate
     _check_backward(pattern, q, k, v, padding, with_lse=True)
 
 
-@pytest.mark.parametrize(
-    ("pattern", "width"),
-    [(Column(TokenLayout(1, (16, 16))), 32), (Column(TokenLayout(1, (16, 15))), 80)],  # 64 and 32 columns
-    ids=str,
-)
-def test_backward_where_tiles_and_their_transposes_would_have_other_orders(
-    emulated: Any, pattern: Pattern, width: int
-) -> None:
-    columns = 64 if width <= 64 else 32
-    orders = [schedule_for(pattern, tile, pattern.length).order for tile in ((128, columns), (columns, 128))]
+def test_backward_where_half_of_a_warp_sees_something(emulated: Any) -> None:
+    pattern = _seen_by_few()
+    _check_backward(pattern, *_inputs(1, 1, pattern.length, 32, torch.bfloat16))
+
+
+def test_a_padded_key_whose_weights_overflow(emulated: Any) -> None:
+    pattern = Causal(LAYOUT)
+    q, k, v = _inputs(1, 1, pattern.length, 32, torch.bfloat16)
+    padding = torch.zeros(1, pattern.length, dtype=torch.bool)
+    padding[0, [3, 70, 100]] = True
+    k[:, :, padding[0]] = 1e4 * q.mean(2, keepdim=True).sign()
+    _check_backward(pattern, q, k, v, padding)
+
+
+@pytest.mark.parametrize("width", [32, 80])
+def test_backward_where_tiles_and_their_transposes_would_have_other_orders(emulated: Any, width: int) -> None:
+    pattern = Column(TokenLayout(1, (16, 15)))
+    orders = [schedule_for(pattern, tile, pattern.length).order for tile in ((128, 32), (32, 128))]
     assert not orders[0].equal(orders[1])
     _check_backward(pattern, *_inputs(1, 1, pattern.length, width, torch.bfloat16), with_lse=True)
 
@@ -263,10 +285,10 @@ def test_calls_that_the_kernels_do_not_serve_are_refused(emulated: Any, monkeypa
     with pytest.raises(ValueError, match="it takes head dimensions 16, 32, 64, 80, 96, 128, not 24"):
         sparse_attention(q, q, q, Row(LAYOUT), backend="cuda")
     q = torch.randn(1, 1, LAYOUT.length, 128).half()
-    monkeypatch.setattr(
-        cuda_library, "shared_memory", lambda device, blocks: 101_376 // blocks
-    )  # 99 KB: sm_86, 89, 120
-    with pytest.raises(ValueError, match="it needs 104448 bytes of shared memory a block at this head dimension"):
+    monkeypatch.setattr(cuda_library, "shared_memory", lambda device, blocks: 101_376 // blocks)  # sm_86, 89, 120
+    assert sparse_attention(*3 * [q.bfloat16()], Row(LAYOUT), backend="cuda").isfinite().all()
+    monkeypatch.setattr(cuda_library, "shared_memory", lambda device, blocks: 49_152 // blocks)
+    with pytest.raises(ValueError, match="it needs 52992 bytes of shared memory a block at this head dimension"):
         sparse_attention(q, q, q, Row(LAYOUT), backend="cuda")
     q = torch.randn(1, 1, LAYOUT.length, 32)
     with pytest.raises(ValueError, match=r"it takes bfloat16, float16, not torch\.float32"):
