@@ -24,7 +24,7 @@ def pages() -> Iterator[tuple[str, bytes]]:
     yield "inside/walk-forward.svg", walk(schedule, backward=False).encode()
     yield "inside/walk-backward.svg", walk(schedule, backward=True).encode()
     yield "inside/lists.svg", _figure(lambda axis: _draw_lists(axis, schedule), 6, 4.5)
-    yield "inside/slots.svg", _figure(lambda axis: _draw_slots(axis, slots=6), 12, 3)
+    yield "inside/slots.svg", _figure(lambda axis: _draw_slots(axis, slots=12), 12, 3.6)
     yield "inside/cache.svg", _figure(lambda axis: _draw_cache(axis, SMALL), 7, 4)
 
 
@@ -75,19 +75,20 @@ def _draw_lists(axis: Any, schedule: Schedule) -> None:
 
 
 def _draw_slots(axis: Any, slots: int) -> None:
-    """Which tile lies in which slot of shared memory at which step of the first part's walk."""
-    walk = walk_for(PAPER, 128, 64, False, PAPER.length, slots, ahead=2, parts=1)
-    steps = walk.steps.numpy()
+    """Which tile lies in which slot of shared memory at which step of the first of two parts of a head."""
+    walk = walk_for(PAPER, 128, 32, False, PAPER.length, slots, ahead=2, parts=2)
+    steps = walk.steps.numpy()[: int(walk.tile_steps[walk.part_tiles[1]])]
     held = np.full((slots, len(steps)), np.nan)
     for step, (tile, slot, _, _) in enumerate(steps):
         held[slot, step:] = tile
     axis.imshow(held, aspect="auto", cmap="viridis", interpolation="nearest")
     for step, (tile, slot, _, loads) in enumerate(steps):
-        axis.text(step, slot, tile, ha="center", va="center", fontsize=6, color="white" if tile < 14 else "black")
+        color = "white" if tile < np.nanmax(held) * 0.7 else "black"
+        axis.text(step, slot, tile, ha="center", va="center", fontsize=6, color=color)
         if loads:
             axis.add_patch(_box(step, slot))
     axis.set(xlabel="step", ylabel="slot", yticks=range(slots))
-    axis.set_title(f"{len(steps)} steps, {walk.loads} loads (framed); numbers name the tile in use", fontsize=9)
+    axis.set_title(f"{len(steps)} steps, {steps[:, 3].sum()} loads (framed); numbers name the tile in use", fontsize=9)
 
 
 def _box(step: int, slot: int) -> Any:

@@ -39,7 +39,7 @@ def test_the_native_library_is_built_and_serves_cpu_tensors() -> None:
     [
         ((8, 0), 64, (), "cuda"),
         ((8, 0), 64, ("cuda",), "triton"),
-        ((8, 0), 32, (), "triton"),
+        ((8, 0), 128, (), "cuda"),
         ((8, 6), 64, (), "triton"),
         ((9, 0), 64, (), "triton"),
     ],

@@ -21,16 +21,16 @@ ALL = Needs(True, True, True)
 
 def cases(arch: int) -> Iterator[Case]:
     for bits, width in launch.served("attention_forward", "attention_backward_keys", "attention_backward_queries"):
-        yield f"attention/{bits}-bit/{width}", _attention(bits, width)
+        yield f"attention/{bits}-bit/{width}", attention(bits, width)
         if (bits, width) != (16, 128):  # spills on sm_90: benchmarks/notes/triton.md
-            yield f"attention/{bits}-bit/{width}/softcap", _attention(bits, width, softcap=50.0)
+            yield f"attention/{bits}-bit/{width}/softcap", attention(bits, width, softcap=50.0)
     for bits in DTYPES:
-        yield f"attention/{bits}-bit/64/part", _attention(bits, 64, queries=LAYOUT.image_length // 2)
-    yield "attention/16-bit/64/padded-prefix", _attention(16, 64, length=LAYOUT.length - 1, padded=True)
-    yield "attention/16-bit/64/far", _attention(16, 64, far=True)
-    yield "attention/16-bit/80", _attention(16, 80)
+        yield f"attention/{bits}-bit/64/part", attention(bits, 64, queries=LAYOUT.image_length // 2)
+    yield "attention/16-bit/64/padded-prefix", attention(16, 64, length=LAYOUT.length - 1, padded=True)
+    yield "attention/16-bit/64/far", attention(16, 64, far=True)
+    yield "attention/16-bit/80", attention(16, 80)
     for frozen, needs in (("q, k", Needs(False, False, True)), ("q, v", Needs(False, True, False))):
-        yield f"attention/16-bit/64/frozen {frozen}", _attention(16, 64, needs=needs)
+        yield f"attention/16-bit/64/frozen {frozen}", attention(16, 64, needs=needs)
     for bits, width in launch.served("decode_forward"):
         yield f"decode/{bits}-bit/{width}", _decode(bits, width, heads=16)
         yield f"decode/{bits}-bit/{width}/softcap", _decode(bits, width, heads=16, softcap=50.0)
@@ -55,7 +55,7 @@ def _decode(bits: int, width: int, heads: int, softcap: float | None = None, cop
     return call
 
 
-def _attention(
+def attention(
     bits: int,
     width: int,
     length: int = LAYOUT.length,
@@ -65,7 +65,10 @@ def _attention(
     needs: Needs = ALL,
     queries: int | None = None,
 ):
-    """`far`: rows whose offsets take 64 bits; `queries`: those of so many of the last tokens."""
+    """A call, forward and backward.
+
+    `far`: rows whose offsets take 64 bits; `queries`: those of so many of the last tokens.
+    """
     pattern = Row(LAYOUT)
 
     def call() -> None:

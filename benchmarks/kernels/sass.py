@@ -29,14 +29,14 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import triton
 
-from benchmarks.kernels import aot
+from benchmarks.kernels import aot, aot_attention
 from benchmarks.kernels.cuda_build import build_cuda
 from dalle_kernels.backends import launch
 from dalle_kernels.patterns.layout import TokenLayout
@@ -418,41 +418,51 @@ def of_triton(name: str, compiled: Any, products: int, width: int, **facts: Any)
     )
 
 
+ATTENTION = {  # function: name, products
+    "attention_forward": ("Triton forward", 2),
+    "attention_backward_keys": ("Triton backward, keys", 4),
+    "attention_backward_queries": ("Triton backward, queries", 3),
+}
+GUMBEL = {  # of width 128
+    "gumbel/16-bit/128": ("gumbel_forward_kernel", "Triton Gumbel forward", 1),
+    "gumbel/16-bit/128/backward": ("gumbel_backward_kernel", "Triton Gumbel backward", 2),
+}
+# Head dimensions that are counted: where the choice between Triton and CUDA hangs on it, all that CUDA serves.
+WIDTHS = {80: (16, 32, 64, 80, 96, 128)}
+WIDTH = 64  # of all architectures, and of rows whose names tell none
+
+
+def named(name: str, width: int) -> str:
+    return name if width == WIDTH else f"{name}, D = {width}"
+
+
 def triton_kernels(arch: int) -> Iterator[Kernel]:
     """Ours, in bfloat16 at the paper's sizes."""
-    wanted = {
-        "attention/16-bit/64": {
-            "attention_forward": ("Triton forward", 2),
-            "attention_backward_keys": ("Triton backward, keys", 4),
-            "attention_backward_queries": ("Triton backward, queries", 3),
-        },
-        "gumbel/16-bit/128": {"gumbel_forward_kernel": ("Triton Gumbel forward", 1)},
-        "gumbel/16-bit/128/backward": {"gumbel_backward_kernel": ("Triton Gumbel backward", 2)},
-    }
-    for case, call in aot.all_cases(arch):
-        if case not in wanted:
-            continue
+    for width in WIDTHS.get(arch, (WIDTH,)):
         with aot.recording(arch) as compiled:
-            call()
-        for function, (name, products) in wanted[case].items():
+            aot_attention.attention(16, width)()
+        for function, (name, products) in ATTENTION.items():
             kernel: Any = compiled[function]
-            width = 64 if case.startswith("attention") else 128
-            settings = launch.settings_for(function.removesuffix("_kernel"), arch, 16, width)
-            tile = None
-            if case.startswith("attention"):
-                tile = settings["query_tile"], settings["key_tile"]
-                pairs = tile[0] * tile[1]
-            else:
-                pairs = settings["BLOCK_N"] * 4 * settings["BLOCK_Q"]
+            settings = launch.settings_for(function, arch, 16, width)
+            tile = settings["query_tile"], settings["key_tile"]
             yield of_triton(
-                name,
+                named(name, width),
                 kernel,
                 products,
-                width,
+                max(16, triton.next_power_of_2(width)),  # what it multiplies
                 tile=tile,
                 at_once=settings.get("full_tiles_at_once", 1),
-                pairs=pairs / kernel.metadata.num_warps,
+                pairs=tile[0] * tile[1] / kernel.metadata.num_warps,
             )
+    for case, call in aot.all_cases(arch):
+        if case in GUMBEL:
+            function, name, products = GUMBEL[case]
+            with aot.recording(arch) as compiled:
+                call()
+            kernel = compiled[function]
+            settings = launch.settings_for(function.removesuffix("_kernel"), arch, 16, 128)
+            pairs = settings["BLOCK_N"] * 4 * settings["BLOCK_Q"] / kernel.metadata.num_warps
+            yield of_triton(name, kernel, products, 128, pairs=pairs)
 
 
 def cuda_kernels(arch: int, library: Path) -> Iterator[Kernel]:
@@ -476,13 +486,22 @@ def cuda_kernels(arch: int, library: Path) -> Iterator[Kernel]:
         ("CUDA backward, keys", "10key_kernel", 4, (32, 128)),
         ("CUDA backward, queries", "12query_kernel", 3, (128, 32)),
     ]
-    for name, mangled, products, tile in known:
+    for (name, mangled, products, tile), width in product(known, WIDTHS.get(arch, (WIDTH,))):
         by_key = tile[1] > tile[0]
+        rows = 32 if width <= 64 else 16  # of a warp
         for function, code in parts.items():
-            if f"{mangled}I8Bfloat16Li64E" in function:
-                used = registers.get(function, 0)
+            if f"{mangled}I8Bfloat16Li{width}E" in function:
                 yield Kernel(
-                    name, code, products, 64, tile=tile, slab=32, by_key=by_key, rounds=1 + by_key, registers=used
+                    named(name, width),
+                    code,
+                    products,
+                    width,
+                    tile=tile,
+                    slab=rows,
+                    by_key=by_key,
+                    rounds=1 + by_key,
+                    threads=32 * 128 // rows,
+                    registers=registers.get(function, 0),
                 )
 
 
@@ -604,6 +623,8 @@ def lines_of(arch: str, rows: dict[str, Any]) -> list[str]:
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, row in sorted(rows.items()):
+        if "D = " in name:
+            continue
         full, masked = row["full"]["cycles"], row["masked"]["cycles"]
 
         def pair(bound: str, full: dict[str, float] = full, masked: dict[str, float] = masked) -> str:
@@ -616,7 +637,30 @@ def lines_of(arch: str, rows: dict[str, Any]) -> list[str]:
             times = [f"{time:.0f} us, {bound}" for bound, time in found]
         cells = [name, pair("issue"), pair("tensor"), pair("mufu"), pair("shared")]
         lines.append("| " + " | ".join([*cells, f"{row['registers']}, {row['blocks']}", *times]) + " |")
+    if len(widths := WIDTHS.get(int(arch[3:]), ())) > 1:
+        lines += [
+            "",
+            "The least microseconds over row attention, by head dimension:",
+            "",
+            "| D | CUDA forward | Triton forward | CUDA backward | Triton backward |",
+            "|---|---|---|---|---|",
+        ]
+        for width in widths:
+            times = [f"{time:.0f}" for backend in floors(rows, width).values() for time in backend]
+            lines.append(f"| {width} | {times[0]} | {times[2]} | {times[1]} | {times[3]} |")
     return lines
+
+
+def floors(rows: dict[str, dict[str, Any]], width: int) -> dict[str, tuple[float, float]]:
+    """Backend -> the least microseconds (forward, backward) over row attention at a head dimension."""
+
+    def of(name: str) -> float:
+        return least(rows[named(name, width)], "row")[1]
+
+    return {
+        backend: (of(f"{backend} forward"), of(f"{backend} backward, keys") + of(f"{backend} backward, queries"))
+        for backend in ("CUDA", "Triton")
+    }
 
 
 def plot(everything: dict[str, Any], path: Path) -> None:
@@ -629,7 +673,11 @@ def plot(everything: dict[str, Any], path: Path) -> None:
 
     figure, axes = pyplot.subplots(1, len(everything), figsize=(5 * len(everything), 4.5), layout="constrained")
     for axis, (arch, rows) in zip(np.atleast_1d(axes), everything.items(), strict=True):
-        timed = {name: row["microseconds"]["row"] for name, row in sorted(rows.items()) if "microseconds" in row}
+        timed = {
+            name: row["microseconds"]["row"]
+            for name, row in sorted(rows.items())
+            if "microseconds" in row and "D = " not in name
+        }
         for place, bound in enumerate(("issue", "tensor", "mufu", "shared")):
             heights = [times[bound] for times in timed.values()]
             axis.barh(np.arange(len(timed)) + 0.2 * place, heights, 0.2, label=bound)

@@ -19,7 +19,7 @@ from dalle_kernels.device import OnDevice, remembered
 from dalle_kernels.patterns.patterns import Pattern
 from dalle_kernels.patterns.schedule import Schedule, schedule_for
 
-START = 4  # steps in whose time a block starts and its first tiles arrive: a guess until a GPU has been timed
+START = 8  # steps in whose time a block starts and its first tiles arrive: a guess until a GPU has been timed
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,8 +20,8 @@ PATTERNS: list[Pattern] = [Row(LAYOUT), Column(LAYOUT), Convolution(LAYOUT), Cau
 @pytest.mark.parametrize(("slots", "ahead"), [(3, 2), (4, 2), (6, 2), (9, 2), (4, 3), (2, 1)])
 @pytest.mark.parametrize("parts", [1, 3, 99])
 def test_a_walk_is_sound(pattern: Pattern, transposed: bool, slots: int, ahead: int, parts: int) -> None:
-    walk = walk_for(pattern, 128, 64, transposed, 1280, slots, ahead, parts)
-    schedule = schedule_for(pattern, (64, 128) if transposed else (128, 64), 1280)
+    walk = walk_for(pattern, 128, 32, transposed, 1280, slots, ahead, parts)
+    schedule = schedule_for(pattern, (32, 128) if transposed else (128, 32), 1280)
     tiles = schedule.query_tiles if transposed else schedule.key_tiles
     ids = schedule.query_mask_ids if transposed else schedule.mask_ids
     assert walk.steps[:, 0].equal(tiles)
@@ -46,19 +46,19 @@ def test_a_walk_is_sound(pattern: Pattern, transposed: bool, slots: int, ahead: 
 @pytest.mark.parametrize(
     ("heads", "at_a_time", "parts"),
     [
-        (132, 132, 1),  # a whole round
-        (264, 132, 1),
-        (160, 132, 3),  # 28 heads would have the GPU to themselves for as long as all the others took
-        (64, 132, 2),
+        (264, 264, 1),  # a whole round
+        (528, 264, 1),
+        (300, 264, 3),  # 36 heads would have the GPU to themselves for as long as all the others took
+        (64, 264, 4),
         (16, 132, 8),  # nine parts each would be twelve blocks more than run at a time
         (8, 132, 9),
-        (5000, 132, 1),
+        (5000, 264, 1),
     ],
 )
 def test_heads_are_parted_so_that_the_last_round_is_full(heads: int, at_a_time: int, parts: int) -> None:
-    assert parts_for(Row(LAYOUT), 128, 64, False, 1280, heads, at_a_time) == parts
-    offsets = schedule_for(Row(LAYOUT), (128, 64), 1280).key_offsets.tolist()
-    borders = walk_for(Row(LAYOUT), 128, 64, False, 1280, 6, 2, parts).part_tiles.tolist()
+    assert parts_for(Row(LAYOUT), 128, 32, False, 1280, heads, at_a_time) == parts
+    offsets = schedule_for(Row(LAYOUT), (128, 32), 1280).key_offsets.tolist()
+    borders = walk_for(Row(LAYOUT), 128, 32, False, 1280, 6, 2, parts).part_tiles.tolist()
     costs = [START + offsets[last] - offsets[first] for first, last in pairwise(borders)]
     whole = makespan([START + offsets[-1]] * heads, at_a_time)
     assert makespan([cost for cost in costs for _ in range(heads)], at_a_time) <= whole
@@ -70,12 +70,12 @@ def test_makespan() -> None:
     assert makespan([1], 4) == 1
 
 
-@pytest.mark.parametrize(("pattern", "loads"), [(Column(LAYOUT), 20), (Row(LAYOUT), 26), (Convolution(LAYOUT), 30)])
-def test_six_slots_nearly_read_each_key_once(pattern: Pattern, loads: int) -> None:
-    # 1280 keys are 20 tiles; six tiles of 64 keys and values of 64 are what two blocks of an H100 have each.
-    assert walk_for(pattern, 128, 64, False, 1280, 6, 2, 1).loads == loads
+@pytest.mark.parametrize(("pattern", "loads"), [(Column(LAYOUT), 40), (Row(LAYOUT), 40), (Convolution(LAYOUT), 54)])
+def test_twelve_slots_nearly_read_each_key_once(pattern: Pattern, loads: int) -> None:
+    # 1280 keys are 40 tiles; twelve tiles of 32 keys and values of 64 are what two blocks of an H100 have each.
+    assert walk_for(pattern, 128, 32, False, 1280, 12, 2, 1).loads == loads
 
 
 def test_too_few_slots_are_refused() -> None:
     with pytest.raises(ValueError, match="slots: got 2, wanted at least 3"):
-        walk_for(Row(LAYOUT), 128, 64, False, 1280, 2, 2, 1)
+        walk_for(Row(LAYOUT), 128, 32, False, 1280, 2, 2, 1)
