@@ -145,3 +145,10 @@ def test_the_committed_table_has_every_kernel_and_architecture() -> None:
     assert "FlashAttention 3 forward" in table["sm_90"]
     page = sass.NOTES.read_text()
     assert all(line in page for arch, rows in table.items() for line in sass.lines_of(arch, rows))
+
+
+def test_auto_takes_cuda_where_its_floors_speak_for_it() -> None:
+    rows = sass.recorded()["sm_80"]
+    for width in sass.WIDTHS[80]:  # dalle_kernels.attention.cuda.leads
+        floors = sass.floors(rows, width)
+        assert all(1.15 * ours < theirs for ours, theirs in zip(floors["CUDA"], floors["Triton"], strict=True)), width
