@@ -219,20 +219,18 @@ __global__ void __launch_bounds__(kThreads<kWidth>, kBlocks<kWidth>)
 
 template <class T>
 void run_queries(const AttentionBackward& p, void* stream) {
-  const dim3 grid{static_cast<unsigned>(p.batch * p.heads), static_cast<unsigned>(p.walk.parts), 1};
   const auto run = [&](auto width) {
     constexpr int kWidth = decltype(width)::value;
-    launch(query_kernel<T, kWidth>, grid, kThreads<kWidth>, p.walk.slots * kSlot<kWidth>, stream, p);
+    launch_walk<kWidth>(query_kernel<T, kWidth>, kSlot<kWidth>, p, stream);
   };
   at_width(p.width, run, Widths{});
 }
 
 template <class T>
 void run_keys(const AttentionBackward& p, void* stream) {
-  const dim3 grid{static_cast<unsigned>(p.batch * p.heads), static_cast<unsigned>(p.walk.parts), 1};
   const auto run = [&](auto width) {
     constexpr int kWidth = decltype(width)::value;
-    launch(key_kernel<T, kWidth>, grid, kThreads<kWidth>, p.walk.slots * kKeySlot<kWidth>, stream, p);
+    launch_walk<kWidth>(key_kernel<T, kWidth>, kKeySlot<kWidth>, p, stream);
   };
   at_width(p.width, run, Widths{});
 }

@@ -6,7 +6,6 @@
 #pragma once
 
 #include "attention/softmax.cuh"
-#include "cuda/launch.cuh"
 
 namespace {
 
@@ -75,10 +74,9 @@ __global__ void __launch_bounds__(kThreads<kWidth>, kBlocks<kWidth>)
 
 template <class T>
 void run_forward(const AttentionForward& p, void* stream) {
-  const dim3 grid{static_cast<unsigned>(p.batch * p.heads), static_cast<unsigned>(p.walk.parts), 1};
   const auto run = [&](auto width) {
     constexpr int kWidth = decltype(width)::value;
-    launch(forward_kernel<T, kWidth>, grid, kThreads<kWidth>, p.walk.slots * kSlot<kWidth>, stream, p);
+    launch_walk<kWidth>(forward_kernel<T, kWidth>, kSlot<kWidth>, p, stream);
   };
   at_width(p.width, run, Widths{});
 }

@@ -4,7 +4,6 @@
 #pragma once
 
 #include "attention/tiles.cuh"
-#include "cuda/launch.cuh"
 
 namespace {
 

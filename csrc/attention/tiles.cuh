@@ -10,6 +10,7 @@
 
 #include "attention/cuda.h"
 #include "cuda/fragments.cuh"
+#include "cuda/launch.cuh"
 
 // Where a thread stands: its block's head, its warp's rows, and its place (g, c) in their fragments.
 struct Place {
@@ -213,4 +214,11 @@ DEVICE void tokens_of(int (&token)[2], const Walk& walk, int position) {
     const int own = position + 8 * half;
     token[half] = own < walk.length ? load(walk.order + own) : -1;
   }
+}
+
+// Runs a kernel whose blocks walk: one for each head and part, with slots of `slot_bytes`.
+template <int kWidth, class Parameters>
+void launch_walk(void (*kernel)(Parameters), int slot_bytes, const Parameters& p, void* stream) {
+  const dim3 grid{static_cast<unsigned>(p.batch * p.heads), static_cast<unsigned>(p.walk.parts), 1};
+  launch(kernel, grid, kThreads<kWidth>, p.walk.slots * slot_bytes, stream, p);
 }

@@ -128,7 +128,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         ("dk, dv: padded keys take part", "if (p.padding != nullptr) {", "if (false) {"),
         ("dk, dv: rows g + 8 of padded keys stay", "clear_row(dv[part], half);", "clear_row(dv[part], 0);"),
         ("dk without the scale", "const float scaled[2] = {p.scale, p.scale};", "const float scaled[2] = {1.0f, 1.0f};"),
-        ("dk, dv: fewer bytes of shared memory", "p.walk.slots * kKeySlot<kWidth>", "p.walk.slots * kSlot<kWidth>"),
+        ("dk, dv: fewer bytes of shared memory", "kKeySlot<kWidth>, p, stream", "kSlot<kWidth>, p, stream"),
     ),
     *_of(
         "decode/decode.cu",
