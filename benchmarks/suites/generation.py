@@ -16,7 +16,7 @@ from torch import Tensor
 from benchmarks.harness import Cell, Check, Contender, Trial, Work, dtype_name
 from benchmarks.suites import integrations, integrations_rudalle, integrations_transformers
 from benchmarks.suites.choice import Choice
-from benchmarks.suites.models import SdpaMasked, attention_of
+from benchmarks.suites.models import SdpaMasked, attention_of, autocast
 from dalle_kernels.nn import SparseSelfAttention
 
 
@@ -108,8 +108,7 @@ def candidates_cell(
 
         def run(copies: int = copies) -> Tensor:
             repeats = number // copies
-            autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-            with attention_of(model, attention), autocast:
+            with attention_of(model, attention), autocast(device, dtype):
                 return generate(
                     model,
                     text.expand(repeats, -1),
@@ -125,7 +124,7 @@ def candidates_cell(
             ones may part where two are close, and this one too in fewer bits; then of the cell before it."""
             exact = dtype == torch.float32 and "cache_dtype" not in options
             cell = min(given + exact, config.image_length - 1)
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            with autocast(device, dtype):
                 wanted = generate(model, text, seed=1, temperature=0.0, image_prefix=prefix, use_cache=False)
             return Check((run()[:, cell] != wanted[:, cell]).double().mean().item(), 0.0)
 
@@ -192,7 +191,7 @@ class Drawing:
         self.prefix = torch.randint(config.vocab_image, (batch, config.image_length - tokens), device=device)
 
     def draw(self, cached: bool) -> Tensor:
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+        with autocast(self.device, self.dtype):
             return generate(self.model, self.text, seed=1, temperature=0.0, image_prefix=self.prefix, use_cache=cached)
 
     def trial(self, attention: type[SparseSelfAttention], cached: bool) -> Trial:
@@ -202,8 +201,7 @@ class Drawing:
 
         def verify() -> Check:
             """The first greedy token against SDPA's without a cache; later ones may part where two are close."""
-            autocast = torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
-            with attention_of(self.model, SdpaMasked), autocast, torch.no_grad():
+            with attention_of(self.model, SdpaMasked), autocast(self.device, self.dtype), torch.no_grad():
                 wanted = self.model.image_head(self.model.hidden(self.text, self.prefix)[:, -1]).argmax(dim=-1)
             return Check((run()[:, self.prefix.shape[1]] != wanted).double().mean().item(), 0.0)
 

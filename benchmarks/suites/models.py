@@ -92,3 +92,8 @@ def attention_of(model: nn.Module, kind: type[SparseSelfAttention]) -> Iterator[
     finally:
         for layer, own in zip(layers, before, strict=True):
             layer.__class__ = own
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Under which a model of float32 weights computes in `dtype`."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)

@@ -17,7 +17,7 @@ from benchmarks.competitors.adapter import Lookup
 from benchmarks.competitors.cross_entropy import linear_cross_entropies
 from benchmarks.harness import Cell, Check, Contender, Trial, Work, dtype_name
 from benchmarks.suites.choice import Choice
-from benchmarks.suites.models import NoAttention, SdpaCausal, SdpaMasked, attention_of
+from benchmarks.suites.models import NoAttention, SdpaCausal, SdpaMasked, attention_of, autocast
 from dalle_kernels.nn import SparseSelfAttention
 
 
@@ -74,7 +74,7 @@ class Step:
         self.image = torch.randint(config.vocab_image, (batch, config.image_length), device=device)
 
     def _loss(self, fused: Callable[..., Tensor] | None) -> Tensor:
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+        with autocast(self.device, self.dtype):
             if fused is None:
                 return self.model.loss(self.text, self.image).total
             predictors = self.model.config.caption_length
