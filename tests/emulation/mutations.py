@@ -75,7 +75,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         ("mask: a warp skips what only rows g + 8 see", "return __any_sync(0xffffffffu, bits != 0);", "return __any_sync(0xffffffffu, (bits & 0x33333333u) != 0);"),
         ("padding: of the first sample", "      padding += static_cast<int64_t>(place.batch) * walk.length;\n", ""),
         ("padding: of other columns", "step.tile * kColumns + place.lane", "step.tile * kColumns + (place.lane ^ 1)"),
-        ("padding: columns past the end stay", "token >= 0 && !load(padding + token)", "token < 0 || !load(padding + token)"),
+        ("padding: of tokens past the end", "position < walk.length ? load(walk.order + position) : -1;\n      padding", "load(walk.order + position);\n      padding"),
         ("padding: rows g + 8 stay", "      kept |= kept << 2;\n", "      kept |= 0x0c0c0c0cu;\n"),
         ("padding: the second part stays", "bits &= kept | kept << 4;", "bits &= kept | 0xf0f0f0f0u;"),
         ("rows: g + 8 is g + 4", "const int own = position + 8 * half;", "const int own = position + 4 * half;"),
