@@ -52,8 +52,8 @@ def refuse(call: Call) -> str | None:
 
 
 def leads(call: Call) -> bool:
-    """Whether "auto" asks these kernels before Triton's: where their floors, counted from machine code, lie more than
-    1.15 times under Triton's, forward and backward (benchmarks/notes/sass.md): at every head dimension, on sm_80."""
+    """Whether "auto" asks these kernels before Triton's: where their floors, counted from machine code, lie under Triton's
+    forward, and more than 1.15 times under it with the backward (benchmarks/notes/sass.md): on sm_80, for every width."""
     return torch.cuda.get_device_capability(call.device) == (8, 0)
 
 

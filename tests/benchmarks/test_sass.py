@@ -150,5 +150,6 @@ def test_the_committed_table_has_every_kernel_and_architecture() -> None:
 def test_auto_takes_cuda_where_its_floors_speak_for_it() -> None:
     rows = sass.recorded()["sm_80"]
     for width in sass.WIDTHS[80]:  # dalle_kernels.attention.cuda.leads
-        floors = sass.floors(rows, width)
-        assert all(1.15 * ours < theirs for ours, theirs in zip(floors["CUDA"], floors["Triton"], strict=True)), width
+        ours, theirs = (sass.floors(rows, width)[backend] for backend in ("CUDA", "Triton"))
+        assert ours[0] < theirs[0], width
+        assert 1.15 * sum(ours) < sum(theirs), width
