@@ -51,19 +51,13 @@ LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def load_power(Power, rows, exists, WHOLE: tl.constexpr):
-    """What `attention_statistics` left for these rows; infinity, so that every weight is 0, past the end."""
-    if WHOLE:
-        return tl.load(Power + rows)
-    return tl.load(Power + rows, mask=exists, other=float("inf"))
-
-
-@triton.jit
-def load_delta(Delta, rows, exists, WHOLE: tl.constexpr):
-    """The same of delta."""
-    if WHOLE:
-        return tl.load(Delta + rows)
-    return tl.load(Delta + rows, mask=exists, other=0.0)
+def load_existing_rows(base, rows, exists, stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """`load_rows` with zeros for those that do not exist."""
+    columns = tl.arange(0, BLOCK_D)
+    pointers = base + rows.to(tl.int64)[:, None] * stride + columns[None, :]
+    if D == BLOCK_D:
+        return tl.load(pointers, mask=exists[:, None], other=0.0)
+    return tl.load(pointers, mask=exists[:, None] & (columns[None, :] < D), other=0.0)
 
 
 @triton.jit
@@ -94,9 +88,10 @@ def attention_statistics(
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     exists = rows < LENGTH
     if DELTA:
-        out = load_rows(Out + batch * stride_ob + head_in_batch * stride_oh, rows, exists, stride_os, D, BLOCK_D, False)
+        Out += batch * stride_ob + head_in_batch * stride_oh
+        out = load_existing_rows(Out, rows, exists, stride_os, D, BLOCK_D)
         Grad += batch * stride_gb + head_in_batch * stride_gh
-        grad = load_rows(Grad, rows, exists, stride_gs, D, BLOCK_D, False)
+        grad = load_existing_rows(Grad, rows, exists, stride_gs, D, BLOCK_D)
         delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
         if HAS_GRAD_LSE:
             GradLse += batch * stride_lb + head_in_batch * stride_lh
@@ -118,23 +113,28 @@ def _accumulate_keys(
 ):  # fmt: skip
     """The query tiles start .. stop - 1 of the transposed list, added to dk (unscaled) and dv [KEYS, BLOCK_D].
 
-    v and dk are any numbers without FOR_K, dv without FOR_V.
+    Only the masked walk hides rows past the end, so a tile that has some is left to it. v and dk are any numbers
+    without FOR_K, dv without FOR_V.
     """
-    rows, exists = tokens_of(order, tl.load(query_tiles + start, mask=start < stop, other=0), QUERIES, LENGTH, WHOLE)
+    rows, _ = tokens_of(order, tl.load(query_tiles + start, mask=start < stop, other=0), QUERIES, LENGTH, WHOLE)
     for entry in range(start, stop):
         next_tile = tl.load(query_tiles + entry + 1, mask=entry + 1 < stop, other=0)
-        next_rows, next_exists = tokens_of(order, next_tile, QUERIES, LENGTH, WHOLE)
-        q = load_rows(Q, rows, exists, stride_q, D, BLOCK_D, WHOLE, FAR)
-        grad = load_rows(Grad, rows, exists, stride_g, D, BLOCK_D, WHOLE, FAR)
-        power = load_power(Power, rows, exists, WHOLE)
+        next_rows, _ = tokens_of(order, next_tile, QUERIES, LENGTH, WHOLE)
+        q = load_rows(Q, rows, stride_q, D, BLOCK_D, FAR)
+        grad = load_rows(Grad, rows, stride_g, D, BLOCK_D, FAR)
+        power = tl.load(Power + rows)
         if FOR_K:
-            delta = load_delta(Delta, rows, exists, WHOLE)
+            delta = tl.load(Delta + rows)
         score = dot(k, tl.trans(q), tl.zeros([KEYS, QUERIES], tl.float32), PRECISION)
         if CAPPED:
             score = tanh(score * rise)
         weight = tl.exp2(score * exponent_scale - power[None, :])
         if MASKED:
-            weight = tl.where(visible(masks, tl.load(mask_ids + entry), KEYS, QUERIES), weight, 0.0)
+            seen = visible(masks, tl.load(mask_ids + entry), KEYS, QUERIES)
+            if not WHOLE:
+                existing = LENGTH - tl.load(query_tiles + entry) * QUERIES
+                seen &= (tl.arange(0, QUERIES) < existing)[None, :]
+            weight = tl.where(seen, weight, 0.0)
         if FOR_V:
             dv = made(dot(weight.to(grad.dtype), grad, dv, PRECISION), WGMMA)
         if FOR_K:
@@ -143,7 +143,7 @@ def _accumulate_keys(
             dweight = dot(v, tl.trans(grad), tl.zeros([KEYS, QUERIES], tl.float32), PRECISION)
             dscore = weight * (dweight - delta[None, :])
             dk = made(dot(dscore.to(q.dtype), q, dk, PRECISION), WGMMA)
-        rows, exists = next_rows, next_exists
+        rows = next_rows
     return dk, dv
 
 
@@ -181,10 +181,10 @@ def attention_backward_keys(
     slot = tl.load(work + item * 5 + 4)
 
     rows, exists = tokens_of(order, tile, KEYS, LENGTH, WHOLE)
-    k = load_rows(K + batch * stride_kb + head_in_batch * stride_kh, rows, exists, stride_ks, D, BLOCK_D, WHOLE)
+    k = load_rows(K + batch * stride_kb + head_in_batch * stride_kh, rows, stride_ks, D, BLOCK_D)
     v, dk, dv = 0.0, 0.0, 0.0  # never read where a flag is off; Triton 3.6 cannot return None
     if FOR_K:
-        v = load_rows(V + batch * stride_vb + head_in_batch * stride_vh, rows, exists, stride_vs, D, BLOCK_D, WHOLE)
+        v = load_rows(V + batch * stride_vb + head_in_batch * stride_vh, rows, stride_vs, D, BLOCK_D)
         dk = tl.zeros([KEYS, BLOCK_D], tl.float32)
     if FOR_V:
         dv = tl.zeros([KEYS, BLOCK_D], tl.float32)
@@ -193,7 +193,7 @@ def attention_backward_keys(
     dk, dv = _accumulate_keys(
         k, v, dk, dv, Q, Grad, Power, Delta, own_order, query_tiles, mask_ids, masks, start, masked_from, own_length,
         stride_qs, stride_gs, exponent_scale, rise,
-        D, BLOCK_D, QUERIES, KEYS, False, WHOLE, FAR, WGMMA, CAPPED, FOR_K, FOR_V, PRECISION,
+        D, BLOCK_D, QUERIES, KEYS, False, True, FAR, WGMMA, CAPPED, FOR_K, FOR_V, PRECISION,
     )  # fmt: skip
     dk, dv = _accumulate_keys(
         k, v, dk, dv, Q, Grad, Power, Delta, own_order, query_tiles, mask_ids, masks, masked_from, stop, own_length,
@@ -206,7 +206,7 @@ def attention_backward_keys(
     if PADDED:
         # An ignored key touches no row but its own, whose weights may have overflowed: no log-sum-exp counts it.
         places = padding + batch * stride_pb + rows.to(tl.int64) * stride_ps
-        ignored = (tl.load(places, mask=exists, other=1) != 0)[:, None]
+        ignored = (tl.load(places) != 0)[:, None]
         if FOR_K:
             dk = tl.where(ignored, 0.0, dk)
         if FOR_V:
@@ -271,12 +271,12 @@ def _accumulate_queries(
     CAPPED: tl.constexpr, AT_ONCE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The key tiles start .. stop - 1 of the list, AT_ONCE a step, added to dq [QUERIES, BLOCK_D] (unscaled)."""
-    rows, exists = tokens_of_step(key_tiles + start, start < stop, order, KEYS, LENGTH, WHOLE, AT_ONCE)
+    rows = tokens_of_step(key_tiles + start, start < stop, order, KEYS, LENGTH, WHOLE, AT_ONCE)
     for entry in range(start, stop, AT_ONCE):
         next_entry, is_there = key_tiles + entry + AT_ONCE, entry + AT_ONCE < stop
-        next_rows, next_exists = tokens_of_step(next_entry, is_there, order, KEYS, LENGTH, WHOLE, AT_ONCE)
-        k = load_rows(K, rows, exists, stride_k, D, BLOCK_D, WHOLE, FAR)
-        v = load_rows(V, rows, exists, stride_v, D, BLOCK_D, WHOLE, FAR)
+        next_rows = tokens_of_step(next_entry, is_there, order, KEYS, LENGTH, WHOLE, AT_ONCE)
+        k = load_rows(K, rows, stride_k, D, BLOCK_D, FAR)
+        v = load_rows(V, rows, stride_v, D, BLOCK_D, FAR)
         score = dot(q, tl.trans(k), tl.zeros([QUERIES, AT_ONCE * KEYS], tl.float32), PRECISION)
         if CAPPED:
             score = tanh(score * rise)
@@ -286,12 +286,12 @@ def _accumulate_queries(
         if MASKED:
             weight = tl.where(visible(masks, tl.load(mask_ids + entry), QUERIES, KEYS), weight, 0.0)
         if PADDED:
-            ignored = tl.load(padding + rows.to(tl.int64) * stride_p, mask=exists, other=1)
+            ignored = tl.load(padding + rows.to(tl.int64) * stride_p)
             weight = tl.where((ignored == 0)[None, :], weight, 0.0)
         dweight = dot(grad, tl.trans(v), tl.zeros([QUERIES, AT_ONCE * KEYS], tl.float32), PRECISION)
         dscore = weight * (dweight - delta[:, None])
         dq = made(dot(dscore.to(k.dtype), k, dq, PRECISION), WGMMA)
-        rows, exists = next_rows, next_exists
+        rows = next_rows
     return dq
 
 
@@ -320,10 +320,10 @@ def attention_backward_queries(
     padding += batch * stride_pb
 
     rows, exists = tokens_of(own_order, tile, QUERIES, own_length, WHOLE)
-    q = load_rows(Q + batch * stride_qb + head_in_batch * stride_qh, rows, exists, stride_qs, D, BLOCK_D, WHOLE)
-    grad = load_rows(Grad + batch * stride_gb + head_in_batch * stride_gh, rows, exists, stride_gs, D, BLOCK_D, WHOLE)
+    q = load_rows(Q + batch * stride_qb + head_in_batch * stride_qh, rows, stride_qs, D, BLOCK_D)
+    grad = load_rows(Grad + batch * stride_gb + head_in_batch * stride_gh, rows, stride_gs, D, BLOCK_D)
     first = head.to(tl.int64) * own_length
-    power, delta = load_power(Power + first, rows, exists, WHOLE), load_delta(Delta + first, rows, exists, WHOLE)
+    power, delta = tl.load(Power + first + rows), tl.load(Delta + first + rows)
     if NEGATED:
         q = (-q.to(tl.float32)).to(q.dtype)
     dq = tl.zeros([QUERIES, BLOCK_D], tl.float32)
@@ -349,7 +349,8 @@ class Work(OnDevice):
     """The transposed lists cut into pieces, all int32 on one device.
 
     Attributes:
-        items: [pieces, 5], longest first: key tile, first entry, first masked entry, last entry + 1, slot or -1.
+        items: [pieces, 5], longest first: key tile, first entry, first of the masked walk, last entry + 1, slot or -1.
+            A query tile with rows past the end is of the masked walk, whatever its mask.
         split_tiles, split_offsets: key tiles in several pieces, and which slots each has: ascending runs.
         slots: how many slots there are.
     """
@@ -364,11 +365,14 @@ class Work(OnDevice):
         """Pieces of at most `longest` entries of a schedule on the CPU, those of one tile of nearly equal length."""
         offsets = schedule.query_offsets.numpy()
         full = schedule.query_full_counts.numpy()
+        tiles, whole = schedule.query_tiles.numpy(), len(schedule.query_order) // schedule.tile[0]
         items: list[tuple[int, int, int, int, int]] = []
         split_tiles, split_offsets = [], [0]
         for tile, (first, last) in enumerate(pairwise(offsets.tolist())):
             pieces = max(1, -(-(last - first) // longest))
             masked_from = first + int(full[tile])
+            if masked_from > first and tiles[masked_from - 1] == whole:  # the last of all, cut short
+                masked_from -= 1
             ends = [first + (last - first) * piece // pieces for piece in range(pieces + 1)]
             slot = split_offsets[-1] if pieces > 1 else -1
             for start, stop in pairwise(ends):
@@ -378,10 +382,10 @@ class Work(OnDevice):
                 split_tiles.append(tile)
                 split_offsets.append(slot)
         items.sort(key=lambda item: item[1] - item[3])
-        pieces_of, tiles, slots = (
+        pieces_of, in_pieces, slots = (
             torch.from_numpy(np.array(values, np.int32)) for values in (items, split_tiles, split_offsets)
         )
-        return Work(pieces_of, tiles, slots, split_offsets[-1])
+        return Work(pieces_of, in_pieces, slots, split_offsets[-1])
 
 
 @remembered(maxsize=256)
@@ -455,9 +459,7 @@ def backward(grads: Grads, kept: Kept, needs: Needs) -> tuple[torch.Tensor | Non
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_out.stride()[:3],
             *into_k.stride()[:3], *into_v.stride()[:3],
             *padding_strides, heads, in_all, length, queries, work.items.shape[0], work.slots, exponent, rise, scale,
-            # With rows past the end Triton 3.6 spills for sm_120 where offsets take 32 bits, for sm_90 where 64.
-            FAR=far(q, grad_out) or (arch // 10 == 12 and not by_key.constants["WHOLE"]), **asked, **flags,
-            **by_key.constants,
+            FAR=far(q, grad_out), **asked, **flags, **by_key.constants,
         )  # fmt: skip
         if work.slots:
             attention_backward_sum[(in_all, work.split_tiles.numel(), keys // 16)](

@@ -34,27 +34,30 @@ LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def tokens_of(order, tile, SIZE: tl.constexpr, LENGTH, WHOLE: tl.constexpr):
-    """Tokens [SIZE] at a tile's positions, and which of them exist; those past the end read as token 0."""
+    """Tokens [SIZE] at a tile's positions, and which of them exist.
+
+    Those past the end read as the last, whose row is of the tile: all can be loaded without a mask, which would take
+    registers in every step, and nothing but what the tile has anyway is multiplied.
+    """
     positions = tile * SIZE + tl.arange(0, SIZE)
     if WHOLE:
         return tl.load(order + positions), positions < LENGTH
-    return tl.load(order + positions, mask=positions < LENGTH, other=0), positions < LENGTH
+    return tl.load(order + tl.minimum(positions, LENGTH - 1)), positions < LENGTH
 
 
 @triton.jit
 def tokens_of_step(entry, there, order, SIZE: tl.constexpr, LENGTH, WHOLE: tl.constexpr, AT_ONCE: tl.constexpr):
-    """`tokens_of` the AT_ONCE tiles (two are WHOLE) of a list from `entry` on; of tile 0 where it is not `there`."""
+    """Tokens of the AT_ONCE tiles (two are WHOLE) of a list from `entry` on; of tile 0 where it is not `there`."""
     tile = tl.load(entry, mask=there, other=0)
     if AT_ONCE == 1:
-        tokens, exists = tokens_of(order, tile, SIZE, LENGTH, WHOLE)
+        tokens, _ = tokens_of(order, tile, SIZE, LENGTH, WHOLE)
     else:
         # Loaded apart and joined: as one they would pass through shared memory to the threads that load their rows.
         second = tl.load(entry + 1, mask=there, other=0)
         places = order + tl.arange(0, SIZE)
         both = tl.join(tl.load(places + tile * SIZE), tl.load(places + second * SIZE))
         tokens = tl.reshape(tl.permute(both, (1, 0)), (2 * SIZE,))
-        exists = tokens >= 0
-    return tokens, exists
+    return tokens
 
 
 @triton.jit
@@ -64,10 +67,8 @@ def end_of_full(start, full, AT_ONCE: tl.constexpr):
 
 
 @triton.jit
-def load_rows(
-    base, rows, exists, stride, D: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE: tl.constexpr, FAR: tl.constexpr = True
-):  # fmt: skip
-    """Rows [len(rows), BLOCK_D] of a [S, D] matrix; rows that do not exist, and columns past D, read as 0.
+def load_rows(base, rows, stride, D: tl.constexpr, BLOCK_D: tl.constexpr, FAR: tl.constexpr = True):
+    """Rows [len(rows), BLOCK_D] of a [S, D] matrix; columns past D read as 0.
 
     FAR: offsets take 64 bits, which costs a loop twice the instructions for its pointers (see `far`).
     """
@@ -75,18 +76,14 @@ def load_rows(
     if FAR:
         rows = rows.to(tl.int64)
     pointers = base + rows[:, None] * stride + columns[None, :]
-    if WHOLE and D == BLOCK_D:
-        return tl.load(pointers)
-    if WHOLE:
-        return tl.load(pointers, mask=columns[None, :] < D, other=0.0)
     if D == BLOCK_D:
-        return tl.load(pointers, mask=exists[:, None], other=0.0)
-    return tl.load(pointers, mask=exists[:, None] & (columns[None, :] < D), other=0.0)
+        return tl.load(pointers)
+    return tl.load(pointers, mask=columns[None, :] < D, other=0.0)
 
 
 @triton.jit
 def store_rows(base, rows, exists, stride, value, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The opposite of `load_rows`: rows that do not exist, and columns past D, are not written."""
+    """The opposite of `load_rows`; rows that do not exist, and columns past D, are not written."""
     columns = tl.arange(0, BLOCK_D)
     keep = exists[:, None] & (columns[None, :] < D)
     tl.store(base + rows.to(tl.int64)[:, None] * stride + columns[None, :], value.to(base.dtype.element_ty), mask=keep)
@@ -132,29 +129,29 @@ def _accumulate(
 ):  # fmt: skip
     """The key tiles start .. stop - 1 of the list, AT_ONCE a step, added to the running maximum, sum and output."""
     # Where the next tile's rows lie is found a step ahead, so that its loads wait for no other and can be pipelined.
-    rows, exists = tokens_of_step(key_tiles + start, start < stop, order, KEYS, LENGTH, WHOLE, AT_ONCE)
+    rows = tokens_of_step(key_tiles + start, start < stop, order, KEYS, LENGTH, WHOLE, AT_ONCE)
     for entry in range(start, stop, AT_ONCE):
         next_entry, is_there = key_tiles + entry + AT_ONCE, entry + AT_ONCE < stop
-        next_rows, next_exists = tokens_of_step(next_entry, is_there, order, KEYS, LENGTH, WHOLE, AT_ONCE)
-        k = load_rows(K, rows, exists, stride_k, D, BLOCK_D, WHOLE, FAR)
+        next_rows = tokens_of_step(next_entry, is_there, order, KEYS, LENGTH, WHOLE, AT_ONCE)
+        k = load_rows(K, rows, stride_k, D, BLOCK_D, FAR)
         score = dot(q, tl.trans(k), tl.zeros([QUERIES, AT_ONCE * KEYS], tl.float32), PRECISION)
         if CAPPED:
             score = tanh(score * rise)
         if MASKED:
             score = tl.where(visible(masks, tl.load(mask_ids + entry), QUERIES, KEYS), score, float("-inf"))
         if PADDED:
-            ignored = tl.load(padding + rows.to(tl.int64) * stride_p, mask=exists, other=1)
+            ignored = tl.load(padding + rows.to(tl.int64) * stride_p)
             score = tl.where((ignored == 0)[None, :], score, float("-inf"))
         new_maximum = tl.maximum(maximum, tl.max(score, 1) * exponent_scale)
         # Where a row has seen no key yet its maximum is -inf, and any finite number in its place gives 2^-inf = 0.
         shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum) if MASKED or PADDED else new_maximum
         weight = tl.exp2(score * exponent_scale - shift[:, None])
         decay = tl.exp2(maximum - shift)
-        v = load_rows(V, rows, exists, stride_v, D, BLOCK_D, WHOLE, FAR)
+        v = load_rows(V, rows, stride_v, D, BLOCK_D, FAR)
         total = total * decay + tl.sum(weight, 1)
         accumulator = dot(weight.to(v.dtype), v, accumulator * decay[:, None], PRECISION)
         maximum = new_maximum
-        rows, exists = next_rows, next_exists
+        rows = next_rows
     return maximum, total, accumulator
 
 
@@ -186,7 +183,7 @@ def attention_forward(
     padding += batch * stride_pb
 
     rows, exists = tokens_of(own_order, tile, QUERIES, own_length, WHOLE)
-    q = load_rows(Q + batch * stride_qb + head_in_batch * stride_qh, rows, exists, stride_qs, D, BLOCK_D, WHOLE)
+    q = load_rows(Q + batch * stride_qb + head_in_batch * stride_qh, rows, stride_qs, D, BLOCK_D)
     if NEGATED:
         q = (-q.to(tl.float32)).to(q.dtype)  # the interpreter has no arithmetic of bfloat16
     maximum = tl.full([QUERIES], float("-inf"), tl.float32)
@@ -288,7 +285,9 @@ def forward(inputs: Inputs) -> Outputs:
     out = torch.empty_like(q)
     lse = torch.empty((batch, heads, queries), dtype=torch.float32, device=q.device)
     its = launch_for("attention_forward", pattern, length, q.device, q.dtype, width, rows_of(inputs))
-    schedule = its.schedule
+    schedule, constants = its.schedule, its.constants
+    if key_padding_mask is not None and launch.architecture(q.device) // 10 == 8:
+        constants = {**constants, "AT_ONCE": 1}  # Triton 3.6 spills over the padding of two tiles
     power, rise, negated = exponent_scale(scale, softcap)
     padding, padding_strides = padding_bytes(key_padding_mask, q)
     tiles = ceil_div(queries, schedule.tile[0])
@@ -299,7 +298,7 @@ def forward(inputs: Inputs) -> Outputs:
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], *padding_strides,
         heads, batch * heads, length, queries, power, rise,
         PADDED=key_padding_mask is not None, FAR=far(k, v), NEGATED=negated, CAPPED=softcap is not None,
-        **its.constants,
+        **constants,
     )  # fmt: skip
     return Outputs(out, lse)
 

@@ -19,6 +19,7 @@ from dalle_kernels import Causal, Column, Convolution, MaskPattern, Pattern, Row
 from dalle_kernels.attention import triton as triton_backend
 from dalle_kernels.attention import triton_backward, triton_forward
 from dalle_kernels.attention.contract import Grads, Inputs, Kept, Needs
+from dalle_kernels.backends import launch
 from dalle_kernels.backends.contract import Call
 from dalle_kernels.patterns.schedule import schedule_for
 from tests.attention import test_query_start
@@ -249,6 +250,50 @@ def test_work_covers_every_entry_once_and_in_order(longest: int) -> None:
     assert lengths == sorted(lengths, reverse=True)
     assert work.slots == int(work.split_offsets[-1])
     assert (work.slots == 0) == (longest == 1000)
+
+
+@pytest.mark.parametrize("queries", [None, (64, 150)])
+def test_a_query_tile_with_rows_past_the_end_is_of_the_masked_walk(queries: tuple[int, int] | None) -> None:
+    pattern = Causal(TokenLayout(150, (1, 1)))
+    schedule = schedule_for(pattern, (32, 32), 150, queries=queries)
+    last = len(schedule.query_order) // 32
+    assert len(schedule.query_order) % 32
+    work = triton_backward.Work.cut(schedule, 1000)
+    for tile, start, masked_from, stop, _ in work.items.tolist():
+        full = schedule.query_tiles[start:masked_from].tolist()
+        assert last not in full
+        entries = schedule.query_tiles[start : start + int(schedule.query_full_counts[tile])].tolist()
+        assert full == [entry for entry in entries if entry != last]
+        assert last in schedule.query_tiles[masked_from:stop].tolist()
+    assert any(
+        last in schedule.query_tiles[first : first + int(count)].tolist()
+        for first, count in zip(schedule.query_offsets, schedule.query_full_counts, strict=False)
+    ), "a tile cut short is full by its mask"
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU follows its own rows")
+@pytest.mark.parametrize("length", [None, 150])
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("arch", [80, 100])
+def test_tiles_of_other_architectures(
+    arch: int, width: int, length: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "INTERPRETED", arch)
+    launch.architecture.cache_clear()
+    triton_forward.launch_for.cache_clear()
+    triton_backward.work_for.cache_clear()
+    try:
+        layout = TokenLayout(128, (8, 8))
+        for pattern in (Row(layout), Causal(layout)):
+            tokens = pattern.length if length is None else length
+            inputs = packed_inputs(1, 1, tokens, width, torch.bfloat16)
+            check(inputs, pattern)
+            check(inputs, pattern, key_padding_mask=torch.arange(tokens, device=DEVICE)[None] % 5 == 3, softcap=20.0)
+    finally:
+        monkeypatch.undo()
+        launch.architecture.cache_clear()
+        triton_forward.launch_for.cache_clear()
+        triton_backward.work_for.cache_clear()
 
 
 def test_gradients_are_the_same_bits_and_pieces_are_summed() -> None:
