@@ -18,7 +18,7 @@ from dalle_kernels.patterns.patterns import Row
 PATTERN = Row(TokenLayout(256, (32, 32)))
 DTYPES = {16: torch.bfloat16, 32: torch.float32}
 TILED = product(
-    query_tile=(32, 64, 128), key_tile=(32, 64, 128), heads_at_once=(8, 32), num_warps=(4, 8), num_stages=(1, 2, 3)
+    query_tile=(32, 64, 128), key_tile=(32, 64, 128), heads_at_once=(8, 32), num_warps=(2, 4, 8), num_stages=(1, 2, 3)
 )
 BY_QUERY = [{**settings, "full_tiles_at_once": tiles} for settings in TILED for tiles in (1, 2)]
 

@@ -5,8 +5,10 @@
     {"kernel": "attention_forward", "arch": 90, "bits": 16, "width": 64, "settings": {"num_warps": 4, ...}}
 
 and serves a call with the row of its kernel and element size that was written for the newest architecture which is not
-newer than the device, and for the smallest width that holds the call's. `python -m benchmarks tune` measures them on a
-GPU and rewrites the rows of that GPU's architecture; nothing here or at import time ever does.
+newer than the device, and for the smallest width that holds the call's. So that a row for a large width takes no older
+architecture's narrow calls unseen, an architecture that has one states each narrower width that older ones have
+(`tests/benchmarks/test_tune.py`). `python -m benchmarks tune` measures them on a GPU and rewrites the rows of that GPU's
+architecture; nothing here or at import time ever does.
 """
 
 from __future__ import annotations

@@ -279,6 +279,17 @@ def test_table_is_found_by_architecture_and_width() -> None:
         assert found == row["settings"]
 
 
+def test_no_row_for_a_larger_width_takes_the_place_of_an_older_one() -> None:
+    """Architecture comes before width: a row for wide calls comes with that architecture's own for narrower ones."""
+    table = launch.rows()
+    for row in table:
+        kernel, bits, width = row["kernel"], row["bits"], row["width"]
+        for arch in {other["arch"] for other in table if other["kernel"] == kernel and other["arch"] > row["arch"]}:
+            serving = launch.serving_row(table, kernel, arch, bits, width)
+            assert serving is not None
+            assert serving["width"] == width, f"sm_{arch}: {serving} serves in the place of {row}"
+
+
 def test_every_row_of_the_table_has_a_task() -> None:
     tasks = {(task.kernel, task.bits, task.width): task for task in tune.all_tasks()}
     assert tasks.keys() == {(row["kernel"], row["bits"], row["width"]) for row in launch.rows()}
