@@ -6,9 +6,9 @@
 
 and serves a call with the row of its kernel and element size that was written for the newest architecture which is not
 newer than the device, and for the smallest width that holds the call's. So that a row for a large width takes no older
-architecture's narrow calls unseen, an architecture that has one states each narrower width that older ones have
-(`tests/benchmarks/test_tune.py`). `python -m benchmarks tune` measures them on a GPU and rewrites the rows of that GPU's
-architecture; nothing here or at import time ever does.
+architecture's narrow calls unseen, an architecture that has one states each narrower width that older ones have: a test
+sees to it. `python -m benchmarks tune` measures them on a GPU and rewrites the rows of that GPU's architecture; nothing
+here or at import time ever does.
 """
 
 from __future__ import annotations
