@@ -119,7 +119,13 @@ def parts_for(
         costs = [START + offsets[last] - offsets[first] for first, last in pairwise(_share(offsets, parts))]
         return makespan([cost for cost in costs for _ in range(heads)], at_a_time)
 
-    return min(range(1, len(offsets)), key=lambda parts: (duration(parts), parts))
+    best, least = 1, duration(1)
+    for parts in range(2, len(offsets)):
+        if heads * (START * parts + offsets[-1]) >= least * at_a_time:
+            break  # not even if all blocks ended together, nor with more parts; to try them all takes seconds
+        if (ends := duration(parts)) < least:
+            best, least = parts, ends
+    return best
 
 
 @remembered(maxsize=256)

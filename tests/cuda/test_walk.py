@@ -7,6 +7,7 @@ from itertools import pairwise
 import pytest
 
 from dalle_kernels import TokenLayout
+from dalle_kernels.attention import cuda_walk
 from dalle_kernels.attention.cuda_walk import START, makespan, parts_for, walk_for
 from dalle_kernels.patterns.patterns import Causal, Column, Convolution, Pattern, Row
 from dalle_kernels.patterns.schedule import schedule_for
@@ -62,6 +63,26 @@ def test_heads_are_parted_so_that_the_last_round_is_full(heads: int, at_a_time: 
     costs = [START + offsets[last] - offsets[first] for first, last in pairwise(borders)]
     whole = makespan([START + offsets[-1]] * heads, at_a_time)
     assert makespan([cost for cost in costs for _ in range(heads)], at_a_time) <= whole
+
+
+@pytest.mark.parametrize("heads", [100, 300, 992])
+def test_a_long_sequence_s_parts_are_found_without_trying_all(heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[int] = []
+
+    def counted(costs: list[int], at_a_time: int) -> int:
+        tried.append(len(costs))
+        return makespan(costs, at_a_time)
+
+    monkeypatch.setattr(cuda_walk, "makespan", counted)
+    pattern = Row(TokenLayout(256, (64, 64)))
+    offsets = schedule_for(pattern, (128, 32), pattern.length).key_offsets.tolist()
+    parts = parts_for(pattern, 128, 32, False, pattern.length, heads, 264)
+    assert sum(tried) < 60_000  # blocks; all of 1 to 34 parts are 595 for each head
+    ends = []
+    for borders in (cuda_walk._share(offsets, number) for number in range(1, len(offsets))):
+        costs = [START + offsets[last] - offsets[first] for first, last in pairwise(borders)]
+        ends.append(makespan([cost for cost in costs for _ in range(heads)], 264))
+    assert parts == 1 + ends.index(min(ends))
 
 
 def test_makespan() -> None:
