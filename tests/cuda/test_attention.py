@@ -25,7 +25,7 @@ from dalle_kernels.patterns.patterns import (
 )
 from dalle_kernels.patterns.schedule import schedule_for
 
-LAYOUT = TokenLayout(text_length=70, grid=(9, 11))  # 169 tokens: two row tiles, three column tiles
+LAYOUT = TokenLayout(text_length=70, grid=(9, 11))  # 169 tokens: two row tiles, six column tiles
 PATTERNS: list[Pattern] = [
     Row(LAYOUT),
     Column(LAYOUT),
@@ -278,6 +278,20 @@ def test_gradients_through_the_public_operation_and_every_time_the_same(emulated
     for first, second in zip(*runs, strict=True):
         assert first.equal(second)
         assert first.isfinite().all()
+
+
+@pytest.mark.parametrize("shape", [(0, 2), (2, 0)])
+@pytest.mark.parametrize("padded", [False, True])
+def test_no_samples_and_no_heads(emulated: Any, shape: tuple[int, int], padded: bool) -> None:
+    q, k, v = (torch.randn(*shape, LAYOUT.length, 32).bfloat16().requires_grad_() for _ in range(3))
+    padding = torch.zeros(shape[0], LAYOUT.length, dtype=torch.bool) if padded else None
+    out, lse = sparse_attention(q, k, v, Row(LAYOUT), None, padding, return_lse=True, backend="cuda")
+    assert out.shape == q.shape
+    assert lse.shape == q.shape[:3]
+    gradients = torch.autograd.grad(out.sum() + lse.sum(), (q, k, v))
+    assert all(gradient.shape == q.shape for gradient in gradients)
+    (only,) = torch.autograd.grad(sparse_attention(q, k, v, Row(LAYOUT), None, padding, backend="cuda").sum(), (k,))
+    assert only.shape == k.shape
 
 
 def test_calls_that_the_kernels_do_not_serve_are_refused(emulated: Any, monkeypatch: pytest.MonkeyPatch) -> None:
