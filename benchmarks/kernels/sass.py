@@ -651,11 +651,11 @@ def lines_of(arch: str, rows: dict[str, Any]) -> list[str]:
     return lines
 
 
-def floors(rows: dict[str, dict[str, Any]], width: int) -> dict[str, tuple[float, float]]:
-    """Backend -> the least microseconds (forward, backward) over row attention at a head dimension."""
+def floors(rows: dict[str, dict[str, Any]], width: int, pattern: str = "row") -> dict[str, tuple[float, float]]:
+    """Backend -> the least microseconds (forward, backward) over a pattern at a head dimension."""
 
     def of(name: str) -> float:
-        return least(rows[named(name, width)], "row")[1]
+        return least(rows[named(name, width)], pattern)[1]
 
     return {
         backend: (of(f"{backend} forward"), of(f"{backend} backward, keys") + of(f"{backend} backward, queries"))

@@ -52,8 +52,9 @@ def refuse(call: Call) -> str | None:
 
 
 def leads(call: Call) -> bool:
-    """Whether "auto" asks these kernels before Triton's: where their floors, counted from machine code, lie under Triton's
-    forward, and more than 1.15 times under it with the backward (benchmarks/notes/sass.md): on sm_80, for every width."""
+    """Whether "auto" asks these kernels before Triton's: where their floors, counted from machine code, lie under
+    Triton's forward, and more than 1.15 times under them with the backward, for every head dimension and each of the
+    paper's patterns (benchmarks/notes/sass.md): on sm_80."""
     return torch.cuda.get_device_capability(call.device) == (8, 0)
 
 
