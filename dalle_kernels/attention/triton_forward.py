@@ -102,7 +102,8 @@ def visible(masks, mask_id, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     word = tl.load(words)[:, None]
     for index in tl.static_range(1, WORDS):
         word = tl.where(column < 32 * index, word, tl.load(words + index)[:, None])
-    return ((word >> (column & 31)) & 1) != 0
+    # In two steps: a lane's columns differ in the bits of 6 by lane alone, so its other shifts are constants.
+    return ((word >> (column & 6) >> (column & 25)) & 1) != 0
 
 
 @triton.jit
