@@ -17,6 +17,9 @@ inline void check(cudaError_t status, const char* what) {
 template <class Parameters>
 void launch(void (*kernel)(Parameters), dim3 grid, int threads, int shared_bytes, void* stream,
             const Parameters& parameters) {
+  if (grid.x == 0) {
+    return;  // no row or no head: CUDA refuses a grid without blocks
+  }
   if (shared_bytes > 48 * 1024) {
     check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
                                shared_bytes),

@@ -91,8 +91,6 @@ def forward(inputs: Inputs) -> Outputs:
     assert scale is not None
     outputs, targets = _outputs(q)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    if not q.numel():  # no head, and no grid without blocks
-        return Outputs(outputs[0], lse)
     q, k, v = map(cuda_library.aligned, (q, k, v))
     walk = _walk(q, pattern)
     cuda_library.operations().attention_forward(
@@ -106,8 +104,6 @@ def backward(grads: Grads, kept: Kept, needs: Needs) -> tuple[torch.Tensor | Non
     (grad_out, grad_lse), (q, k, v, out, lse, key_padding_mask, scale, pattern) = grads, kept[:8]
     assert grad_out is not None
     assert scale is not None
-    if not q.numel():
-        return tuple(torch.empty_like(like) if need else None for like, need in zip((q, k, v), needs, strict=True))
     batch, heads, length, width = q.shape
     columns, operations = _tiles(width).columns, cuda_library.operations()
     by_query = _walk(q, pattern) if needs.q else None

@@ -84,3 +84,7 @@ def test_an_empty_batch_and_one_token(emulated: Any) -> None:
     assert sample_tokens(_logits(0, 64, torch.float32), seed=1, backend="cuda").shape == (0,)
     assert sample_tokens(_logits(0, 8, torch.float32)[:, ::2], seed=1, backend="cuda").shape == (0,)
     assert sample_tokens(_logits(4, 2, torch.float32)[:, ::2], seed=1, backend="cuda").tolist() == [0] * 4
+
+
+def test_no_rows(emulated: Any) -> None:
+    assert sample_tokens(torch.empty(0, 300), seed=1, backend="cuda").shape == (0,)
