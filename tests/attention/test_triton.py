@@ -278,10 +278,12 @@ def test_a_query_tile_with_rows_past_the_end_is_of_the_masked_walk(queries: tupl
 def test_tiles_of_other_architectures(
     arch: int, width: int, length: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def forget() -> None:
+        for remembered in (launch.architecture, triton_forward.launch_for, triton_backward.work_for):
+            remembered.cache_clear()
+
     monkeypatch.setattr(launch, "INTERPRETED", arch)
-    launch.architecture.cache_clear()
-    triton_forward.launch_for.cache_clear()
-    triton_backward.work_for.cache_clear()
+    forget()
     try:
         layout = TokenLayout(128, (8, 8))
         for pattern in (Row(layout), Causal(layout)):
@@ -291,9 +293,7 @@ def test_tiles_of_other_architectures(
             check(inputs, pattern, key_padding_mask=torch.arange(tokens, device=DEVICE)[None] % 5 == 3, softcap=20.0)
     finally:
         monkeypatch.undo()
-        launch.architecture.cache_clear()
-        triton_forward.launch_for.cache_clear()
-        triton_backward.work_for.cache_clear()
+        forget()
 
 
 def test_gradients_are_the_same_bits_and_pieces_are_summed() -> None:
